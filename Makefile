@@ -1,0 +1,50 @@
+# Everything there is to run. Each command makes its own environment first, so a fresh machine needs Python and make only.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+
+VENV   := .venv
+python := $(VENV)/bin/python
+# Stamps: set-up runs again only when what it installs from has changed.
+installed := $(VENV)/.installed
+peer      := .peers/galore-torch-1.0/.installed
+
+# One thread a test process: two processes on two cores are faster than one process with two threads.
+test: export OMP_NUM_THREADS = 1
+
+.PHONY: help setup demo test check format bench clean
+
+help:  ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(installed) $(peer)  ## make .venv and install what was tested (constraints.txt)
+
+demo: $(installed)  ## the main job: pre-train a tiny LLaMA with GaLore, then with AdamW, and compare
+	$(python) -m galore_torch.training.demo
+
+test: $(installed) $(peer)  ## the whole test suite
+	$(python) -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
+
+check: $(installed)  ## lint, format and types
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy galore_torch reference benchmarks
+
+format: $(installed)  ## put imports and layout in order
+	$(python) -m ruff check --fix
+	$(python) -m ruff format
+
+bench: $(installed)  ## the cost of a step and of a renewal, beside its peers and the physical floor (ARGS="--quick")
+	$(python) -m benchmarks.step $(ARGS)
+
+clean:  ## remove everything that set-up and the tools made
+	rm -rf $(VENV) .peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+
+$(installed): pyproject.toml constraints.txt
+	test -x $(python) || $(PYTHON) -m venv $(VENV)
+	$(python) -m pip install -c constraints.txt -e ".[all,dev]"
+	@touch $@
+
+# galore-torch 1.0, whose trajectories ours must equal, lies in a folder of its own: both are imported as galore_torch.
+$(peer): | $(installed)
+	$(python) -m benchmarks.peers galore-torch-1.0
