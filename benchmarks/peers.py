@@ -1,0 +1,89 @@
+"""The published optimizers that ours is measured against, each installed in a folder of its own.
+
+galore-torch 1.0 is imported under the name of this package, so a peer never goes into the environment: pip puts it
+under `.peers/<name>`, and a child process that has that folder first on its path imports it in place of ours.
+
+    python -m benchmarks.peers galore-torch-1.0     # install one by hand
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A published distribution at one version.
+
+    Attributes:
+        name: What the peer is called in folders, tables and on the command line.
+        requirement: What pip is asked for. Its dependencies are ours already and are not installed again.
+    """
+
+    name: str
+    requirement: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the peer is installed: the entry of the path that a child process imports it from."""
+        return ROOT / ".peers" / self.name
+
+    @property
+    def stamp(self) -> Path:
+        """The file that says that the installation was completed."""
+        return self.folder / ".installed"
+
+
+GALORE_1 = Peer(name="galore-torch-1.0", requirement="galore-torch==1.0")
+APOLLO = Peer(name="apollo-torch-1.0.3", requirement="apollo-torch==1.0.3")
+PEERS = {peer.name: peer for peer in (GALORE_1, APOLLO)}
+
+
+def install(peer: Peer) -> None:
+    """Install `peer` in its folder unless it is there already.
+
+    Raises:
+        RuntimeError: pip could not install it; nothing half-installed stays behind.
+    """
+    if peer.stamp.exists():
+        return
+    shutil.rmtree(peer.folder, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(peer.folder)]
+    outcome = subprocess.run([*pip, peer.requirement], capture_output=True, text=True, check=False)
+    if outcome.returncode != 0:
+        shutil.rmtree(peer.folder, ignore_errors=True)
+        reason = (outcome.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise RuntimeError(f"{peer.requirement} could not be installed (it needs the network once): {reason}")
+    peer.stamp.touch()
+
+
+def environment(peer: Peer | None) -> dict[str, str]:
+    """Return the environment of a child process in which `peer` is imported in place of ours (None: ours).
+
+    Run the child as a script (`python folder/script.py`), not with `-m`: that would put this checkout before the peer.
+
+    Raises:
+        RuntimeError: the peer is not installed.
+    """
+    if peer is None:
+        return dict(os.environ)
+    if not peer.stamp.exists():
+        raise RuntimeError(f"{peer.name} is not installed under {peer.folder.parent}: run `make setup`")
+    return {**os.environ, "PYTHONPATH": str(peer.folder)}
+
+
+def main() -> None:
+    """Install the peers named on the command line."""
+    for name in sys.argv[1:]:
+        if name not in PEERS:
+            raise SystemExit(f"unknown peer {name!r}: choose from {', '.join(PEERS)}")
+        install(PEERS[name])
+
+
+if __name__ == "__main__":
+    main()
