@@ -65,16 +65,16 @@ def install(peer: Peer) -> None:
 def environment(peer: Peer | None) -> dict[str, str]:
     """Return the environment of a child process in which `peer` is imported in place of ours (None: ours).
 
-    Run the child as a script (`python folder/script.py`), not with `-m`: that would put this checkout before the peer.
+    The checkout comes after the peer, so that the child also finds `benchmarks` and `reference`. Run it as a script
+    (`python folder/script.py`), not with `-m`: that would put the checkout before the peer.
 
     Raises:
         RuntimeError: the peer is not installed.
     """
-    if peer is None:
-        return dict(os.environ)
-    if not peer.stamp.exists():
-        raise RuntimeError(f"{peer.name} is not installed under {peer.folder.parent}: run `make setup`")
-    return {**os.environ, "PYTHONPATH": str(peer.folder)}
+    if peer is not None and not peer.stamp.exists():
+        raise RuntimeError(f"{peer.name} is not installed in {peer.folder}: run `make setup`")
+    path = [str(ROOT)] if peer is None else [str(peer.folder), str(ROOT)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def main() -> None:

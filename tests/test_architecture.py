@@ -27,6 +27,7 @@ FLOORS = {
     "integrations": 4,
     "training": 5,
     "cli": 6,
+    "__main__": 7,
 }
 FACE_FLOOR = 3  # galore_torch/__init__.py shows floors 1 to 3: it may import them, and the floors above may import it
 TORCH_ALONE_FLOOR = 3  # up to here torch is the only library

@@ -1,0 +1,73 @@
+"""Contenders as child processes: all alive at once, so that their steps can be timed in turn, round after round."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks.contender import Request
+from benchmarks.peers import APOLLO, GALORE_1, Peer, environment
+
+SCRIPT = Path(__file__).with_name("contender.py")
+PEER_OF: dict[str, Peer] = {"galore-torch 1.0": GALORE_1, "apollo-torch 1.0.3": APOLLO}
+
+
+class Contender:
+    """A running contender; a context manager that ends its process.
+
+    Args:
+        request: What it is to be.
+
+    Raises:
+        RuntimeError: its peer is not installed.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.name = request.contender
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), json.dumps(asdict(request))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            text=True,
+            env=environment(PEER_OF.get(request.contender)),
+        )
+
+    def step(self) -> dict[str, float]:
+        """Take one step; return the seconds of each of its parts."""
+        return self._ask("step")
+
+    def memory(self) -> dict[str, float]:
+        """Return the bytes that it keeps beside weights and gradients: "state" and "counters"."""
+        return self._ask("memory")
+
+    def _ask(self, command: str) -> dict[str, float]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: reading finds no answer
+        answer = self._process.stdout.readline()
+        if not answer:
+            self._complaints.seek(0)
+            raise RuntimeError(f"{self.name} died while asked for {command!r}:\n{self._complaints.read()[-2000:]}")
+        seconds: dict[str, float] = json.loads(answer)
+        return seconds
+
+    def __enter__(self) -> "Contender":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._complaints):
+            assert stream is not None
+            stream.close()
