@@ -1,0 +1,125 @@
+"""The keys of a projected parameter group: their defaults, their checks, and the names of its parameters.
+
+A group with a `rank` is projected. The keys are the ones that Transformers, LLaMA-Factory and Axolotl already pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from galore_torch.projection import DECOMPOSITIONS, Projection
+
+PROJECTED_DEFAULTS: dict[str, Any] = {
+    "update_proj_gap": 200,
+    "scale": 0.25,
+    "proj_type": "std",
+    "decomposition": "warm",
+    "stagger": True,
+    "layout": "tucker",
+}
+"""What a group with a `rank` gets where it says nothing: gap and scale as in the paper."""
+
+FIXED_KEYS = ("rank", "proj_type", "layout")
+"""Keys that decide the shapes in the state, so that a checkpoint must agree with them."""
+
+projection_of = functools.lru_cache(maxsize=None)(Projection.of)
+identity_of = functools.lru_cache(maxsize=None)(Projection.identity)
+
+
+def is_projected(group: Mapping[str, Any]) -> bool:
+    """Whether the parameters of a group are projected."""
+    return "rank" in group
+
+
+def parameter_name(group: Mapping[str, Any], index: int) -> str:
+    """What to call a parameter in a message: its name if the group has names, else its place and shape."""
+    names = group.get("param_names")
+    if names is not None:
+        return str(names[index])
+    return f"parameter {index} of its group, of shape {tuple(group['params'][index].shape)}"
+
+
+def projection_in(group: Mapping[str, Any], weight: Tensor) -> Projection:
+    """How a group projects a weight; the identity for a group without a `rank`."""
+    if not is_projected(group):
+        return identity_of(weight.shape)
+    return projection_of(weight.shape, group["rank"], group["proj_type"], group["layout"])
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Checks a group before the optimizer takes it, and fills in the keys of a projected one.
+
+    Args:
+        group: with a list of tensors as `params`; changed in place.
+
+    Raises:
+        ValueError: a parameter listed twice, an empty projected group, or a value out of range. The message names the
+            field, the value and the remedy.
+    """
+    seen: set[int] = set()
+    for index, parameter in enumerate(group["params"]):
+        if id(parameter) in seen:
+            raise ValueError(f"{parameter_name(group, index)} is listed twice in one parameter group; list it once")
+        seen.add(id(parameter))
+    if not is_projected(group):
+        return
+    if not group["params"]:
+        raise ValueError(f"the projected group (rank {group['rank']!r}) has no parameters; check your target modules")
+    for key, default in PROJECTED_DEFAULTS.items():
+        group.setdefault(key, default)
+    gap = group["update_proj_gap"]
+    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
+        raise ValueError(f"update_proj_gap is {gap!r}; use a whole number of steps of at least 1")
+    if not isinstance(group["scale"], (int, float)) or not 0 < group["scale"] < float("inf"):
+        raise ValueError(f"scale is {group['scale']!r}; use a positive number (the paper's is 0.25)")
+    if group["decomposition"] not in DECOMPOSITIONS:
+        raise ValueError(f"decomposition is {group['decomposition']!r}; use one of {', '.join(DECOMPOSITIONS)}")
+    if not isinstance(group["stagger"], bool):
+        raise ValueError(f"stagger is {group['stagger']!r}; use True or False")
+    _check_projections(group)
+
+
+def _check_projections(group: Mapping[str, Any]) -> None:
+    wasteful = []
+    for index, weight in enumerate(group["params"]):
+        name = parameter_name(group, index)
+        try:
+            projection = projection_of(weight.shape, group["rank"], group["proj_type"], group["layout"])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if weight.is_complex() or not weight.is_floating_point():
+            raise ValueError(f"{name} is {weight.dtype}; only real floating-point weights can be projected")
+        if projection.saves_nothing:
+            wasteful.append(name)
+    if wasteful:
+        shown = ", ".join(wasteful[:3]) + (", ..." if len(wasteful) > 3 else "")
+        warnings.warn(
+            f"rank {group['rank']} saves no memory for {len(wasteful)} of {len(group['params'])} projected weights "
+            f"({shown}): basis and image are as large as the gradient. Lower the rank, or leave them out of the group",
+            stacklevel=2,
+        )
+
+
+def check_same_geometry(current: Mapping[str, Any], saved: Mapping[str, Any], index: int) -> None:
+    """Checks that a checkpoint's group has the shapes of ours.
+
+    Args:
+        current: the optimizer's group.
+        saved: the checkpoint's.
+        index: which group it is, for the message.
+
+    Raises:
+        ValueError: `rank`, `proj_type` or `layout` differ.
+    """
+    for key in FIXED_KEYS:
+        ours, theirs = current.get(key), saved.get(key, PROJECTED_DEFAULTS.get(key) if key in current else None)
+        if ours != theirs:
+            raise ValueError(
+                f"parameter group {index} has {key}={ours!r}, the checkpoint has {key}={theirs!r}. Build the optimizer "
+                f"with {key}={theirs!r} to resume, or do not load the optimizer's state to start it anew"
+            )

@@ -1,0 +1,234 @@
+"""`ProjectedGradient`: a gradient that has been projected already, in the place of the full one.
+
+It has the weight's shape and dtype, and stores the image alone. As the basis is orthonormal, the norm of the image is
+the norm of what it stands for; and projection is linear, so scaling, zeroing and adding act on the image, and a full
+gradient added to it is projected first. So gradient clipping, loss scaling, accumulation and logging are right
+without knowing of it.
+
+Anything else that only reads it sees the full-size gradient it stands for, formed on the spot. Anything else that
+would change it in place is refused: it could silently leave the subspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from galore_torch.projection import Mode, Projection
+
+aten = torch.ops.aten
+
+_NORMS = {aten.linalg_vector_norm.default, aten._foreach_norm.Scalar, aten.norm.Scalar, aten.norm.ScalarOpt_dim}
+"""Norms of the whole tensor. Only the Euclidean one is the same for image and gradient."""
+
+_ON_IMAGE = {
+    # out of place: the result is a projected gradient of the same basis
+    aten.detach.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.neg.default,
+    aten._foreach_mul.Scalar,
+    aten._foreach_mul.Tensor,
+    aten._foreach_div.Scalar,
+    aten._foreach_neg.default,
+    # in place
+    aten.mul_.Tensor,
+    aten.mul_.Scalar,
+    aten.div_.Tensor,
+    aten.div_.Scalar,
+    aten.neg_.default,
+    aten.zero_.default,
+    aten.detach_.default,
+    aten._foreach_mul_.Scalar,
+    aten._foreach_mul_.ScalarList,
+    aten._foreach_mul_.Tensor,
+    aten._foreach_div_.Scalar,
+    aten._foreach_div_.ScalarList,
+    aten._foreach_div_.Tensor,
+    aten._foreach_neg_.default,
+    aten._foreach_zero_.default,
+    aten._amp_foreach_non_finite_check_and_unscale_.default,
+}
+"""Linear in the gradient when the other arguments are numbers or hold one element."""
+
+_SUMS = {aten.add.Tensor: +1, aten.add_.Tensor: +1, aten.sub.Tensor: -1, aten.sub_.Tensor: -1}
+
+
+class ProjectedGradient(Tensor):
+    """A tensor of a weight's shape that stores the image of its gradient.
+
+    Attributes:
+        image: the projected gradient, of `projection.image_shape`. Its dtype may differ from the weight's.
+        projection: how the weight is projected.
+        basis: the factors that were used, of the weight's dtype.
+
+    Example:
+        >>> projection = Projection.of((8, 4), rank=2)
+        >>> basis = {"right": torch.linalg.qr(torch.randn(4, 2)).Q}
+        >>> weight = torch.nn.Parameter(torch.zeros(8, 4))
+        >>> weight.grad = ProjectedGradient.of(torch.randn(8, 4), projection, basis)
+        >>> norm = torch.nn.utils.clip_grad_norm_([weight], max_norm=1e-3)
+        >>> weight.grad.image.shape, bool(weight.grad.norm() <= 1e-3)
+        (torch.Size([8, 2]), True)
+    """
+
+    image: Tensor
+    projection: Projection
+    basis: Mapping[str, Tensor]
+
+    @staticmethod
+    def __new__(
+        cls, image: Tensor, projection: Projection, basis: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> ProjectedGradient:
+        """Wraps an image.
+
+        Args:
+            image: of `projection.image_shape`.
+            projection: how the weight is projected.
+            basis: the factors.
+            dtype: the weight's dtype; the image's when left out.
+        """
+        made: ProjectedGradient = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, projection.shape, dtype=dtype or image.dtype, device=image.device, requires_grad=False
+        )
+        made.image, made.projection, made.basis = image, projection, basis
+        return made
+
+    @classmethod
+    def of(cls, full: Tensor, projection: Projection, basis: Mapping[str, Tensor]) -> ProjectedGradient:
+        """The projection of a full gradient.
+
+        Args:
+            full: of the weight's shape.
+            projection: how the weight is projected.
+            basis: the factors, of `full`'s dtype.
+
+        Returns:
+            The projected gradient.
+        """
+        return cls(projection.project(full, basis), projection, basis, full.dtype)
+
+    def to_full(self) -> Tensor:
+        """The full-size gradient that this stands for: P R, R Q^T or P R Q^T."""
+        return self.projection.project_back(self.image.to(self.dtype), self.basis)
+
+    def image_in(self, projection: Projection, basis: Mapping[str, Tensor]) -> Tensor:
+        """The image under a basis: the stored one when it was made with that basis, else projected anew.
+
+        Args:
+            projection: how the weight is projected now.
+            basis: the factors in use now.
+
+        Returns:
+            A tensor of `projection.image_shape`.
+        """
+        same = projection == self.projection and all(basis[name] is self.basis[name] for name in basis)
+        return self.image if same else projection.project(self.to_full(), basis)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"ProjectedGradient(shape={tuple(self.shape)}, image={self.image!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProjectedGradient:
+        return self._like(self.image.clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self), (self.image, self.projection, dict(self.basis), self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Projection, Mapping[str, Tensor], torch.dtype]]:
+        return ["image"], (self.projection, self.basis, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> ProjectedGradient:
+        return ProjectedGradient(inner["image"], *context)
+
+    def _like(self, image: Tensor) -> ProjectedGradient:
+        return ProjectedGradient(image, self.projection, self.basis, self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _NORMS and _is_euclidean(args, kwargs):
+            return func(*_unwrap(args), **kwargs)
+        if func in _SUMS and isinstance(args[0], cls):
+            return _sum(func, args[0], args[1], _SUMS[func] * kwargs.get("alpha", 1))
+        if func in _ON_IMAGE and _others_are_numbers(args):
+            return _on_image(func, args, kwargs)
+        if func is aten._to_copy.default:
+            return _to_copy(args[0], **kwargs)
+        changed = [a for a, spec in zip(args, func._schema.arguments) if spec.alias_info and spec.alias_info.is_write]
+        if any(isinstance(tensor, cls) for tensor in tree_flatten(changed)[0]):
+            raise ValueError(
+                f"{func} would change a projected gradient in place, which it cannot do within the subspace; read the "
+                'full gradient with .to_full(), or use attach(..., gradients="full")'
+            )
+        return func(*_full(args), **_full(kwargs))
+
+
+def _unwrap(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.image if isinstance(leaf, ProjectedGradient) else leaf, tree)
+
+
+def _full(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.to_full() if isinstance(leaf, ProjectedGradient) else leaf, tree)
+
+
+def _is_euclidean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    over_all_axes = len(args) < 3 or args[2] is None
+    return order == 2 and over_all_axes
+
+
+def _others_are_numbers(args: tuple[Any, ...]) -> bool:
+    leaves = tree_flatten(args[1:])[0]
+    return all(not isinstance(leaf, Tensor) or leaf.numel() == 1 for leaf in leaves)
+
+
+def _on_image(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs an operation on the images. What it returns, if anything, takes their place one by one."""
+    given = args[0]
+    result = func(*_unwrap(args), **kwargs)
+    if result is None:
+        return None
+    if func._schema.name.split("::")[1].rstrip("_") != func._schema.name.split("::")[1]:  # type: ignore[attr-defined]
+        return given
+    if isinstance(given, ProjectedGradient):
+        return given._like(result)
+    return [
+        before._like(after) if isinstance(before, ProjectedGradient) else after for before, after in zip(given, result)
+    ]
+
+
+def _sum(func: Any, left: ProjectedGradient, right: Any, alpha: float) -> ProjectedGradient:
+    if isinstance(right, ProjectedGradient):
+        image = right.image_in(left.projection, left.basis)
+    elif isinstance(right, Tensor) and right.shape == left.shape:
+        image = left.projection.project(right.to(left.dtype), left.basis)
+    else:
+        raise ValueError(
+            f"a projected gradient of shape {tuple(left.shape)} takes no {type(right).__name__} of another shape: "
+            "adding a constant to every entry leaves the subspace"
+        )
+    if func in (aten.add_.Tensor, aten.sub_.Tensor):
+        left.image.add_(image.to(left.image.dtype), alpha=alpha)
+        return left
+    return left._like(left.image.add(image.to(left.image.dtype), alpha=alpha))
+
+
+def _to_copy(gradient: ProjectedGradient, **kwargs: Any) -> ProjectedGradient:
+    placed = {name: value for name, value in kwargs.items() if name in ("dtype", "device", "non_blocking")}
+    basis = {name: factor.to(**placed) for name, factor in gradient.basis.items()}
+    image = aten._to_copy.default(gradient.image, **placed)
+    return ProjectedGradient(image, gradient.projection, basis, kwargs.get("dtype") or gradient.dtype)
+
+
+torch.serialization.add_safe_globals([ProjectedGradient, Projection, Mode])

@@ -1,0 +1,143 @@
+"""`Rule`: any `torch.optim.Optimizer`, used as nothing but its update rule.
+
+The optimizer is built once, on a tiny parameter, so that wrong arguments are told at once and its defaults are known.
+For each call it is lent the tensors to move, their gradients, their state and their hyperparameters, and it keeps
+none of them afterwards. So nothing is keyed on the identity of a parameter, nothing is copied when a checkpoint is
+taken, and it never notices that what it moves are coordinates.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Decay = Literal["none", "l2", "decoupled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an optimizer does that its signature does not tell.
+
+    Attributes:
+        decay: where its `weight_decay` acts: on the gradient (`l2`), on the weight before the update (`decoupled`),
+            or there is none.
+        many_calls: whether stepping the parameters in several calls equals stepping them in one.
+        learning_rate: the rate that a weight really moves with, where that depends on the weight, from its group,
+            the weight and the number of its step (from 1); the group's `lr` when left out.
+        factor: a correction of the displacement, where that depends on the weight, from the same and the shape of
+            its coordinates.
+        given: hyperparameters that the rule gets instead of the group's, because `factor` takes their place.
+    """
+
+    decay: Decay = "none"
+    many_calls: bool = True
+    learning_rate: Callable[[Mapping[str, Any], Tensor, int], float | Tensor] | None = None
+    factor: Callable[[Mapping[str, Any], Tensor, int, Sequence[int]], float | Tensor] | None = None
+    given: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether every parameter, projected or not, must go through coordinates, because `factor` serves it."""
+        return self.factor is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lent:
+    """What a rule is lent for one tensor.
+
+    Attributes:
+        tensor: moved in place.
+        grad: its gradient, of the same shape and dtype.
+        state: the rule's own state of it, changed in place.
+        group: the hyperparameters; what it lacks is as at construction.
+    """
+
+    tensor: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    group: Mapping[str, Any]
+
+
+DECLARED: dict[str, Traits] = {}
+"""Traits by qualified class name, for optimizers that a probe cannot tell about. `recipes` fills it."""
+
+
+class Rule:
+    """An optimizer class and its arguments, as an update rule.
+
+    Args:
+        optimizer: the class.
+        arguments: for its constructor, besides the parameters.
+        dimensions: how many dimensions the tiny parameter has on which it is built.
+
+    Attributes:
+        defaults: its hyperparameters by name, as a parameter group holds them.
+
+    Raises:
+        TypeError, ValueError: the class' own complaints about its arguments.
+    """
+
+    def __init__(
+        self, optimizer: type[torch.optim.Optimizer], arguments: Mapping[str, Any], dimensions: int = 2
+    ) -> None:
+        self.name = f"{optimizer.__module__}.{optimizer.__qualname__}"
+        tiny = torch.nn.Parameter(torch.zeros((2,) * dimensions))
+        self._optimizer = optimizer([tiny], **arguments)
+        self._template = {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
+        # torchao holds the learning rate in a tensor. Ours stays the number that was passed, for schedulers to read.
+        self.defaults = {key: _plain(value, arguments.get(key)) for key, value in self._template.items()}
+        self._forget()
+
+    def step(self, lent: Sequence[Lent]) -> None:
+        """Moves each tensor by the rule, and updates its state.
+
+        Args:
+            lent: the tensors with their gradients, states and groups. Those that share a group share the object.
+        """
+        parameters = [torch.nn.Parameter(one.tensor) for one in lent]
+        by_group: dict[int, dict[str, Any]] = {}
+        try:
+            for one, parameter in zip(lent, parameters):
+                parameter.grad = one.grad
+                if one.state:
+                    self._optimizer.state[parameter] = one.state
+                group = by_group.get(id(one.group))
+                if group is None:
+                    group = by_group[id(one.group)] = self._hyperparameters(one.group)
+                group["params"].append(parameter)
+            self._optimizer.param_groups = list(by_group.values())
+            self._optimizer.step()
+            for one, parameter in zip(lent, parameters):
+                state = self._optimizer.state.get(parameter, {})
+                if state is not one.state:
+                    one.state.clear()
+                    one.state.update(state)
+        finally:
+            self._forget()
+
+    def _hyperparameters(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        values = {key: _as_template(group.get(key, value), value) for key, value in self._template.items()}
+        return {**values, "params": []}
+
+    def _forget(self) -> None:
+        self._optimizer.state = defaultdict(dict)
+        self._optimizer.param_groups = []
+
+
+def _plain(value: Any, passed: Any) -> Any:
+    """A default as our groups hold it: a tensor only if a tensor was passed."""
+    if isinstance(value, Tensor) and not isinstance(passed, Tensor):
+        return value.item() if passed is None else passed
+    return value
+
+
+def _as_template(value: Any, template: Any) -> Any:
+    """A hyperparameter in the form that the optimizer wants: in a tensor of its own if it made one at construction."""
+    if isinstance(template, Tensor) and not isinstance(value, Tensor):
+        return template.clone().fill_(value)
+    return value

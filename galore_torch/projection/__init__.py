@@ -1,0 +1,24 @@
+"""Floor 1: the mathematics of the projection, on tensors only.
+
+It knows no optimizer, no module and no process group. Three questions, three files: what a projection does to a
+tensor (`geometry`), which subspace it uses (`decompositions`, `tucker`), and when that is renewed (`renewal`).
+"""
+
+from galore_torch.projection.decompositions import DECOMPOSITIONS, Side, find_bases
+from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, Projection
+from galore_torch.projection.renewal import is_due, turn_offset
+from galore_torch.projection.subspace import find_basis
+
+__all__ = [
+    "DECOMPOSITIONS",
+    "LAYOUTS",
+    "PROJ_TYPES",
+    "Basis",
+    "Mode",
+    "Projection",
+    "Side",
+    "find_bases",
+    "find_basis",
+    "is_due",
+    "turn_offset",
+]

@@ -1,0 +1,173 @@
+"""Which subspace: the ways to find orthonormal bases of a matrix's columns (left) and rows (right).
+
+* `svd`: the exact leading singular vectors, with LAPACK's orientation and signs. The paper's choice.
+* `randomized`: subspace iteration on A A^T started from a Gaussian matrix, with oversampling (Halko, Martinsson and
+  Tropp 2011, algorithm 4.4; GaLore 2, arXiv 2504.20437).
+* `warm`: the same started from the old basis, which is close already, since a gradient's subspace moves slowly.
+* `random`: an orthonormal basis drawn at random, blind to the gradient (GoLore, arXiv 2410.11289).
+
+All take stacks of matrices. Shape suffixes: d x k the matrix seen from the side in question, r the rank, l = r plus
+the oversampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["left", "right"]
+
+OVERSAMPLING = 16
+"""Extra directions a subspace iteration carries along. Measured in docs/decisions.md."""
+
+Decomposition = Callable[[Tensor, Mapping[str, int], Mapping[str, Tensor], torch.Generator], dict[str, Tensor]]
+
+
+def _svd(
+    matrix: Tensor, ranks: Mapping[str, int], old: Mapping[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    vectors = {"left": left, "right": right.mT}
+    return {side: vectors[side][..., :rank] for side, rank in ranks.items()}
+
+
+def _random(
+    matrix: Tensor, ranks: Mapping[str, int], old: Mapping[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    return {
+        side: torch.linalg.qr(_gaussian(_facing(matrix, side), rank, generator)).Q for side, rank in ranks.items()
+    }
+
+
+def _randomized(
+    matrix: Tensor, ranks: Mapping[str, int], old: Mapping[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    return _iterate_sides(matrix, ranks, {}, generator, power_iterations=2)
+
+
+def _warm(
+    matrix: Tensor, ranks: Mapping[str, int], old: Mapping[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    return _iterate_sides(matrix, ranks, old, generator, power_iterations=1)
+
+
+DECOMPOSITIONS: dict[str, Decomposition] = {
+    "svd": _svd,
+    "randomized": _randomized,
+    "warm": _warm,
+    "random": _random,
+}
+
+
+def find_bases(
+    matrix: Tensor,
+    ranks: Mapping[str, int],
+    decomposition: str,
+    *,
+    generator: torch.Generator,
+    old: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Orthonormal bases of the wanted sides of a matrix, or of each matrix of a stack.
+
+    Args:
+        matrix: (..., m, n), finite and not all zero; float32 or float64 (anything shorter is computed in float32).
+        ranks: the number of columns wanted for `left`, for `right`, or for both; at most min(m, n).
+        decomposition: one of `DECOMPOSITIONS`.
+        generator: where random numbers come from, on `matrix`'s device.
+        old: the bases in use until now. `warm` starts from them, and all but `svd` turn the new basis' signs to agree
+            with theirs, so that moments kept in the old coordinates stay meaningful.
+
+    Returns:
+        Contiguous (..., m, r) and (..., n, r) by side, in the dtype of the computation. They hold no memory but
+        their own elements.
+
+    Raises:
+        ValueError: an unknown decomposition.
+        torch.linalg.LinAlgError: the decomposition did not converge.
+    """
+    if decomposition not in DECOMPOSITIONS:
+        raise ValueError(f"decomposition is {decomposition!r}; use one of {', '.join(DECOMPOSITIONS)}")
+    exact = matrix if matrix.dtype == torch.float64 else matrix.float()
+    old = {side: basis.to(exact.dtype) for side, basis in (old or {}).items()}
+    found = DECOMPOSITIONS[decomposition](exact, ranks, old, generator)
+    if decomposition != "svd":
+        found = {side: align_signs(basis, old.get(side)) for side, basis in found.items()}
+    # A slice of the whole factor would keep all of it alive.
+    return {side: basis.clone(memory_format=torch.contiguous_format) for side, basis in found.items()}
+
+
+def align_signs(basis_dr: Tensor, old_dr: Tensor | None) -> Tensor:
+    """The basis with each column's sign turned so that it points along the old column, as far as it does.
+
+    Args:
+        basis_dr: (..., d, r).
+        old_dr: (..., d, r), or None for no change.
+
+    Returns:
+        (..., d, r), spanning the same subspace.
+    """
+    if old_dr is None or old_dr.shape != basis_dr.shape:
+        return basis_dr
+    agreement = (basis_dr * old_dr).sum(dim=-2, keepdim=True)
+    return torch.where(agreement < 0, -basis_dr, basis_dr)
+
+
+def _facing(matrix: Tensor, side: str) -> Tensor:
+    """The matrix seen from a side: its columns are what the side's basis spans."""
+    return matrix if side == "left" else matrix.mT
+
+
+def _gaussian(facing_dk: Tensor, columns: int, generator: torch.Generator) -> Tensor:
+    shape = (*facing_dk.shape[:-1], columns)
+    return torch.randn(shape, generator=generator, dtype=facing_dk.dtype, device=facing_dk.device)
+
+
+def _iterate_sides(
+    matrix: Tensor,
+    ranks: Mapping[str, int],
+    old: Mapping[str, Tensor],
+    generator: torch.Generator,
+    *,
+    power_iterations: int,
+) -> dict[str, Tensor]:
+    """Subspace iteration for one side; the other side, if wanted, follows from it."""
+    largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    matrix = matrix / torch.where(largest > 0, largest, 1)  # keeps the squares within range
+    first, *others = ranks
+    found = {
+        first: _subspace_iteration(
+            _facing(matrix, first), ranks[first], old.get(first), generator, power_iterations=power_iterations
+        )
+    }
+    for side in others:
+        # Right singular vectors span A^T U; the columns come in the order of the singular values.
+        found[side] = _orthonormal(_facing(matrix, side) @ found[first])[..., : ranks[side]]
+    return found
+
+
+def _subspace_iteration(
+    facing_dk: Tensor, rank: int, old_dr: Tensor | None, generator: torch.Generator, *, power_iterations: int
+) -> Tensor:
+    """The leading `rank` left singular vectors, nearly: (A A^T)^q applied to a start, then Rayleigh-Ritz.
+
+    Rayleigh-Ritz turns the axes within the subspace to the singular directions. It changes no captured energy, but
+    an elementwise rule such as Adam's depends on the axes.
+    """
+    size = min(rank + OVERSAMPLING, *facing_dk.shape[-2:])
+    missing = size if old_dr is None or old_dr.shape[-1] > size else size - old_dr.shape[-1]
+    start_dl = _gaussian(facing_dk, missing, generator)
+    if missing < size and old_dr is not None:
+        start_dl = torch.cat((old_dr, start_dl / start_dl.shape[-2] ** 0.5), dim=-1)
+    for _ in range(power_iterations):
+        # (A A^T) applied once: the product with A^T costs as much as the one with A and squares the decay.
+        start_dl = _orthonormal(facing_dk @ (facing_dk.mT @ start_dl))
+    low_lk = start_dl.mT @ facing_dk
+    _, rotation_ll = torch.linalg.eigh(low_lk @ low_lk.mT)  # ascending
+    return start_dl @ rotation_ll.flip(-1)[..., :rank]
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    return torch.linalg.qr(matrix).Q

@@ -1,0 +1,77 @@
+"""From a gradient to a basis: one door for matrices, stacks and Tucker projections.
+
+Tucker: the factors of a tensor with several projected axes are found by higher-order orthogonal iteration (De Lathauwer,
+De Moor and Vandewalle 2000): each factor is the leading left basis of the tensor's unfolding along its axis, after the
+other axes have been projected with theirs. tensorly's `tucker` is the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from galore_torch.projection.decompositions import find_bases
+from galore_torch.projection.geometry import Basis, Mode, Projection, multiply_mode
+
+TUCKER_SWEEPS = 2
+"""Sweeps over the axes after the first pass. The first already finds each axis' own best subspace."""
+
+
+def find_basis(
+    projection: Projection,
+    grad: Tensor,
+    decomposition: str,
+    *,
+    generator: torch.Generator,
+    old: Basis | None = None,
+) -> dict[str, Tensor]:
+    """A basis for a weight from its gradient.
+
+    Args:
+        projection: how the weight is projected.
+        grad: its full gradient, finite and not all zero, of the weight's shape.
+        decomposition: one of `DECOMPOSITIONS`.
+        generator: where random numbers come from, on `grad`'s device.
+        old: the basis in use until now, if any.
+
+    Returns:
+        The factors by mode, contiguous, in `grad`'s dtype.
+
+    Raises:
+        ValueError: an unknown decomposition.
+        torch.linalg.LinAlgError: the decomposition did not converge.
+
+    Example:
+        >>> projection = Projection.of((6, 4), rank=2)
+        >>> basis = find_basis(projection, torch.randn(6, 4), "svd", generator=torch.Generator())
+        >>> basis["right"].shape
+        torch.Size([4, 2])
+    """
+    view = grad.reshape(projection.view_shape)
+    if any(mode.name.startswith("mode") for mode in projection.modes):
+        found = _tucker(projection, view, decomposition, generator, old or {})
+    else:
+        ranks = {mode.name: mode.rank for mode in projection.modes}
+        found = find_bases(view, ranks, decomposition, generator=generator, old=old)
+    return {name: factor.to(grad.dtype) for name, factor in found.items()}
+
+
+def _tucker(
+    projection: Projection, tensor: Tensor, decomposition: str, generator: torch.Generator, old: Basis
+) -> dict[str, Tensor]:
+    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+
+    def factor(mode: Mode, others: Basis) -> Tensor:
+        image = tensor
+        for other in projection.modes:
+            if other.name in others and other.name != mode.name:
+                image = multiply_mode(image, others[other.name], other.axis)
+        unfolded_dk = torch.movedim(image, mode.axis, 0).flatten(1)
+        known = {"left": old[mode.name]} if mode.name in old else None
+        return find_bases(unfolded_dk, {"left": mode.rank}, decomposition, generator=generator, old=known)["left"]
+
+    basis = {mode.name: factor(mode, {}) for mode in projection.modes}
+    for _ in range(TUCKER_SWEEPS if decomposition != "random" and len(basis) > 1 else 0):
+        for mode in projection.modes:
+            basis[mode.name] = factor(mode, basis)
+    return basis
