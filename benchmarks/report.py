@@ -17,6 +17,7 @@ PART_LABELS = {
     "inner": "  AdamW on the coordinates",
     "weights": "  read and write the weights",
 }
+PART_COLORS = {"products": "tab:orange", "inner": "tab:green", "weights": "tab:red"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +72,19 @@ def tables(outcome: Outcome) -> Group:
     """Return the case as two tables: the contenders, and our figures against their bars."""
     case = outcome.case
     costs = Table(title=f"LLaMA {case.shapes.upper()}, {case.dtype}, rank {LLAMA[case.shapes].rank}")
-    for column in ("", "ordinary step", "renewing all layers", "state"):
+    for column in ("", "ordinary step, ms", "renewing all, s", "state, MiB"):
         costs.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, timing in outcome.timings.items():
         if name == FLOOR:
             costs.add_section()
         costs.add_row(
             name if name != FLOOR else "physical floor: the sum of",
-            f"{timing.step_s * 1e3:.1f} ms",
-            ", ".join(f"{seconds:.2f} s" for seconds in timing.renewals_s),
-            f"{timing.state_bytes / 2**20:.1f} MiB" if timing.state_bytes else "",
+            f"{timing.step_s * 1e3:.1f}",
+            ", ".join(f"{seconds:.2f}" for seconds in timing.renewals_s),
+            f"{timing.state_bytes / 2**20:.1f}" if timing.state_bytes else "",
         )
     for part, seconds in outcome.timings[FLOOR].parts_s.items():
-        costs.add_row(PART_LABELS[part], f"{seconds * 1e3:.1f} ms", "", "")
+        costs.add_row(PART_LABELS[part], f"{seconds * 1e3:.1f}", "", "")
 
     figures = Table()
     for column in (f"{OURS}", "measured", "at most", ""):
@@ -118,15 +119,16 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     )
     for axis, outcome in zip(axes[0], outcomes, strict=True):
         for name, timing in outcome.timings.items():
-            bottom = 0.0
+            bottom_ms = 0.0
             for part, seconds in timing.parts_s.items():
-                label = PART_LABELS[part].strip() if name == FLOOR else None
-                color = None if name == FLOOR else "tab:blue" if name == OURS else "lightgray"
-                axis.bar(name, seconds * 1e3, bottom=bottom, label=label, color=color)
-                bottom += seconds * 1e3
+                label = PART_LABELS.get(part, "").strip() or None
+                color = PART_COLORS.get(part, "tab:blue" if name == OURS else "silver")
+                axis.bar(name, seconds * 1e3, bottom=bottom_ms, label=label, color=color)
+                bottom_ms += seconds * 1e3
         axis.set_title(f"LLaMA {outcome.case.shapes.upper()}, {outcome.case.dtype}")
         axis.set_ylabel("ordinary step, ms")
         axis.tick_params(axis="x", rotation=30)
+        axis.margins(y=0.4)  # room for the legend above the bars
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -41,10 +41,10 @@ class Dtype(str, Enum):
 def machine(threads: int) -> dict[str, Any]:
     """Return what a reader of the figures must know of the machine; `load` is the work of others on it."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "threads": threads,
-        "load": os.getloadavg()[0],
+        "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -88,12 +88,8 @@ def main(
 ) -> None:
     """Time a step and a renewal of every contender and print our figures against their bars."""
     if quick:
-        shapes, dtype, rounds, stagger_steps = (
-            shapes or [Shapes.LLAMA_60M],
-            dtype or [Dtype.BFLOAT16],
-            min(rounds, 5),
-            0,
-        )
+        shapes, dtype = shapes or [Shapes.LLAMA_60M], dtype or [Dtype.BFLOAT16]
+        rounds, stagger_steps = min(rounds, 5), 0
     cases = [
         Case(shapes=shape.value, dtype=name.value, rounds=rounds, stagger_steps=stagger_steps, threads=threads)
         for shape in shapes or Shapes
