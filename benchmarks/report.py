@@ -72,7 +72,7 @@ def tables(outcome: Outcome) -> Group:
     """Return the case as two tables: the contenders, and our figures against their bars."""
     case = outcome.case
     costs = Table(title=f"LLaMA {case.shapes.upper()}, {case.dtype}, rank {LLAMA[case.shapes].rank}")
-    for column in ("", "ordinary step, ms", "renewing all, s", "state, MiB"):
+    for column in ("", "step, ms", "renewing all, s", "state, MiB"):
         costs.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, timing in outcome.timings.items():
         if name == FLOOR:
