@@ -1,0 +1,46 @@
+"""The console command ``galore``: its subcommands and how an error is told."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
+
+# What these libraries say while they are imported is about features that nothing here uses.
+_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
+def main() -> None:
+    """Run the command line. Without the ``train`` extra, say which line installs it."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        app = build_app()
+    except ImportError as missing:
+        sys.exit(f"galore: {missing}")
+    app()
+
+
+def build_app() -> typer.Typer:
+    """The command line as a typer application.
+
+    Raises:
+        ImportError: when the ``train`` extra is not installed.
+    """
+    from galore_torch.training import command, flags  # says what is missing, before typer is looked for
+
+    import typer  # isort: skip
+
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+    )
+    app.callback()(_galore)
+    app.command("pretrain", epilog=command.EXAMPLES)(flags.with_settings(command.pretrain))
+    return app
+
+
+def _galore() -> None:
+    """Train every weight of a large language model in the optimizer memory of low-rank adapters."""

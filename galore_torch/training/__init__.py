@@ -1,0 +1,28 @@
+"""Pre-training on Transformers' Trainer and Datasets: the job, its configuration, its data and its run folder.
+
+| module | what it answers |
+| --- | --- |
+| `settings` | how a setting is declared once and checked, read from TOML, and shown in ``--help`` |
+| `config` | which settings a pre-training has |
+| `presets` | which values the paper's models and the demo use |
+| `sources` | where documents come from |
+| `tokenizer` | which tokenizer cuts them |
+| `packing` | how documents become sequences of one length |
+| `optimizers` | which optimizer a name stands for, and what the Trainer is handed |
+| `pretrain` | the run itself |
+| `run_folder`, `metrics`, `plots`, `progress`, `interrupt` | what it leaves behind and shows meanwhile |
+| `demo` | GaLore beside full-rank AdamW in a few minutes |
+
+All of it needs the ``train`` extra; importing it without says so.
+"""
+
+from importlib.util import find_spec
+
+_NEEDED = ("accelerate", "datasets", "matplotlib", "rich", "tokenizers", "transformers", "typer")
+
+_missing = [name for name in _NEEDED if find_spec(name) is None]
+if _missing:
+    raise ImportError(
+        f"galore_torch.training needs {', '.join(_missing)}, which this environment does not have. "
+        'Install it with:  pip install "galore-torch[train]"'
+    )

@@ -1,0 +1,126 @@
+"""``galore pretrain``: from flags to a run, and from its result to the screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from galore_torch.training.presets import DEFAULT_PRESET, PRESETS, configure
+from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.units import duration, megabytes
+
+if TYPE_CHECKING:
+    from galore_torch.training.pretrain import Run, RunResult
+
+EXAMPLES = """[bold]Examples[/]
+
+galore pretrain
+[dim]a tiny LLaMA on the Python standard library's sources, in minutes on a CPU[/]
+
+galore pretrain --preset llama-60m --data allenai/c4 --out runs/60m
+[dim]the paper's 60M model and recipe[/]
+
+galore pretrain --preset llama-60m --data texts/ --rank 64 --lr 5e-3 --steps 2000
+[dim]text of your own[/]
+
+galore pretrain --resume --out runs/60m
+[dim]go on after Ctrl-C[/]
+"""
+
+_RUN = "Run"
+
+
+def pretrain(
+    *,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Model and recipe to start from: {', '.join(PRESETS)}. Flags and --config override it. "
+            rf"[dim]\[default: {DEFAULT_PRESET}][/]",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of settings, such as a run folder's config.toml.", rich_help_panel=_RUN),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help=r"Run folder to make. [dim]\[default: runs/PRESET-OPTIMIZER][/]", rich_help_panel=_RUN),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, by its own settings.", rich_help_panel=_RUN)
+    ] = False,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print the result as one JSON object; progress goes to stderr.", rich_help_panel=_RUN
+        ),
+    ] = False,
+    **given: Any,
+) -> None:
+    """Pre-train a LLaMA from scratch, with GaLore or with a full-rank optimizer to compare with.
+
+    The run folder gets config.toml, metrics.jsonl, the model with its tokenizer, loss.png and a resumable checkpoint.
+    Ctrl-C saves one too.
+    """
+    console = Console(stderr=json)
+    try:
+        run = _prepare(
+            preset, config, out, {name: value for name, value in given.items() if value is not None}, resume, console
+        )
+    except (ValueError, ImportError) as error:
+        Console(stderr=True).print(
+            f"[bold red]galore pretrain:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(2) from error
+    result = run.train()
+    if json:
+        print(json_format.dumps(dataclasses.asdict(result)))
+    else:
+        show(result, console)
+
+
+def _prepare(
+    preset: str | None, file: Path | None, out: Path | None, given: dict[str, Any], resume: bool, console: Console
+) -> Run:
+    """The run that the flags ask for, ready to train."""
+    if resume:
+        if out is None:
+            raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
+        also = [name for name, value in {"preset": preset, "config": file, **given}.items() if value is not None]
+        if also:
+            raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
+        RunFolder(out).require_unfinished()
+    else:
+        settings = configure(preset, file, **given)
+        out = out or Path("runs") / f"{preset or DEFAULT_PRESET}-{settings.optimizer.optimizer}"
+        RunFolder(out).require_new()
+    # Only now what takes seconds to import: a wrong flag is told at once.
+    with console.status("Loading Transformers"):
+        from galore_torch.training.pretrain import new_run, resumed_run
+    return resumed_run(out, console=console) if resume else new_run(settings, out, console=console)
+
+
+def show(result: RunResult, console: Console) -> None:
+    """Print what a run came to, and what to do with it."""
+    if not result.finished:
+        console.print(
+            f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; go on with:", soft_wrap=True
+        )
+        console.print(f"  galore pretrain --resume --out {result.out}", soft_wrap=True, highlight=False)
+        return
+    console.print(
+        f"perplexity {result.perplexity:,.2f}  {result.tokens_per_second:,.0f} tok/s  "
+        f"optimizer state {megabytes(result.state_bytes)}  peak memory {megabytes(result.peak_memory_bytes)}  "
+        f"{duration(result.seconds)} of training",
+    )
+    console.print(
+        f"model {result.out}/model  metrics {result.out}/metrics.jsonl  plot {result.out}/loss.png", soft_wrap=True
+    )

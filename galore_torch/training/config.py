@@ -1,0 +1,208 @@
+"""The settings of a pre-training: a frozen dataclass a section, for flags, ``--config`` and run folder alike."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from galore_torch.training import optimizers
+from galore_torch.training.settings import check, read_toml, setting, write_toml
+
+_PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+_DECOMPOSITIONS = ("svd", "randomized", "warm", "random")
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The LLaMA that is trained."""
+
+    hidden: int = setting(512, "Width of the residual stream.", minimum=1)
+    intermediate: int = setting(1376, "Width inside the MLPs.", minimum=1)
+    layers: int = setting(8, "Number of layers.", minimum=1)
+    heads: int = setting(8, "Number of attention heads; must divide hidden into even parts.", minimum=1)
+    dtype: str = setting("bfloat16", "What weights and activations are stored in.", choices=_DTYPES)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.hidden % (2 * self.heads):
+            raise ValueError(
+                f"heads = {self.heads} does not divide hidden = {self.hidden} into heads of even width; "
+                "choose hidden as a multiple of 2 * heads."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text that it is trained on."""
+
+    data: str = setting(
+        "stdlib",
+        "What to train on: stdlib (the Python standard library's own sources, no download), allenai/c4 or any other "
+        "data set of the Hugging Face Hub (streamed), or a file or folder of text, JSON lines or Parquet.",
+    )
+    subset: str | None = setting(None, "Which configuration of a Hub data set.", shown="en for allenai/c4")
+    text_column: str = setting("text", "Which column of a Hub data set, JSON lines or Parquet holds the text.")
+    tokenizer: str = setting(
+        "auto",
+        "train (byte-level BPE, trained on the spot and cached), or the name or folder of a ready one. auto is t5-base "
+        "for a Hub data set, as in the paper, and train for local text.",
+    )
+    vocab: int = setting(
+        32000, "Entries of a tokenizer that is trained on the spot; a ready one brings its own.", minimum=260
+    )
+    seq: int = setting(256, "Length of a sequence, in tokens; documents are packed into sequences.", minimum=2)
+    eval_tokens: int = setting(10_000_000, "Held-out text for the perplexity, in tokens, at most.", minimum=2)
+    cache: str | None = setting(
+        None, "Folder for trained tokenizers and tokenized text.", shown="$GALORE_CACHE or ~/.cache/galore-torch"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.data.strip():
+            raise ValueError(f"data = {self.data!r} names nothing; give stdlib, a Hub data set, a file or a folder.")
+        if self.eval_tokens < self.seq:
+            raise ValueError(
+                f"eval_tokens = {self.eval_tokens} is less than one sequence; give at least seq = {self.seq}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """What moves the weights."""
+
+    optimizer: str = setting(
+        "galore-adamw",
+        f"One of {', '.join(optimizers.NAMES)}. A galore- optimizer projects the attention's and the MLPs' matrices.",
+        choices=optimizers.NAMES,
+    )
+    lr: float = setting(0.01, "Peak learning rate.", above=0, shown="by preset and optimizer; with GaLore 0.01")
+    others_lr: float | None = setting(
+        None,
+        "Peak learning rate of what is never projected: embeddings, head, norms.",
+        above=0,
+        shown="the preset's if --lr is not given, else lr",
+    )
+    rank: int = setting(128, "Rank of the subspace, in dimensions.", minimum=1)
+    gap: int = setting(200, "Steps between two renewals of a basis.", minimum=1)
+    scale: float = setting(0.25, "Factor on the update that comes back from the subspace.", above=0)
+    proj_type: str = setting("std", "Which side is projected: std is the shorter one.", choices=_PROJ_TYPES)
+    decomposition: str | None = setting(
+        None, f"How a basis is found: {', '.join(_DECOMPOSITIONS)}.", choices=_DECOMPOSITIONS, shown="the library's"
+    )
+    stagger: bool = setting(True, "Let the layers take turns in renewing, so that no step pays for all.")
+    beta1: float = setting(0.9, "Decay of the first moment (momentum, for SGD) per step.", minimum=0, below=1)
+    beta2: float = setting(0.999, "Decay of the second moment per step.", minimum=0, below=1)
+    eps: float = setting(1e-8, "Added to the root of the second moment.", above=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay per unit of learning rate.", minimum=0)
+    clip: float = setting(0.0, "Clip the gradient to this norm; 0 clips nothing.", minimum=0)
+    state_dtype: str | None = setting(
+        None, "What the moments are stored in (galore- optimizers only).", choices=_DTYPES, shown="as the weights"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.state_dtype is not None and not optimizers.is_projected(self.optimizer):
+            raise ValueError(
+                f"state_dtype = {self.state_dtype!r} is for the galore- optimizers, not for "
+                f"{self.optimizer!r}; leave it out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long, in which portions, and what is recorded on the way."""
+
+    steps: int = setting(10_000, "Optimizer steps.", minimum=1)
+    batch: int = setting(512, "Sequences a step, over all processes.", minimum=1)
+    micro_batch: int = setting(32, "Sequences at once in one process; bounds memory, changes nothing else.", minimum=1)
+    warmup: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.", minimum=0, below=1)
+    final_lr: float = setting(0.1, "Where the cosine ends, as a share of the peak.", minimum=0, maximum=1)
+    seed: int = setting(0, "Seed of the weights, of the order of the text and of random bases.", minimum=0)
+    eval_every: int = setting(1000, "Steps between two evaluations; 0 evaluates at the end only.", minimum=0)
+    save_every: int = setting(
+        1000, "Steps between two resumable checkpoints; 0 saves at the end and on Ctrl-C.", minimum=0
+    )
+    report_to: str = setting(
+        "none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma."
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.batch % self.micro_batch:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} does not divide batch = {self.batch}; choose a divisor of the batch."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """All that decides a pre-training's outcome. Made by `configure`, kept in the run folder as ``config.toml``."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees."""
+        return self.schedule.batch * self.data.seq
+
+    def to_toml(self) -> str:
+        """The whole configuration as TOML, which `configure` reads back."""
+        return write_toml(dataclasses.asdict(self))
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+}
+"""Every section by its name in TOML and in `PretrainConfig`. No two sections share a setting's name."""
+
+
+def from_values(values: Mapping[str, Any]) -> PretrainConfig:
+    """Make a configuration from settings by name, whatever their section.
+
+    Raises:
+        ValueError: when a name is unknown or a value is not allowed.
+    """
+    home = {field.name: section for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in values.items():
+        if name not in home:
+            raise ValueError(f"{name} = {value!r} is no setting of a pre-training; {_suggest(name, home)}")
+        sections[home[name]][name] = value
+    return PretrainConfig(**{section: SECTIONS[section](**given) for section, given in sections.items()})
+
+
+def read_values(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """What a TOML file gives: the ``preset`` that it names before its sections, if any, and the settings by name.
+
+    Raises:
+        ValueError: when the file cannot be read or a setting stands in the wrong section.
+    """
+    sections = read_toml(path)
+    preset = sections.pop("preset", None)
+    values: dict[str, Any] = {}
+    for section, given in sections.items():
+        if section not in SECTIONS or not isinstance(given, dict):
+            known = ", ".join(f"[{name}]" for name in SECTIONS)
+            raise ValueError(f"{section} = {given!r} in {path} is no section; settings stand under {known}.")
+        known_names = {field.name for field in dataclasses.fields(SECTIONS[section])}
+        for name, value in given.items():
+            if name not in known_names:
+                raise ValueError(
+                    f"{name} = {value!r} in {path} is no setting of [{section}]; {_suggest(name, known_names)}"
+                )
+            values[name] = value
+    return preset, values
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."

@@ -1,0 +1,63 @@
+"""Every setting as a command-line flag, whose help is the setting's."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from galore_torch.training.config import SECTIONS
+from galore_torch.training.presets import PRESETS
+from galore_torch.training.settings import plain_type, typed_fields
+
+_SHOWN = "llama-60m"
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one optional flag a setting.
+
+    Args:
+        command: takes its own options and, as ``**given``, the settings by name; one that was not given is None.
+
+    Returns:
+        What typer makes a command of.
+    """
+
+    def run(**values: Any) -> None:
+        command(**values)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    for section, config in SECTIONS.items():
+        parameters += [_flag(section, field, hint) for field, hint in typed_fields(config)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = command.__doc__
+    return run
+
+
+def _flag(section: str, field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    kind = plain_type(hint)
+    name = field.name.replace("_", "-")
+    option = typer.Option(
+        f"--{name}/--no-{name}" if kind is bool else f"--{name}",
+        help=field.metadata["help"] + _default(field),
+        rich_help_panel=section.capitalize(),
+        show_default=False,
+        metavar=None if kind is bool else {int: "N", float: "X", str: "TEXT"}[kind],
+    )
+    # One of these types or None: typer reads it, no type checker does.
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """What a help text says of the default: that the preset decides, or the value."""
+    if any(field.name in values and values[field.name] != field.default for values in PRESETS.values()):
+        return rf" [dim]\[by preset; {_SHOWN}: {PRESETS[_SHOWN].get(field.name, field.default)}][/]"
+    shown = field.metadata["shown"] or field.default
+    return "" if shown is None else rf" [dim]\[default: {shown}][/]"

@@ -1,0 +1,105 @@
+"""What is measured while a run trains: every step, every evaluation, and the memory it took."""
+
+# ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from galore_torch.training import records
+from galore_torch.training.records import Record
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that training took: on the GPU if there is one, of the whole process otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+class MetricsLog(TrainerCallback):
+    """Writes a record for every step and every evaluation, and keeps the newest for the display.
+
+    Attributes:
+        tokens_per_step: tokens that one step sees.
+        seconds: time spent in training steps so far.
+        last: the newest record of a step.
+        evaluation: the newest record of an evaluation.
+    """
+
+    def __init__(self, path: Path, tokens_per_step: int) -> None:
+        self.path = path
+        self.tokens_per_step = tokens_per_step
+        self.last: Record = {}
+        self.evaluation: Record = {}
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take up the clock where the records end."""
+        if state.is_world_process_zero and self.path.exists():
+            records.keep_until(self.path, state.global_step)
+        kept = records.read(self.path)
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self._since = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Record a step."""
+        if not logs or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self.seconds += seconds
+        self.last = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "seconds": self.seconds,
+        }
+        self._append(state, self.last)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Record an evaluation."""
+        loss = (metrics or {})["eval_loss"]
+        self.evaluation = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "eval_loss": loss,
+            "perplexity": records.perplexity(loss),
+            "seconds": self.seconds,
+        }
+        self._append(state, self.evaluation)
+        self._since = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the time of the save out of the clock."""
+        self._since = time.perf_counter()
+
+    def _append(self, state: TrainerState, record: Record) -> None:
+        if state.is_world_process_zero:
+            records.append(self.path, record)

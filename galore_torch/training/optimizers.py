@@ -1,0 +1,169 @@
+"""Which optimizer a name stands for, and the factory through which Transformers' Trainer makes it.
+
+Every entry is fed the same parameter groups: first the matrices (the attention's and the MLPs' linear weights, which
+GaLore projects), then the others (embeddings, head, norms), whose learning rate may differ. A full-rank optimizer gets
+the same groups without the projection's keys, so that "matrices" and "others" mean one thing in every comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+    from galore_torch.training.config import OptimizerConfig
+
+Groups = list[dict[str, Any]]
+
+_PROJECTION_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "decomposition", "stagger", "layout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One optimizer that ``--optimizer`` can name.
+
+    Attributes:
+        build: makes it from the parameter groups, the settings and the run's seed.
+        projected: whether its groups carry the projection's keys.
+    """
+
+    build: Callable[[Groups, OptimizerConfig, int], Optimizer]
+    projected: bool
+
+
+def _adam(config: OptimizerConfig) -> dict[str, Any]:
+    """What every Adam takes, by the names that torch, bitsandbytes and ours share."""
+    return {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+
+
+def _galore_adamw(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
+    import torch
+
+    from galore_torch import GaLoreAdamW
+
+    state_dtype = None if config.state_dtype is None else getattr(torch, config.state_dtype)
+    return GaLoreAdamW(groups, **_adam(config), state_dtype=state_dtype, seed=seed)
+
+
+def _galore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
+    from galore_torch import GaLoreAdamW8bit
+
+    return GaLoreAdamW8bit(groups, **_adam(config), seed=seed)
+
+
+def _galore_adafactor(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
+    from galore_torch import GaLoreAdafactor
+
+    return GaLoreAdafactor(
+        groups, lr=config.lr, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False, seed=seed
+    )
+
+
+def _galore_sgd(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
+    from galore_torch import GaLoreSGD
+
+    return GaLoreSGD(groups, lr=config.lr, momentum=config.beta1, weight_decay=config.weight_decay, seed=seed)
+
+
+def _adamw(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
+    import torch
+
+    return torch.optim.AdamW(groups, **_adam(config), fused=True)
+
+
+def _adamw8bit(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    return AdamW8bit(groups, **_adam(config))  # type: ignore[no-untyped-call]
+
+
+def _adafactor(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
+    from transformers import Adafactor
+
+    return Adafactor(  # type: ignore[no-untyped-call]
+        groups, lr=config.lr, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
+    )
+
+
+def _sgd(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
+    import torch
+
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, weight_decay=config.weight_decay)
+
+
+REGISTRY: dict[str, Entry] = {
+    "galore-adamw": Entry(build=_galore_adamw, projected=True),
+    "galore-adamw8bit": Entry(build=_galore_adamw8bit, projected=True),
+    "galore-adafactor": Entry(build=_galore_adafactor, projected=True),
+    "galore-sgd": Entry(build=_galore_sgd, projected=True),
+    "adamw": Entry(build=_adamw, projected=False),
+    "adamw8bit": Entry(build=_adamw8bit, projected=False),
+    "adafactor": Entry(build=_adafactor, projected=False),
+    "sgd": Entry(build=_sgd, projected=False),
+}
+"""Every optimizer by the name that ``--optimizer`` takes."""
+
+NAMES = tuple(REGISTRY)
+
+
+def is_projected(name: str) -> bool:
+    """Whether the optimizer of this name projects."""
+    return REGISTRY[name].projected
+
+
+def groups_of(model: Module, config: OptimizerConfig) -> Groups:
+    """The model's parameter groups, matrices first, with the learning rate of each.
+
+    Args:
+        model: a Transformers model.
+        config: the projection's settings and the learning rates.
+
+    Returns:
+        Groups for a torch optimizer; they carry the projection's keys if the optimizer projects.
+    """
+    from galore_torch import param_groups
+
+    chosen: dict[str, Any] = {} if config.decomposition is None else {"decomposition": config.decomposition}
+    groups = param_groups(
+        model,
+        config.rank,
+        update_proj_gap=config.gap,
+        scale=config.scale,
+        proj_type=config.proj_type,
+        stagger=config.stagger,
+        **chosen,
+    )
+    matrices = [group for group in groups if "rank" in group]
+    others = [group for group in groups if "rank" not in group]
+    for group in others:
+        group["lr"] = config.lr if config.others_lr is None else config.others_lr
+    if not is_projected(config.optimizer):
+        matrices = [{key: group[key] for key in group if key not in _PROJECTION_KEYS} for group in matrices]
+    return [*matrices, *others]
+
+
+def build(model: Module, config: OptimizerConfig, seed: int) -> Optimizer:
+    """Make the optimizer that the settings name, over the model's parameters.
+
+    Raises:
+        ValueError: when the projection's settings do not fit the model.
+        ImportError: when the optimizer's library is not installed.
+    """
+    return REGISTRY[config.optimizer].build(groups_of(model, config), config, seed)
+
+
+class TrainerOptimizer:
+    """What ``Trainer(optimizer_cls_and_kwargs=(TrainerOptimizer, {...}))`` calls once it has the model."""
+
+    def __call__(self, model: Module, *, config: OptimizerConfig, seed: int) -> Optimizer:
+        """Make the optimizer; see `build`."""
+        return build(model, config, seed)

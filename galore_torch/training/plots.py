@@ -1,0 +1,76 @@
+"""``loss.png``: the losses of one run, or of several beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from galore_torch.training import records
+
+_COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a")
+_SMOOTHING = 0.9
+
+
+def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
+    """Draw training losses (thin: each step; bold: smoothed) and held-out losses (dots) against tokens.
+
+    Args:
+        runs: the ``metrics.jsonl`` of each run by the label it is drawn under.
+        picture: where the PNG goes.
+    """
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for index, (label, path) in enumerate(runs.items()):
+        _draw(axes, label, records.read(path), _COLOURS[index % len(_COLOURS)])
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("loss (nats a token)")
+    axes.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(picture)
+
+
+def _draw(axes: Axes, label: str, history: Sequence[records.Record], colour: str) -> None:
+    steps = [record for record in history if "loss" in record]
+    evaluations = [record for record in history if "eval_loss" in record and not record.get("final")]
+    tokens = [record["tokens"] for record in steps]
+    losses = [record["loss"] for record in steps]
+    axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, smooth(losses), color=colour, linewidth=1.8, label=f"{label}, training")
+    if evaluations:
+        axes.plot(
+            [record["tokens"] for record in evaluations],
+            [record["eval_loss"] for record in evaluations],
+            color=colour,
+            linestyle="none",
+            marker="o",
+            markersize=5,
+            markeredgecolor="white",
+            label=f"{label}, held out: perplexity {evaluations[-1]['perplexity']:,.1f}",
+        )
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """Exponential moving average, corrected for its start.
+
+    >>> smooth([2.0, 2.0, 2.0])
+    [2.0, 2.0, 2.0]
+    """
+    total, weight, smoothed = 0.0, 0.0, []
+    for loss in losses:
+        total = _SMOOTHING * total + (1 - _SMOOTHING) * loss
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _short(count: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:g} {unit}"
+    return f"{count:g}"

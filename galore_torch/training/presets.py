@@ -1,0 +1,81 @@
+"""Presets: the paper's models with the paper's recipe (arXiv 2403.03507, section 5), and the demo's."""
+
+from pathlib import Path
+from typing import Any
+
+from galore_torch.training.config import PretrainConfig, from_values, read_values
+from galore_torch.training.optimizers import is_projected
+
+DEFAULT_PRESET = "llama-tiny"
+
+# Sequence 256, batch 512, cosine to 10 %, 10 % warm-up, BF16, no decay, betas .9/.999 are the settings' own defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-tiny": {
+        "hidden": 256, "intermediate": 688, "layers": 4, "heads": 4, "rank": 64, "dtype": "float32", "vocab": 4096,
+        "seq": 128, "steps": 200, "batch": 16, "micro_batch": 16, "gap": 50, "eval_tokens": 65_536, "eval_every": 50,
+        "save_every": 0,
+    },
+    "llama-60m": {
+        "hidden": 512, "intermediate": 1376, "layers": 8, "heads": 8, "rank": 128, "steps": 10_000,
+        "micro_batch": 128,
+    },
+    "llama-130m": {
+        "hidden": 768, "intermediate": 2048, "layers": 12, "heads": 12, "rank": 256, "steps": 20_000,
+        "micro_batch": 64,
+    },
+    "llama-350m": {
+        "hidden": 1024, "intermediate": 2736, "layers": 24, "heads": 16, "rank": 256, "steps": 60_000,
+        "micro_batch": 32,
+    },
+    "llama-1b": {
+        "hidden": 2048, "intermediate": 5461, "layers": 24, "heads": 32, "rank": 512, "steps": 100_000,
+        "micro_batch": 16,
+    },
+    "llama-7b": {
+        "hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32, "rank": 1024, "steps": 150_000,
+        "micro_batch": 4, "optimizer": "galore-adamw8bit", "gap": 500, "clip": 1.0,
+    },
+}  # fmt: skip
+"""Settings of each preset by name. What a preset leaves out has the setting's own default."""
+
+_GALORE_LR = {"llama-7b": 0.005}
+_PAPER_GALORE_LR = 0.01
+# The paper tunes the baselines over 1e-2 to 1e-4 and does not tell the winners: a place to start tuning from.
+_FULL_RANK_LR = 0.001
+
+
+def learning_rates(preset: str, optimizer: str) -> dict[str, float]:
+    """The preset's peak learning rates for an optimizer: ``lr`` and, where it differs, ``others_lr``."""
+    if is_projected(optimizer):
+        return {"lr": _GALORE_LR.get(preset, _PAPER_GALORE_LR)}
+    return {"lr": _FULL_RANK_LR}
+
+
+def configure(preset: str | None = None, file: Path | None = None, **given: Any) -> PretrainConfig:
+    """A preset, overridden by a TOML file, overridden by settings by name; what is None is not given.
+
+    Args:
+        preset: a key of `PRESETS`; if None, what the file names as ``preset``, or `DEFAULT_PRESET`.
+        file: a TOML file with sections, such as a run folder's ``config.toml``.
+        given: settings by name, such as ``rank=256``.
+
+    Returns:
+        The whole configuration, with the learning rates that the preset has for the optimizer.
+
+    Raises:
+        ValueError: when the preset, a setting or a value is not known or not allowed.
+
+    >>> configure("llama-60m", steps=500).optimizer.lr
+    0.01
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if file is not None:
+        named, values = read_values(file)
+        preset, given = preset or named, {**values, **given}
+    preset = preset or DEFAULT_PRESET
+    if preset not in PRESETS:
+        raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
+    config = from_values({**PRESETS[preset], **given})  # judges every value, before the learning rates depend on one
+    if "lr" in given:
+        return config
+    return from_values({**PRESETS[preset], **learning_rates(preset, config.optimizer.optimizer), **given})

@@ -1,0 +1,302 @@
+"""Pre-train a LLaMA from scratch on Transformers' Trainer: the run itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from rich.console import Console
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.utils import logging as transformers_logging
+
+from galore_torch.optim import state_bytes
+from galore_torch.training import optimizers, packing, records, sources
+from galore_torch.training.config import PretrainConfig
+from galore_torch.training.interrupt import SaveOnInterrupt
+from galore_torch.training.metrics import MetricsLog, peak_memory_bytes
+from galore_torch.training.plots import plot_losses
+from galore_torch.training.progress import LiveProgress
+from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.tokenizer import entries, tokenizer_for
+
+# What of a result is recorded in metrics.jsonl.
+_FINAL = (
+    "step", "tokens", "eval_loss", "perplexity", "state_bytes", "peak_memory_bytes", "parameters", "tokens_per_second",
+    "seconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        out: the run folder.
+        optimizer: the optimizer's name.
+        finished: False if it was stopped early; what needs an evaluation is then None.
+        step: optimizer steps made, over all resumptions.
+        tokens: tokens seen.
+        perplexity: on the held-out text, at the end.
+        eval_loss: its logarithm, nats a token.
+        state_bytes: the optimizer's state.
+        peak_memory_bytes: GPU memory if there is a GPU, the process's otherwise.
+        parameters: of the model.
+        tokens_per_second: mean over the training steps, without evaluations and saves.
+        seconds: time spent in training steps.
+        checkpoint: where a stopped run goes on from.
+    """
+
+    out: str
+    optimizer: str
+    finished: bool
+    step: int
+    tokens: int
+    perplexity: float | None
+    eval_loss: float | None
+    state_bytes: int
+    peak_memory_bytes: int
+    parameters: int
+    tokens_per_second: float
+    seconds: float
+    checkpoint: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is ready to train: everything that could be wrong with its settings and its data has been judged."""
+
+    config: PretrainConfig
+    folder: RunFolder
+    model: LlamaForCausalLM
+    trainer: Trainer
+    log: MetricsLog
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Path | None
+
+    def train(self) -> RunResult:
+        """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record."""
+        self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        result = _result(self)
+        if result.finished and self.trainer.is_world_process_zero():
+            _finish(self, result)
+        return result
+
+
+def new_run(
+    config: PretrainConfig, out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> Run:
+    """Prepare a run in a new folder.
+
+    Args:
+        config: see `galore_torch.training.presets.configure`.
+        out: the run folder, which must not hold anything yet; it is made once data, model and optimizer stand.
+        console: where progress is shown; nowhere if None.
+        callbacks: further callbacks for the Trainer.
+
+    Raises:
+        ValueError: when a setting does not fit, the data cannot be read, or the folder holds something.
+    """
+    folder = RunFolder(out)
+    folder.require_new()
+    return _prepare(config, folder, console, callbacks, resumed=False)
+
+
+def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+    """Prepare to go on with a run that was stopped, exactly: its losses will be those of one that never was.
+
+    Args:
+        out: the run folder; its own ``config.toml`` decides everything.
+        console: where progress is shown; nowhere if None.
+        callbacks: further callbacks for the Trainer.
+
+    Raises:
+        ValueError: when the folder holds no run, or one that has ended.
+    """
+    folder = RunFolder(out)
+    folder.require_unfinished()
+    return _prepare(folder.read_config(), folder, console, callbacks, resumed=True)
+
+
+def _prepare(
+    config: PretrainConfig,
+    folder: RunFolder,
+    console: Console | None,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    resumed: bool,
+) -> Run:
+    console = console or Console(quiet=True)
+    _quiet(console)
+    trackers = _trackers(config)
+    cache = cache_folder(config)
+    with console.status("Reading the text"):
+        corpus = sources.load(config.data, config.schedule.seed, cache)
+    with console.status("Preparing the tokenizer"):
+        tokenizer = tokenizer_for(corpus, config.data, cache)
+    with console.status("Packing documents into sequences"):
+        train, held_out = packing.sequences(corpus, tokenizer, config)
+    set_seed(config.schedule.seed)
+    model = build_model(config, tokenizer)
+    # Made once to be judged before anything is written; the Trainer makes its own.
+    optimizers.build(model, config.optimizer, config.schedule.seed)
+    arguments = _arguments(config, folder, trackers)
+    _announce(config, model, train, console)
+    if not resumed:
+        folder.create(config)
+    log = MetricsLog(folder.metrics, config.tokens_per_step)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=packing.collate,
+        processing_class=tokenizer,
+        callbacks=[log, LiveProgress(console, log), SaveOnInterrupt(), *callbacks],
+        # A factory is allowed, though the annotation names classes only.
+        optimizer_cls_and_kwargs=(  # type: ignore[arg-type]
+            optimizers.TrainerOptimizer,
+            {"config": config.optimizer, "seed": config.schedule.seed},
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = folder.last_checkpoint() if resumed else None
+    return Run(
+        config=config, folder=folder, model=model, trainer=trainer, log=log, tokenizer=tokenizer, checkpoint=checkpoint
+    )
+
+
+def cache_folder(config: PretrainConfig) -> Path:
+    """Where tokenizers and tokenized text are kept: the setting, $GALORE_CACHE, or ``~/.cache/galore-torch``."""
+    named = config.data.cache or os.environ.get("GALORE_CACHE") or "~/.cache/galore-torch"
+    return Path(named).expanduser()
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A LLaMA with fresh weights, from torch's global random state."""
+    architecture = LlamaConfig(
+        hidden_size=config.model.hidden,
+        intermediate_size=config.model.intermediate,
+        num_hidden_layers=config.model.layers,
+        num_attention_heads=config.model.heads,
+        vocab_size=entries(tokenizer),
+        max_position_embeddings=max(1024, config.data.seq),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(architecture)
+    model.to(dtype=getattr(torch, config.model.dtype))  # type: ignore[call-arg]
+    return model
+
+
+def _quiet(console: Console) -> None:
+    """Leave the screen to our own display; Datasets' bars stay in a terminal, for large data."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.logging.set_verbosity_error()
+    if not console.is_terminal or console.quiet:
+        datasets.disable_progress_bars()
+
+
+def _trackers(config: PretrainConfig) -> list[str]:
+    names = [name.strip() for name in config.schedule.report_to.split(",") if name.strip() not in ("", "none")]
+    available: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"report_to = {name!r} is not installed or not known to Transformers; install it, or choose from: "
+                f"none{''.join(', ' + each for each in available)}."
+            )
+    return names
+
+
+def _arguments(config: PretrainConfig, folder: RunFolder, trackers: list[str]) -> TrainingArguments:
+    schedule = config.schedule
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.micro_batch,
+        per_device_eval_batch_size=schedule.micro_batch,
+        gradient_accumulation_steps=max(1, schedule.batch // (schedule.micro_batch * processes)),
+        learning_rate=config.optimizer.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": schedule.final_lr},
+        warmup_steps=round(schedule.warmup * schedule.steps),
+        max_grad_norm=config.optimizer.clip,
+        logging_steps=1,  # a loss averaged over steps on both sides of an interruption would not be the same
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=schedule.eval_every or schedule.steps,
+        save_strategy="steps",
+        save_steps=schedule.save_every or schedule.steps,
+        save_total_limit=1,
+        prediction_loss_only=True,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        report_to=trackers,
+        run_name=folder.root.name,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:  # one process trains on one GPU: DataParallel would multiply the batch
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _announce(config: PretrainConfig, model: LlamaForCausalLM, train: sources.Documents, console: Console) -> None:
+    text = f"{len(train) * config.data.seq:,} tokens" if isinstance(train, datasets.Dataset) else "streamed"
+    console.print(
+        f"[bold]{config.optimizer.optimizer}[/] on a LLaMA of {model.num_parameters():,} parameters; "
+        f"{config.data.data} ({text}); {config.schedule.steps:,} steps of {config.tokens_per_step:,} tokens",
+        highlight=False,
+    )
+
+
+def _result(run: Run) -> RunResult:
+    step = run.trainer.state.global_step
+    assert run.trainer.optimizer is not None
+    finished = step >= run.config.schedule.steps
+    checkpoint = None if finished else run.folder.last_checkpoint()
+    evaluation = run.log.evaluation if finished else {}
+    tokens = step * run.config.tokens_per_step
+    return RunResult(
+        out=str(run.folder.root),
+        optimizer=run.config.optimizer.optimizer,
+        finished=finished,
+        step=step,
+        tokens=tokens,
+        perplexity=evaluation.get("perplexity"),
+        eval_loss=evaluation.get("eval_loss"),
+        state_bytes=state_bytes(run.trainer.optimizer),
+        peak_memory_bytes=peak_memory_bytes(),
+        parameters=run.model.num_parameters(),
+        tokens_per_second=tokens / run.log.seconds if run.log.seconds else 0.0,
+        seconds=run.log.seconds,
+        checkpoint=None if checkpoint is None else str(checkpoint),
+    )
+
+
+def _finish(run: Run, result: RunResult) -> None:
+    """Leave behind the model with its tokenizer, the plot and, as the sign that all is there, the last record."""
+    run.model.config.use_cache = True  # for generation, by whoever loads it
+    run.model.save_pretrained(run.folder.model)
+    run.tokenizer.save_pretrained(run.folder.model)
+    plot_losses({result.optimizer: run.folder.metrics}, run.folder.plot)
+    record = {name: getattr(result, name) for name in _FINAL}
+    records.append(run.folder.metrics, {"final": True, **record})

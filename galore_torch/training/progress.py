@@ -1,0 +1,79 @@
+"""The live display of a run: one line with a bar in a terminal, plain lines elsewhere."""
+
+# ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from galore_torch.optim import state_bytes
+from galore_torch.training.metrics import MetricsLog
+from galore_torch.training.units import duration, megabytes
+
+_PLAIN_LINES = 20
+
+
+class LiveProgress(TrainerCallback):
+    """Shows step, loss, learning rate, tokens/s, optimizer state and the estimated end; evaluations as lines."""
+
+    def __init__(self, console: Console, log: MetricsLog) -> None:
+        self._console = console
+        self._log = log
+        self._began_at = 0
+        self._bar = Progress(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draw the bar."""
+        self._began_at = state.global_step
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        if self._console.is_terminal and state.is_world_process_zero:
+            self._bar.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show a step."""
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        now = self._log.last
+        text = (
+            f"loss {now['loss']:.3f}  lr {now['lr']:.1e}  {now['tokens_per_second']:,.0f} tok/s  "
+            f"state {megabytes(state_bytes(kwargs['optimizer']))}"
+        )
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=state.global_step, description=text)
+        elif state.global_step % max(1, state.max_steps // _PLAIN_LINES) == 0 or state.global_step == 1:
+            done = state.global_step - self._began_at
+            left = (self._log.seconds / state.global_step) * (state.max_steps - state.global_step) if done else 0.0
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {text}  {duration(left)} left")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Print an evaluation."""
+        if state.is_world_process_zero:
+            perplexity = self._log.evaluation["perplexity"]
+            self._console.print(
+                f"step {state.global_step}/{state.max_steps}  perplexity {perplexity:,.2f} on held-out text"
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take the bar away."""
+        self._bar.stop()

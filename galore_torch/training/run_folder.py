@@ -1,0 +1,94 @@
+"""A run folder: where one pre-training keeps its configuration, its metrics, its checkpoints and what it made.
+
+runs/NAME/
+  config.toml     every setting, as resolved
+  metrics.jsonl   one record a step and an evaluation, and a last one of the whole run
+  checkpoints/    the newest resumable state, as Transformers' Trainer writes it
+  model/          weights, configuration and tokenizer, for AutoModelForCausalLM and AutoTokenizer
+  loss.png        the losses
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from galore_torch.training import records
+from galore_torch.training.config import PretrainConfig, from_values, read_values
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run, below ``root``."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Every setting, as resolved."""
+        return self.root / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """The records; see `galore_torch.training.records`."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The Trainer's output folder."""
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The finished model and its tokenizer."""
+        return self.root / "model"
+
+    @property
+    def plot(self) -> Path:
+        """The losses drawn."""
+        return self.root / "loss.png"
+
+    def require_new(self) -> None:
+        """Refuse a folder that already holds something.
+
+        Raises:
+            ValueError: when the folder is not empty or is no folder.
+        """
+        if self.config.exists():
+            raise ValueError(
+                f"out = {str(self.root)!r} already holds a run; go on with it by --resume --out {self.root}, "
+                "or choose another --out."
+            )
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise ValueError(f"out = {str(self.root)!r} exists and is no empty folder; choose another --out.")
+
+    def create(self, config: PretrainConfig) -> None:
+        """Make the folder and write the configuration into it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(config.to_toml(), encoding="utf-8")
+
+    def require_unfinished(self) -> None:
+        """Refuse a folder in which nothing is left to do.
+
+        Raises:
+            ValueError: when there is no run, or it has ended.
+        """
+        if not self.config.exists():
+            raise ValueError(f"out = {str(self.root)!r} holds no run to resume; leave out --resume to start one there.")
+        final = records.final(self.metrics)
+        if final is not None:
+            raise ValueError(
+                f"out = {str(self.root)!r} holds a run that ended after step {final['step']}; "
+                "choose another --out to train anew."
+            )
+
+    def read_config(self) -> PretrainConfig:
+        """The configuration that the run was started with."""
+        return from_values(read_values(self.config)[1])
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest resumable state, if there is one."""
+        from transformers.trainer_utils import get_last_checkpoint
+
+        found = get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
+        return None if found is None else Path(found)
