@@ -62,7 +62,7 @@ def test_the_floor_times_its_three_parts(monkeypatch):
 
 
 def test_every_round_is_started_by_another():
-    assert "".join(in_turn(list("abc"), 3)) == "abcbcacab"  # type: ignore[arg-type]
+    assert "".join(in_turn(list("abc"), 3)) == "abcbcacab"
 
 
 def test_figures_that_meet_their_bars_keep_them(outcome):
