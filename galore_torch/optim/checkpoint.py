@@ -41,7 +41,8 @@ def load_uncast(optimizer: Optimizer, state_dict: dict[str, Any], load: Callable
 
     def put_state_in(_: Optimizer) -> None:
         saved_ids = chain.from_iterable(group["params"] for group in captured["param_groups"])
-        ours = dict(zip(saved_ids, ((p, group) for group in optimizer.param_groups for p in group["params"])))
+        held = ((parameter, group) for group in optimizer.param_groups for parameter in group["params"])
+        ours = dict(zip(saved_ids, held, strict=True))
         state: defaultdict[Any, Any] = defaultdict(dict)
         for key, value in captured["state"].items():
             if key not in ours:
@@ -70,16 +71,17 @@ def _check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if isinstance(state, dict) and "projector" in state:
             raise ValueError(
                 "this optimizer state was saved by galore-torch 1.0: it holds pickled projectors, which cannot be "
-                "resumed. Load the model's weights and start the optimizer anew; its bases are found again in the first "
-                "step, and the moments recover within some hundred steps (start with a short warm-up)"
+                "resumed. Load the model's weights and start the optimizer anew, with a short warm-up: its bases are "
+                "found again in the first step, and its moments within some hundred"
             )
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+        ours, theirs = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
         raise ValueError(
-            f"the checkpoint has parameter groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer "
-            f"of {[len(g['params']) for g in groups]}; build the groups as they were when it was saved"
+            f"the checkpoint has parameter groups of {theirs} parameters, the optimizer of {ours}; build the groups as "
+            "they were when it was saved"
         )
-    for index, (group, saved) in enumerate(zip(groups, saved_groups)):
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         check_same_geometry(group, saved, index)
 
 

@@ -10,11 +10,8 @@ A parameter that is not projected is moved by the same rule directly, or has the
 
 from __future__ import annotations
 
-import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,29 +21,12 @@ from torch.optim import Optimizer
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
 from galore_torch.optim.probe import probe
-from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import DECLARED, Lent, Rule, Traits
-from galore_torch.projection import Projection, find_basis, is_due, turn_offset
+from galore_torch.optim.work import Work, count_nonfinite, norms
+from galore_torch.projection import turn_offset
 
 CHUNK_ELEMENTS = 2**23
 """Coordinates that are stepped together: enough to keep a device busy, few enough to bound memory."""
-
-
-@dataclass(slots=True)
-class _Work:
-    """One weight in one step. `lent_group` is its group as the rule sees it; `turn` its offset within the gap."""
-
-    weight: Tensor
-    grad: Tensor
-    name: str
-    group: dict[str, Any]
-    lent_group: dict[str, Any]
-    state: dict[str, Any]
-    projection: Projection
-    rule: Rule
-    traits: Traits
-    index: int
-    turn: int = 0
 
 
 class GaLore(Optimizer):
@@ -117,8 +97,7 @@ class GaLore(Optimizer):
     def _build_rules(self) -> None:
         """Builds the rules from the settings, at construction and after unpickling."""
         kept = self._settings
-        classes = [one for one in (kept["optimizer"], kept["others"]) if one is not None]
-        shares = _share(classes, kept["arguments"])
+        classes, shares = self._classes_and_shares()
         self._rule = Rule(classes[0], shares[0])
         self._traits: Traits = kept["traits"] or DECLARED.get(self._rule.name) or probe(self._rule)
         self._others, self._others_traits = self._rule, self._traits
@@ -126,6 +105,10 @@ class GaLore(Optimizer):
             self._others, self._others_traits = Rule(classes[-1], shares[-1]), Traits()
             if kept["state_dtype"] is not None:  # then its parameters move through coordinates too
                 self._others_traits = DECLARED.get(self._others.name) or probe(self._others)
+
+    def _classes_and_shares(self) -> tuple[list[type[Optimizer]], list[dict[str, Any]]]:
+        classes = [one for one in (self._settings["optimizer"], self._settings["others"]) if one is not None]
+        return classes, _share(classes, self._settings["arguments"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings}
@@ -152,12 +135,12 @@ class GaLore(Optimizer):
             group["param_names"] = [name for name, _ in named]
         check_group(group)
         if not is_projected(group):
-            _check_held(self._settings, {weight.dim() for weight in group["params"]})
             group = {**self._others.defaults, **group}
+        self._check_dimensions(group)
         super().add_param_group(group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step of every parameter that has a gradient.
 
         Args:
@@ -176,7 +159,7 @@ class GaLore(Optimizer):
         work = self._gather()
         self._renew(work)
         for chunk in _chunks(work):
-            self._move(self._finite(chunk))
+            self._move(chunk)
         return loss
 
     def nonfinite_counts(self) -> dict[str, int]:
@@ -201,165 +184,98 @@ class GaLore(Optimizer):
         """
         load_uncast(self, state_dict, super().load_state_dict)
 
-    # How a step is made
+    def _check_dimensions(self, group: dict[str, Any]) -> None:
+        """Checks that the rule takes tensors of as many dimensions as it would move for this group."""
+        classes, shares = self._classes_and_shares()
+        place = 0 if is_projected(group) else -1
+        for dimensions in sorted({len(projection_in(group, weight).image_shape) for weight in group["params"]}):
+            _try_rule(classes[place], shares[place], dimensions)
 
-    def _gather(self) -> list[_Work]:
+    def _gather(self) -> list[Work]:
         """All weights that have a gradient. Everything is checked before anything moves."""
         count = sum(len(group["params"]) for group in self.param_groups if is_projected(group))
         work, place = [], 0
         for group in self.param_groups:
             projected = is_projected(group)
             rule, traits = (self._rule, self._traits) if projected else (self._others, self._others_traits)
-            lent_group = self._lent(group, traits, projected=projected)
+            # Without projection, coordinates serve a rule that needs help from the weight, or a dtype of their own.
+            through_coordinates = projected or traits.reads_weight or self._settings["state_dtype"] is not None
+            lent_group = _lent(group, traits) if through_coordinates else group
             for index, weight in enumerate(group["params"]):
                 place += projected
                 if weight.grad is None:
                     continue
                 name = parameter_name(group, index)
                 _check_gradient(weight.grad, name)
-                one = _Work(
-                    weight=weight,
-                    grad=weight.grad,
-                    name=name,
-                    group=group,
-                    lent_group=lent_group,
-                    state=self.state[weight],
-                    projection=projection_in(group, weight),
-                    rule=rule,
-                    traits=traits,
-                    index=place - 1,
+                staggered = projected and group["stagger"]
+                work.append(
+                    Work(
+                        weight=weight,
+                        grad=weight.grad,
+                        name=name,
+                        group=group,
+                        lent_group=lent_group,
+                        state=self.state[weight],
+                        projection=projection_in(group, weight),
+                        rule=rule,
+                        traits=traits,
+                        through_coordinates=through_coordinates,
+                        dtype=self._settings["state_dtype"] or weight.dtype,
+                        index=place - 1,
+                        turn=turn_offset(place - 1, count, group["update_proj_gap"]) if staggered else 0,
+                    )
                 )
-                if projected and group["stagger"]:
-                    one.turn = turn_offset(one.index, count, group["update_proj_gap"])
-                work.append(one)
         for one in work:
-            self._prepare_state(one)
+            one.prepare_state()
         return work
 
-    def _lent(self, group: dict[str, Any], traits: Traits, *, projected: bool) -> dict[str, Any]:
-        """A group as the rule sees it: without the decay where that is served from the weight."""
-        given = traits.given(group) if traits.given else {}
-        if "weight_decay" in group and (projected or self._through_coordinates(traits)):
-            given = {**given, "weight_decay": 0.0}
-        return {**group, **given}
-
-    def _through_coordinates(self, traits: Traits) -> bool:
-        """Whether parameters that are not projected move through coordinates too (of the identity)."""
-        return traits.reads_weight or self._settings["state_dtype"] is not None
-
-    def _prepare_state(self, one: _Work) -> None:
-        """All keys and shapes of the state exist from the first step on, also if its gradient is zero."""
-        if "step" in one.state or not (one.projection.modes or self._through_coordinates(one.traits)):
-            return
-        one.state["step"] = 0
-        if one.projection.modes:
-            one.state["renewals"], one.state["renewed_step"] = 0, -1
-            one.state["nonfinite"] = torch.zeros((), dtype=torch.int64, device=one.weight.device)
-            shapes = one.projection.factor_shapes
-            one.state["basis"] = {name: one.weight.new_zeros(shape) for name, shape in shapes.items()}
-
-    def _renew(self, work: list[_Work]) -> None:
+    def _renew(self, work: list[Work]) -> None:
         """Finds a new basis for the weights whose turn it is, from gradients that are finite and not zero."""
-        due = [
-            one
-            for one in work
-            if one.projection.modes
-            and not isinstance(one.grad, ProjectedGradient)
-            and is_due(one.state["step"], one.state["renewed_step"], one.group["update_proj_gap"], one.turn)
-        ]
+        due = [one for one in work if one.is_due]
         if not due:
             return
-        for one, norm in zip(due, _norms([one.grad for one in due]).tolist()):
+        for one, norm in zip(due, norms([one.grad for one in due]).tolist(), strict=True):
             if 0 < norm < float("inf"):
-                self._renew_one(one)
+                one.renew(self._settings["seed"])
 
-    def _renew_one(self, one: _Work) -> None:
-        state = one.state
-        generator = torch.Generator(device=one.grad.device)
-        seed = (self._settings["seed"] * 1_000_003 + one.index) * 1_000_003 + state["renewals"]
-        generator.manual_seed(seed % 2**63)
-        old = state["basis"] if state["renewals"] else None
-        try:
-            basis = find_basis(one.projection, one.grad, one.group["decomposition"], generator=generator, old=old)
-        except torch.linalg.LinAlgError as error:
-            warnings.warn(f"{one.name} keeps its basis for now: the decomposition failed ({error})", stacklevel=3)
+    def _move(self, chunk: list[Work]) -> None:
+        """The rule moves the coordinates (or parameters) of a chunk, and they are folded into the weights."""
+        images = [one.image() for one in chunk]
+        if self._settings["skip_nonfinite"]:
+            flags = count_nonfinite(chunk, images).tolist()
+            chunk, images = (
+                [each for each, bad in zip(both, flags, strict=True) if not bad] for both in (chunk, images)
+            )
+        elif any(one.projection.modes for one in chunk):
+            count_nonfinite(*_projected_only(chunk, images))
+        if not chunk:
             return
-        state["basis"] = {name: factor.to(one.weight.dtype) for name, factor in basis.items()}
-        state["renewals"] += 1
-        state["renewed_step"] = state["step"]
-
-    def _finite(self, chunk: list[_Work]) -> list[tuple[_Work, Tensor]]:
-        """Each weight with its image (or gradient); counts those that are not finite, and drops them if asked to."""
-        pairs = [(one, self._image(one)) for one in chunk]
-        skip = self._settings["skip_nonfinite"]
-        watched = [(one, image) for one, image in pairs if skip or one.projection.modes]
-        if not watched:
-            return pairs
-        # A number that is not finite spoils a whole slice of the image across its projected axes: looking at the
-        # first entries along them is enough.
-        slices = [_across(image, one.projection) for one, image in watched]
-        bad = _norms(slices).isfinite().logical_not_()
-        counters, marks = [], []
-        for (one, _), mark in zip(watched, bad.unbind()):
-            if one.projection.modes:
-                counters.append(one.state["nonfinite"])
-                marks.append(mark)
-        if counters:
-            torch._foreach_add_(counters, marks)
-        if not skip:
-            return pairs
-        return [pair for pair, is_bad in zip(watched, bad.tolist()) if not is_bad]
-
-    def _image(self, one: _Work) -> Tensor:
-        """The image of the weight's gradient, with L2 decay: R = P^T (G + decay * W)."""
-        if not (one.projection.modes or self._through_coordinates(one.traits)):
-            return one.grad
-        basis = one.state.get("basis", {})
-        if isinstance(one.grad, ProjectedGradient):
-            image = one.grad.image_in(one.projection, basis)
-        else:
-            image = one.projection.project(one.grad, basis)
-        image = image.to(self._settings["state_dtype"] or one.weight.dtype)
-        decay = one.group.get("weight_decay", 0)
-        if one.traits.decay == "l2" and decay != 0:
-            sign = -1 if one.group.get("maximize") else 1
-            image = image.add(one.projection.project(one.weight, basis), alpha=sign * decay)
-        return image
-
-    def _move(self, pairs: list[tuple[_Work, Tensor]]) -> None:
-        """One step of a chunk: the rule moves coordinates (or parameters), which are folded into the weights."""
-        lent = []
-        for one, image in pairs:
-            moves_weight = not (one.projection.modes or self._through_coordinates(one.traits))
-            tensor = one.weight if moves_weight else torch.zeros_like(image)
-            lent.append(Lent(tensor=tensor, grad=image, state=one.state.get("inner", {}), group=one.lent_group))
-        if not lent:
-            return
-        pairs[0][0].rule.step(lent)
-        for (one, _), loan in zip(pairs, lent):
+        lent = [
+            Lent(
+                tensor=torch.zeros_like(image) if one.through_coordinates else one.weight,
+                grad=image,
+                state=one.state.get("inner", {}),
+                group=one.lent_group,
+            )
+            for one, image in zip(chunk, images, strict=True)
+        ]
+        chunk[0].rule.step(lent)
+        for one, loan in zip(chunk, lent, strict=True):
             if loan.state:
                 one.state["inner"] = loan.state
-            if loan.tensor is not one.weight:
-                one.state["step"] += 1
-                self._fold(one, loan.tensor)
+            if one.through_coordinates:
+                one.fold(loan.tensor)
 
-    def _fold(self, one: _Work, coordinates: Tensor) -> None:
-        """W <- (1 - lr * decay) * W + scale * project_back(c)."""
-        group, traits, step = one.group, one.traits, one.state["step"]
-        alpha: Any = group["scale"] if one.projection.modes else 1.0
-        beta: Any = 1.0
-        if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
-            lr = traits.learning_rate(group, one.weight, step) if traits.learning_rate else group["lr"]
-            beta = 1 - lr * group["weight_decay"]
-        if traits.factor:
-            alpha = alpha * traits.factor(group, one.weight, step, one.projection.image_shape)
-        if isinstance(alpha, Tensor):
-            coordinates.mul_(alpha)
-            alpha = 1.0
-        if isinstance(beta, Tensor):
-            one.weight.mul_(beta)
-            beta = 1.0
-        one.projection.fold(one.weight, coordinates, one.state.get("basis", {}), alpha=alpha, beta=beta)
+
+def _lent(group: dict[str, Any], traits: Traits) -> dict[str, Any]:
+    """A group as the rule of its coordinates sees it: without the decay, which is served from the weight."""
+    undecayed = {"weight_decay": 0.0} if "weight_decay" in group else {}
+    return {**group, **undecayed, **(traits.given(group) if traits.given else {})}
+
+
+def _projected_only(work: list[Work], images: list[Tensor]) -> tuple[list[Work], list[Tensor]]:
+    pairs = [(one, image) for one, image in zip(work, images, strict=True) if one.projection.modes]
+    return [one for one, _ in pairs], [image for _, image in pairs]
 
 
 def _share(classes: list[type[Optimizer]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -378,17 +294,14 @@ def _share(classes: list[type[Optimizer]], arguments: dict[str, Any]) -> list[di
     return shares
 
 
-def _check_held(settings: dict[str, Any], dimensions: set[int]) -> None:
-    """Checks that the rule of the groups without a rank takes parameters of so many dimensions."""
-    classes = [one for one in (settings["optimizer"], settings["others"]) if one is not None]
-    for count in sorted(dimensions):
-        try:
-            Rule(classes[-1], _share(classes, settings["arguments"])[-1], dimensions=count)
-        except ValueError as error:
-            raise ValueError(
-                f"{classes[-1].__name__} cannot hold the parameters that are not projected: {error}. Name a class for "
-                "them, for example others=torch.optim.AdamW"
-            ) from error
+def _try_rule(optimizer: type[Optimizer], arguments: dict[str, Any], dimensions: int) -> None:
+    try:
+        Rule(optimizer, arguments, dimensions)
+    except ValueError as error:
+        raise ValueError(
+            f"{optimizer.__name__} cannot hold a tensor of {dimensions} dimensions: {error}. For parameters that are "
+            "not projected name another class, for example others=torch.optim.AdamW; for projected ones change `layout`"
+        ) from error
 
 
 def _check_gradient(grad: Tensor, name: str) -> None:
@@ -398,31 +311,18 @@ def _check_gradient(grad: Tensor, name: str) -> None:
         raise ValueError(f"the gradient of {name} is complex; GaLore trains real weights")
 
 
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """The norms of tensors on any devices, as one vector on the first one's; no short dtype overflows."""
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-    device = tensors[0].device
-    return torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, 2, dtype)])
-
-
-def _across(image: Tensor, projection: Projection) -> Tensor:
-    for mode in projection.modes:
-        image = image.narrow(mode.axis, 0, 1)
-    return image
-
-
-def _chunks(work: list[_Work]) -> Iterator[list[_Work]]:
-    """Consecutive weights of one rule and device, up to `CHUNK_ELEMENTS` coordinates; all of a rule if it must be."""
-    chunk: list[_Work] = []
-    elements = 0
-    for one in sorted(work, key=lambda one: (id(one.rule), str(one.weight.device))):
-        size = one.weight.numel() if not one.projection.modes else torch.Size(one.projection.image_shape).numel()
-        new_kind = chunk and (chunk[-1].rule is not one.rule or chunk[-1].weight.device != one.weight.device)
-        full = one.traits.many_calls and elements + size > CHUNK_ELEMENTS
-        if chunk and (new_kind or full):
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(one)
-        elements += size
-    if chunk:
+def _chunks(work: list[Work]) -> Iterator[list[Work]]:
+    """Weights of one rule and device together, up to `CHUNK_ELEMENTS` coordinates; all of a rule if it must be."""
+    kinds: dict[tuple[int, torch.device], list[Work]] = {}
+    for one in work:
+        kinds.setdefault((id(one.rule), one.weight.device), []).append(one)
+    for alike in kinds.values():
+        chunk: list[Work] = []
+        elements = 0
+        for one in alike:
+            if chunk and one.traits.many_calls and elements + one.coordinate_count > CHUNK_ELEMENTS:
+                yield chunk
+                chunk, elements = [], 0
+            chunk.append(one)
+            elements += one.coordinate_count
         yield chunk

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from galore_torch.optim.groups import PROJECTED_DEFAULTS, check_group, is_projected, projection_in
 
 
-def param_groups(
+def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
     model: nn.Module,
     rank: int,
     target_modules: str | Sequence[str] = ("attn", "mlp"),
@@ -101,7 +101,7 @@ def summarize(groups: Sequence[dict[str, Any]]) -> str:
     Returns:
         Some lines of text. State is counted as two moments in each weight's dtype, and the basis.
     """
-    rows = []
+    rows: list[tuple[str, int, int, int, int]] = []
     for group in groups:
         weights = group["params"]
         elements = sum(weight.numel() for weight in weights)
@@ -109,7 +109,8 @@ def summarize(groups: Sequence[dict[str, Any]]) -> str:
         ours_bytes = sum(_state_elements(group, weight) * weight.element_size() for weight in weights)
         kind = f"rank {group['rank']}" if is_projected(group) else "not projected"
         rows.append((kind, len(weights), elements, ours_bytes, plain_bytes))
-    rows.append(("all", *(sum(column) for column in list(zip(*rows))[1:])))  # type: ignore[arg-type]
+    tensors, elements, ours, plain = (sum(column) for column in list(zip(*rows, strict=True))[1:])
+    rows.append(("all", tensors, elements, ours, plain))
     lines = [f"{'parameters':<15}{'tensors':>8}{'elements':>15}{'GaLore state':>15}{'AdamW state':>14}{'saved':>8}"]
     for kind, tensors, elements, ours, plain in rows:
         saved = f"{1 - ours / plain:.1%}" if plain else "-"

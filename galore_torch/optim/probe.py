@@ -63,7 +63,8 @@ def _group(rule: Rule, **overrides: Any) -> dict[str, Any]:
 
 def _moved_directly(rule: Rule, weight: Tensor, grads: Sequence[Tensor], **overrides: Any) -> Tensor:
     """The weight after the steps, as the optimizer itself moves it."""
-    weight, state, group = weight.clone(), {}, _group(rule, **overrides)
+    weight, group = weight.clone(), _group(rule, **overrides)
+    state: dict[str, Any] = {}
     for grad in grads:
         rule.step([Lent(tensor=weight, grad=grad.clone(), state=state, group=group)])
     return weight
@@ -73,7 +74,8 @@ def _moved_by_coordinates(
     rule: Rule, weight: Tensor, grads: Sequence[Tensor], decay: Decay = "none", **overrides: Any
 ) -> Tensor:
     """The weight after the steps, moved through coordinates that are zero before each, with the decay served."""
-    weight, state, group = weight.clone(), {}, _group(rule, **overrides)
+    weight, group = weight.clone(), _group(rule, **overrides)
+    state: dict[str, Any] = {}
     sign = -1 if group.get("maximize") else 1
     for grad in grads:
         image = grad.add(weight, alpha=sign * DECAY) if decay == "l2" else grad.clone()
@@ -99,9 +101,9 @@ def _refuse_value_dependence(rule: Rule, weight: Tensor, grads: Sequence[Tensor]
         ) from error
     if not _close(direct, through_coordinates, weight):
         raise ValueError(
-            f"{rule.name} cannot run inside GaLore: its update depends on the value of the parameter (as scaling by the "
-            "parameter's norm, trust ratios and averages of the parameter do), and coordinates are zero before each "
-            "step. Use an optimizer whose update follows from gradient and state, such as torch.optim.AdamW"
+            f"{rule.name} cannot run inside GaLore: its update depends on the value of the parameter (as scaling by "
+            "the parameter's norm, trust ratios and averages of the parameter do), and coordinates are zero before "
+            "each step. Use an optimizer whose update follows from gradient and state, such as torch.optim.AdamW"
         )
 
 
@@ -136,10 +138,16 @@ def _find_decay(rule: Rule, weight: Tensor, grads: Sequence[Tensor]) -> Decay:
 def _many_calls(rule: Rule, weight: Tensor, grads: Sequence[Tensor]) -> bool:
     """Whether two tensors moved in two calls end where they end in one."""
     group = _group(rule)
-    together, apart = ([(weight.clone(), {}), (weight.clone(), {})] for _ in range(2))
-    for grad in grads:
-        pair = (grad, 2 * grad.flip(0))
-        rule.step([Lent(tensor=t, grad=g.clone(), state=s, group=group) for (t, s), g in zip(together, pair)])
-        for (t, s), g in zip(apart, pair):
-            rule.step([Lent(tensor=t, grad=g.clone(), state=s, group=group)])
-    return all(torch.equal(a, b) for (a, _), (b, _) in zip(together, apart))
+    ends = []
+    for in_one_call in (True, False):
+        weights = [weight.clone(), weight.clone()]
+        states: list[dict[str, Any]] = [{}, {}]
+        for grad in grads:
+            lent = [
+                Lent(tensor=weights[i], grad=each.clone(), state=states[i], group=group)
+                for i, each in enumerate((grad, 2 * grad.flip(0)))
+            ]
+            for call in [lent] if in_one_call else [[one] for one in lent]:
+                rule.step(call)
+        ends.append(torch.stack(weights))
+    return torch.equal(*ends)

@@ -11,7 +11,7 @@ would change it in place is refused: it could silently leave the subspace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,8 +85,12 @@ class ProjectedGradient(Tensor):
     basis: Mapping[str, Tensor]
 
     @staticmethod
-    def __new__(
-        cls, image: Tensor, projection: Projection, basis: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    def __new__(  # noqa: D417
+        cls: type[ProjectedGradient],
+        image: Tensor,
+        projection: Projection,
+        basis: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
     ) -> ProjectedGradient:
         """Wraps an image.
 
@@ -96,7 +100,7 @@ class ProjectedGradient(Tensor):
             basis: the factors.
             dtype: the weight's dtype; the image's when left out.
         """
-        made: ProjectedGradient = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: ProjectedGradient = Tensor._make_wrapper_subclass(
             cls, projection.shape, dtype=dtype or image.dtype, device=image.device, requires_grad=False
         )
         made.image, made.projection, made.basis = image, projection, basis
@@ -133,7 +137,7 @@ class ProjectedGradient(Tensor):
         same = projection == self.projection and all(basis[name] is self.basis[name] for name in basis)
         return self.image if same else projection.project(self.to_full(), basis)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ProjectedGradient(shape={tuple(self.shape)}, image={self.image!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProjectedGradient:
@@ -153,8 +157,12 @@ class ProjectedGradient(Tensor):
         return ProjectedGradient(image, self.projection, self.basis, self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _NORMS and _is_euclidean(args, kwargs):
@@ -165,7 +173,8 @@ class ProjectedGradient(Tensor):
             return _on_image(func, args, kwargs)
         if func is aten._to_copy.default:
             return _to_copy(args[0], **kwargs)
-        changed = [a for a, spec in zip(args, func._schema.arguments) if spec.alias_info and spec.alias_info.is_write]
+        specs = zip(args, func._schema.arguments, strict=False)  # trailing arguments may be left out
+        changed = [given for given, spec in specs if spec.alias_info and spec.alias_info.is_write]
         if any(isinstance(tensor, cls) for tensor in tree_flatten(changed)[0]):
             raise ValueError(
                 f"{func} would change a projected gradient in place, which it cannot do within the subspace; read the "
@@ -193,19 +202,18 @@ def _others_are_numbers(args: tuple[Any, ...]) -> bool:
     return all(not isinstance(leaf, Tensor) or leaf.numel() == 1 for leaf in leaves)
 
 
-def _on_image(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _on_image(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operation on the images. What it returns, if anything, takes their place one by one."""
     given = args[0]
     result = func(*_unwrap(args), **kwargs)
     if result is None:
         return None
-    if func._schema.name.split("::")[1].rstrip("_") != func._schema.name.split("::")[1]:  # type: ignore[attr-defined]
+    if func._schema.name.endswith("_"):  # in place
         return given
     if isinstance(given, ProjectedGradient):
         return given._like(result)
-    return [
-        before._like(after) if isinstance(before, ProjectedGradient) else after for before, after in zip(given, result)
-    ]
+    pairs = zip(given, result, strict=True)
+    return [before._like(after) if isinstance(before, ProjectedGradient) else after for before, after in pairs]
 
 
 def _sum(func: Any, left: ProjectedGradient, right: Any, alpha: float) -> ProjectedGradient:

@@ -6,7 +6,8 @@ spelled out, so that trainers which filter arguments by signature can call it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.rule import DECLARED, Traits
+from galore_torch.optim.rule import DECLARED, Decay, Moved, Traits
 
 
 class GaLoreAdamW(GaLore):
@@ -62,7 +63,7 @@ class GaLoreAdamW(GaLore):
         maximize: bool = False,
         fused: bool | None = None,
         correct_bias: bool = True,
-        no_deprecation_warning: bool = True,
+        no_deprecation_warning: bool = True,  # noqa: ARG002 (for old callers)
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
         seed: int = 0,
@@ -126,12 +127,12 @@ class GaLoreAdamW8bit(GaLore):
         if optim_bits not in (8, 32):
             raise ValueError(f"optim_bits is {optim_bits!r}; the states have 8 bits. Use GaLoreAdamW for more")
         try:
-            from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+            import bitsandbytes
         except ImportError as error:
             raise ImportError('GaLoreAdamW8bit needs bitsandbytes: pip install "galore-torch[bnb]"') from error
         super().__init__(
             params,
-            optimizer=PagedAdamW8bit if is_paged else AdamW8bit,
+            optimizer=getattr(bitsandbytes.optim, "PagedAdamW8bit" if is_paged else "AdamW8bit"),
             state_dtype=state_dtype,
             skip_nonfinite=skip_nonfinite,
             seed=seed,
@@ -286,55 +287,50 @@ def _can_fuse(params: list[Any]) -> bool | None:
     return True if all(fits) else None
 
 
-def _undo_bias_correction(group: Mapping[str, Any], weight: Tensor, step: int, image_shape: Sequence[int]) -> float:
-    beta1, beta2 = group["betas"]
-    return float((1 - beta1**step) / (1 - beta2**step) ** 0.5)
+def _undo_bias_correction(moved: Moved) -> float:
+    beta1, beta2 = moved.group["betas"]
+    return float((1 - beta1**moved.step) / (1 - beta2**moved.step) ** 0.5)
 
 
-# Muon: its learning rate depends on the parameter's shape, and the coordinates' shape is not the weight's.
+def _muon_shape_ratio(moved: Moved) -> float:
+    """Muon's learning rate depends on the parameter's shape, and the coordinates' shape is not the weight's."""
 
-
-def _muon_shape_ratio(group: Mapping[str, Any], weight: Tensor, step: int, image_shape: Sequence[int]) -> float:
     def adjusted(rows: int, columns: int) -> float:
-        match group.get("adjust_lr_fn"):
+        match moved.group.get("adjust_lr_fn"):
             case None | "original":
-                return max(1.0, rows / columns) ** 0.5
+                return math.sqrt(max(1.0, rows / columns))
             case "match_rms_adamw":
-                return max(rows, columns) ** 0.5
+                return math.sqrt(max(rows, columns))
         return 1.0
 
-    return adjusted(*weight.shape[:2]) / adjusted(*image_shape[:2])
+    return adjusted(*moved.weight.shape[:2]) / adjusted(*moved.coordinates_shape[:2])
 
 
-# Adafactor: the rate depends on the weight's root mean square and on the number of the step. The rule inside moves
+# Adafactor's rate depends on the weight's root mean square and on the number of the step. The rule inside moves
 # coordinates at a rate so small that no cap acts on it, and the weight's own rate replaces it.
-
 _UNIT_RATE = 1e-4
 
 
-def _adafactor_rate(group: Mapping[str, Any], weight: Tensor, step: int) -> float | Tensor:
+def _adafactor_rate(moved: Moved) -> float | Tensor:
     """The rate a weight moves with: max(eps2, RMS(W)) * min(lr, 1 / sqrt(t))."""
-    rate = group["lr"]
+    group, weight = moved.group, moved.weight
+    rate = float(group["lr"])
     if group.get("relative_step", True):
-        cap = 1e-6 * step if group.get("warmup_init", False) else rate
-        rate = min(cap, 1 / step**0.5)
+        cap = 1e-6 * moved.step if group.get("warmup_init", False) else rate
+        rate = min(cap, 1 / math.sqrt(moved.step))
     if not group.get("scale_parameter", True):
-        return float(rate)
-    rms = torch.linalg.vector_norm(weight, dtype=torch.float32) / weight.numel() ** 0.5
+        return rate
+    rms: Tensor = torch.linalg.vector_norm(weight, dtype=torch.float32) / math.sqrt(weight.numel())
     return rate * rms.clamp(min=group["eps"][1])
 
 
-def _adafactor_factor(
-    group: Mapping[str, Any], weight: Tensor, step: int, image_shape: Sequence[int]
-) -> float | Tensor:
-    return _adafactor_rate(group, weight, step) / _UNIT_RATE
+def _adafactor_factor(moved: Moved) -> float | Tensor:
+    return _adafactor_rate(moved) / _UNIT_RATE
 
 
-def _adafactor_decay_rate(group: Mapping[str, Any], weight: Tensor, step: int) -> float | Tensor:
+def _adafactor_decay_rate(moved: Moved) -> float | Tensor:
     """Transformers' class decays with the rate the weight moves with, torch's with the plain learning rate."""
-    if "relative_step" in group:
-        return _adafactor_rate(group, weight, step)
-    return float(group["lr"])
+    return _adafactor_rate(moved) if "relative_step" in moved.group else float(moved.group["lr"])
 
 
 def _adafactor_given(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,6 +342,7 @@ DECLARED[f"{torch.optim.Adafactor.__module__}.Adafactor"] = Traits(
 )
 DECLARED[f"{torch.optim.Muon.__module__}.Muon"] = Traits(decay="decoupled", factor=_muon_shape_ratio)
 # torchao's compile a kernel when first tried, which takes seconds.
-for _name, _decay in (("AdamW", "decoupled"), ("Adam", "l2")):
+_TORCHAO: dict[str, Decay] = {"AdamW": "decoupled", "Adam": "l2"}
+for _name, _decay in _TORCHAO.items():
     for _bits in ("8bit", "4bit", "Fp8"):
-        DECLARED[f"torchao.optim.adam.{_name}{_bits}"] = Traits(decay=_decay)  # type: ignore[arg-type]
+        DECLARED[f"torchao.optim.adam.{_name}{_bits}"] = Traits(decay=_decay)

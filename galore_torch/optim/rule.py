@@ -20,6 +20,23 @@ Decay = Literal["none", "l2", "decoupled"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moved:
+    """A weight that is being moved, as the functions in `Traits` see it.
+
+    Attributes:
+        weight: the weight, before this step.
+        group: its parameter group.
+        step: the number of its step, from 1.
+        coordinates_shape: the shape of its coordinates.
+    """
+
+    weight: Tensor
+    group: Mapping[str, Any]
+    step: int
+    coordinates_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Traits:
     """What an optimizer does that its signature does not tell.
 
@@ -27,17 +44,15 @@ class Traits:
         decay: where its `weight_decay` acts: on the gradient (`l2`), on the weight before the update (`decoupled`),
             or there is none.
         many_calls: whether stepping the parameters in several calls equals stepping them in one.
-        learning_rate: the rate that a weight really moves with, where that depends on the weight, from its group,
-            the weight and the number of its step (from 1); the group's `lr` when left out.
-        factor: a correction of the displacement, where that depends on the weight, from the same and the shape of
-            its coordinates.
+        learning_rate: the rate that decay takes, where that depends on the weight; the group's `lr` when left out.
+        factor: a correction of the displacement, where that depends on the weight.
         given: hyperparameters that the rule gets instead of the group's, because `factor` takes their place.
     """
 
     decay: Decay = "none"
     many_calls: bool = True
-    learning_rate: Callable[[Mapping[str, Any], Tensor, int], float | Tensor] | None = None
-    factor: Callable[[Mapping[str, Any], Tensor, int, Sequence[int]], float | Tensor] | None = None
+    learning_rate: Callable[[Moved], float | Tensor] | None = None
+    factor: Callable[[Moved], float | Tensor] | None = None
     given: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     @property
@@ -102,7 +117,7 @@ class Rule:
         parameters = [torch.nn.Parameter(one.tensor) for one in lent]
         by_group: dict[int, dict[str, Any]] = {}
         try:
-            for one, parameter in zip(lent, parameters):
+            for one, parameter in zip(lent, parameters, strict=True):
                 parameter.grad = one.grad
                 if one.state:
                     self._optimizer.state[parameter] = one.state
@@ -112,7 +127,7 @@ class Rule:
                 group["params"].append(parameter)
             self._optimizer.param_groups = list(by_group.values())
             self._optimizer.step()
-            for one, parameter in zip(lent, parameters):
+            for one, parameter in zip(lent, parameters, strict=True):
                 state = self._optimizer.state.get(parameter, {})
                 if state is not one.state:
                     one.state.clear()

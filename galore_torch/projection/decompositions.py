@@ -13,6 +13,7 @@ the oversampling.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,38 +24,44 @@ Side = Literal["left", "right"]
 OVERSAMPLING = 16
 """Extra directions a subspace iteration carries along. Measured in docs/decisions.md."""
 
-Decomposition = Callable[[Tensor, Mapping[str, int], Mapping[str, Tensor], torch.Generator], dict[str, Tensor]]
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a decomposition is asked for.
+
+    Attributes:
+        ranks: columns wanted for each side.
+        old: the bases in use until now, by side; empty at first.
+        generator: where random numbers come from.
+    """
+
+    ranks: Mapping[str, int]
+    old: Mapping[str, Tensor]
+    generator: torch.Generator
 
 
-def _svd(
-    matrix: Tensor, ranks: Mapping[str, int], old: Mapping[str, Tensor], generator: torch.Generator
-) -> dict[str, Tensor]:
+def _svd(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     vectors = {"left": left, "right": right.mT}
-    return {side: vectors[side][..., :rank] for side, rank in ranks.items()}
+    return {side: vectors[side][..., :rank] for side, rank in wanted.ranks.items()}
 
 
-def _random(
-    matrix: Tensor, ranks: Mapping[str, int], old: Mapping[str, Tensor], generator: torch.Generator
-) -> dict[str, Tensor]:
+def _random(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     return {
-        side: torch.linalg.qr(_gaussian(_facing(matrix, side), rank, generator)).Q for side, rank in ranks.items()
+        side: _orthonormal(_gaussian(_facing(matrix, side), rank, wanted.generator))
+        for side, rank in wanted.ranks.items()
     }
 
 
-def _randomized(
-    matrix: Tensor, ranks: Mapping[str, int], old: Mapping[str, Tensor], generator: torch.Generator
-) -> dict[str, Tensor]:
-    return _iterate_sides(matrix, ranks, {}, generator, power_iterations=2)
+def _randomized(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    return _iterate_sides(matrix, replace(wanted, old={}), power_iterations=2)
 
 
-def _warm(
-    matrix: Tensor, ranks: Mapping[str, int], old: Mapping[str, Tensor], generator: torch.Generator
-) -> dict[str, Tensor]:
-    return _iterate_sides(matrix, ranks, old, generator, power_iterations=1)
+def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    return _iterate_sides(matrix, wanted, power_iterations=1)
 
 
-DECOMPOSITIONS: dict[str, Decomposition] = {
+DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Tensor]]] = {
     "svd": _svd,
     "randomized": _randomized,
     "warm": _warm,
@@ -92,7 +99,7 @@ def find_bases(
         raise ValueError(f"decomposition is {decomposition!r}; use one of {', '.join(DECOMPOSITIONS)}")
     exact = matrix if matrix.dtype == torch.float64 else matrix.float()
     old = {side: basis.to(exact.dtype) for side, basis in (old or {}).items()}
-    found = DECOMPOSITIONS[decomposition](exact, ranks, old, generator)
+    found = DECOMPOSITIONS[decomposition](exact, Wanted(ranks=ranks, old=old, generator=generator))
     if decomposition != "svd":
         found = {side: align_signs(basis, old.get(side)) for side, basis in found.items()}
     # A slice of the whole factor would keep all of it alive.
@@ -125,49 +132,43 @@ def _gaussian(facing_dk: Tensor, columns: int, generator: torch.Generator) -> Te
     return torch.randn(shape, generator=generator, dtype=facing_dk.dtype, device=facing_dk.device)
 
 
-def _iterate_sides(
-    matrix: Tensor,
-    ranks: Mapping[str, int],
-    old: Mapping[str, Tensor],
-    generator: torch.Generator,
-    *,
-    power_iterations: int,
-) -> dict[str, Tensor]:
+def _iterate_sides(matrix: Tensor, wanted: Wanted, *, power_iterations: int) -> dict[str, Tensor]:
     """Subspace iteration for one side; the other side, if wanted, follows from it."""
     largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)
     matrix = matrix / torch.where(largest > 0, largest, 1)  # keeps the squares within range
-    first, *others = ranks
-    found = {
-        first: _subspace_iteration(
-            _facing(matrix, first), ranks[first], old.get(first), generator, power_iterations=power_iterations
-        )
-    }
+    first, *others = wanted.ranks
+    facing_dk = _facing(matrix, first)
+    start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.generator)
+    found = {first: _subspace_iteration(facing_dk, start_dl, wanted.ranks[first], power_iterations)}
     for side in others:
         # Right singular vectors span A^T U; the columns come in the order of the singular values.
-        found[side] = _orthonormal(_facing(matrix, side) @ found[first])[..., : ranks[side]]
+        found[side] = _orthonormal(_facing(matrix, side) @ found[first])[..., : wanted.ranks[side]]
     return found
 
 
-def _subspace_iteration(
-    facing_dk: Tensor, rank: int, old_dr: Tensor | None, generator: torch.Generator, *, power_iterations: int
-) -> Tensor:
+def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Where an iteration starts: the old basis, if there is one, filled up with Gaussian columns."""
+    size = min(rank + OVERSAMPLING, *facing_dk.shape[-2:])
+    if old_dr is None or old_dr.shape[-1] > size:
+        return _gaussian(facing_dk, size, generator)
+    more = _gaussian(facing_dk, size - old_dr.shape[-1], generator)
+    return torch.cat((old_dr, more / facing_dk.shape[-2] ** 0.5), dim=-1)
+
+
+def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int, power_iterations: int) -> Tensor:
     """The leading `rank` left singular vectors, nearly: (A A^T)^q applied to a start, then Rayleigh-Ritz.
 
     Rayleigh-Ritz turns the axes within the subspace to the singular directions. It changes no captured energy, but
     an elementwise rule such as Adam's depends on the axes.
     """
-    size = min(rank + OVERSAMPLING, *facing_dk.shape[-2:])
-    missing = size if old_dr is None or old_dr.shape[-1] > size else size - old_dr.shape[-1]
-    start_dl = _gaussian(facing_dk, missing, generator)
-    if missing < size and old_dr is not None:
-        start_dl = torch.cat((old_dr, start_dl / start_dl.shape[-2] ** 0.5), dim=-1)
     for _ in range(power_iterations):
-        # (A A^T) applied once: the product with A^T costs as much as the one with A and squares the decay.
-        start_dl = _orthonormal(facing_dk @ (facing_dk.mT @ start_dl))
-    low_lk = start_dl.mT @ facing_dk
+        basis_dl = _orthonormal(facing_dk @ (facing_dk.mT @ basis_dl))
+    low_lk = basis_dl.mT @ facing_dk
     _, rotation_ll = torch.linalg.eigh(low_lk @ low_lk.mT)  # ascending
-    return start_dl @ rotation_ll.flip(-1)[..., :rank]
+    leading_dr: Tensor = basis_dl @ rotation_ll.flip(-1)[..., :rank]
+    return leading_dr
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix).Q
+    q: Tensor = torch.linalg.qr(matrix).Q
+    return q

@@ -118,7 +118,8 @@ class Projection:
                 )
             elements = math.prod(shape)
             cuts = [min(rank, elements // size) for size in shape]  # an unfolding has elements / size columns
-            modes = (Mode(f"mode{k}", k - len(shape), d, r) for k, (d, r) in enumerate(zip(shape, cuts)) if d > r)
+            cut_axes = enumerate(zip(shape, cuts, strict=True))
+            modes = (Mode(f"mode{k}", k - len(shape), d, r) for k, (d, r) in cut_axes if d > r)
             return cls(shape, shape, tuple(modes))
         view_shape = (shape[0], math.prod(shape[1:])) if layout == "reshape" else shape
         rows, columns = view_shape[-2:]

@@ -1,8 +1,8 @@
 """From a gradient to a basis: one door for matrices, stacks and Tucker projections.
 
-Tucker: the factors of a tensor with several projected axes are found by higher-order orthogonal iteration (De Lathauwer,
-De Moor and Vandewalle 2000): each factor is the leading left basis of the tensor's unfolding along its axis, after the
-other axes have been projected with theirs. tensorly's `tucker` is the reference.
+Tucker: the factors of a tensor with several projected axes are found by higher-order orthogonal iteration (De
+Lathauwer, De Moor and Vandewalle 2000): each factor is the leading left basis of the tensor's unfolding along its axis,
+after the other axes have been projected with theirs. tensorly's `tucker` is the reference.
 """
 
 from __future__ import annotations
