@@ -151,7 +151,7 @@ class Projection:
     def saves_nothing(self) -> bool:
         """Whether basis and image together are as large as the weight: the rank is too high to save memory."""
         elements = math.prod(self.image_shape) + sum(math.prod(shape) for shape in self.factor_shapes.values())
-        return bool(self.modes) and elements >= math.prod(self.shape)
+        return elements >= math.prod(self.shape)
 
     @property
     def _is_tucker(self) -> bool:
