@@ -243,9 +243,9 @@ class GaLore(Optimizer):
         images = [one.image() for one in chunk]
         if self._settings["skip_nonfinite"]:
             flags = count_nonfinite(chunk, images).tolist()
-            chunk, images = (
-                [each for each, bad in zip(both, flags, strict=True) if not bad] for both in (chunk, images)
-            )
+            kept = [place for place, bad in enumerate(flags) if not bad]
+            chunk = [chunk[place] for place in kept]
+            images = [images[place] for place in kept]
         elif any(one.projection.modes for one in chunk):
             count_nonfinite(*_projected_only(chunk, images))
         if not chunk:

@@ -3,7 +3,8 @@
 * `svd`: the exact leading singular vectors, with LAPACK's orientation and signs. The paper's choice.
 * `randomized`: subspace iteration on A A^T started from a Gaussian matrix, with oversampling (Halko, Martinsson and
   Tropp 2011, algorithm 4.4; GaLore 2, arXiv 2504.20437).
-* `warm`: the same started from the old basis, which is close already, since a gradient's subspace moves slowly.
+* `warm`: the same started from the old basis, which is close already, since a gradient's subspace moves slowly; one
+  iteration is then enough. The first basis is `randomized`'s.
 * `random`: an orthonormal basis drawn at random, blind to the gradient (GoLore, arXiv 2410.11289).
 
 All take stacks of matrices. Shape suffixes: d x k the matrix seen from the side in question, r the rank, l = r plus
@@ -58,7 +59,8 @@ def _randomized(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 
 
 def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    return _iterate_sides(matrix, wanted, power_iterations=1)
+    # The first basis starts from nothing and needs what `randomized` needs, or slow spectra lose some per cent.
+    return _iterate_sides(matrix, wanted, power_iterations=1 if wanted.old else 2)
 
 
 DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Tensor]]] = {
@@ -85,7 +87,8 @@ def find_bases(
         decomposition: one of `DECOMPOSITIONS`.
         generator: where random numbers come from, on `matrix`'s device.
         old: the bases in use until now. `warm` starts from them, and all but `svd` turn the new basis' signs to agree
-            with theirs, so that moments kept in the old coordinates stay meaningful.
+            with theirs, so that moments kept in the old coordinates stay meaningful. In a stack, a matrix of zeros
+            keeps its old basis.
 
     Returns:
         Contiguous (..., m, r) and (..., n, r) by side, in the dtype of the computation. They hold no memory but
@@ -102,6 +105,10 @@ def find_bases(
     found = DECOMPOSITIONS[decomposition](exact, Wanted(ranks=ranks, old=old, generator=generator))
     if decomposition != "svd":
         found = {side: align_signs(basis, old.get(side)) for side, basis in found.items()}
+    if matrix.dim() > 2 and old:
+        # An expert that met no token tells no subspace; another basis would only scramble its moments.
+        idle = exact.abs().amax(dim=(-2, -1), keepdim=True) == 0
+        found = {side: torch.where(idle, old[side], basis) for side, basis in found.items()}
     # A slice of the whole factor would keep all of it alive.
     return {side: basis.clone(memory_format=torch.contiguous_format) for side, basis in found.items()}
 

@@ -41,7 +41,7 @@ def is_due(step: int, renewed_step: int, gap: int, offset: int) -> bool:
         True when a turn lies after `renewed_step` and not after `step`.
 
     Example:
-        >>> [t for t in range(600) if is_due(t, renewed_step=t - 1, gap=200, offset=50)]
+        >>> [t for t in range(1, 600) if is_due(t, renewed_step=t - 1, gap=200, offset=50)]
         [50, 250, 450]
     """
     if renewed_step < 0:
