@@ -23,7 +23,7 @@ def turn_offset(index: int, count: int, gap: int) -> int:
         >>> [turn_offset(i, count=4, gap=200) for i in range(4)]
         [50, 100, 150, 200]
     """
-    return max(1, (index + 1) * gap // count)
+    return -(-(index + 1) * gap // count)  # rounded up
 
 
 def is_due(step: int, renewed_step: int, gap: int, offset: int) -> bool:
