@@ -62,7 +62,7 @@ def find_basis(
 def _tucker(
     projection: Projection, tensor: Tensor, decomposition: str, generator: torch.Generator, old: Basis
 ) -> dict[str, Tensor]:
-    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     def factor(mode: Mode, others: Basis) -> Tensor:
         image = tensor
