@@ -167,15 +167,13 @@ class ProjectedGradient(Tensor):
         kwargs = kwargs or {}
         if func in _NORMS and _is_euclidean(args, kwargs):
             return func(*_unwrap(args), **kwargs)
-        if func in _SUMS and isinstance(args[0], cls):
+        if func in _SUMS and isinstance(args[0], cls) and _is_gradient_like(args[1], args[0]):
             return _sum(func, args[0], args[1], _SUMS[func] * kwargs.get("alpha", 1))
         if func in _ON_IMAGE and _others_are_numbers(args):
             return _on_image(func, args, kwargs)
         if func is aten._to_copy.default:
             return _to_copy(args[0], **kwargs)
-        specs = zip(args, func._schema.arguments, strict=False)  # trailing arguments may be left out
-        changed = [given for given, spec in specs if spec.alias_info and spec.alias_info.is_write]
-        if any(isinstance(tensor, cls) for tensor in tree_flatten(changed)[0]):
+        if any(isinstance(tensor, cls) for tensor in tree_flatten(_changed(func, args, kwargs))[0]):
             raise ValueError(
                 f"{func} would change a projected gradient in place, which it cannot do within the subspace; read the "
                 'full gradient with .to_full(), or use attach(..., gradients="full")'
@@ -202,6 +200,18 @@ def _others_are_numbers(args: tuple[Any, ...]) -> bool:
     return all(not isinstance(leaf, Tensor) or leaf.numel() == 1 for leaf in leaves)
 
 
+def _is_gradient_like(other: Any, gradient: ProjectedGradient) -> bool:
+    """Whether it can be projected before it is added. A number, say, added to every entry leaves the subspace."""
+    return isinstance(other, Tensor) and other.shape == gradient.shape
+
+
+def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to."""
+    specs = func._schema.arguments
+    given = [*zip(args, specs, strict=False), *((kwargs.get(spec.name), spec) for spec in specs[len(args) :])]
+    return [value for value, spec in given if spec.alias_info and spec.alias_info.is_write]
+
+
 def _on_image(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operation on the images. What it returns, if anything, takes their place one by one."""
     given = args[0]
@@ -216,16 +226,11 @@ def _on_image(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return [before._like(after) if isinstance(before, ProjectedGradient) else after for before, after in pairs]
 
 
-def _sum(func: Any, left: ProjectedGradient, right: Any, alpha: float) -> ProjectedGradient:
+def _sum(func: Any, left: ProjectedGradient, right: Tensor, alpha: float) -> ProjectedGradient:
     if isinstance(right, ProjectedGradient):
         image = right.image_in(left.projection, left.basis)
-    elif isinstance(right, Tensor) and right.shape == left.shape:
-        image = left.projection.project(right.to(left.dtype), left.basis)
     else:
-        raise ValueError(
-            f"a projected gradient of shape {tuple(left.shape)} takes no {type(right).__name__} of another shape: "
-            "adding a constant to every entry leaves the subspace"
-        )
+        image = left.projection.project(right.to(left.dtype), left.basis)
     if func in (aten.add_.Tensor, aten.sub_.Tensor):
         left.image.add_(image.to(left.image.dtype), alpha=alpha)
         return left
