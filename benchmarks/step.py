@@ -96,10 +96,13 @@ def main(
         for name in dtype or Dtype
     ]
     about = machine(threads)
+    messages = Console(stderr=True, quiet=quiet)
+    if about["load"] > about["cores"] / 4:
+        messages.print(f"[yellow]This machine is busy with other work (load {about['load']}): the times will suffer.")
     try:
         for peer in peers.PEERS.values():
             peers.install(peer)
-        outcomes = run(cases, Console(stderr=True, quiet=quiet))
+        outcomes = run(cases, messages)
     except RuntimeError as error:
         raise SystemExit(str(error)) from error
     if as_json:
@@ -110,7 +113,7 @@ def main(
         console.print(*(report.tables(outcome) for outcome in outcomes), sep="\n")
     if plot is not None:
         report.draw(outcomes, plot)
-        Console(stderr=True).print(f"The chart is in {plot}")
+        messages.print(f"The chart is in {plot}")
 
 
 if __name__ == "__main__":
