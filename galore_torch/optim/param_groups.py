@@ -7,6 +7,7 @@ default is the linear layers of attention and MLP; embeddings, head, norms and b
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,8 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
         "decomposition": decomposition,
         "stagger": stagger,
     }
+    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
+        _check_pattern(target)
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     targets = _targets(model, target_modules)
     if not targets.keys() & trainable.keys():
@@ -108,29 +111,29 @@ def summarize(groups: Sequence[dict[str, Any]]) -> str:
         plain_bytes = sum(2 * weight.numel() * weight.element_size() for weight in weights)
         ours_bytes = sum(_state_elements(group, weight) * weight.element_size() for weight in weights)
         kind = f"rank {group['rank']}" if is_projected(group) else "not projected"
+        kind += " (experts)" if group.get("layout") == "stack" else ""
         rows.append((kind, len(weights), elements, ours_bytes, plain_bytes))
     tensors, elements, ours, plain = (sum(column) for column in list(zip(*rows, strict=True))[1:])
     rows.append(("all", tensors, elements, ours, plain))
-    lines = [f"{'parameters':<15}{'tensors':>8}{'elements':>15}{'GaLore state':>15}{'AdamW state':>14}{'saved':>8}"]
+    lines = [f"{'parameters':<20}{'tensors':>8}{'elements':>16}{'GaLore state':>14}{'AdamW state':>14}{'saved':>8}"]
     for kind, tensors, elements, ours, plain in rows:
         saved = f"{1 - ours / plain:.1%}" if plain else "-"
-        mib = (f"{count / 2**20:.1f} MiB" for count in (ours, plain))
-        lines.append(f"{kind:<15}{tensors:>8}{elements:>15,}{next(mib):>15}{next(mib):>14}{saved:>8}")
+        lines.append(f"{kind:<20}{tensors:>8}{elements:>16,}{_readable(ours):>14}{_readable(plain):>14}{saved:>8}")
     return "\n".join(lines)
 
 
 def _state_elements(group: dict[str, Any], weight: Tensor) -> int:
     projection = projection_in({**PROJECTED_DEFAULTS, **group}, weight)
-    image = 1
-    for size in projection.image_shape:
-        image *= size
-    basis = 0
-    for shape in projection.factor_shapes.values():
-        factor = 1
-        for size in shape:
-            factor *= size
-        basis += factor
-    return 2 * image + basis
+    basis = sum(math.prod(shape) for shape in projection.factor_shapes.values())
+    return 2 * math.prod(projection.image_shape) + basis
+
+
+def _readable(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size >= 1024:
+            size, unit = size / 1024, larger
+    return f"{size:.1f} {unit}"
 
 
 def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Tensor]:
@@ -145,15 +148,15 @@ def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str,
             continue
         if not _is_projectable(module, attribute, weight):
             if weight.dim() > 1 and not _is_all_linear(target_modules):
-                unsuited.append(module_name)
+                unsuited.append(f"{module_name}.{attribute}")
             continue
         if all(_is_projectable(user, attribute, weight) for _, user in users[id(weight)]):
             found[first_names[id(weight)]] = weight
         else:
             shared.append(module_name)
     if shared or unsuited:
-        why = [f"{name} (its weight is tied to a module that is not linear)" for name in shared]
-        why += [f"{name} (not a linear layer)" for name in unsuited]
+        why = [f"{name} (its weight is tied to a module that is not linear)" for name in _kinds(shared)]
+        why += [f"{name} (not of a linear layer)" for name in _kinds(unsuited)]
         warnings.warn(f"matched, but not projected: {', '.join(why)}", stacklevel=3)
     return found
 
@@ -169,8 +172,9 @@ def _is_projectable(module: nn.Module, attribute: str, weight: Tensor) -> bool:
     is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # Transformers', without its import
     if is_linear:
         return attribute == "weight" and weight.dim() == 2
+    # A stack of experts; a tensor of one row or one matrix is a token or a table of positions.
     is_convolution = isinstance(module, nn.modules.conv._ConvNd)
-    return weight.dim() == 3 and not is_convolution
+    return weight.dim() == 3 and 1 not in weight.shape and not is_convolution
 
 
 def _is_all_linear(target_modules: str | Sequence[str]) -> bool:
@@ -182,9 +186,17 @@ def _matches(name: str, target_modules: str | Sequence[str]) -> bool:
         return True
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, name) is not None
-    return any(target in name for target in target_modules) or any(
-        re.fullmatch(target, name) is not None for target in target_modules
-    )
+    return any(target in name or re.fullmatch(target, name) is not None for target in target_modules)
+
+
+def _check_pattern(target: str) -> None:
+    try:
+        re.compile(target)
+    except re.error as error:
+        raise ValueError(
+            f"target_modules has {target!r}, which is no regular expression ({error}). Parts of names, such as "
+            '"attn", go into a list as they are; any text in a pattern is ".*"'
+        ) from None
 
 
 def _nothing_matched(model: nn.Module, target_modules: str | Sequence[str], *, frozen: bool) -> str:
@@ -193,9 +205,14 @@ def _nothing_matched(model: nn.Module, target_modules: str | Sequence[str], *, f
         return f"target_modules {target_modules!r} match frozen weights only; set requires_grad, or choose others"
     if not could:
         return "the model has no linear layer to project; GaLore needs nn.Linear, Conv1D or expert weights"
-    kinds = sorted({re.sub(r"\d+", "*", name) for name in could})
+    kinds = _kinds(could)
     shown = ", ".join(kinds[:20]) + (f", and {len(kinds) - 20} more" if len(kinds) > 20 else "")
     return f'target_modules {target_modules!r} match no linear layer. These could be named: {shown}; or "all-linear"'
+
+
+def _kinds(names: Sequence[str]) -> list[str]:
+    """Names with `*` for their numbers, each once: a deep model has as many as a shallow one."""
+    return sorted({re.sub(r"\d+", "*", name) for name in names})
 
 
 def _is_norm(model: nn.Module, name: str) -> bool:
