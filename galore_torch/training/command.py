@@ -120,6 +120,7 @@ def show(result: RunResult, console: Console) -> None:
         f"perplexity {result.perplexity:,.2f}  {result.tokens_per_second:,.0f} tok/s  "
         f"optimizer state {megabytes(result.state_bytes)}  peak memory {megabytes(result.peak_memory_bytes)}  "
         f"{duration(result.seconds)} of training",
+        soft_wrap=True,
     )
     console.print(
         f"model {result.out}/model  metrics {result.out}/metrics.jsonl  plot {result.out}/loss.png", soft_wrap=True

@@ -135,7 +135,7 @@ def groups_of(model: Module, config: OptimizerConfig) -> Groups:
     chosen: dict[str, Any] = {} if config.decomposition is None else {"decomposition": config.decomposition}
     groups = param_groups(
         model,
-        config.rank,
+        config.rank if is_projected(config.optimizer) else 1,  # which weights are matrices does not depend on it
         update_proj_gap=config.gap,
         scale=config.scale,
         proj_type=config.proj_type,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,19 +40,19 @@ def _draw(axes: Axes, label: str, history: Sequence[records.Record], colour: str
     steps = [record for record in history if "loss" in record]
     evaluations = [record for record in history if "eval_loss" in record and not record.get("final")]
     tokens = [record["tokens"] for record in steps]
-    losses = [record["loss"] for record in steps]
+    losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
     axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(tokens, smooth(losses), color=colour, linewidth=1.8, label=f"{label}, training")
     if evaluations:
         axes.plot(
             [record["tokens"] for record in evaluations],
-            [record["eval_loss"] for record in evaluations],
+            [math.nan if record["eval_loss"] is None else record["eval_loss"] for record in evaluations],
             color=colour,
             linestyle="none",
             marker="o",
             markersize=5,
             markeredgecolor="white",
-            label=f"{label}, held out: perplexity {evaluations[-1]['perplexity']:,.1f}",
+            label=f"{label}, held out: perplexity {_number(evaluations[-1]['perplexity'])}",
         )
 
 
@@ -67,6 +68,10 @@ def smooth(losses: Sequence[float]) -> list[float]:
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
         smoothed.append(total / weight)
     return smoothed
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:,.1f}"
 
 
 def _short(count: float) -> str:

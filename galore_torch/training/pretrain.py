@@ -265,6 +265,7 @@ def _announce(config: PretrainConfig, model: LlamaForCausalLM, train: sources.Do
         f"[bold]{config.optimizer.optimizer}[/] on a LLaMA of {model.num_parameters():,} parameters; "
         f"{config.data.data} ({text}); {config.schedule.steps:,} steps of {config.tokens_per_step:,} tokens",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -64,7 +64,9 @@ class LiveProgress(TrainerCallback):
         elif state.global_step % max(1, state.max_steps // _PLAIN_LINES) == 0 or state.global_step == 1:
             done = state.global_step - self._began_at
             left = (self._log.seconds / state.global_step) * (state.max_steps - state.global_step) if done else 0.0
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {text}  {duration(left)} left")
+            self._console.print(
+                f"step {state.global_step}/{state.max_steps}  {text}  {duration(left)} left", soft_wrap=True
+            )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print an evaluation."""

@@ -36,14 +36,22 @@ def final(path: Path) -> Record | None:
 def append(path: Path, record: Record) -> None:
     """Add one record."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(_line(record))
+
+
+def _line(record: Record) -> str:
+    # JSON knows no NaN and no infinity: a loss that is neither finite nor a number is null.
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    return json.dumps(finite) + "\n"
 
 
 def keep_until(path: Path, step: int) -> None:
     """Drop what was recorded after a step: a resumed run makes those steps again."""
     kept = [record for record in read(path) if record["step"] <= step]
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    unfinished.write_text("".join(map(_line, kept)), encoding="utf-8")
     os.replace(unfinished, path)  # noqa: PTH105
 
 

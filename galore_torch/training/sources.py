@@ -9,6 +9,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -65,7 +66,7 @@ def load(config: DataConfig, seed: int, cache: Path) -> Corpus:
     path = Path(config.data).expanduser()
     if path.exists():
         return _split(_local(path, config, cache), config)
-    if config.data.startswith((".", "/", "~")) or path.suffix:
+    if config.data.startswith((".", "/", "~")) or config.data.endswith(tuple(chain(*_SUFFIXES.values()))):
         raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
     return _stream(config, seed)
 
@@ -105,7 +106,8 @@ def _require_content(files: list[Path], config: DataConfig) -> None:
 
 def _text(files: list[Path], cache: Path) -> datasets.Dataset:
     # Size and time are in the key under which the table is cached: an edited file is read anew.
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    # A tuple, for Datasets would take a list for shards and call `_read` once for each.
+    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     try:
         return datasets.Dataset.from_generator(
             _read, gen_kwargs={"stamps": stamps}, cache_dir=str(cache / "documents"), split="train"
@@ -114,7 +116,7 @@ def _text(files: list[Path], cache: Path) -> datasets.Dataset:
         raise ValueError(f"{error.__cause__ or error}") from error
 
 
-def _read(stamps: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+def _read(stamps: tuple[tuple[str, int, int], ...]) -> Iterator[dict[str, str]]:
     """Documents of text files: a file is one, unless it is the only file, whose paragraphs are then."""
     for name, _, _ in stamps:
         try:

@@ -1,0 +1,45 @@
+"""Real text and a model small enough to train in a second."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from galore_torch.training.config import PretrainConfig
+from galore_torch.training.presets import configure
+
+MODULES = (
+    "argparse", "ast", "base64", "bisect", "calendar", "cmd", "code", "codecs", "colorsys", "copy", "csv", "dis",
+    "enum", "fnmatch", "fractions", "getopt", "gettext", "glob", "gzip", "heapq",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text files: modules of the standard library."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name in MODULES:
+        source = inspect.getsource(__import__(name))
+        (folder / f"{name}.txt").write_text(source, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests of a process."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(texts: Path, cache: Path):
+    """Make the configuration of a run of eight steps, any setting overridden."""
+
+    def make(**given) -> PretrainConfig:
+        settings = {
+            "data": str(texts), "cache": str(cache), "vocab": 400, "seq": 32, "eval_tokens": 640, "hidden": 32,
+            "intermediate": 64, "layers": 2, "heads": 2, "rank": 8, "gap": 3, "steps": 8, "batch": 8, "micro_batch": 4,
+            "eval_every": 4,
+        }  # fmt: skip
+        return configure("llama-tiny", **{**settings, **given})
+
+    return make
