@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch.optim.groups import is_projected
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Moved, Rule, Traits
 from galore_torch.projection import Projection, find_basis, is_due
@@ -119,7 +120,7 @@ class Work:
         moved = Moved(
             weight=self.weight, group=group, step=self.state["step"], coordinates_shape=tuple(coordinates.shape)
         )
-        alpha: Any = group["scale"] if self.projection.modes else 1.0
+        alpha: Any = group["scale"] if is_projected(group) else 1.0
         beta: Any = 1.0
         if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
             lr = traits.learning_rate(moved) if traits.learning_rate else group["lr"]
