@@ -1,0 +1,132 @@
+"""How much of a gradient's energy each way of finding a basis captures, on the real gradients of a run.
+
+    python -m benchmarks.subspaces                        # the demo's model on the Python standard library, minutes
+    python -m benchmarks.subspaces --steps 120 --gap 40
+
+A `galore pretrain` run is made with the default decomposition. At every renewal of every layer each candidate finds a
+basis from the same gradient (and the same old basis), and the energy in it is compared with the exact SVD's of the
+same rank. What decides is the worst layer and renewal, not the mean.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from galore_torch.projection import decompositions
+from galore_torch.projection.decompositions import DECOMPOSITIONS, Wanted
+from galore_torch.training.presets import configure
+from galore_torch.training.pretrain import new_run
+
+Finder = Callable[[Tensor, Wanted], dict[str, Tensor]]
+
+BAR = 0.99
+"""Energy that a basis must capture, of the exact one's."""
+
+
+@dataclass
+class Record:
+    """What one candidate came to.
+
+    Attributes:
+        energies: captured energy over the exact basis' own, one for each layer and renewal.
+        seconds: time of the processor, all renewals together.
+    """
+
+    energies: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def energy(matrix: Tensor, side: str, basis: Tensor) -> float:
+    """Return the squared norm of the projected matrix."""
+    image = basis.mT @ matrix if side == "left" else matrix @ basis
+    return float(image.square().sum())
+
+
+def iteration(start: str, power_iterations: int, oversampling: int, dtype: torch.dtype) -> Finder:
+    """Return a subspace iteration with its own constants, from a Gaussian or the old basis, on a cut-down gradient."""
+
+    def find(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+        kept = decompositions.POWER_ITERATIONS, decompositions.OVERSAMPLING
+        decompositions.POWER_ITERATIONS, decompositions.OVERSAMPLING = power_iterations, oversampling
+        try:
+            wanted = wanted if start == "old" else replace(wanted, old={})
+            return decompositions._warm(matrix.to(dtype), wanted)
+        finally:
+            decompositions.POWER_ITERATIONS, decompositions.OVERSAMPLING = kept
+
+    return find
+
+
+def candidates() -> dict[tuple[str, ...], Finder]:
+    """Return the finders that are compared, by start, power iterations, oversampling and precision."""
+    found: dict[tuple[str, ...], Finder] = {("exact SVD", "", "", "float32"): DECOMPOSITIONS["svd"]}
+    for start in ("Gaussian", "old"):
+        for power, extra in ((1, 0), (1, 16), (1, 32), (2, 0), (2, 8), (2, 16), (3, 16)):
+            found[start, str(power), str(extra), "float32"] = iteration(start, power, extra, torch.float32)
+        found[start, "2", "16", "bfloat16"] = iteration(start, 2, 16, torch.bfloat16)
+    return found
+
+
+def recorder(records: dict[tuple[str, ...], Record], default: Finder) -> Finder:
+    """Return a finder that tries all candidates beside the default, and lets the run go on with the default's."""
+    tried = candidates()
+
+    def find(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+        ((side, rank),) = wanted.ranks.items()
+        exact = float(torch.linalg.svdvals(matrix)[:rank].square().sum())
+        if side in wanted.old:
+            records.setdefault(("the old basis, kept", "", "", ""), Record()).energies.append(
+                energy(matrix, side, wanted.old[side]) / exact
+            )
+        for name, finder in tried.items():
+            record = records.setdefault(name, Record())
+            started = time.process_time()
+            basis = finder(matrix, replace(wanted, generator=torch.Generator().manual_seed(1)))[side]
+            record.seconds += time.process_time() - started
+            record.energies.append(energy(matrix, side, basis) / exact)
+        return default(matrix, wanted)
+
+    return find
+
+
+def table(records: dict[tuple[str, ...], Record]) -> Table:
+    """Lay the records out, fastest first."""
+    grid = Table(title=f"energy captured, of the exact basis' (bar at the worst: {BAR})")
+    for heading in ("start", "power", "extra", "precision"):
+        grid.add_column(heading)
+    for heading in ("worst", "mean", "renewals", "ms each"):
+        grid.add_column(heading, justify="right")
+    for name, record in sorted(records.items(), key=lambda item: item[1].seconds):
+        worst, count = min(record.energies), len(record.energies)
+        figures = (f"{worst:.4f}", f"{sum(record.energies) / count:.4f}", str(count))
+        grid.add_row(*name, *figures, f"{1e3 * record.seconds / count:.2f}", style=None if worst >= BAR else "dim")
+    return grid
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 200,
+    gap: Annotated[int, typer.Option(min=1, help="Steps between two renewals of a layer.")] = 50,
+    preset: Annotated[str, typer.Option(help="The model and its recipe.")] = "llama-tiny",
+) -> None:
+    """Run, compare and print the table."""
+    records: dict[tuple[str, ...], Record] = {}
+    settings: dict[str, Any] = {"optimizer": "galore-adamw", "decomposition": "warm", "steps": steps, "gap": gap}
+    DECOMPOSITIONS["warm"] = recorder(records, DECOMPOSITIONS["warm"])
+    with tempfile.TemporaryDirectory() as folder:
+        result = new_run(configure(preset, **settings), Path(folder) / "run", console=Console(stderr=True)).train()
+    console = Console()
+    console.print(f"{preset}, {result.step} steps, gap {gap}, perplexity {result.perplexity:.1f}")
+    console.print(table(records))
+
+
+if __name__ == "__main__":
+    typer.run(main)
