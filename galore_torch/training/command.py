@@ -35,6 +35,9 @@ galore pretrain --resume --out runs/60m
 
 _RUN = "Run"
 
+STOPPED = 130
+"""Exit status of a run that Ctrl-C stopped, as shells have it."""
+
 
 def pretrain(
     *,
@@ -68,7 +71,7 @@ def pretrain(
     """Pre-train a LLaMA from scratch, with GaLore or with a full-rank optimizer to compare with.
 
     The run folder gets config.toml, metrics.jsonl, the model with its tokenizer, loss.png and a resumable checkpoint.
-    Ctrl-C saves one too.
+    Ctrl-C finishes the step, saves a checkpoint and says how to go on.
     """
     console = Console(stderr=json)
     try:
@@ -85,6 +88,8 @@ def pretrain(
         print(json_format.dumps(dataclasses.asdict(result)))
     else:
         show(result, console)
+    if not result.finished:
+        raise typer.Exit(STOPPED)
 
 
 def _prepare(

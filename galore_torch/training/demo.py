@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from galore_torch.training.command import STOPPED
 from galore_torch.training.plots import plot_losses
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.units import megabytes
@@ -69,7 +70,7 @@ def _pretrain(optimizer: str, out: Path, flags: Sequence[str]) -> dict[str, Any]
             output, _ = process.communicate()
         finally:
             signal.signal(signal.SIGINT, before)
-    if process.returncode:
+    if process.returncode not in (0, STOPPED):
         raise subprocess.CalledProcessError(process.returncode, command)
     result: dict[str, Any] = json.loads(output)
     return result
@@ -110,7 +111,7 @@ def main() -> None:
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
     if picture is None:
-        sys.exit(130)
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""The console command: its help, its errors and its signals, in real processes where that is what counts."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from galore_torch.cli import build_app
+from galore_torch.training.config import SECTIONS
+from galore_torch.training.presets import PRESETS
+
+TEXT = "\n\n".join(
+    f"The {index} small words of paragraph {index} are not many, but they are words." for index in range(200)
+)
+TINY = [
+    "--vocab", "300", "--seq", "16", "--eval-tokens", "64", "--hidden", "16", "--intermediate", "32", "--layers", "1",
+    "--heads", "2", "--rank", "4", "--gap", "4", "--batch", "4", "--micro-batch", "4", "--eval-every", "0",
+]  # fmt: skip
+
+
+def shown(*arguments: str, width: int = 80) -> str:
+    """What a command prints, without its colours and boxes."""
+    result = CliRunner().invoke(build_app(), arguments, env={"COLUMNS": str(width), "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= width
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+
+
+def galore(*arguments: str, python: str = "", **options) -> subprocess.Popen[str]:
+    """A real process of the console command."""
+    code = f"{python}\nfrom galore_torch.cli import main; import sys; sys.argv[0] = 'galore'; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Flags of a very small run in a folder of its own."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return ["pretrain", "--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "cache"), *TINY]
+
+
+def test_help_names_the_commands():
+    assert "pretrain" in shown("--help")
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_help_of_pretrain_teaches(width):
+    text = shown("pretrain", "--help", width=width)
+    for section in SECTIONS.values():
+        for field in dataclasses.fields(section):
+            assert f"--{field.name.replace('_', '-')}" in text
+    assert all(preset in text for preset in PRESETS)
+    assert "galore pretrain --preset llama-60m --data allenai/c4 --out runs/60m" in text
+    assert "Steps between two renewals of a basis. [by preset; llama-60m: 200]" in text
+    assert "--no-stagger" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rank", "0"], "rank = 0 is out of range; it must be at least 1."),
+        (["--preset", "llama-2b"], "preset = 'llama-2b' is not known"),
+        (["--resume"], "give its folder as --out"),
+        (["--resume", "--out", "x", "--rank", "4"], "leave out rank"),
+        (["--resume", "--out", "x"], "holds no run to resume"),
+        (["--config", "nowhere.toml"], "cannot be read as TOML"),
+        (["--data", "nowhere.txt"], "data = 'nowhere.txt' does not exist"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(build_app(), ["pretrain", *arguments])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_told_with_the_line_that_installs_it():
+    hide = (
+        "import importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name in ('datasets', 'typer') else find(name, *rest)"
+    )
+    process = galore("pretrain", python=hide)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "needs datasets, typer" in error
+    assert 'pip install "galore-torch[train]"' in error
+    assert "Traceback" not in error
+
+
+def test_a_run_is_shown_as_plain_lines_and_its_folder_is_refused_afterwards(tiny, tmp_path):
+    out = str(tmp_path / "run")
+    done = CliRunner().invoke(build_app(), [*tiny, "--steps", "6", "--out", out])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"step 1/6  loss \d\.\d+  lr \S+  [\d,]+ tok/s  state [\d.]+ MB  0:00:\d\d left", done.output)
+    assert "perplexity" in done.output
+    assert f"model {out}/model" in done.output.replace("\n", "")
+    assert "\x1b" not in done.output
+
+    again = CliRunner().invoke(build_app(), [*tiny, "--out", out])
+    assert again.exit_code == 2
+    assert "already holds a run" in again.stderr
+
+
+def test_a_file_of_settings_is_enough(tiny, tmp_path):
+    first = CliRunner().invoke(build_app(), [*tiny, "--steps", "2", "--out", str(tmp_path / "one"), "--json"])
+    config = str(tmp_path / "one" / "config.toml")
+    second = CliRunner().invoke(
+        build_app(), ["pretrain", "--config", config, "--out", str(tmp_path / "two"), "--steps", "3", "--json"]
+    )
+    one, two = json.loads(first.stdout), json.loads(second.stdout)
+    assert (one["step"], two["step"]) == (2, 3)
+    assert one["parameters"] == two["parameters"]
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
+    out = tmp_path / "run"
+    terminal = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = galore(*tiny, "--steps", "100000", "--out", str(out), python=terminal)
+    wait_for(lambda: lines(out / "metrics.jsonl") >= 3, process)
+    os.kill(process.pid, signal.SIGINT)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    stopped = int(re.search(r"Stopped after step ([\d,]+)\.", output)[1].replace(",", ""))
+    checkpoint = out / "checkpoints" / f"checkpoint-{stopped}"
+    assert f"It is saved in {checkpoint}; go on with:\n  galore pretrain --resume --out {out}\n" in output
+    assert (checkpoint / "optimizer.pt").exists()
+    assert lines(out / "metrics.jsonl") == stopped
+    assert error == ""
