@@ -10,8 +10,8 @@ A parameter that is not projected is moved by the same rule directly, or has the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +21,23 @@ from torch.optim import Optimizer
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
 from galore_torch.optim.probe import probe
-from galore_torch.optim.rule import DECLARED, Lent, Rule, Traits
+from galore_torch.optim.rule import DECLARED, Lent, Rule, Traits, check_dimensions, share_arguments
 from galore_torch.optim.work import Work, count_nonfinite, norms
 from galore_torch.projection import turn_offset
 
 CHUNK_ELEMENTS = 2**23
 """Coordinates that are stepped together: enough to keep a device busy, few enough to bound memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a parameter stands: the how-manieth of its group, and of the projected ones (of how many)."""
+
+    weight: Tensor
+    group: dict[str, Any]
+    index: int
+    among_projected: int
+    projected: int
 
 
 class GaLore(Optimizer):
@@ -108,7 +119,7 @@ class GaLore(Optimizer):
 
     def _classes_and_shares(self) -> tuple[list[type[Optimizer]], list[dict[str, Any]]]:
         classes = [one for one in (self._settings["optimizer"], self._settings["others"]) if one is not None]
-        return classes, _share(classes, self._settings["arguments"])
+        return classes, share_arguments(classes, self._settings["arguments"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings}
@@ -156,10 +167,8 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._gather()
-        self._renew(work)
-        for chunk in _chunks(work):
-            self._move(chunk)
+        lent_groups: dict[int, dict[str, Any]] = {}
+        self.apply([self._work(place, lent_groups) for place in self._places() if place.weight.grad is not None])
         return loss
 
     def nonfinite_counts(self) -> dict[str, int]:
@@ -189,54 +198,87 @@ class GaLore(Optimizer):
         classes, shares = self._classes_and_shares()
         place = 0 if is_projected(group) else -1
         for dimensions in sorted({len(projection_in(group, weight).image_shape) for weight in group["params"]}):
-            _try_rule(classes[place], shares[place], dimensions)
+            check_dimensions(classes[place], shares[place], dimensions)
 
-    def _gather(self) -> list[Work]:
-        """All weights that have a gradient. Everything is checked before anything moves."""
-        count = sum(len(group["params"]) for group in self.param_groups if is_projected(group))
-        work, place = [], 0
-        for group in self.param_groups:
-            projected = is_projected(group)
-            rule, traits = (self._rule, self._traits) if projected else (self._others, self._others_traits)
-            # Without projection, coordinates serve a rule that needs help from the weight, or a dtype of their own.
-            through_coordinates = projected or traits.reads_weight or self._settings["state_dtype"] is not None
-            lent_group = _lent(group, traits) if through_coordinates else group
-            for index, weight in enumerate(group["params"]):
-                place += projected
-                if weight.grad is None:
-                    continue
-                name = parameter_name(group, index)
-                _check_gradient(weight.grad, name)
-                staggered = projected and group["stagger"]
-                work.append(
-                    Work(
-                        weight=weight,
-                        grad=weight.grad,
-                        name=name,
-                        group=group,
-                        lent_group=lent_group,
-                        state=self.state[weight],
-                        projection=projection_in(group, weight),
-                        rule=rule,
-                        traits=traits,
-                        through_coordinates=through_coordinates,
-                        dtype=self._settings["state_dtype"] or weight.dtype,
-                        index=place - 1,
-                        turn=turn_offset(place - 1, count, group["update_proj_gap"]) if staggered else 0,
-                    )
-                )
+    def work_on(self, weight: Tensor) -> Work:
+        """One weight as the next step would see it; for those who form or apply a gradient before `step()`.
+
+        Args:
+            weight: one of the optimizer's parameters; it may have no gradient yet.
+
+        Returns:
+            The work, its state prepared.
+
+        Raises:
+            ValueError: the optimizer does not hold the weight.
+        """
+        for place in self._places():
+            if place.weight is weight:
+                work = self._work(place, {})
+                work.prepare_state()
+                return work
+        raise ValueError(f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}")
+
+    def apply(self, work: list[Work]) -> None:
+        """Renews the bases that are due, and moves the weights by their gradients.
+
+        Args:
+            work: weights that have a gradient.
+
+        Raises:
+            ValueError: a sparse or complex gradient, named; no weight has been moved then.
+        """
+        for one in work:  # all are checked before anything changes
+            one.check_gradient()
         for one in work:
             one.prepare_state()
-        return work
+        self._renew(work)
+        for chunk in _chunks(work):
+            self._move(chunk)
+
+    def _places(self) -> Iterator[_Place]:
+        """All parameters, with their places among the projected ones."""
+        count = sum(len(group["params"]) for group in self.param_groups if is_projected(group))
+        before = 0
+        for group in self.param_groups:
+            for index, weight in enumerate(group["params"]):
+                yield _Place(weight, group, index, before, count)
+                before += is_projected(group)
+
+    def _work(self, place: _Place, lent_groups: dict[int, dict[str, Any]]) -> Work:
+        group, weight = place.group, place.weight
+        projected = is_projected(group)
+        rule, traits = (self._rule, self._traits) if projected else (self._others, self._others_traits)
+        # Without projection, coordinates serve a rule that needs help from the weight, or a dtype of their own.
+        through_coordinates = projected or traits.reads_weight or self._settings["state_dtype"] is not None
+        if id(group) not in lent_groups:
+            lent_groups[id(group)] = _lent(group, traits) if through_coordinates else group
+        staggered = projected and group["stagger"]
+        return Work(
+            weight=weight,
+            name=parameter_name(group, place.index),
+            group=group,
+            lent_group=lent_groups[id(group)],
+            state=self.state[weight],
+            projection=projection_in(group, weight),
+            rule=rule,
+            traits=traits,
+            through_coordinates=through_coordinates,
+            dtype=self._settings["state_dtype"] or weight.dtype,
+            seed=self._settings["seed"],
+            index=place.among_projected,
+            turn=turn_offset(place.among_projected, place.projected, group["update_proj_gap"]) if staggered else 0,
+        )
 
     def _renew(self, work: list[Work]) -> None:
         """Finds a new basis for the weights whose turn it is, from gradients that are finite and not zero."""
         due = [one for one in work if one.is_due]
         if not due:
             return
-        for one, norm in zip(due, norms([one.grad for one in due]).tolist(), strict=True):
+        grads = [one.grad for one in due]
+        for one, norm in zip(due, norms(grads).tolist(), strict=True):
             if 0 < norm < float("inf"):
-                one.renew(self._settings["seed"])
+                one.renew()
 
     def _move(self, chunk: list[Work]) -> None:
         """The rule moves the coordinates (or parameters) of a chunk, and they are folded into the weights."""
@@ -276,39 +318,6 @@ def _lent(group: dict[str, Any], traits: Traits) -> dict[str, Any]:
 def _projected_only(work: list[Work], images: list[Tensor]) -> tuple[list[Work], list[Tensor]]:
     pairs = [(one, image) for one, image in zip(work, images, strict=True) if one.projection.modes]
     return [one for one, _ in pairs], [image for _, image in pairs]
-
-
-def _share(classes: list[type[Optimizer]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Which of the arguments each class gets: all, if there is one class; else those that it names."""
-    if len(classes) == 1:
-        return [arguments]
-    shares = []
-    for one in classes:
-        named = inspect.signature(one).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
-        shares.append({key: value for key, value in arguments.items() if takes_any or key in named})
-    unknown = arguments.keys() - shares[0].keys() - shares[1].keys()
-    if unknown:
-        both = " and ".join(one.__name__ for one in classes)
-        raise ValueError(f"{both} have no argument named {', '.join(sorted(unknown))}; check the spelling")
-    return shares
-
-
-def _try_rule(optimizer: type[Optimizer], arguments: dict[str, Any], dimensions: int) -> None:
-    try:
-        Rule(optimizer, arguments, dimensions)
-    except ValueError as error:
-        raise ValueError(
-            f"{optimizer.__name__} cannot hold a tensor of {dimensions} dimensions: {error}. For parameters that are "
-            "not projected name another class, for example others=torch.optim.AdamW; for projected ones change `layout`"
-        ) from error
-
-
-def _check_gradient(grad: Tensor, name: str) -> None:
-    if grad.layout is not torch.strided:
-        raise ValueError(f"the gradient of {name} is sparse; use dense gradients (sparse=False in embeddings)")
-    if grad.is_complex():
-        raise ValueError(f"the gradient of {name} is complex; GaLore trains real weights")
 
 
 def _chunks(work: list[Work]) -> Iterator[list[Work]]:

@@ -8,6 +8,7 @@ taken, and it never notices that what it moves are coordinates.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,53 @@ class Rule:
     def _forget(self) -> None:
         self._optimizer.state = defaultdict(dict)
         self._optimizer.param_groups = []
+
+
+def share_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which of the arguments each of one or two classes gets: all, if there is one; else those that it names.
+
+    Args:
+        classes: the optimizers.
+        arguments: for both, by name.
+
+    Returns:
+        One dictionary for each class.
+
+    Raises:
+        ValueError: an argument that neither class names.
+    """
+    if len(classes) == 1:
+        return [arguments]
+    shares = []
+    for one in classes:
+        named = inspect.signature(one).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+        shares.append({key: value for key, value in arguments.items() if takes_any or key in named})
+    unknown = arguments.keys() - shares[0].keys() - shares[1].keys()
+    if unknown:
+        both = " and ".join(one.__name__ for one in classes)
+        raise ValueError(f"{both} have no argument named {', '.join(sorted(unknown))}; check the spelling")
+    return shares
+
+
+def check_dimensions(optimizer: type[torch.optim.Optimizer], arguments: dict[str, Any], dimensions: int) -> None:
+    """Checks that an optimizer takes tensors of so many dimensions.
+
+    Args:
+        optimizer: the class.
+        arguments: for its constructor.
+        dimensions: of the tensors that it would move.
+
+    Raises:
+        ValueError: it does not; the message says what to do.
+    """
+    try:
+        Rule(optimizer, arguments, dimensions)
+    except ValueError as error:
+        raise ValueError(
+            f"{optimizer.__name__} cannot hold a tensor of {dimensions} dimensions: {error}. For parameters that are "
+            "not projected name another class, for example others=torch.optim.AdamW; for projected ones change `layout`"
+        ) from error
 
 
 def _plain(value: Any, passed: Any) -> Any:

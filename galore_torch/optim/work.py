@@ -27,8 +27,7 @@ class Work:
     """One weight in one step.
 
     Attributes:
-        weight: what is trained.
-        grad: its gradient, full or projected.
+        weight: what is trained; its `grad` is full or projected.
         name: what messages call it.
         group: its parameter group.
         lent_group: the same as the rule sees it.
@@ -38,12 +37,12 @@ class Work:
         traits: what is known of the rule.
         through_coordinates: whether the rule moves coordinates, not the weight itself.
         dtype: of the coordinates.
+        seed: of the optimizer's random numbers.
         index: its place among the projected weights.
         turn: its offset within the gap.
     """
 
     weight: Tensor
-    grad: Tensor
     name: str
     group: dict[str, Any]
     lent_group: dict[str, Any]
@@ -53,8 +52,15 @@ class Work:
     traits: Traits
     through_coordinates: bool
     dtype: torch.dtype
+    seed: int
     index: int
     turn: int
+
+    @property
+    def grad(self) -> Tensor:
+        """The weight's gradient, full or projected."""
+        assert self.weight.grad is not None
+        return self.weight.grad
 
     @property
     def coordinate_count(self) -> int:
@@ -62,11 +68,27 @@ class Work:
         return torch.Size(self.projection.image_shape).numel()
 
     @property
-    def is_due(self) -> bool:
-        """Whether the basis is to be renewed from this step's gradient. A projected gradient holds too little."""
-        if not self.projection.modes or isinstance(self.grad, ProjectedGradient):
+    def turn_has_come(self) -> bool:
+        """Whether the basis is to be renewed in this step. Nothing but a step changes it."""
+        if not self.projection.modes:
             return False
         return is_due(self.state["step"], self.state["renewed_step"], self.group["update_proj_gap"], self.turn)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the basis is to be renewed from the gradient there is. A projected gradient holds too little."""
+        return self.turn_has_come and not isinstance(self.weight.grad, ProjectedGradient)
+
+    def check_gradient(self) -> None:
+        """Checks that the gradient is of a kind that is served.
+
+        Raises:
+            ValueError: it is sparse or complex; the message names the weight.
+        """
+        if self.grad.layout is not torch.strided:
+            raise ValueError(f"the gradient of {self.name} is sparse; use dense gradients (sparse=False in embeddings)")
+        if self.grad.is_complex():
+            raise ValueError(f"the gradient of {self.name} is complex; GaLore trains real weights")
 
     def prepare_state(self) -> None:
         """Creates all keys and shapes of the state, so that they exist after any first step."""
@@ -79,14 +101,13 @@ class Work:
             shapes = self.projection.factor_shapes
             self.state["basis"] = {name: self.weight.new_zeros(shape) for name, shape in shapes.items()}
 
-    def renew(self, seed: int) -> None:
+    def renew(self) -> None:
         """Finds a new basis from the gradient, which must be full, finite and not zero.
 
-        Args:
-            seed: of the optimizer. The random numbers depend on it, on `index` and on the number of the renewal.
+        The random numbers depend on the seed, on `index` and on the number of the renewal alone.
         """
         generator = torch.Generator(device=self.grad.device)
-        generator.manual_seed(((seed * 1_000_003 + self.index) * 1_000_003 + self.state["renewals"]) % 2**63)
+        generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state["renewals"]) % 2**63)
         old = self.state["basis"] if self.state["renewals"] else None
         try:
             basis = find_basis(self.projection, self.grad, self.group["decomposition"], generator=generator, old=old)
