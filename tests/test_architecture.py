@@ -20,6 +20,7 @@ PACKAGE = "galore_torch"
 FLOORS = {
     "projection": 1,
     "lowbit": 1,
+    "galore_projector": 1,
     "optim": 2,
     "gradients": 3,
     "distributed": 4,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from galore_torch.galore_projector import GaLoreProjector
 from galore_torch.optim.groups import check_same_geometry
 
 
@@ -37,7 +38,9 @@ def load_uncast(optimizer: Optimizer, state_dict: dict[str, Any], load: Callable
     def take_state_out(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
         _check(optimizer, given)
         captured.update(given)
-        return {**given, "state": {}}
+        # What a checkpoint does not say, as one of an older version, stays as it is here.
+        both = zip(optimizer.param_groups, given["param_groups"], strict=True)
+        return {**given, "state": {}, "param_groups": [{**group, **saved} for group, saved in both]}
 
     def put_state_in(_: Optimizer) -> None:
         saved_ids = chain.from_iterable(group["params"] for group in captured["param_groups"])
@@ -68,7 +71,7 @@ def load_uncast(optimizer: Optimizer, state_dict: dict[str, Any], load: Callable
 
 def _check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for state in state_dict["state"].values():
-        if isinstance(state, dict) and "projector" in state:
+        if isinstance(state, dict) and isinstance(state.get("projector"), GaLoreProjector):
             raise ValueError(
                 "this optimizer state was saved by galore-torch 1.0: it holds pickled projectors, which cannot be "
                 "resumed. Load the model's weights and start the optimizer anew, with a short warm-up: its bases are "
