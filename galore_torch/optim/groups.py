@@ -27,7 +27,7 @@ PROJECTED_DEFAULTS: dict[str, Any] = {
 FIXED_KEYS = ("rank", "proj_type", "layout")
 """Keys that decide the shapes in the state, so that a checkpoint must agree with them."""
 
-projection_of = functools.lru_cache(maxsize=None)(Projection.of)
+projection_of = functools.lru_cache(maxsize=None, typed=True)(Projection.of)  # typed: 4.0 and True are no ranks
 identity_of = functools.lru_cache(maxsize=None)(Projection.identity)
 
 
