@@ -28,7 +28,7 @@ test: $(installed) $(peer)  ## the whole test suite
 check: $(installed)  ## lint, format and types
 	$(python) -m ruff check
 	$(python) -m ruff format --check
-	$(python) -m mypy galore_torch reference benchmarks
+	$(python) -m mypy galore_torch reference benchmarks examples
 
 format: $(installed)  ## put imports and layout in order
 	$(python) -m ruff check --fix
