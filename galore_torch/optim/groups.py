@@ -100,7 +100,7 @@ def _check_projections(group: Mapping[str, Any]) -> None:
         shown = ", ".join(wasteful[:3]) + (", ..." if len(wasteful) > 3 else "")
         warnings.warn(
             f"rank {group['rank']} saves no memory for {len(wasteful)} of {len(group['params'])} projected weights "
-            f"({shown}): basis and image are as large as the gradient. Lower the rank, or leave them out of the group",
+            f"({shown}): basis and moments take as much as plain ones. Lower the rank, or leave them out of the group",
             stacklevel=2,
         )
 

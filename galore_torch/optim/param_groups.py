@@ -7,7 +7,6 @@ default is the linear layers of attention and MLP; embeddings, head, norms and b
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -109,7 +108,8 @@ def summarize(groups: Sequence[dict[str, Any]]) -> str:
         weights = group["params"]
         elements = sum(weight.numel() for weight in weights)
         plain_bytes = sum(2 * weight.numel() * weight.element_size() for weight in weights)
-        ours_bytes = sum(_state_elements(group, weight) * weight.element_size() for weight in weights)
+        complete = {**PROJECTED_DEFAULTS, **group}
+        ours_bytes = sum(projection_in(complete, w).state_elements * w.element_size() for w in weights)
         kind = f"rank {group['rank']}" if is_projected(group) else "not projected"
         kind += " (experts)" if group.get("layout") == "stack" else ""
         rows.append((kind, len(weights), elements, ours_bytes, plain_bytes))
@@ -120,12 +120,6 @@ def summarize(groups: Sequence[dict[str, Any]]) -> str:
         saved = f"{1 - ours / plain:.1%}" if plain else "-"
         lines.append(f"{kind:<20}{tensors:>8}{elements:>16,}{_readable(ours):>14}{_readable(plain):>14}{saved:>8}")
     return "\n".join(lines)
-
-
-def _state_elements(group: dict[str, Any], weight: Tensor) -> int:
-    projection = projection_in({**PROJECTED_DEFAULTS, **group}, weight)
-    basis = sum(math.prod(shape) for shape in projection.factor_shapes.values())
-    return 2 * math.prod(projection.image_shape) + basis
 
 
 def _readable(count: int) -> str:

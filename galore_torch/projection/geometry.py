@@ -148,10 +148,15 @@ class Projection:
         return {mode.name: (*stack, mode.size, mode.rank) for mode in self.modes}
 
     @property
+    def state_elements(self) -> int:
+        """How many numbers the basis and two images hold together: two, for the moments of Adam."""
+        basis = sum(math.prod(shape) for shape in self.factor_shapes.values())
+        return basis + 2 * math.prod(self.image_shape)
+
+    @property
     def saves_nothing(self) -> bool:
-        """Whether basis and image together are as large as the weight: the rank is too high to save memory."""
-        elements = math.prod(self.image_shape) + sum(math.prod(shape) for shape in self.factor_shapes.values())
-        return elements >= math.prod(self.shape)
+        """Whether basis and two images are as large as two weights: the rank is too high to save memory."""
+        return self.state_elements >= 2 * math.prod(self.shape)
 
     @property
     def _is_tucker(self) -> bool:

@@ -93,15 +93,15 @@ def test_a_rank_of_the_shorter_side_or_more_is_cut_and_saves_nothing(shape, rank
 @pytest.mark.parametrize(
     ("shape", "rank", "proj_type", "saves_nothing"),
     [
-        ((100, 100), 49, "std", False),  # 49 (100 + 100) < 100 * 100
-        ((100, 100), 50, "std", True),
-        ((100, 100), 41, "full", False),  # 41 (100 + 100 + 41) < 100 * 100
-        ((100, 100), 42, "full", True),
+        ((100, 100), 66, "std", False),  # 66 (100 + 2 * 100) < 2 * 100 * 100
+        ((100, 100), 67, "std", True),
+        ((100, 100), 61, "full", False),  # 61 (100 + 100 + 2 * 61) < 2 * 100 * 100
+        ((100, 100), 62, "full", True),
         ((8, 8, 3, 3), 8, "std", True),  # no axis is longer than the rank
         ((8, 8, 3, 3), 4, "std", False),
     ],
 )
-def test_a_rank_saves_nothing_where_basis_and_image_are_as_large_as_the_weight(shape, rank, proj_type, saves_nothing):
+def test_a_rank_saves_nothing_where_basis_and_moments_are_as_large_as_plain_ones(shape, rank, proj_type, saves_nothing):
     assert Projection.of(shape, rank, proj_type).saves_nothing is saves_nothing
 
 
