@@ -154,7 +154,7 @@ class GaLoreAdafactor(GaLore):
         params: parameters or groups; those with a `rank` are projected (see `GaLore`).
         lr: learning rate. None: the relative step, capped at 0.01.
         eps: added to the squared gradient; and the least root mean square of a weight.
-        clip_threshold: updates of a larger root mean square are scaled down to it.
+        clip_threshold: updates of a larger root mean square are scaled down to it; at least 1.
         decay_rate: exponent of the second moment's decay, 1 - t^decay_rate.
         beta1: understood for callers of galore-torch 1.0; only None is served.
         weight_decay: decay of the weight, times the rate it moves with.
@@ -197,6 +197,8 @@ class GaLoreAdafactor(GaLore):
             raise ValueError(f"lr is {lr!r} and relative_step is True; leave out one of them")
         if warmup_init and not relative:
             raise ValueError("warmup_init is True and relative_step is False; the warm-up is of the relative step")
+        if clip_threshold < 1:
+            raise ValueError(f"clip_threshold is {clip_threshold!r}; use at least 1")
         super().__init__(
             params,
             optimizer=torch.optim.Adafactor,
@@ -320,8 +322,8 @@ def _adafactor_rate(moved: Moved) -> float | Tensor:
         rate = min(cap, 1 / math.sqrt(moved.step))
     if not group.get("scale_parameter", True):
         return rate
-    rms: Tensor = torch.linalg.vector_norm(weight, dtype=torch.float32) / math.sqrt(weight.numel())
-    return rate * rms.clamp(min=group["eps"][1])
+    norm: Tensor = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return rate * (norm / math.sqrt(weight.numel())).clamp(min=group["eps"][1])
 
 
 def _adafactor_factor(moved: Moved) -> float | Tensor:
