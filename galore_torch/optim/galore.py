@@ -11,7 +11,6 @@ A parameter that is not projected is moved by the same rule directly, or has the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
+from galore_torch.optim.places import Place, places
 from galore_torch.optim.probe import probe
 from galore_torch.optim.rule import DECLARED, Lent, Rule, Traits, check_dimensions, share_arguments
 from galore_torch.optim.work import Work, count_nonfinite, norms
@@ -27,17 +27,6 @@ from galore_torch.projection import turn_offset
 
 CHUNK_ELEMENTS = 2**23
 """Coordinates that are stepped together: enough to keep a device busy, few enough to bound memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a parameter stands: the how-manieth of its group, and of the projected ones (of how many)."""
-
-    weight: Tensor
-    group: dict[str, Any]
-    index: int
-    among_projected: int
-    projected: int
 
 
 class GaLore(Optimizer):
@@ -107,6 +96,7 @@ class GaLore(Optimizer):
 
     def _build_rules(self) -> None:
         """Builds the rules from the settings, at construction and after unpickling."""
+        self._known_places: dict[int, Place] = {}
         kept = self._settings
         classes, shares = self._classes_and_shares()
         self._rule = Rule(classes[0], shares[0])
@@ -168,7 +158,9 @@ class GaLore(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         lent_groups: dict[int, dict[str, Any]] = {}
-        self.apply([self._work(place, lent_groups) for place in self._places() if place.weight.grad is not None])
+        self.apply(
+            [self._work(place, lent_groups) for place in places(self.param_groups) if place.weight.grad is not None]
+        )
         return loss
 
     def nonfinite_counts(self) -> dict[str, int]:
@@ -212,12 +204,15 @@ class GaLore(Optimizer):
         Raises:
             ValueError: the optimizer does not hold the weight.
         """
-        for place in self._places():
-            if place.weight is weight:
-                work = self._work(place, {})
-                work.prepare_state()
-                return work
-        raise ValueError(f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}")
+        place = self._known_places.get(id(weight))
+        if place is None or not place.still_holds(weight, self.param_groups):
+            self._known_places = {id(place.weight): place for place in places(self.param_groups)}
+            place = self._known_places.get(id(weight))
+        if place is None:
+            raise ValueError(f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}")
+        work = self._work(place, {})
+        work.prepare_state()
+        return work
 
     def apply(self, work: list[Work]) -> None:
         """Renews the bases that are due, and moves the weights by their gradients.
@@ -236,16 +231,7 @@ class GaLore(Optimizer):
         for chunk in _chunks(work):
             self._move(chunk)
 
-    def _places(self) -> Iterator[_Place]:
-        """All parameters, with their places among the projected ones."""
-        count = sum(len(group["params"]) for group in self.param_groups if is_projected(group))
-        before = 0
-        for group in self.param_groups:
-            for index, weight in enumerate(group["params"]):
-                yield _Place(weight, group, index, before, count)
-                before += is_projected(group)
-
-    def _work(self, place: _Place, lent_groups: dict[int, dict[str, Any]]) -> Work:
+    def _work(self, place: Place, lent_groups: dict[int, dict[str, Any]]) -> Work:
         group, weight = place.group, place.weight
         projected = is_projected(group)
         rule, traits = (self._rule, self._traits) if projected else (self._others, self._others_traits)

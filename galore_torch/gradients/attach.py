@@ -1,0 +1,186 @@
+"""`attach`: chooses how a model's gradients are formed, and when they are applied.
+
+Two independent choices, made by hooks on the parameters and by replaced forwards of linear layers. The model's state
+dict, its parameters and the optimizer's state are the same under all of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.hooks import apply_when_complete, keep_full_when_due, project_when_complete
+from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse
+from galore_torch.optim.galore import GaLore
+from galore_torch.optim.groups import is_projected
+
+Gradients = Literal["full", "projected", "fused"]
+Update = Literal["step", "backward"]
+
+_MARK = "_galore_attachment"
+
+
+class Attachment:
+    """What `attach` returns: a context manager, and `remove()`.
+
+    Attributes:
+        gradients: how gradients are formed.
+        update: when they are applied.
+        formed_in_full: names of projected weights whose layer is not an `nn.Linear`, so that "fused" forms their full
+            gradient and projects it at once.
+    """
+
+    def __init__(self, gradients: Gradients, update: Update) -> None:
+        self.gradients = gradients
+        self.update = update
+        self.formed_in_full: list[str] = []
+        self._undo: list[Callable[[], Any]] = []
+
+    def remove(self) -> None:
+        """Takes everything off the model again. Gradients that wait for `step()` stay, projected or full."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: GaLore,
+    gradients: Gradients = "projected",
+    update: Update = "step",
+    *,
+    image_dtype: torch.dtype | None = None,
+) -> Attachment:
+    """Chooses how the gradients of a model are formed and when they are applied.
+
+    Call it after the model is where it will be trained (moved, sharded, prepared).
+
+    Args:
+        model: the model.
+        optimizer: a GaLore optimizer that holds its parameters.
+        gradients: `full`: as autograd makes them. `projected`: each is projected the moment it is complete, and freed;
+            images accumulate over micro-batches. `fused`: linear layers compute the projected gradient in their own
+            backward; the full one is formed only where a basis is renewed. The first basis of a weight is found from
+            the first micro-batch, layer by layer.
+        update: `step`: `optimizer.step()` applies them. `backward`: each weight is updated the moment its gradient is
+            complete, and the gradient is gone; `step()` then only closes the step. No accumulation, clipping or loss
+            scaling then.
+        image_dtype: in which images accumulate over micro-batches, for example torch.float32; the gradient's own when
+            None.
+
+    Returns:
+        A handle with `remove()`, which is also a context manager.
+
+    Raises:
+        ValueError: an unknown choice or one that excludes the other, a model that is attached already, or an optimizer
+            that does not hold the model's parameters.
+
+    Example:
+        >>> from galore_torch import GaLoreAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        >>> optimizer = GaLoreAdamW(param_groups(model, rank=4, target_modules="all-linear"))
+        >>> with attach(model, optimizer, gradients="fused"):
+        ...     for _ in range(2):
+        ...         model(torch.randn(8, 32)).sum().backward()
+        ...     type(model[0].weight.grad).__name__
+        'ProjectedGradient'
+    """
+    if gradients not in ("full", "projected", "fused"):
+        raise ValueError(f"gradients is {gradients!r}; use 'full', 'projected' or 'fused'")
+    if update not in ("step", "backward"):
+        raise ValueError(f"update is {update!r}; use 'step' or 'backward'")
+    if gradients == "projected" and update == "backward":
+        raise ValueError(
+            "gradients='projected' keeps images until step(), and update='backward' keeps nothing until then; use "
+            "'full' or 'fused' with it"
+        )
+    if hasattr(model, _MARK):
+        raise ValueError("the model is attached already; call remove() on the handle that attach() returned")
+    projected = _projected_weights(model, optimizer)
+    if update == "backward" and not all(optimizer.work_on(weight).traits.many_calls for weight in projected.values()):
+        raise ValueError(
+            "update='backward' moves one weight at a time, and the optimizer inside must move all in one call; use "
+            "update='step'"
+        )
+    attachment = Attachment(gradients, update)
+    if gradients == "fused":
+        _fuse_linears(model, optimizer, projected, attachment)
+    if update == "backward":
+        _apply_in_backward(model, optimizer, attachment)
+    elif gradients != "full":
+        hook = project_when_complete(optimizer, image_dtype)
+        for weight in projected.values():
+            _hook(attachment, weight, hook)
+            room = weight.register_hook(keep_full_when_due(optimizer, weight))  # type: ignore[no-untyped-call]
+            attachment._undo.append(room.remove)
+    setattr(model, _MARK, attachment)
+    attachment._undo.append(lambda: delattr(model, _MARK))
+    return attachment
+
+
+def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]:
+    held = {id(weight): is_projected(group) for group in optimizer.param_groups for weight in group["params"]}
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    strangers = [name for name, weight in trainable.items() if id(weight) not in held]
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        raise ValueError(
+            f"the optimizer does not hold {len(strangers)} of the model's {len(trainable)} trainable parameters "
+            f"({shown}). Build it from this model, and attach after the model has been moved, sharded or prepared"
+        )
+    return {name: weight for name, weight in trainable.items() if held[id(weight)]}
+
+
+def _fuse_linears(model: nn.Module, optimizer: GaLore, projected: dict[str, Tensor], attachment: Attachment) -> None:
+    names = {id(weight): name for name, weight in projected.items()}
+    neighbours = Neighbours()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if id(weight) not in names or not isinstance(module, nn.Linear):
+            continue
+        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+            continue
+        attachment._undo.append(fuse(module, FusedLinear(module, optimizer, neighbours)))
+        names.pop(id(weight))
+    attachment.formed_in_full = list(names.values())
+    if names:
+        shown = ", ".join(attachment.formed_in_full[:3]) + (", ..." if len(names) > 3 else "")
+        warnings.warn(
+            f"{len(names)} projected weights are not of an nn.Linear with its own forward ({shown}): their full "
+            "gradient is formed and projected at once",
+            stacklevel=3,
+        )
+
+
+def _hook(attachment: Attachment, weight: Tensor, hook: Callable[[Tensor], None]) -> None:
+    handle = weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    attachment._undo.append(handle.remove)
+
+
+def _apply_in_backward(model: nn.Module, optimizer: GaLore, attachment: Attachment) -> None:
+    hook = apply_when_complete(optimizer)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            _hook(attachment, weight, hook)
+
+    def close(given: GaLore, _args: Any, _kwargs: Any) -> None:
+        """The gradients that were applied are gone; `step()` finds nothing left to do."""
+        for group in given.param_groups:
+            for weight in group["params"]:
+                if isinstance(weight.grad, AppliedGradient):
+                    weight.grad = None
+
+    attachment._undo.append(optimizer.register_step_pre_hook(close).remove)

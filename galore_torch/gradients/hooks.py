@@ -1,0 +1,102 @@
+"""Hooks that act on a gradient the moment it is complete: project it, or apply it.
+
+They are post-accumulate hooks of the parameters. A weight that renews in this step keeps its full gradient, for the
+whole window of micro-batches: the decision depends on the optimizer's step count alone, which does not change inside
+a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.optim.galore import GaLore
+from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.work import norms
+
+Hook = Callable[[Tensor], None]
+
+
+def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None) -> Hook:
+    """A hook that turns a full gradient into a projected one, and so frees it.
+
+    A weight without a basis finds its first from this gradient, so that no more than one full gradient of such
+    weights lives at a time. A weight whose turn to renew has come keeps its full gradient for `step()`.
+
+    Args:
+        optimizer: holds the weights.
+        image_dtype: in which images accumulate; the gradient's own when None.
+
+    Returns:
+        The hook.
+    """
+
+    @torch.no_grad()
+    def project(weight: Tensor) -> None:
+        if weight.grad is None or isinstance(weight.grad, ProjectedGradient):
+            return
+        work = optimizer.work_on(weight)
+        if work.turn_has_come:
+            if work.state["renewals"] or not _is_usable(weight.grad):
+                return
+            work.renew()
+        gradient = ProjectedGradient.of(weight.grad, work.projection, work.state["basis"])
+        if image_dtype is not None:
+            gradient = ProjectedGradient(
+                gradient.image.to(image_dtype), work.projection, work.state["basis"], weight.dtype
+            )
+        weight.grad = gradient
+
+    return project
+
+
+def keep_full_when_due(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
+    """A hook on an incoming gradient: makes room for a full one, if `zero_grad(set_to_none=False)` left an image.
+
+    Args:
+        optimizer: holds the weight.
+        weight: a projected one.
+
+    Returns:
+        The hook, for `Tensor.register_hook`.
+    """
+
+    @torch.no_grad()
+    def make_room(_: Tensor) -> None:
+        kept = weight.grad
+        if isinstance(kept, ProjectedGradient) and optimizer.work_on(weight).turn_has_come and not kept.image.any():
+            weight.grad = None
+
+    return make_room
+
+
+def apply_when_complete(optimizer: GaLore) -> Hook:
+    """A hook that makes a weight's whole step the moment its gradient is complete, and frees the gradient.
+
+    Args:
+        optimizer: holds the weights.
+
+    Returns:
+        The hook. Should the step raise, the error names the weight.
+    """
+
+    @torch.no_grad()
+    def apply(weight: Tensor) -> None:
+        work = optimizer.work_on(weight)
+        try:
+            optimizer.apply([work])
+        except Exception as error:
+            raise RuntimeError(
+                f"updating {work.name} inside the backward pass failed: {error}. Weights whose backward came before "
+                "have been updated; this one and those after it have not"
+            ) from error
+        weight.grad = AppliedGradient(weight, work.name)
+
+    return apply
+
+
+def _is_usable(grad: Tensor) -> bool:
+    return 0 < float(norms([grad])[0]) < float("inf")

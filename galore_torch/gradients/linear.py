@@ -1,0 +1,190 @@
+"""Linear layers whose backward computes the projected gradient itself, and never the full one.
+
+For y = x W^T the gradient is dW = dY^T X. So P^T dW = (dY P)^T X and dW Q = dY^T (X Q): for N tokens that costs
+2 N r (m + n) operations in place of 2 N m n. A layer with a basis on the input side needs X Q for its backward, not X,
+and saves that: less memory, unless several layers share the input.
+
+Shape suffixes: N tokens, m outputs, n inputs, r the rank.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from galore_torch.optim.galore import GaLore
+from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.work import Work
+from galore_torch.projection import Basis, Projection
+
+
+class SharedInput:
+    """The layers that were last given one and the same input, one after the other (q, k, v; gate, up).
+
+    Attributes:
+        layers: in the order of their calls.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[FusedLinear] = []
+
+    def saves_images(self) -> bool:
+        """Whether saving every layer's X Q takes no more than saving X once. One layer that needs X decides for all."""
+        if not self.layers or not all(layer.can_save_image() for layer in self.layers):
+            return False
+        return sum(layer.rank for layer in self.layers) <= self.layers[0].inputs
+
+
+class FusedLinear:
+    """What replaces the forward of one linear layer while it is attached.
+
+    Args:
+        module: the layer.
+        optimizer: holds its weight, projected.
+        neighbours: who shares an input with whom; one object for all layers of a model.
+    """
+
+    def __init__(self, module: nn.Linear, optimizer: GaLore, neighbours: Neighbours) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.neighbours = neighbours
+        self.shared = SharedInput()
+        self._decided: tuple[int, bool] | None = None
+
+    @property
+    def work(self) -> Work:
+        """The weight as the next step will see it. Asked anew each time: loading a checkpoint replaces state."""
+        return self.optimizer.work_on(self.module.weight)
+
+    @property
+    def inputs(self) -> int:
+        """The length n of an input."""
+        return self.module.in_features
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.work.projection.modes[0].rank
+
+    def basis(self) -> Basis | None:
+        """The basis to project with, or None if the full gradient is wanted: to renew the basis, or for want of one."""
+        work = self.work
+        return None if work.turn_has_come else work.state["basis"]
+
+    def can_save_image(self) -> bool:
+        """Whether X Q is all that this layer's backward needs of X."""
+        return self.basis() is not None and [mode.name for mode in self.work.projection.modes] == ["right"]
+
+    def saves_image(self) -> bool:
+        """Whether this step's backward gets X Q. Decided once a step, so that a recomputed forward decides the same."""
+        step = self.work.state["step"]
+        if self._decided is None or self._decided[0] != step:
+            self._decided = step, self.shared.saves_images()
+        return self._decided[1]
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's forward."""
+        weight, bias = self.module.weight, self.module.bias
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return F.linear(x, weight, bias)
+        decided = self.saves_image()  # by what the steps before have shown
+        self.neighbours.meet(self, x)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                return self._apply(x.to(dtype), None if bias is None else bias.to(dtype), decided)
+        return self._apply(x, bias, decided)
+
+    def _apply(self, x: Tensor, bias: Tensor | None, saves_image: bool) -> Tensor:
+        y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            x, self.module.weight, bias, self.work.projection, self.basis(), saves_image
+        )
+        return y
+
+
+class Neighbours:
+    """Finds out which layers share an input, by the order of their calls."""
+
+    def __init__(self) -> None:
+        self._last_input: Callable[[], Tensor | None] = lambda: None
+        self._current = SharedInput()
+
+    def meet(self, layer: FusedLinear, x: Tensor) -> None:
+        """Notes a call. What is learned holds from the next step on, when all that share the input are known."""
+        if self._last_input() is not x or layer in self._current.layers:
+            self._last_input, self._current = weakref.ref(x), SharedInput()
+        self._current.layers.append(layer)
+        layer.shared = self._current
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b, with a backward that gives W a projected gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        projection: Projection,
+        basis: Basis | None,
+        saves_image: bool,
+    ) -> Tensor:
+        ctx.projection, ctx.basis, ctx.saves_image = projection, basis, saves_image
+        kept = x
+        if saves_image:
+            assert basis is not None
+            kept = x @ basis["right"].to(x.dtype)
+        ctx.save_for_backward(kept, weight)
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ weight.to(grad_y.dtype)
+        grad_y_nm = grad_y.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(ctx, grad_y_nm, kept.flatten(0, -2), weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y_nm.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _weight_gradient(ctx: Any, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient dW = dY^T X, or its image."""
+    if ctx.basis is None:
+        return (grad_y_nm.mT @ kept_nn).to(dtype)
+    for mode in ctx.projection.modes:
+        factor = ctx.basis[mode.name].to(grad_y_nm.dtype)
+        if mode.name == "left":
+            grad_y_nm = grad_y_nm @ factor
+        elif not ctx.saves_image:
+            kept_nn = kept_nn @ factor
+    image = grad_y_nm.mT @ kept_nn
+    return ProjectedGradient(image.to(dtype), ctx.projection, ctx.basis, dtype)
+
+
+def fuse(module: nn.Linear, layer: FusedLinear) -> Callable[[], None]:
+    """Replaces a layer's forward.
+
+    Args:
+        module: the layer.
+        layer: what is called in place of its forward.
+
+    Returns:
+        A function that puts the forward back as it was.
+    """
+    module.forward = layer  # type: ignore[method-assign]
+
+    def restore() -> None:
+        del module.forward
+
+    return restore
