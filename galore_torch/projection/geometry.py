@@ -205,7 +205,8 @@ class Projection:
             beta: factor of the weight, where decay goes.
         """
         coordinates = coordinates.to(weight.dtype)
-        if not self.modes or self._is_tucker or self.view_shape != self.shape:
+        scattered = weight.dim() > 3 and not weight.is_contiguous()  # its leading axes may not be one
+        if not self.modes or self._is_tucker or self.view_shape != self.shape or scattered:
             if beta != 1.0:
                 weight.mul_(beta)
             weight.add_(self.project_back(coordinates, basis), alpha=alpha)

@@ -129,6 +129,50 @@ def test_a_rule_that_looks_at_all_parameters_gets_them_in_one_call(monkeypatch, 
     assert distance(ours, theirs) <= 1e-6
 
 
+# Weights of any strides, and scaled losses ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "keys"),
+    [
+        ((24, 16), (1, 0), {}),
+        ((24, 16), (1, 0), {"proj_type": "full"}),
+        ((3, 12, 8), (1, 0, 2), {"layout": "stack"}),
+        ((3, 2, 12, 8), (1, 0, 2, 3), {"layout": "stack"}),
+        ((8, 6, 5, 5), (0, 2, 3, 1), {}),
+        ((8, 6, 5, 5), (0, 2, 3, 1), {"layout": "reshape"}),
+    ],
+)
+def test_a_weight_of_other_strides_moves_alike(shape, order, keys):
+    """Its axes lie in memory in another order, as those of a transposed matrix or of a channels-last convolution."""
+    (weight,), (start,) = weights(shape), weights(shape)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    strided = torch.nn.Parameter(start.detach().permute(order).contiguous().permute(back))
+    assert not strided.is_contiguous()
+    for one in (weight, strided):
+        walk(GaLoreAdamW(groups([one], **keys), lr=LR, weight_decay=DECAY), [one], range(3))
+    assert distance([weight], [start]) > 0.01
+    torch.testing.assert_close(strided, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_scaler_changes_nothing_and_keeps_infinities_out():
+    ends = []
+    for scaled in (True, False):
+        trained, made = mixed()
+        optimizer = GaLoreAdamW(made, lr=LR)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for step in range(4):
+            if step != 2 or scaled:
+                loss = sum((weight * gradient(weight, step, i)).sum() for i, weight in enumerate(trained))
+                scaler.scale(loss * float("inf") if step == 2 else loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        ends.append((trained, [optimizer.state[weight] for weight in trained]))
+    assert_same(*ends)
+    assert ends[0][1][0]["step"] == 3
+
+
 # Renewals ------------------------------------------------------------------------------------------------------------
 
 
