@@ -132,9 +132,6 @@ def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     """Subspace iteration for one side; the other side, if wanted, follows from it."""
     # bf16 is multiplied as it is: it loses no energy and takes a third of the time. fp16 has too short a range.
     matrix = matrix if matrix.dtype == torch.bfloat16 else _exact(matrix)
-    largest = matrix.abs().amax(dim=(-2, -1), keepdim=True).float()
-    # An exact scaling that keeps the squares within range.
-    matrix = matrix * torch.exp2(-torch.where(largest > 0, largest, 1).log2().floor()).to(matrix.dtype)
     first, *others = wanted.ranks
     facing_dk = _facing(matrix, first)
     start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.generator)
@@ -151,21 +148,33 @@ def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, generator: torch
     if old_dr is None or old_dr.shape[-1] > size:
         return _gaussian(facing_dk, size, generator)
     more = _gaussian(facing_dk, size - old_dr.shape[-1], generator)
-    return torch.cat((old_dr, more / facing_dk.shape[-2] ** 0.5), dim=-1)
+    return torch.cat((old_dr, more), dim=-1)
 
 
 def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int) -> Tensor:
-    """The leading `rank` left singular vectors, nearly: (A A^T)^q applied to a start, then Rayleigh-Ritz.
+    """The leading `rank` left singular vectors, nearly: (A A^T)^q applied to a start, with a Rayleigh-Ritz rotation.
 
-    Rayleigh-Ritz turns the axes within the subspace to the singular directions. It changes no captured energy, but
-    an elementwise rule such as Adam's depends on the axes.
+    The rotation turns the axes within the subspace to the singular directions, so that the leading ones can be kept:
+    an elementwise rule such as Adam's depends on the axes. It is made in the last iteration, from S^T (A A^T S), which
+    is at hand; a rotation of the result would cost one more product with A and gain less than 0.001 of the energy.
     """
-    for _ in range(POWER_ITERATIONS):
-        basis_dl = _orthonormal(_product(facing_dk, _product(facing_dk.mT, basis_dl)))
-    low_kl = _product(facing_dk.mT, basis_dl)
-    _, rotation_ll = torch.linalg.eigh(low_kl.mT @ low_kl)  # ascending
-    leading_dr: Tensor = basis_dl @ rotation_ll.flip(-1)[..., :rank]
-    return leading_dr
+    for _ in range(POWER_ITERATIONS - 1):
+        basis_dl = _orthonormal(_apply_gram(facing_dk, basis_dl))
+    power_dl = _apply_gram(facing_dk, basis_dl)
+    ritz_ll = basis_dl.mT @ power_dl
+    _, rotation_ll = torch.linalg.eigh(ritz_ll + ritz_ll.mT)  # ascending
+    return _orthonormal(power_dl @ rotation_ll.flip(-1)[..., :rank])
+
+
+def _apply_gram(facing_dk: Tensor, columns_dl: Tensor) -> Tensor:
+    """A A^T applied to columns, up to a factor."""
+    return _unit(_product(facing_dk, _unit(_product(facing_dk.mT, columns_dl))))
+
+
+def _unit(matrix: Tensor) -> Tensor:
+    """The matrix scaled so that its largest entry is 1: keeps the squares of tiny and huge gradients within range."""
+    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
+    return matrix / torch.where(largest > 0, largest, 1)
 
 
 def _product(matrix: Tensor, columns: Tensor) -> Tensor:
