@@ -77,7 +77,7 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
 
     buckets: dict[tuple[bool, bool, bool], list[str]] = {}
     for name, weight in trainable.items():
-        decays = weight_decay is None or (weight.dim() > 1 and not _is_norm(model, name))
+        decays = weight_decay is None or _is_matrix(model, name, weight)
         buckets.setdefault((name not in targets, weight.dim() > 2, not decays), []).append(name)
     groups = []
     for (plain, stacked, undecayed), names in sorted(buckets.items()):
@@ -209,9 +209,11 @@ def _kinds(names: Sequence[str]) -> list[str]:
     return sorted({re.sub(r"\d+", "*", name) for name in names})
 
 
-def _is_norm(model: nn.Module, name: str) -> bool:
-    module = model.get_submodule(name.rpartition(".")[0])
-    return "norm" in type(module).__name__.lower()
+def _is_matrix(model: nn.Module, name: str, weight: Tensor) -> bool:
+    """Whether a parameter multiplies vectors; experts' biases and norms over several axes have two dimensions too."""
+    module_name, _, attribute = name.rpartition(".")
+    is_norm = "norm" in type(model.get_submodule(module_name)).__name__.lower()
+    return weight.dim() > 1 and not is_norm and "bias" not in attribute
 
 
 def _merge_plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -49,6 +49,10 @@ def mixtral():
     return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2))
 
 
+def gpt_oss():
+    return GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=3, head_dim=8))
+
+
 def train_one_step(model, groups):
     optimizer = GaLoreAdamW(groups, lr=1e-3)
     ids = torch.randint(0, 48, (2, 16))
@@ -174,7 +178,7 @@ def test_experts_have_a_basis_each(targets):
 
 
 def test_what_is_matched_but_no_linear_layer_is_reported_once_for_all_layers():
-    model = GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=3, head_dim=8))
+    model = gpt_oss()
     with pytest.warns(UserWarning, match="not projected") as caught:
         groups = param_groups(model, 4)
     (warning,) = caught
@@ -234,6 +238,16 @@ def test_decay_is_for_matrices_alone_when_it_is_asked_for(make):
         assert group["weight_decay"] in (0.0, 0.1)
     assert projected(groups) == projected(param_groups(model, 4))
     assert all("weight_decay" not in group for group in param_groups(model, 4))
+
+
+@pytest.mark.filterwarnings("ignore:matched, but not projected")
+def test_biases_and_norms_of_two_dimensions_do_not_decay():
+    model = nn.ModuleDict({"moe": gpt_oss(), "norm": nn.LayerNorm((3, 8)), "table": nn.Embedding(4, 4)})
+    (undecayed,) = (group for group in param_groups(model, 4, weight_decay=0.1) if group["weight_decay"] == 0.0)
+    two_dimensional = {name for name in undecayed["param_names"] if model.get_parameter(name).dim() == 2}
+    layers = [f"moe.model.layers.{layer}.mlp.experts" for layer in range(2)]
+    biases = {f"{layer}.{name}_proj_bias" for layer in layers for name in ("gate_up", "down")}
+    assert two_dimensional == {"norm.weight", "norm.bias", *biases}
 
 
 # The summary ----------------------------------------------------------------------------------------------------------

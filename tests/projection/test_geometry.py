@@ -156,6 +156,13 @@ def test_a_convolution_in_tucker_form_has_a_factor_for_each_long_axis():
     torch.testing.assert_close(weight, expected)
 
 
+def test_an_image_is_contiguous_when_the_first_axis_alone_is_projected():
+    projection = Projection.of((12, 3, 4), 6)
+    image = projection.project(torch.randn(12, 3, 4, dtype=torch.float64), random_basis(projection))
+    assert image.shape == (6, 3, 4)
+    assert image.is_contiguous()
+
+
 def test_the_identity_projects_nothing():
     identity = Projection.identity((5,))
     gradient, weight = torch.randn(2, 5)

@@ -51,6 +51,7 @@ def test_an_image_has_no_more_energy_than_its_gradient(projection, seed):
     basis, full = random_basis(projection), gradient(projection)
     image = projection.project(full, basis)
     assert image.shape == projection.image_shape
+    assert image.is_contiguous()
     assert image.norm() <= full.norm() * (1 + 1e-12)
     missed = full - projection.project_back(image, basis)  # is orthogonal to what was caught
     torch.testing.assert_close(missed.square().sum() + image.square().sum(), full.square().sum(), **EXACT)
