@@ -7,6 +7,7 @@ dict, its parameters and the optimizer's state are the same under all of them.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.gradients.applied import AppliedGradient
-from galore_torch.gradients.hooks import apply_when_complete, keep_full_when_due, project_when_complete
-from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse
+from galore_torch.gradients.hooks import apply_when_complete, make_room, project_when_complete
+from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 
 Gradients = Literal["full", "projected", "fused"]
 Update = Literal["step", "backward"]
 
-_MARK = "_galore_attachment"
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules whose parameters are under an attachment. Not a mark on the module: a copy of it is not attached."""
 
 
 class Attachment:
@@ -98,17 +100,12 @@ def attach(
         ...     type(model[0].weight.grad).__name__
         'ProjectedGradient'
     """
-    if gradients not in ("full", "projected", "fused"):
-        raise ValueError(f"gradients is {gradients!r}; use 'full', 'projected' or 'fused'")
-    if update not in ("step", "backward"):
-        raise ValueError(f"update is {update!r}; use 'step' or 'backward'")
-    if gradients == "projected" and update == "backward":
+    _check(model, optimizer, gradients, update)
+    if image_dtype is not None and (gradients == "full" or update == "backward"):
         raise ValueError(
-            "gradients='projected' keeps images until step(), and update='backward' keeps nothing until then; use "
-            "'full' or 'fused' with it"
+            f"image_dtype is {image_dtype}, and no images accumulate with gradients={gradients!r}, update={update!r}; "
+            "leave it out, or use 'projected' or 'fused' with update='step'"
         )
-    if hasattr(model, _MARK):
-        raise ValueError("the model is attached already; call remove() on the handle that attach() returned")
     projected = _projected_weights(model, optimizer)
     if update == "backward" and not all(optimizer.work_on(weight).traits.many_calls for weight in projected.values()):
         raise ValueError(
@@ -124,11 +121,30 @@ def attach(
         hook = project_when_complete(optimizer, image_dtype)
         for weight in projected.values():
             _hook(attachment, weight, hook)
-            room = weight.register_hook(keep_full_when_due(optimizer, weight))  # type: ignore[no-untyped-call]
+            room = weight.register_hook(make_room(optimizer, weight))  # type: ignore[no-untyped-call]
             attachment._undo.append(room.remove)
-    setattr(model, _MARK, attachment)
-    attachment._undo.append(lambda: delattr(model, _MARK))
+    _ATTACHED.update(model.modules())
+    attachment._undo.append(lambda: _ATTACHED.difference_update(model.modules()))
     return attachment
+
+
+def _check(model: nn.Module, optimizer: GaLore, gradients: str, update: str) -> None:
+    if gradients not in ("full", "projected", "fused"):
+        raise ValueError(f"gradients is {gradients!r}; use 'full', 'projected' or 'fused'")
+    if update not in ("step", "backward"):
+        raise ValueError(f"update is {update!r}; use 'step' or 'backward'")
+    if gradients == "projected" and update == "backward":
+        raise ValueError(
+            "gradients='projected' keeps images until step(), and update='backward' keeps nothing until then; use "
+            "'full' or 'fused' with it"
+        )
+    if not isinstance(optimizer, GaLore):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}; pass the GaLore optimizer itself (inside a wrapper, such as "
+            "Accelerate's, it is called .optimizer)"
+        )
+    if not _ATTACHED.isdisjoint(model.modules()):
+        raise ValueError("the model is attached already; call remove() on the handle that attach() returned")
 
 
 def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]:
@@ -146,20 +162,18 @@ def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]
 
 def _fuse_linears(model: nn.Module, optimizer: GaLore, projected: dict[str, Tensor], attachment: Attachment) -> None:
     names = {id(weight): name for name, weight in projected.items()}
-    neighbours = Neighbours()
+    neighbours, fused = Neighbours(), set()
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if id(weight) not in names or not isinstance(module, nn.Linear):
-            continue
-        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        if id(weight) not in names or not is_linear(module):
             continue
         attachment._undo.append(fuse(module, FusedLinear(module, optimizer, neighbours)))
-        names.pop(id(weight))
-    attachment.formed_in_full = list(names.values())
-    if names:
-        shown = ", ".join(attachment.formed_in_full[:3]) + (", ..." if len(names) > 3 else "")
+        fused.add(id(weight))
+    attachment.formed_in_full = left = [name for key, name in names.items() if key not in fused]
+    if left:
+        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         warnings.warn(
-            f"{len(names)} projected weights are not of an nn.Linear with its own forward ({shown}): their full "
+            f"{len(left)} projected weights are not of an nn.Linear with its own forward ({shown}): their full "
             "gradient is formed and projected at once",
             stacklevel=3,
         )
@@ -176,11 +190,26 @@ def _apply_in_backward(model: nn.Module, optimizer: GaLore, attachment: Attachme
         if weight.requires_grad:
             _hook(attachment, weight, hook)
 
-    def close(given: GaLore, _args: Any, _kwargs: Any) -> None:
+    def free() -> None:
         """The gradients that were applied are gone; `step()` finds nothing left to do."""
-        for group in given.param_groups:
+        for group in optimizer.param_groups:
             for weight in group["params"]:
                 if isinstance(weight.grad, AppliedGradient):
                     weight.grad = None
 
-    attachment._undo.append(optimizer.register_step_pre_hook(close).remove)
+    def close(_: GaLore, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        free()
+        # A closure runs the backward, and with it the whole step, inside step().
+        freed = [_then(free, one) if callable(one) else one for one in args[1:]]
+        return (*args[:1], *freed), {key: _then(free, one) if callable(one) else one for key, one in kwargs.items()}
+
+    attachment._undo += [optimizer.register_step_pre_hook(close).remove, free]
+
+
+def _then(after: Callable[[], None], closure: Callable[[], Any]) -> Callable[[], Any]:
+    def both() -> Any:
+        result = closure()
+        after()
+        return result
+
+    return both

@@ -15,7 +15,7 @@ from torch import Tensor
 from galore_torch.gradients.applied import AppliedGradient
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import norms
+from galore_torch.optim.work import Work, norms
 
 Hook = Callable[[Tensor], None]
 
@@ -36,25 +36,46 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None) ->
 
     @torch.no_grad()
     def project(weight: Tensor) -> None:
-        if weight.grad is None or isinstance(weight.grad, ProjectedGradient):
+        if weight.grad is None:
             return
         work = optimizer.work_on(weight)
-        if work.turn_has_come:
-            if work.state["renewals"] or not _is_usable(weight.grad):
-                return
-            work.renew()
-        gradient = ProjectedGradient.of(weight.grad, work.projection, work.state["basis"])
-        if image_dtype is not None:
-            gradient = ProjectedGradient(
-                gradient.image.to(image_dtype), work.projection, work.state["basis"], weight.dtype
-            )
-        weight.grad = gradient
+        try:
+            projected = _projected(work, work.grad)
+        except Exception as error:
+            raise RuntimeError(
+                f"projecting the gradient of {work.name} inside the backward pass failed: {error}. No weight has "
+                "moved; empty the gradients with zero_grad() before the next backward"
+            ) from error
+        if projected is not None:
+            weight.grad = _stored_in(projected, image_dtype)
 
     return project
 
 
-def keep_full_when_due(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
-    """A hook on an incoming gradient: makes room for a full one, if `zero_grad(set_to_none=False)` left an image.
+def _projected(work: Work, grad: Tensor) -> ProjectedGradient | None:
+    """The projection of a gradient; None if the full one is wanted, for `step()` to renew the basis from."""
+    if isinstance(grad, ProjectedGradient):
+        return grad
+    if work.turn_has_come:
+        if work.state["renewals"] or not _is_usable(grad):
+            return None
+        work.renew()
+        if work.turn_has_come:  # the decomposition failed
+            return None
+    return ProjectedGradient.of(grad, work.projection, work.state["basis"])
+
+
+def _stored_in(gradient: ProjectedGradient, dtype: torch.dtype | None) -> ProjectedGradient:
+    if dtype is None or gradient.image.dtype == dtype:
+        return gradient
+    return ProjectedGradient(gradient.image.to(dtype), gradient.projection, gradient.basis, gradient.dtype)
+
+
+def make_room(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
+    """A hook on an incoming gradient: lets go of an empty image that could not take it up.
+
+    `zero_grad(set_to_none=False)` leaves such images. Where a full gradient is wanted, or the basis is another by now,
+    what is added to them would be lost in part.
 
     Args:
         optimizer: holds the weight.
@@ -65,12 +86,16 @@ def keep_full_when_due(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], 
     """
 
     @torch.no_grad()
-    def make_room(_: Tensor) -> None:
+    def let_go(_: Tensor) -> None:
         kept = weight.grad
-        if isinstance(kept, ProjectedGradient) and optimizer.work_on(weight).turn_has_come and not kept.image.any():
+        if not isinstance(kept, ProjectedGradient):
+            return
+        work = optimizer.work_on(weight)
+        takes_up = not work.turn_has_come and kept.is_in(work.state["basis"])
+        if not takes_up and not kept.image.any():
             weight.grad = None
 
-    return make_room
+    return let_go
 
 
 def apply_when_complete(optimizer: GaLore) -> Hook:

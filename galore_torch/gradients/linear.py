@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -102,10 +102,15 @@ class FusedLinear:
         return self._apply(x, bias, decided)
 
     def _apply(self, x: Tensor, bias: Tensor | None, saves_image: bool) -> Tensor:
+        basis = self.basis()  # none any more, if a checkpoint was loaded since the decision
         y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x, self.module.weight, bias, self.work.projection, self.basis(), saves_image
+            x, self.module.weight, bias, self.work.projection, basis, saves_image and basis is not None
         )
         return y
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled layer gets its own forward in this place: the hooks stay behind, and so does this."""
+        return nn.Linear.forward.__get__, (self.module,)
 
 
 class Neighbours:
@@ -150,12 +155,17 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ weight.to(grad_y.dtype)
-        grad_y_nm = grad_y.flatten(0, -2)
+        grad_y_nm = _rows(grad_y)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(ctx, grad_y_nm, kept.flatten(0, -2), weight.dtype)
+            grad_weight = _weight_gradient(ctx, grad_y_nm, _rows(kept), weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y_nm.sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Tokens as rows, however many axes count them: several, or none."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _weight_gradient(ctx: Any, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,6 +180,11 @@ def _weight_gradient(ctx: Any, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.
             kept_nn = kept_nn @ factor
     image = grad_y_nm.mT @ kept_nn
     return ProjectedGradient(image.to(dtype), ctx.projection, ctx.basis, dtype)
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is an `nn.Linear` that keeps its forward."""
+    return isinstance(module, nn.Linear) and getattr(module.forward, "__func__", None) is nn.Linear.forward
 
 
 def fuse(module: nn.Linear, layer: FusedLinear) -> Callable[[], None]:

@@ -134,8 +134,12 @@ class ProjectedGradient(Tensor):
         Returns:
             A tensor of `projection.image_shape`.
         """
-        same = projection == self.projection and all(basis[name] is self.basis[name] for name in basis)
+        same = projection == self.projection and self.is_in(basis)
         return self.image if same else projection.project(self.to_full(), basis)
+
+    def is_in(self, basis: Mapping[str, Tensor]) -> bool:
+        """Whether the image was made with these very factors."""
+        return all(basis[name] is self.basis[name] for name in basis)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ProjectedGradient(shape={tuple(self.shape)}, image={self.image!r})"
