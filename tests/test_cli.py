@@ -124,6 +124,13 @@ def test_a_file_of_settings_is_enough(tiny, tmp_path):
     assert one["parameters"] == two["parameters"]
 
 
+def test_text_can_be_prepared_for_runs_to_come(tiny, tmp_path):
+    done = CliRunner().invoke(build_app(), [*tiny, "--prepare"])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"is ready: [\d,]+ tokens; cached in", done.output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "text.txt"]
+
+
 def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():

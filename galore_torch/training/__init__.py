@@ -10,7 +10,9 @@
 | `packing` | how documents become sequences of one length |
 | `optimizers` | which optimizer a name stands for, and what the Trainer is handed |
 | `pretrain` | the run itself |
-| `run_folder`, `metrics`, `plots`, `progress`, `interrupt` | what it leaves behind and shows meanwhile |
+| `command`, `flags` | how the command line starts it |
+| `run_folder`, `records`, `metrics`, `plots`, `peak_memory` | what it leaves behind |
+| `progress`, `interrupt`, `units` | what it shows meanwhile, and how it is stopped |
 | `demo` | GaLore beside full-rank AdamW in a few minutes |
 
 All of it needs the ``train`` extra; importing it without says so.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json as json_format
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from galore_torch.training.config import PretrainConfig
 from galore_torch.training.presets import DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.units import duration, megabytes
@@ -60,6 +62,12 @@ def pretrain(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, by its own settings.", rich_help_panel=_RUN)
     ] = False,
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            "--prepare", help="Only read, tokenize and cache the text, for runs to come.", rich_help_panel=_RUN
+        ),
+    ] = False,
     json: Annotated[
         bool,
         typer.Option(
@@ -74,14 +82,20 @@ def pretrain(
     Ctrl-C finishes the step, saves a checkpoint and says how to go on.
     """
     console = Console(stderr=json)
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        run = _prepare(
-            preset, config, out, {name: value for name, value in given.items() if value is not None}, resume, console
-        )
+        if resume:
+            run = _resumed(out, {"preset": preset, "config": config, **given}, console)
+        elif prepare:
+            _prepare(configure(preset, config, **given), console)
+            return
+        else:
+            settings = configure(preset, config, **given)
+            start = preset or (DEFAULT_PRESET if config is None else config.stem)
+            run = _new(settings, out or Path("runs") / f"{start}-{settings.optimizer.optimizer}", console)
     except (ValueError, ImportError) as error:
-        Console(stderr=True).print(
-            f"[bold red]galore pretrain:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        told = f"[bold red]galore pretrain:[/] {escape(str(error))}"
+        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     result = run.train()
     if json:
@@ -92,25 +106,38 @@ def pretrain(
         raise typer.Exit(STOPPED)
 
 
-def _prepare(
-    preset: str | None, file: Path | None, out: Path | None, given: dict[str, Any], resume: bool, console: Console
-) -> Run:
-    """The run that the flags ask for, ready to train."""
-    if resume:
-        if out is None:
-            raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
-        also = [name for name, value in {"preset": preset, "config": file, **given}.items() if value is not None]
-        if also:
-            raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
-        RunFolder(out).require_unfinished()
-    else:
-        settings = configure(preset, file, **given)
-        out = out or Path("runs") / f"{preset or DEFAULT_PRESET}-{settings.optimizer.optimizer}"
-        RunFolder(out).require_new()
-    # Only now what takes seconds to import: a wrong flag is told at once.
+def _new(settings: PretrainConfig, out: Path, console: Console) -> Run:
+    RunFolder(out).require_new()
+    run: Run = _job(console).new_run(settings, out, console=console)
+    return run
+
+
+def _resumed(out: Path | None, others: dict[str, Any], console: Console) -> Run:
+    if out is None:
+        raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
+    also = [name for name, value in others.items() if value is not None]
+    if also:
+        raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
+    RunFolder(out).require_unfinished()
+    run: Run = _job(console).resumed_run(out, console=console)
+    return run
+
+
+def _prepare(settings: PretrainConfig, console: Console) -> None:
+    job = _job(console)
+    text = job.prepare_text(settings, console)
+    console.print(
+        f"{settings.data.data} is ready: {job.amount(text, settings)}; cached in {job.cache_folder(settings)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _job(console: Console) -> ModuleType:
+    """The module that trains; only now, as it takes seconds to import and a wrong flag is to be told at once."""
     with console.status("Loading Transformers"):
-        from galore_torch.training.pretrain import new_run, resumed_run
-    return resumed_run(out, console=console) if resume else new_run(settings, out, console=console)
+        from galore_torch.training import pretrain
+    return pretrain
 
 
 def show(result: RunResult, console: Console) -> None:

@@ -116,8 +116,8 @@ class ScheduleConfig:
     """How long, in which portions, and what is recorded on the way."""
 
     steps: int = setting(10_000, "Optimizer steps.", minimum=1)
-    batch: int = setting(512, "Sequences a step, over all processes.", minimum=1)
-    micro_batch: int = setting(32, "Sequences at once in one process; bounds memory, changes nothing else.", minimum=1)
+    batch: int = setting(512, "Sequences a step.", minimum=1)
+    micro_batch: int = setting(32, "Sequences at once; bounds memory and changes nothing else.", minimum=1)
     warmup: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.", minimum=0, below=1)
     final_lr: float = setting(0.1, "Where the cosine ends, as a share of the peak.", minimum=0, maximum=1)
     seed: int = setting(0, "Seed of the weights, of the order of the text and of random bases.", minimum=0)

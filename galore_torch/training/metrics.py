@@ -1,28 +1,17 @@
-"""What is measured while a run trains: every step, every evaluation, and the memory it took."""
+"""What is measured while a run trains: every step and every evaluation."""
 
 # ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from galore_torch.training import records
 from galore_torch.training.records import Record
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that training took: on the GPU if there is one, of the whole process otherwise."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 class MetricsLog(TrainerCallback):

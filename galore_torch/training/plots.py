@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from galore_torch.training import records
 
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a")
-_SMOOTHING = 0.9
 
 
 def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
@@ -27,7 +26,7 @@ def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
     for index, (label, path) in enumerate(runs.items()):
         _draw(axes, label, records.read(path), _COLOURS[index % len(_COLOURS)])
     axes.set_xlabel("tokens seen")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -57,16 +56,17 @@ def _draw(axes: Axes, label: str, history: Sequence[records.Record], colour: str
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average, corrected for its start.
+    """The mean over a window around each step, a twentieth of the run wide, narrower towards both ends.
 
-    >>> smooth([2.0, 2.0, 2.0])
-    [2.0, 2.0, 2.0]
+    >>> smooth([4.0, 1.0, 4.0] * 20)[28:31]
+    [3.0, 3.0, 3.0]
     """
-    total, weight, smoothed = 0.0, 0.0, []
-    for loss in losses:
-        total = _SMOOTHING * total + (1 - _SMOOTHING) * loss
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        smoothed.append(total / weight)
+    half = len(losses) // 40
+    smoothed = []
+    for step in range(len(losses)):
+        reach = min(half, step, len(losses) - 1 - step)  # as far to the left as to the right, so that nothing lags
+        window = losses[step - reach : step + reach + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
 
 

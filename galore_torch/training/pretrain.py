@@ -27,7 +27,8 @@ from galore_torch.optim import state_bytes
 from galore_torch.training import optimizers, packing, records, sources
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.interrupt import SaveOnInterrupt
-from galore_torch.training.metrics import MetricsLog, peak_memory_bytes
+from galore_torch.training.metrics import MetricsLog
+from galore_torch.training.peak_memory import peak_memory_bytes
 from galore_torch.training.plots import plot_losses
 from galore_torch.training.progress import LiveProgress
 from galore_torch.training.run_folder import RunFolder
@@ -51,7 +52,7 @@ class RunResult:
         step: optimizer steps made, over all resumptions.
         tokens: tokens seen.
         perplexity: on the held-out text, at the end.
-        eval_loss: its logarithm, nats a token.
+        eval_loss: its logarithm, nats per token.
         state_bytes: the optimizer's state.
         peak_memory_bytes: GPU memory if there is a GPU, the process's otherwise.
         parameters: of the model.
@@ -140,31 +141,25 @@ def _prepare(
     resumed: bool,
 ) -> Run:
     console = console or Console(quiet=True)
-    _quiet(console)
+    _require_one_process()
     trackers = _trackers(config)
-    cache = cache_folder(config)
-    with console.status("Reading the text"):
-        corpus = sources.load(config.data, config.schedule.seed, cache)
-    with console.status("Preparing the tokenizer"):
-        tokenizer = tokenizer_for(corpus, config.data, cache)
-    with console.status("Packing documents into sequences"):
-        train, held_out = packing.sequences(corpus, tokenizer, config)
+    text = prepare_text(config, console)
     set_seed(config.schedule.seed)
-    model = build_model(config, tokenizer)
+    model = build_model(config, text.tokenizer)
     # Made once to be judged before anything is written; the Trainer makes its own.
     optimizers.build(model, config.optimizer, config.schedule.seed)
     arguments = _arguments(config, folder, trackers)
-    _announce(config, model, train, console)
+    _announce(config, model, text, console)
     if not resumed:
         folder.create(config)
     log = MetricsLog(folder.metrics, config.tokens_per_step)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=text.train,
+        eval_dataset=text.held_out,
         data_collator=packing.collate,
-        processing_class=tokenizer,
+        processing_class=text.tokenizer,
         callbacks=[log, LiveProgress(console, log), SaveOnInterrupt(), *callbacks],
         # A factory is allowed, though the annotation names classes only.
         optimizer_cls_and_kwargs=(  # type: ignore[arg-type]
@@ -175,8 +170,46 @@ def _prepare(
     trainer.remove_callback(PrinterCallback)
     checkpoint = folder.last_checkpoint() if resumed else None
     return Run(
-        config=config, folder=folder, model=model, trainer=trainer, log=log, tokenizer=tokenizer, checkpoint=checkpoint
+        config=config,
+        folder=folder,
+        model=model,
+        trainer=trainer,
+        log=log,
+        tokenizer=text.tokenizer,
+        checkpoint=checkpoint,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Text that is ready to train on.
+
+    Attributes:
+        train: packed sequences to train on.
+        held_out: packed sequences for the evaluation.
+        tokenizer: what cut them.
+    """
+
+    train: sources.Documents
+    held_out: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+
+def prepare_text(config: PretrainConfig, console: Console) -> Text:
+    """Read, tokenize and pack the text, or find it in the cache.
+
+    Raises:
+        ValueError: when it cannot be read or is too little.
+    """
+    _quiet(console)
+    cache = cache_folder(config)
+    with console.status("Reading the text"):
+        corpus = sources.load(config.data, config.schedule.seed, cache)
+    with console.status("Preparing the tokenizer"):
+        tokenizer = tokenizer_for(corpus, config.data, cache)
+    with console.status("Packing documents into sequences"):
+        train, held_out = packing.sequences(corpus, tokenizer, config)
+    return Text(train=train, held_out=held_out, tokenizer=tokenizer)
 
 
 def cache_folder(config: PretrainConfig) -> Path:
@@ -213,6 +246,12 @@ def _quiet(console: Console) -> None:
         datasets.disable_progress_bars()
 
 
+def _require_one_process() -> None:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ValueError(f"WORLD_SIZE = {processes}: a pre-training runs in one process; start it without a launcher.")
+
+
 def _trackers(config: PretrainConfig) -> list[str]:
     names = [name.strip() for name in config.schedule.report_to.split(",") if name.strip() not in ("", "none")]
     available: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
@@ -227,13 +266,12 @@ def _trackers(config: PretrainConfig) -> list[str]:
 
 def _arguments(config: PretrainConfig, folder: RunFolder, trackers: list[str]) -> TrainingArguments:
     schedule = config.schedule
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.micro_batch,
         per_device_eval_batch_size=schedule.micro_batch,
-        gradient_accumulation_steps=max(1, schedule.batch // (schedule.micro_batch * processes)),
+        gradient_accumulation_steps=schedule.batch // schedule.micro_batch,
         learning_rate=config.optimizer.lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": schedule.final_lr},
@@ -259,14 +297,21 @@ def _arguments(config: PretrainConfig, folder: RunFolder, trackers: list[str]) -
     return arguments
 
 
-def _announce(config: PretrainConfig, model: LlamaForCausalLM, train: sources.Documents, console: Console) -> None:
-    text = f"{len(train) * config.data.seq:,} tokens" if isinstance(train, datasets.Dataset) else "streamed"
+def _announce(config: PretrainConfig, model: LlamaForCausalLM, text: Text, console: Console) -> None:
     console.print(
         f"[bold]{config.optimizer.optimizer}[/] on a LLaMA of {model.num_parameters():,} parameters; "
-        f"{config.data.data} ({text}); {config.schedule.steps:,} steps of {config.tokens_per_step:,} tokens",
+        f"{config.data.data} ({amount(text, config)}); "
+        f"{config.schedule.steps:,} steps of {config.tokens_per_step:,} tokens",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def amount(text: Text, config: PretrainConfig) -> str:
+    """How much there is to train on, for people."""
+    if not isinstance(text.train, datasets.Dataset):
+        return "streamed"
+    return f"{len(text.train) * config.data.seq:,} tokens"
 
 
 def _result(run: Run) -> RunResult:

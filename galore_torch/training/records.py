@@ -2,8 +2,8 @@
 
 | kind | fields |
 | --- | --- |
-| a step | step, tokens, loss (nats a token), lr, grad_norm, tokens_per_second, seconds |
-| an evaluation | step, tokens, eval_loss (nats a token), perplexity, seconds |
+| a step | step, tokens, loss (nats per token), lr, grad_norm, tokens_per_second, seconds |
+| an evaluation | step, tokens, eval_loss (nats per token), perplexity, seconds |
 | the end | final (true) and the figures of the whole run, see `galore_torch.training.pretrain.RunResult` |
 
 ``seconds`` is time spent in training steps since the start, over all resumptions, without evaluations and saves.
@@ -56,7 +56,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def perplexity(loss: float) -> float:
-    """The exponential of a loss in nats a token, infinite where that overflows."""
+    """The exponential of a loss in nats per token, infinite where that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:

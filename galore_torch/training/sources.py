@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import datasets
 
 from galore_torch.training.config import DataConfig
+from galore_torch.training.units import sentence
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
 """Rows with a column ``text``, one document each."""
@@ -137,7 +138,8 @@ def _table(kind: str, files: list[Path], config: DataConfig, cache: Path) -> dat
         )
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         raise ValueError(
-            f"data = {config.data!r} cannot be read as {kind}: {error.__cause__ or error}. Give valid {kind} files."
+            f"data = {config.data!r} cannot be read as {kind}: {sentence(error.__cause__ or error)} "
+            f"Give valid {kind} files."
         ) from error
     return _only_text(table, config)
 
@@ -181,8 +183,8 @@ def _stream(config: DataConfig, seed: int) -> Corpus:
         columns = _only_text(train, config)
     except Exception as error:  # the Hub's client raises errors of many kinds: missing, gated, offline, no such subset
         raise ValueError(
-            f"data = {config.data!r} is neither a local path nor a data set that the Hugging Face Hub gives: {error} "
-            "Check the name, --subset and the network, or give stdlib or a local path."
+            f"data = {config.data!r} is neither a local path nor a data set that the Hugging Face Hub gives: "
+            f"{sentence(error)} Check the name, --subset and the network, or give stdlib or a local path."
         ) from error
     if held_out is None:
         train, held_out = columns.skip(_HELD_OUT_MOST), columns.take(_HELD_OUT_MOST)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from galore_torch.training.config import DataConfig
 from galore_torch.training.sources import Corpus
+from galore_torch.training.units import sentence
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends every document; the one special token of a tokenizer trained here."""
@@ -56,7 +57,7 @@ def _ready(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing, offline, gated, not a tokenizer: the Hub's client raises errors of many kinds
         raise ValueError(
-            f"tokenizer = {name!r} cannot be loaded: {error} Check the name and the network, or give train."
+            f"tokenizer = {name!r} cannot be loaded: {sentence(error)} Check the name and the network, or give train."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer = {name!r} has no end-of-text token to end documents with; choose another.")

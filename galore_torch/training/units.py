@@ -1,4 +1,4 @@
-"""How bytes and seconds are written for people."""
+"""How bytes, seconds and errors are written for people."""
 
 
 def megabytes(count: int) -> str:
@@ -18,3 +18,12 @@ def duration(seconds: float) -> str:
     """
     minutes, left = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{left:02d}"
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, ended by one full stop.
+
+    >>> sentence(ValueError("no such file"))
+    'no such file.'
+    """
+    return f"{str(error).strip().rstrip('.')}."

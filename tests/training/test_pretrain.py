@@ -226,6 +226,12 @@ def test_what_cannot_be_trained_on_leaves_no_folder(given, words, tiny, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_launcher_of_many_processes_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE = 2.*without a launcher"):
+        new_run(tiny(), tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_is_recorded_as_such(tiny, tmp_path):
     result = new_run(tiny(optimizer="sgd", lr=1e30, warmup=0.0, steps=4), tmp_path / "run").train()
     lines = RunFolder(tmp_path / "run").metrics.read_text(encoding="utf-8").splitlines()
