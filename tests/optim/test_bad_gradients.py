@@ -28,12 +28,13 @@ def spoiled(weight: Tensor, step: int, value: float) -> Tensor:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("due", [True, False])
-@pytest.mark.parametrize("proj_type", ["left", "right", "full"])
-def test_a_gradient_that_is_not_finite_renews_nothing_and_is_counted(value, due, proj_type):
+@pytest.mark.parametrize(("proj_type", "decomposition"), [("left", "warm"), ("right", "svd"), ("full", "random")])
+@pytest.mark.filterwarnings("error")  # it is not even tried
+def test_a_gradient_that_is_not_finite_renews_nothing_and_is_counted(value, due, proj_type, decomposition):
     """The update is what torch's SGD makes of it: not finite."""
     (weight,) = weights(MATRIX)
-    keys = {"update_proj_gap": 2 if due else 100, "stagger": False, "proj_type": proj_type}
-    optimizer = GaLoreSGD(groups([weight], **keys), lr=0.1)
+    keys = {"update_proj_gap": 2 if due else 100, "proj_type": proj_type, "decomposition": decomposition}
+    optimizer = GaLoreSGD(groups([weight], stagger=False, **keys), lr=0.1)
     walk(optimizer, [weight], range(2))
     state = optimizer.state[weight]
     basis = {name: factor.clone() for name, factor in state["basis"].items()}

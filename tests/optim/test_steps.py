@@ -257,7 +257,7 @@ def test_random_numbers_differ_from_weight_to_weight_and_from_renewal_to_renewal
     one, other, _ = bases(decomposition, steps=1)
     assert not torch.equal(one, other)
     later = bases("random", steps=2)[0]
-    assert (later.T @ bases("random", steps=1)[0]).norm() < 3.0  # two different planes of four dimensions out of 16
+    assert (later.T @ bases("random", steps=1)[0]).norm() < 1.9  # it would be 2 for one and the same subspace
 
 
 def test_a_resumed_run_draws_the_same_random_numbers():
