@@ -15,7 +15,7 @@ from torch import Tensor
 from galore_torch.gradients.applied import AppliedGradient
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work, norms
+from galore_torch.optim.work import Work, peaks
 
 Hook = Callable[[Tensor], None]
 
@@ -124,4 +124,4 @@ def apply_when_complete(optimizer: GaLore) -> Hook:
 
 
 def _is_usable(grad: Tensor) -> bool:
-    return 0 < float(norms([grad])[0]) < float("inf")
+    return 0 < float(peaks([grad])[0]) < float("inf")

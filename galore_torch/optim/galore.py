@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
 from galore_torch.optim.places import Place, places
-from galore_torch.optim.probe import probe
-from galore_torch.optim.rule import DECLARED, Lent, Rule, Traits, check_dimensions, share_arguments
-from galore_torch.optim.work import Work, count_nonfinite, norms
+from galore_torch.optim.probe import traits_of
+from galore_torch.optim.rule import Lent, Rule, Traits, check_dimensions, share_arguments
+from galore_torch.optim.work import Work, count_nonfinite, peaks
 from galore_torch.projection import turn_offset
 
 CHUNK_ELEMENTS = 2**23
@@ -100,12 +100,12 @@ class GaLore(Optimizer):
         kept = self._settings
         classes, shares = self._classes_and_shares()
         self._rule = Rule(classes[0], shares[0])
-        self._traits: Traits = kept["traits"] or DECLARED.get(self._rule.name) or probe(self._rule)
+        self._traits: Traits = kept["traits"] or traits_of(classes[0], shares[0])
         self._others, self._others_traits = self._rule, self._traits
         if kept["others"] is not None:
             self._others, self._others_traits = Rule(classes[-1], shares[-1]), Traits()
             if kept["state_dtype"] is not None:  # then its parameters move through coordinates too
-                self._others_traits = DECLARED.get(self._others.name) or probe(self._others)
+                self._others_traits = traits_of(classes[-1], shares[-1])
 
     def _classes_and_shares(self) -> tuple[list[type[Optimizer]], list[dict[str, Any]]]:
         classes = [one for one in (self._settings["optimizer"], self._settings["others"]) if one is not None]
@@ -262,8 +262,8 @@ class GaLore(Optimizer):
         if not due:
             return
         grads = [one.grad for one in due]
-        for one, norm in zip(due, norms(grads).tolist(), strict=True):
-            if 0 < norm < float("inf"):
+        for one, peak in zip(due, peaks(grads).tolist(), strict=True):
+            if 0 < peak < float("inf"):
                 one.renew()
 
     def _move(self, chunk: list[Work]) -> None:

@@ -7,14 +7,15 @@ zeros, and is refused by name. `recipes` declares the few optimizers that need h
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from galore_torch.optim.rule import Decay, Lent, Rule, Traits
+from galore_torch.optim.rule import DECLARED, Decay, Lent, Rule, Traits
 
 STEPS = 8
 """RAdam, for one, shows what it is only after five."""
@@ -27,6 +28,33 @@ NEUTRAL: dict[str, Any] = {
     "capturable": False,  # asks for an accelerator
 }
 """Hyperparameters that hold during the probe, where the optimizer has them."""
+
+
+def traits_of(optimizer: type[torch.optim.Optimizer], arguments: Mapping[str, Any]) -> Traits:
+    """What an optimizer does: as declared, or as a probe finds. The same question is not probed twice.
+
+    Args:
+        optimizer: the class.
+        arguments: for its constructor, besides the parameters.
+
+    Returns:
+        Its traits.
+
+    Raises:
+        ValueError: it cannot run inside GaLore; see `probe`.
+    """
+    declared = DECLARED.get(f"{optimizer.__module__}.{optimizer.__qualname__}")
+    if declared is not None:
+        return declared
+    try:
+        return _probed(optimizer, frozenset(arguments.items()))
+    except TypeError:  # an argument that cannot be a key
+        return probe(Rule(optimizer, arguments))
+
+
+@functools.lru_cache(maxsize=32)
+def _probed(optimizer: Hashable, arguments: frozenset[tuple[str, Any]]) -> Traits:
+    return probe(Rule(cast(type[torch.optim.Optimizer], optimizer), dict(arguments)))
 
 
 def probe(rule: Rule) -> Traits:

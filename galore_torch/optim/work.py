@@ -171,7 +171,7 @@ def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor]) -> Tensor:
         One boolean for each, on the first one's device.
     """
     bad = (
-        norms([_across(image, one.projection) for one, image in zip(work, images, strict=True)])
+        peaks([_across(image, one.projection) for one, image in zip(work, images, strict=True)])
         .isfinite()
         .logical_not_()
     )
@@ -184,18 +184,19 @@ def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor]) -> Tensor:
     return bad
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norms of tensors, as one vector on the first one's device.
+def peaks(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute entries of tensors, as one vector on the first one's device.
 
     Args:
-        tensors: at least one, of any floating dtypes; the norms have at least float32, so that none overflows.
+        tensors: at least one, of any floating dtypes.
 
     Returns:
-        (number of tensors,).
+        (number of tensors,); not finite where an entry is not finite, 0 only where all entries are 0.
     """
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     device = tensors[0].device
-    return torch.stack([norm.to(device) for norm in torch._foreach_norm(list(tensors), 2, dtype)])
+    largest = [peak.to(device) for peak in torch._foreach_norm(list(tensors), float("inf"))]
+    dtype = functools.reduce(torch.promote_types, (peak.dtype for peak in largest))
+    return torch.stack([peak.to(dtype) for peak in largest])
 
 
 def _across(image: Tensor, projection: Projection) -> Tensor:
