@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,14 +47,15 @@ def traits_of(optimizer: type[torch.optim.Optimizer], arguments: Mapping[str, An
     if declared is not None:
         return declared
     try:
-        return _probed(optimizer, frozenset(arguments.items()))
+        # A class is hashable whatever its instances are.
+        return _probed(optimizer, frozenset(arguments.items()))  # type: ignore[arg-type]
     except TypeError:  # an argument that cannot be a key
         return probe(Rule(optimizer, arguments))
 
 
 @functools.lru_cache(maxsize=32)
-def _probed(optimizer: Hashable, arguments: frozenset[tuple[str, Any]]) -> Traits:
-    return probe(Rule(cast(type[torch.optim.Optimizer], optimizer), dict(arguments)))
+def _probed(optimizer: type[torch.optim.Optimizer], arguments: frozenset[tuple[str, Any]]) -> Traits:
+    return probe(Rule(optimizer, dict(arguments)))
 
 
 def probe(rule: Rule) -> Traits:
