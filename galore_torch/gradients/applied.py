@@ -13,7 +13,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-_HARMLESS = {aten.detach.default, aten.detach_.default, aten.zero_.default, aten._foreach_zero_.default}
+_HARMLESS = {aten.detach.default, aten.detach_.default, aten.zero_.default}
 """What emptying gradients calls; on one that is gone already there is nothing to do."""
 
 
@@ -46,6 +46,9 @@ class AppliedGradient(Tensor):
     ) -> Any:
         if func in _HARMLESS:
             return args[0]
+        if func is aten._foreach_zero_.default:
+            others = [one for one in args[0] if not isinstance(one, cls)]
+            return func(others) if others else None
         given = [args[0], *(args[0] if isinstance(args[0], (list, tuple)) else ()), *args[1:]]
         name = next((one.weight_name for one in given if isinstance(one, cls)), "a weight")
         what = "a second backward before step()" if "add" in str(func) else str(func)

@@ -1,0 +1,345 @@
+"""Misuse and mishaps: each is a clear error, and nothing is lost."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from galore_torch import GaLore, GaLoreAdamW, ProjectedGradient, param_groups
+from galore_torch.gradients import attach
+from galore_torch.gradients.applied import AppliedGradient
+from tests.gradients.llama import (
+    BAR,
+    GAP,
+    MODES,
+    adamw,
+    attached,
+    batch,
+    distance,
+    every_accumulating_mode,
+    every_mode,
+    llama,
+    loss_of,
+    projected_weights,
+    walk,
+    weights,
+)
+from tests.optim.small import assert_same, refusing, snapshot
+
+IN_BACKWARD = [mode for mode in MODES.values() if mode[1] == "backward"]
+every_backward_mode = pytest.mark.parametrize("mode", IN_BACKWARD, ids=" ".join)
+one_layer = functools.partial(llama, num_hidden_layers=1)
+
+
+class OneCall(torch.optim.Optimizer):
+    """Its step divides by how many parameters it moves, so that moving them one by one is something else."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        count = sum(weight.grad is not None for group in self.param_groups for weight in group["params"])
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.data.add_(weight.grad, alpha=-group["lr"] / count)
+
+
+# Refused before anything changes ------------------------------------------------------------------------------------
+
+
+def assert_untouched(model: nn.Module) -> None:
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert not any(weight._post_accumulate_grad_hooks or weight._backward_hooks for weight in model.parameters())
+
+
+BAD_CHOICES = {
+    "an unknown way to form": ({"gradients": "fussed"}, "gradients is 'fussed'; use 'full', 'projected' or 'fused'"),
+    "an unknown time": ({"update": "later"}, "update is 'later'; use 'step' or 'backward'"),
+    "images that nothing keeps": ({"gradients": "projected", "update": "backward"}, "'full' or 'fused'"),
+    "image dtype without images": ({"gradients": "full", "image_dtype": torch.float32}, "image_dtype is torch.float32"),
+    "image dtype in backward": (
+        {"gradients": "fused", "update": "backward", "image_dtype": torch.float32},
+        "update='step'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("choice", "message"), BAD_CHOICES.values(), ids=BAD_CHOICES)
+def test_choices_that_are_unknown_or_exclude_each_other(choice, message):
+    model = one_layer()
+    optimizer = adamw(model)
+    assert message in refusing(lambda: attach(model, optimizer, **choice))
+    assert_untouched(model)
+    attach(model, optimizer)  # it is not taken for attached
+
+
+@every_mode
+def test_attaching_twice(mode):
+    model, optimizer, attachment = attached(mode, one_layer)
+    for again in (model, model.model, nn.ModuleList([model])):
+        message = refusing(lambda again=again: attach(again, optimizer, *mode))
+        assert "attached already" in message
+        assert "remove()" in message
+    walk(model, optimizer, range(2))
+    attachment.remove()
+    assert_untouched(model)
+    attach(model, optimizer, *mode)
+
+
+def test_an_optimizer_of_other_weights():
+    model = one_layer()
+    message = refusing(lambda: attach(model, adamw(one_layer()), "fused"))
+    assert "does not hold 12 of the model's 12 trainable parameters (model.embed_tokens.weight" in message
+    partly = GaLoreAdamW([group for group in param_groups(model, rank=4) if "rank" in group])
+    assert "does not hold 5 of the model's 12" in refusing(lambda: attach(model, partly, "fused"))
+    assert_untouched(model)
+
+
+def test_what_is_no_galore_optimizer():
+    model = one_layer()
+    wrapped = accelerate.Accelerator(cpu=True).prepare_optimizer(adamw(model))
+    for other in (wrapped, torch.optim.AdamW(model.parameters())):
+        message = refusing(lambda other=other: attach(model, other))
+        assert type(other).__name__ in message
+        assert ".optimizer" in message
+    attach(model, wrapped.optimizer)
+
+
+def test_an_optimizer_that_must_move_all_at_once():
+    model = one_layer()
+    optimizer = GaLore([{"params": list(projected_weights(adamw(model))), "rank": 4}], optimizer=OneCall, lr=0.1)
+    others = [weight for weight in model.parameters() if weight not in set(projected_weights(optimizer))]
+    optimizer.add_param_group({"params": others})
+    assert "update='step'" in refusing(lambda: attach(model, optimizer, "full", "backward"))
+    assert_untouched(model)
+
+
+# A gradient that was applied ------------------------------------------------------------------------------------------
+
+
+def unscale(model: nn.Module, optimizer: GaLore) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+
+
+TOO_LATE: dict[str, Callable[[nn.Module, GaLore], object]] = {
+    "second backward": lambda model, optimizer: loss_of(model, batch(1)).backward(),
+    "clipping": lambda model, optimizer: clip_grad_norm_(model.parameters(), 1.0),
+    "clipping one by one": lambda model, optimizer: clip_grad_norm_(model.parameters(), 1.0, foreach=False),
+    "clipping values": lambda model, optimizer: torch.nn.utils.clip_grad_value_(model.parameters(), 1.0),
+    "accelerate": lambda model, optimizer: accelerate.Accelerator(cpu=True).clip_grad_norm_(model.parameters(), 1.0),
+    "unscaling": unscale,
+}
+
+
+@every_backward_mode
+@pytest.mark.parametrize("action", TOO_LATE.values(), ids=TOO_LATE)
+def test_who_comes_after_the_gradient_was_applied_is_told(mode, action):
+    model, optimizer, _ = attached(mode, one_layer)
+    walk(model, optimizer, range(2))
+    loss_of(model, batch(2)).backward()
+    before = snapshot(optimizer)[:2]
+    message = refusing(lambda: action(model, optimizer))
+    assert 'update="step"' in message
+    assert "weights have moved already" in message
+    assert "weight" in message.split("gradient of ")[1].split()[0]  # a parameter's name
+    assert_same(snapshot(optimizer)[:2], before)
+    optimizer.step()
+    optimizer.zero_grad()
+    walk(model, optimizer, [3])
+    theirs, others_optimizer, _ = attached(mode, one_layer)
+    walk(theirs, others_optimizer, range(4))
+    assert_same(weights(model), weights(theirs))
+
+
+@every_backward_mode
+@pytest.mark.parametrize("in_place", [True, False])
+def test_emptying_gradients_that_were_applied_is_fine(mode, in_place):
+    model, optimizer, _ = attached(mode, one_layer)
+    loss_of(model, batch(0)).backward()
+    assert all(isinstance(weight.grad, AppliedGradient) for weight in model.parameters())
+    assert all(isinstance(copy.deepcopy(weight.grad), AppliedGradient) for weight in model.parameters())
+    assert "lm_head.weight" in repr(model.lm_head.weight.grad)
+    before = weights(model)
+    if in_place:
+        optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert all(weight.grad is None for weight in model.parameters())
+    optimizer.step()
+    assert_same(weights(model), before)
+
+
+@every_mode
+def test_a_closure_may_run_the_backward(mode):
+    model, optimizer, _ = attached(mode, one_layer)
+    losses = []
+    for step in range(3):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch(step))
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure) if step else optimizer.step(closure=closure))
+    theirs, other, _ = attached(mode, one_layer)
+    walk(theirs, other, range(3))
+    assert_same(weights(model), weights(theirs))
+    assert all(loss.isfinite() for loss in losses)
+
+
+# Layers that are left out, removal, and mishaps ----------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Of two branches a call takes one, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlp_a, self.mlp_b = nn.Linear(24, 40), nn.Linear(24, 40)
+
+    def forward(self, x, which="ab"):
+        return sum(getattr(self, f"mlp_{one}")(x) for one in which)
+
+
+@every_mode
+def test_a_layer_without_a_gradient_in_a_step_waits_and_its_turn_stays_due(mode):
+    ends = []
+    for one in (mode, None):
+        model = Branches()
+        optimizer = adamw(model, rank=4)
+        if one:
+            attach(model, optimizer, *one)
+        for step in range(3 * GAP):
+            x = torch.randn(5, 24, generator=torch.Generator().manual_seed(step))
+            (model(x, "ab" if step % 4 == 0 else "a") - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        state = optimizer.state[model.mlp_b.weight]
+        assert state["step"] == 5 < optimizer.state[model.mlp_a.weight]["step"]
+        ends.append(model)
+    assert distance(*ends) <= BAR
+
+
+@every_accumulating_mode
+def test_removing_in_the_middle_of_a_window_loses_nothing(mode):
+    ends = []
+    for removes in (True, False):
+        model, optimizer, attachment = attached(mode, one_layer)
+        walk(model, optimizer, range(2))
+        for micro_batch, ids in enumerate(batch(2).chunk(4)):
+            loss = loss_of(model, ids)
+            if removes and micro_batch == 2:  # between a forward and its backward
+                attachment.remove()
+                assert_untouched(model)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        walk(model, optimizer, [3])
+        ends.append(model)
+    assert distance(*ends) <= BAR
+
+
+@every_backward_mode
+def test_a_backward_after_removal_leaves_gradients_to_step(mode):
+    ends = []
+    for removes in (True, False):
+        model, optimizer, attachment = attached(mode, one_layer)
+        walk(model, optimizer, range(2))
+        loss = loss_of(model, batch(2))
+        if removes:
+            attachment.remove()
+            before = weights(model)
+        loss.backward()
+        if removes:
+            assert_same(weights(model), before)
+            assert all(weight.grad is not None for weight in model.parameters())
+        optimizer.step()
+        ends.append(weights(model))
+    assert_same(*ends)
+
+
+@every_backward_mode
+def test_removal_between_backward_and_step(mode):
+    model, optimizer, attachment = attached(mode, one_layer)
+    loss_of(model, batch(0)).backward()
+    before = weights(model)
+    attachment.remove()
+    optimizer.step()
+    assert_same(weights(model), before)
+    optimizer.zero_grad()
+    walk(model, optimizer, [1])
+
+
+class MishapError(Exception):
+    pass
+
+
+def breaking(monkeypatch, name: str) -> None:
+    """Makes what is done for one weight raise, once."""
+    done = []
+
+    def broken(method):
+        def wrapper(self, *args):
+            if self.name == name and not done:
+                done.append(name)
+                raise MishapError("out of luck")
+            return method(self, *args)
+
+        return wrapper
+
+    from galore_torch.optim.work import Work
+
+    monkeypatch.setattr(Work, "renew", broken(Work.renew))
+
+
+@every_mode
+def test_a_hook_that_raises_names_its_layer_and_leaves_weights_and_state_consistent(mode, monkeypatch):
+    if mode == ("full", "step"):
+        return  # it has no hooks
+    name = "model.layers.0.mlp.up_proj.weight"
+    model, optimizer, _ = attached(mode, one_layer)
+    before = weights(model)
+    breaking(monkeypatch, name)
+    with pytest.raises(RuntimeError, match=rf"{name} inside the backward pass failed: out of luck") as caught:
+        loss_of(model, batch(0)).backward()
+    assert isinstance(caught.value.__cause__, MishapError)
+    weight = dict(model.named_parameters())[name]
+    assert "inner" not in optimizer.state[weight]
+    assert optimizer.state[weight]["step"] == optimizer.state[weight]["renewals"] == 0
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True)]
+    counted = [optimizer.state.get(one, {}).get("inner") is not None for one in model.parameters()]
+    assert moved == counted  # a weight has moved if and only if its state has
+    if mode[1] == "step":
+        assert not any(moved)
+        optimizer.zero_grad()  # and the step can be made anew
+        walk(model, optimizer, range(3))
+        theirs, other, _ = attached(mode, one_layer)
+        walk(theirs, other, range(3))
+        assert distance(model, theirs) <= (BAR if mode[0] == "fused" else 0)
+    else:
+        assert any(moved)
+        assert "have been updated" in str(caught.value)
+        assert not isinstance(weight.grad, (AppliedGradient, ProjectedGradient))
+        optimizer.step()  # applies what waits
+        assert not torch.equal(weight, before[[n for n, _ in model.named_parameters()].index(name)])
+        optimizer.zero_grad()
+        walk(model, optimizer, range(1, 3))
+        assert all(one.isfinite().all() for one in model.parameters())
+
+
+@every_mode
+def test_a_gradient_that_is_not_finite_finds_no_basis(mode):
+    model, optimizer, _ = attached(mode, one_layer)
+    (loss_of(model, batch(0)) * float("nan")).backward()
+    assert all(optimizer.work_on(weight).state["renewals"] == 0 for weight in projected_weights(optimizer))
+    assert not any(isinstance(weight.grad, ProjectedGradient) for weight in model.parameters())
