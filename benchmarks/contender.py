@@ -1,12 +1,10 @@
 """One contender in a process of its own: it makes its weights and gradients, and takes a timed step when it is told to.
 
-`processes.py` starts it as a script. Its one argument is a `Request` in JSON; then each line that it reads is "step" or
-"memory", and each line that it writes is the answer in JSON.
+`processes.py` starts it as a script. Its one argument is a `Request` in JSON; its commands are "step" and "memory".
 """
 
 import gc
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.serving import Answers, serve
 from benchmarks.shapes import LLAMA, LlamaShapes
 
 Parts = dict[str, Callable[[], object]]
@@ -167,19 +166,16 @@ def timed(parts: Parts) -> dict[str, float]:
     return seconds
 
 
-def main() -> None:
-    """Build the contender that argv asks for and answer commands until there are none."""
-    request = Request(**json.loads(sys.argv[1]))
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not look like an answer
+def answers(argument: str) -> Answers:
+    """Build the contender that a request in JSON asks for."""
+    request = Request(**json.loads(argument))
     torch.set_num_threads(request.threads)
     weights = weights_with_gradients(request.llama.weights, getattr(torch, request.dtype))
     known = [*tensors_alive(), *(weight.grad for weight in weights if weight.grad is not None)]
-    with torch.no_grad():
-        parts = CONTENDERS[request.contender](weights, request)
-        for line in sys.stdin:
-            answer = timed(parts) if line.strip() == "step" else held_bytes(known)
-            print(json.dumps(answer), file=answers, flush=True)
+    torch.set_grad_enabled(False)  # for good: there is nothing but optimizers here
+    parts = CONTENDERS[request.contender](weights, request)
+    return {"step": lambda: timed(parts), "memory": lambda: held_bytes(known)}
 
 
 if __name__ == "__main__":
-    main()
+    serve(answers)

@@ -1,5 +1,6 @@
 """What a measured case says: the figures against their bars, as tables, as JSON and as a chart."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -86,13 +87,18 @@ def tables(outcome: Outcome) -> Group:
     for part, seconds in outcome.timings[FLOOR].parts_s.items():
         costs.add_row(PART_LABELS[part], f"{seconds * 1e3:.1f}", "", "")
 
-    figures = Table()
-    for column in (f"{OURS}", "measured", "at most", ""):
-        figures.add_column(column, justify="left" if column in (OURS, "") else "right", no_wrap=True)
-    for bar in bars(outcome):
+    return Group(costs, bar_table(bars(outcome)))
+
+
+def bar_table(figures: Iterable[Bar]) -> Table:
+    """Return figures against their bars as a table."""
+    table = Table()
+    for column in (OURS, "measured", "at most", ""):
+        table.add_column(column, justify="left" if column in (OURS, "") else "right", no_wrap=True)
+    for bar in figures:
         verdict = "[green]kept[/]" if bar.kept else "[red]missed[/]"
-        figures.add_row(bar.what, f"{bar.value:.4g}", f"{bar.at_most:.4g}", verdict)
-    return Group(costs, figures)
+        table.add_row(bar.what, f"{bar.value:.4g}", f"{bar.at_most:.4g}", verdict)
+    return table
 
 
 def record(outcome: Outcome) -> dict[str, Any]:

@@ -9,8 +9,6 @@ its own, and they step in turn, so that what else the machine does falls on all 
 """
 
 import json
-import os
-import platform
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +16,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import peers, report
 from benchmarks.measure import Case, Outcome, measure
+from benchmarks.screen import machine, progress_bar, told, warn_if_busy
 
 
 class Shapes(str, Enum):
@@ -38,29 +36,10 @@ class Dtype(str, Enum):
     FLOAT32 = "float32"
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Return what a reader of the figures must know of the machine; `load` is the work of others on it."""
-    return {
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def run(cases: list[Case], console: Console) -> list[Outcome]:
     """Measure the cases one after the other, with a progress bar and its estimated end."""
-    columns = (
-        TextColumn("{task.description:<40}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     outcomes = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         for case in cases:
             title = f"{case.shapes} {case.dtype}"
             task = progress.add_task(title, total=case.units)
@@ -97,8 +76,7 @@ def main(
     ]
     about = machine(threads)
     messages = Console(stderr=True, quiet=quiet)
-    if about["load"] > about["cores"] / 4:
-        messages.print(f"[yellow]This machine is busy with other work (load {about['load']}): the times will suffer.")
+    warn_if_busy(about, messages)
     try:
         for peer in peers.PEERS.values():
             peers.install(peer)
@@ -109,7 +87,7 @@ def main(
         print(json.dumps({"machine": about, "cases": [report.record(outcome) for outcome in outcomes]}, indent=1))
     else:
         console = Console()
-        console.print("  ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+        console.print(told(about), highlight=False)
         console.print(*(report.tables(outcome) for outcome in outcomes), sep="\n")
     if plot is not None:
         report.draw(outcomes, plot)
