@@ -7,6 +7,7 @@ GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) around any torch optimiz
     optimizer = GaLoreAdamW(param_groups(model, rank=128), lr=1e-2)
 """
 
+from galore_torch.gradients import attach
 from galore_torch.optim import (
     GaLore,
     GaLoreAdafactor,
@@ -26,5 +27,6 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreSGD",
     "ProjectedGradient",
+    "attach",
     "param_groups",
 ]

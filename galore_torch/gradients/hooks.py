@@ -3,10 +3,14 @@
 They are post-accumulate hooks of the parameters. A weight that renews in this step keeps its full gradient, for the
 whole window of micro-batches: the decision depends on the optimizer's step count alone, which does not change inside
 a window.
+
+The garbage collector does not see into such hooks, so they hold the optimizer, which holds the parameters, weakly: a
+model and an optimizer that are dropped are freed, removed from each other or not.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -34,11 +38,14 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None) ->
         The hook.
     """
 
+    held = weakref.ref(optimizer)
+
     @torch.no_grad()
     def project(weight: Tensor) -> None:
-        if weight.grad is None:
+        ours = held()
+        if ours is None or weight.grad is None:
             return
-        work = optimizer.work_on(weight)
+        work = ours.work_on(weight)
         try:
             projected = _projected(work, work.grad)
         except Exception as error:
@@ -112,13 +119,14 @@ def apply_when_complete(optimizer: GaLore) -> Hook:
     def apply(weight: Tensor) -> None:
         work = optimizer.work_on(weight)
         try:
+            norm = torch.linalg.vector_norm(work.grad)
             optimizer.apply([work])
         except Exception as error:
             raise RuntimeError(
                 f"updating {work.name} inside the backward pass failed: {error}. Weights whose backward came before "
                 "have been updated; this one and those after it have not"
             ) from error
-        weight.grad = AppliedGradient(weight, work.name)
+        weight.grad = AppliedGradient(weight, work.name, norm)
 
     return apply
 
