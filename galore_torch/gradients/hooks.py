@@ -37,7 +37,6 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None) ->
     Returns:
         The hook.
     """
-
     held = weakref.ref(optimizer)
 
     @torch.no_grad()
@@ -114,13 +113,17 @@ def apply_when_complete(optimizer: GaLore) -> Hook:
     Returns:
         The hook. Should the step raise, the error names the weight.
     """
+    held = weakref.ref(optimizer)
 
     @torch.no_grad()
     def apply(weight: Tensor) -> None:
-        work = optimizer.work_on(weight)
+        ours = held()
+        if ours is None:
+            return
+        work = ours.work_on(weight)
         try:
             norm = torch.linalg.vector_norm(work.grad)
-            optimizer.apply([work])
+            ours.apply([work])
         except Exception as error:
             raise RuntimeError(
                 f"updating {work.name} inside the backward pass failed: {error}. Weights whose backward came before "
