@@ -9,34 +9,15 @@ from contextlib import contextmanager
 import pytest
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from galore_torch import ProjectedGradient
 from galore_torch.gradients import attach
+from tests.gradients.allocations import Allocations
 from tests.gradients.llama import GAP, MODES, adamw, attached, batch, llama, loss_of, projected_weights, walk
 
 FUSED = [mode for mode in MODES.values() if mode[0] == "fused"]
 DIMENSION = 64
 no_shared_heads = functools.partial(llama, num_key_value_heads=4)  # so that q, k and v are all square
-
-
-class Allocations(TorchDispatchMode):
-    """Notes how many numbers each newly allocated tensor holds, within projected gradients too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(one, ProjectedGradient) for one in types):
-            return NotImplemented  # it computes with plain tensors, which come by here
-        given = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, Tensor) and one.untyped_storage().data_ptr() not in given:
-                self.sizes.append(one.numel())
-        return result
 
 
 def full_sizes(model: nn.Module, optimizer, step: int) -> tuple[int, int]:
@@ -47,7 +28,7 @@ def full_sizes(model: nn.Module, optimizer, step: int) -> tuple[int, int]:
         loss.backward()
     plain = {weight.numel() for weight in model.parameters()} - {w.numel() for w in projected_weights(optimizer)}
     smallest = min(weight.numel() for weight in projected_weights(optimizer))
-    return due, sum(size >= smallest and size not in plain for size in seen.sizes)
+    return due, sum(size >= smallest and size not in plain for size in (numel for numel, _ in seen.made))
 
 
 @pytest.mark.parametrize("proj_type", ["std", "left", "right", "full"])
