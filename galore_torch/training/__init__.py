@@ -8,6 +8,7 @@
 | `sources` | where documents come from |
 | `tokenizer` | which tokenizer cuts them |
 | `packing` | how documents become sequences of one length |
+| `text` | the three in a row |
 | `optimizers` | which optimizer a name stands for, and what the Trainer is handed |
 | `pretrain` | the run itself |
 | `command`, `flags` | how the command line starts it |

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json as json_format
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +35,8 @@ galore pretrain --resume --out runs/60m
 """
 
 _RUN = "Run"
+# What is shown while Transformers is imported, only when it is needed: a wrong flag is to be told at once.
+_LOADING = "Loading Transformers"
 
 STOPPED = 130
 """Exit status of a run that Ctrl-C stopped, as shells have it."""
@@ -108,8 +109,9 @@ def pretrain(
 
 def _new(settings: PretrainConfig, out: Path, console: Console) -> Run:
     RunFolder(out).require_new()
-    run: Run = _job(console).new_run(settings, out, console=console)
-    return run
+    with console.status(_LOADING):
+        from galore_torch.training.pretrain import new_run
+    return new_run(settings, out, console=console)
 
 
 def _resumed(out: Path | None, others: dict[str, Any], console: Console) -> Run:
@@ -119,25 +121,20 @@ def _resumed(out: Path | None, others: dict[str, Any], console: Console) -> Run:
     if also:
         raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
     RunFolder(out).require_unfinished()
-    run: Run = _job(console).resumed_run(out, console=console)
-    return run
+    with console.status(_LOADING):
+        from galore_torch.training.pretrain import resumed_run
+    return resumed_run(out, console=console)
 
 
 def _prepare(settings: PretrainConfig, console: Console) -> None:
-    job = _job(console)
-    text = job.prepare_text(settings, console)
+    with console.status(_LOADING):
+        from galore_torch.training.text import amount, cache_folder, prepare_text
+    text = prepare_text(settings, console)
     console.print(
-        f"{settings.data.data} is ready: {job.amount(text, settings)}; cached in {job.cache_folder(settings)}",
+        f"{settings.data.data} is ready: {amount(text, settings)}; cached in {cache_folder(settings)}",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _job(console: Console) -> ModuleType:
-    """The module that trains; only now, as it takes seconds to import and a wrong flag is to be told at once."""
-    with console.status("Loading Transformers"):
-        from galore_torch.training import pretrain
-    return pretrain
 
 
 def show(result: RunResult, console: Console) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
 from rich.console import Console
 from transformers import (
@@ -21,10 +20,9 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.utils import logging as transformers_logging
 
 from galore_torch.optim import state_bytes
-from galore_torch.training import optimizers, packing, records, sources
+from galore_torch.training import optimizers, packing, records
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.interrupt import SaveOnInterrupt
 from galore_torch.training.metrics import MetricsLog
@@ -32,7 +30,8 @@ from galore_torch.training.peak_memory import peak_memory_bytes
 from galore_torch.training.plots import plot_losses
 from galore_torch.training.progress import LiveProgress
 from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.tokenizer import entries, tokenizer_for
+from galore_torch.training.text import Text, amount, prepare_text
+from galore_torch.training.tokenizer import entries
 
 # What of a result is recorded in metrics.jsonl.
 _FINAL = (
@@ -150,8 +149,10 @@ def _prepare(
     optimizers.build(model, config.optimizer, config.schedule.seed)
     arguments = _arguments(config, folder, trackers)
     _announce(config, model, text, console)
-    if not resumed:
-        folder.create(config)
+    if resumed:
+        folder.require_text(text.digest)
+    else:
+        folder.create(config, text.digest)
     log = MetricsLog(folder.metrics, config.tokens_per_step)
     trainer = Trainer(
         model=model,
@@ -180,44 +181,6 @@ def _prepare(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Text that is ready to train on.
-
-    Attributes:
-        train: packed sequences to train on.
-        held_out: packed sequences for the evaluation.
-        tokenizer: what cut them.
-    """
-
-    train: sources.Documents
-    held_out: datasets.Dataset
-    tokenizer: PreTrainedTokenizerBase
-
-
-def prepare_text(config: PretrainConfig, console: Console) -> Text:
-    """Read, tokenize and pack the text, or find it in the cache.
-
-    Raises:
-        ValueError: when it cannot be read or is too little.
-    """
-    _quiet(console)
-    cache = cache_folder(config)
-    with console.status("Reading the text"):
-        corpus = sources.load(config.data, config.schedule.seed, cache)
-    with console.status("Preparing the tokenizer"):
-        tokenizer = tokenizer_for(corpus, config.data, cache)
-    with console.status("Packing documents into sequences"):
-        train, held_out = packing.sequences(corpus, tokenizer, config)
-    return Text(train=train, held_out=held_out, tokenizer=tokenizer)
-
-
-def cache_folder(config: PretrainConfig) -> Path:
-    """Where tokenizers and tokenized text are kept: the setting, $GALORE_CACHE, or ``~/.cache/galore-torch``."""
-    named = config.data.cache or os.environ.get("GALORE_CACHE") or "~/.cache/galore-torch"
-    return Path(named).expanduser()
-
-
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """A LLaMA with fresh weights, from torch's global random state."""
     architecture = LlamaConfig(
@@ -235,15 +198,6 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> L
     model = LlamaForCausalLM(architecture)
     model.to(dtype=getattr(torch, config.model.dtype))  # type: ignore[call-arg]
     return model
-
-
-def _quiet(console: Console) -> None:
-    """Leave the screen to our own display; Datasets' bars stay in a terminal, for large data."""
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.logging.set_verbosity_error()
-    if not console.is_terminal or console.quiet:
-        datasets.disable_progress_bars()
 
 
 def _require_one_process() -> None:
@@ -305,13 +259,6 @@ def _announce(config: PretrainConfig, model: LlamaForCausalLM, text: Text, conso
         highlight=False,
         soft_wrap=True,
     )
-
-
-def amount(text: Text, config: PretrainConfig) -> str:
-    """How much there is to train on, for people."""
-    if not isinstance(text.train, datasets.Dataset):
-        return "streamed"
-    return f"{len(text.train) * config.data.seq:,} tokens"
 
 
 def _result(run: Run) -> RunResult:

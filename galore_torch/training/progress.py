@@ -6,15 +6,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from galore_torch.optim import state_bytes
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.units import duration, megabytes
 
 _PLAIN_LINES = 20
+
+
+def quiet(console: Console) -> None:
+    """Leave the screen to our own display; Datasets' bars stay in a terminal, for large data."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.logging.set_verbosity_error()
+    if not console.is_terminal or console.quiet:
+        datasets.disable_progress_bars()
 
 
 class LiveProgress(TrainerCallback):

@@ -2,6 +2,7 @@
 
 runs/NAME/
   config.toml     every setting, as resolved
+  text.sha256     what text it was: a resumed run must find the same
   metrics.jsonl   one record a step and an evaluation, and a last one of the whole run
   checkpoints/    the newest resumable state, as Transformers' Trainer writes it
   model/          weights, configuration and tokenizer, for AutoModelForCausalLM and AutoTokenizer
@@ -27,6 +28,11 @@ class RunFolder:
     def config(self) -> Path:
         """Every setting, as resolved."""
         return self.root / "config.toml"
+
+    @property
+    def text(self) -> Path:
+        """The digest of the text."""
+        return self.root / "text.sha256"
 
     @property
     def metrics(self) -> Path:
@@ -62,9 +68,10 @@ class RunFolder:
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise ValueError(f"out = {str(self.root)!r} exists and is no empty folder; choose another --out.")
 
-    def create(self, config: PretrainConfig) -> None:
-        """Make the folder and write the configuration into it."""
+    def create(self, config: PretrainConfig, text_digest: str) -> None:
+        """Make the folder and write into it what the run is."""
         self.root.mkdir(parents=True, exist_ok=True)
+        self.text.write_text(text_digest + "\n", encoding="utf-8")
         self.config.write_text(config.to_toml(), encoding="utf-8")
 
     def require_unfinished(self) -> None:
@@ -85,6 +92,18 @@ class RunFolder:
     def read_config(self) -> PretrainConfig:
         """The configuration that the run was started with."""
         return from_values(read_values(self.config)[1])
+
+    def require_text(self, digest: str) -> None:
+        """Refuse to go on with another text than the run was started on.
+
+        Raises:
+            ValueError: when the digests differ.
+        """
+        if self.text.read_text(encoding="utf-8").strip() != digest:
+            raise ValueError(
+                f"data = {self.read_config().data.data!r} has changed since the run in {str(self.root)!r} was started; "
+                "restore the text, or start anew with another --out."
+            )
 
     def last_checkpoint(self) -> Path | None:
         """The newest resumable state, if there is one."""

@@ -186,6 +186,18 @@ def test_a_run_that_crashed_before_its_first_checkpoint_starts_again(tiny, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_run_does_not_go_on_with_another_text(tiny, tmp_path):
+    book = tmp_path / "book.txt"
+    paragraphs = [f"In paragraph {index} there are only a few words to be learnt." for index in range(400)]
+    book.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    new_run(tiny(data=str(book)), tmp_path / "run", callbacks=[During(2, ctrl_c)]).train()
+    book.write_text("\n\n".join(paragraphs).replace("few words", "few letters"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"book\.txt' has changed since the run .* restore the text"):
+        resumed_run(tmp_path / "run")
+    book.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    assert resumed_run(tmp_path / "run").train().finished
+
+
 def test_a_second_ctrl_c_acts_as_it_always_does(tiny, tmp_path):
     twice = During(2, lambda: (ctrl_c(), ctrl_c()))
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,70 @@
+"""From the name of some text to packed sequences: `sources`, `tokenizer` and `packing`, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from galore_torch.training import packing, sources
+from galore_torch.training.config import PretrainConfig
+from galore_torch.training.progress import quiet
+from galore_torch.training.tokenizer import tokenizer_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Text that is ready to train on.
+
+    Attributes:
+        train: packed sequences to train on.
+        held_out: packed sequences for the evaluation.
+        tokenizer: what cut them.
+    """
+
+    train: sources.Documents
+    held_out: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def digest(self) -> str:
+        """A digest that another text, another split or another tokenizer would change."""
+        count = len(self.train) if isinstance(self.train, datasets.Dataset) else None
+        known = [sorted(self.tokenizer.get_vocab().items()), count, self.held_out["input_ids"][:]]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def prepare_text(config: PretrainConfig, console: Console) -> Text:
+    """Read, tokenize and pack the text, or find it in the cache.
+
+    Raises:
+        ValueError: when it cannot be read or is too little.
+    """
+    quiet(console)
+    cache = cache_folder(config)
+    with console.status("Reading the text"):
+        corpus = sources.load(config.data, config.schedule.seed, cache)
+    with console.status("Preparing the tokenizer"):
+        tokenizer = tokenizer_for(corpus, config.data, cache)
+    with console.status("Packing documents into sequences"):
+        train, held_out = packing.sequences(corpus, tokenizer, config)
+    return Text(train=train, held_out=held_out, tokenizer=tokenizer)
+
+
+def cache_folder(config: PretrainConfig) -> Path:
+    """Where tokenizers and tokenized text are kept: the setting, $GALORE_CACHE, or ``~/.cache/galore-torch``."""
+    named = config.data.cache or os.environ.get("GALORE_CACHE") or "~/.cache/galore-torch"
+    return Path(named).expanduser()
+
+
+def amount(text: Text, config: PretrainConfig) -> str:
+    """How much there is to train on, for people."""
+    if not isinstance(text.train, datasets.Dataset):
+        return "streamed"
+    return f"{len(text.train) * config.data.seq:,} tokens"
