@@ -260,8 +260,9 @@ def test_a_hook_that_raises_names_its_layer_and_leaves_weights_and_state_consist
 
 
 @every_mode
-def test_a_gradient_that_is_not_finite_finds_no_basis(mode):
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0.0])
+def test_a_gradient_that_says_nothing_finds_no_basis(mode, factor):
     model, optimizer, _ = attached(mode, one_layer)
-    (loss_of(model, batch(0)) * float("nan")).backward()
+    (loss_of(model, batch(0)) * factor).backward()
     assert all(optimizer.work_on(weight).state["renewals"] == 0 for weight in projected_weights(optimizer))
     assert not any(isinstance(weight.grad, ProjectedGradient) for weight in model.parameters())

@@ -51,6 +51,38 @@ def test_gradient_checkpointing_changes_nothing(mode, reentrant):
     assert_same(*ends)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_forward_decides_as_the_first_did(reentrant):
+    """Attached to a run that has bases already: which layers share an input is learnt in the first forward."""
+    ends = []
+    for checkpointing in (True, False):
+        model = llama()
+        optimizer = adamw(model)
+        walk(model, optimizer, range(3))
+        attach(model, optimizer, "fused")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        walk(model, optimizer, range(3, 6))
+        ends.append(weights(model))
+    assert_same(*ends)
+
+
+def test_a_checkpoint_that_is_loaded_between_two_forwards_of_a_step():
+    """What was decided for the step no longer holds where the loaded state wants a renewal."""
+    model, optimizer, _ = attached(("fused", "step"), one_layer)
+    walk(model, optimizer, range(3))
+    loss_of(model, batch(3))
+    other = one_layer()
+    others_optimizer = adamw(other, update_proj_gap=1)  # all renew at every step
+    walk(other, others_optimizer, range(3))
+    optimizer.load_state_dict(copy.deepcopy(others_optimizer.state_dict()))
+    model.load_state_dict(other.state_dict())
+    walk(model, optimizer, range(3, 5))
+    walk(other, others_optimizer, range(3, 5))
+    assert distance(model, other) <= BAR
+
+
 def test_autocast_computes_as_plain_layers_do():
     """Outputs bit for bit; the images to what bf16 products in another order leave."""
     model, optimizer, _ = attached(("fused", "step"))
