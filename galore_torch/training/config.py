@@ -13,6 +13,8 @@ from galore_torch.training.settings import check, read_toml, setting, write_toml
 _PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 _DECOMPOSITIONS = ("svd", "randomized", "warm", "random")
 _DTYPES = ("float32", "bfloat16")
+_GRADIENTS = ("full", "projected", "fused")
+_UPDATES = ("step", "backward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,14 @@ class OptimizerConfig:
     state_dtype: str | None = setting(
         None, "What the moments are stored in (galore- optimizers only).", choices=_DTYPES, shown="as the weights"
     )
+    gradients: str = setting(
+        "full",
+        "How gradients are formed (galore- optimizers only): full, projected at once, or fused (never formed).",
+        choices=_GRADIENTS,
+    )
+    update: str = setting(
+        "step", "When gradients are applied: at the step, or layer by layer inside the backward.", choices=_UPDATES
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -108,6 +118,18 @@ class OptimizerConfig:
             raise ValueError(
                 f"state_dtype = {self.state_dtype!r} is for the galore- optimizers, not for "
                 f"{self.optimizer!r}; leave it out."
+            )
+        if (self.gradients, self.update) != ("full", "step") and not optimizers.is_projected(self.optimizer):
+            raise ValueError(
+                f"gradients = {self.gradients!r} and update = {self.update!r} are for the galore- optimizers, not for "
+                f"{self.optimizer!r}; leave them out."
+            )
+        if self.update == "backward" and self.gradients == "projected":
+            raise ValueError("gradients = 'projected' waits for the step; with update = 'backward' use full or fused.")
+        if self.update == "backward" and self.clip:
+            raise ValueError(
+                f"clip = {self.clip} and update = 'backward', which leaves nothing to clip; give clip = 0, or "
+                "update = 'step'."
             )
 
 
@@ -145,6 +167,13 @@ class PretrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+
+    def __post_init__(self) -> None:
+        if self.optimizer.update == "backward" and self.schedule.micro_batch != self.schedule.batch:
+            raise ValueError(
+                f"update = 'backward' applies each gradient at once, and micro_batch = {self.schedule.micro_batch} "
+                f"makes several of a batch of {self.schedule.batch}; give both the same value, or update = 'step'."
+            )
 
     @property
     def tokens_per_step(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -165,5 +165,11 @@ class TrainerOptimizer:
     """What ``Trainer(optimizer_cls_and_kwargs=(TrainerOptimizer, {...}))`` calls once it has the model."""
 
     def __call__(self, model: Module, *, config: OptimizerConfig, seed: int) -> Optimizer:
-        """Make the optimizer; see `build`."""
-        return build(model, config, seed)
+        """Make the optimizer, see `build`, and form and apply gradients as the settings say."""
+        from galore_torch import GaLore, attach
+        from galore_torch.gradients.attach import Gradients, Update
+
+        made = build(model, config, seed)
+        if isinstance(made, GaLore):
+            attach(model, made, cast(Gradients, config.gradients), cast(Update, config.update))
+        return made

@@ -120,3 +120,18 @@ def test_a_wrong_file_is_told(text, words, tmp_path):
 def test_a_missing_file_is_told():
     with pytest.raises(ValueError, match=r"nowhere\.toml"):
         configure(file=Path("nowhere.toml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": "adamw", "gradients": "fused"}, "for the galore- optimizers"),
+        ({"gradients": "projected", "update": "backward"}, "give|use full or fused"),
+        ({"update": "backward", "clip": 1.0}, "leaves nothing to clip"),
+        ({"update": "backward", "batch": 16, "micro_batch": 8}, "give both the same value"),
+        ({"gradients": "never"}, "gradients = 'never'"),
+    ],
+)
+def test_forms_of_gradients_that_exclude_something_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        configure("llama-tiny", **given)

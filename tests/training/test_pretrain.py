@@ -166,6 +166,15 @@ def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny,
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(("gradients", "update"), [("projected", "step"), ("fused", "step"), ("fused", "backward")])
+def test_forms_of_gradients_change_nothing_but_cost(gradients, update, tiny, tmp_path):
+    batch = tiny().schedule.batch
+    plain = new_run(tiny(micro_batch=batch), tmp_path / "plain").train()
+    formed = new_run(tiny(micro_batch=batch, gradients=gradients, update=update), tmp_path / "formed").train()
+    assert formed.eval_loss == pytest.approx(plain.eval_loss, rel=1e-4)
+    assert formed.state_bytes == plain.state_bytes
+
+
 def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(tiny, tmp_path):
     config = tiny(save_every=3)
     new_run(config, tmp_path / "whole").train()
