@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
+from typing import TypeVar
 
 from benchmarks.contender import CONTENDERS, Request
 from benchmarks.processes import Contender
@@ -78,7 +79,10 @@ class Outcome:
     staggered_s: list[float]
 
 
-def in_turn(contenders: list[Contender], rounds: int) -> Iterator[Contender]:
+Running = TypeVar("Running")
+
+
+def in_turn(contenders: list[Running], rounds: int) -> Iterator[Running]:
     """Yield every contender once a round, each round started by another."""
     for number in range(rounds):
         start = number % len(contenders)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +28,20 @@ class Child:
         script: Its file in this folder.
         request: The script's argument.
         peer: What it imports in place of ours.
+        settings: Environment variables of its own.
 
     Raises:
         RuntimeError: its peer is not installed.
     """
 
-    def __init__(self, name: str, script: str, request: dict[str, Any], peer: Peer | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        script: str,
+        request: dict[str, Any],
+        peer: Peer | None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
@@ -41,7 +50,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._complaints,
             text=True,
-            env=environment(peer),
+            env={**environment(peer), **(settings or {})},
         )
 
     def ask(self, command: str) -> dict[str, float]:

@@ -1,0 +1,87 @@
+"""How much memory this process takes: now, and at most since it was last asked to forget.
+
+On a GPU it is what torch has allocated there. On a CPU it is the resident set of the whole process, as the Linux
+kernel counts it, so that no allocation escapes, whoever makes it.
+"""
+
+import ctypes
+import gc
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_STATUS, _FORGET, _MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+
+
+class Footprint:
+    """The memory of this process above what it takes when this object is made.
+
+    Args:
+        device: Whose memory: cpu or cuda.
+
+    Raises:
+        RuntimeError: the system does not tell; only Linux does, for a CPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        if not self._cuda and not _FORGET.exists():
+            raise RuntimeError(f"{_FORGET} is needed to measure a process's peak memory on a CPU: run this on Linux")
+        gc.collect()
+        if not self._cuda:
+            _give_back_freed_memory()
+        self._base_bytes = torch.cuda.memory_allocated() if self._cuda else _kernel_says("VmRSS")
+
+    def forget(self) -> None:
+        """Let the peak start from what is taken now."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            _FORGET.write_text("5")
+
+    def peak_bytes(self) -> int:
+        """Return the most that was taken since `forget`, above what was taken at the start."""
+        peak = torch.cuda.max_memory_allocated() if self._cuda else _kernel_says("VmHWM")
+        return peak - self._base_bytes
+
+
+def _kernel_says(key: str, file: Path = _STATUS) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{file} has no {key}")
+    return int(found[1]) * 1024
+
+
+def available_bytes(device: str) -> int:
+    """Return the memory that can still be taken, by any process."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return _kernel_says("MemAvailable", _MEMORY)
+
+
+def _give_back_freed_memory() -> None:
+    """Let the C library return what building the model left behind, or it would hide as much of the peak."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's; others return memory by themselves
+        libc.malloc_trim(0)
+
+
+def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Return what tensors store. One of another kind counts with the plain tensors in it, or with nothing.
+
+    >>> stored_bytes([torch.zeros(4), None])
+    16
+    """
+    total = 0
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) in (Tensor, torch.nn.Parameter):
+            total += tensor.untyped_storage().nbytes()
+        elif hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            total += stored_bytes(getattr(tensor, name) for name in names)
+    return total
