@@ -68,7 +68,9 @@ def attach(
 ) -> Attachment:
     """Chooses how the gradients of a model are formed and when they are applied.
 
-    Call it after the model is where it will be trained (moved, sharded, prepared).
+    Call it after the model is where it will be trained (moved, sharded, prepared). Weights that are used outside their
+    layer too (tied ones, say) train as exactly as the others: what autograd forms in full is projected and added. A
+    copied or pickled model is a plain one.
 
     Args:
         model: the model.

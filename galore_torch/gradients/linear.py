@@ -55,6 +55,9 @@ class FusedLinear:
         self.neighbours = neighbours
         self.shared = SharedInput()
         self._decided: tuple[int, bool] | None = None
+        # Layers take turns to renew; a compiler that looked inside would compile anew for each. Not a decorator: it
+        # imports the compiler.
+        self._forward = torch.compiler.disable(self._form)  # type: ignore[no-untyped-call]
 
     @property
     def work(self) -> Work:
@@ -87,9 +90,12 @@ class FusedLinear:
             self._decided = step, self.shared.saves_images()
         return self._decided[1]
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's forward."""
+        y: Tensor = self._forward(x)
+        return y
+
+    def _form(self, x: Tensor) -> Tensor:
         weight, bias = self.module.weight, self.module.bias
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return F.linear(x, weight, bias)
@@ -197,7 +203,7 @@ def fuse(module: nn.Linear, layer: FusedLinear) -> Callable[[], None]:
     Returns:
         A function that puts the forward back as it was.
     """
-    module.forward = layer  # type: ignore[method-assign]
+    module.forward = layer  # type: ignore[method-assign, assignment]
 
     def restore() -> None:
         del module.forward
