@@ -24,7 +24,9 @@ def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     for index, (label, path) in enumerate(runs.items()):
-        _draw(axes, label, records.read(path), _COLOURS[index % len(_COLOURS)])
+        # Where runs lie on each other, the wider one below can still be seen.
+        width = 1.5 + 0.8 * (len(runs) - 1 - index)
+        _draw(axes, label, records.read(path), _COLOURS[index % len(_COLOURS)], width)
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
@@ -35,13 +37,13 @@ def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
     figure.savefig(picture)
 
 
-def _draw(axes: Axes, label: str, history: Sequence[records.Record], colour: str) -> None:
+def _draw(axes: Axes, label: str, history: Sequence[records.Record], colour: str, width: float) -> None:
     steps = [record for record in history if "loss" in record]
     evaluations = [record for record in history if "eval_loss" in record and not record.get("final")]
     tokens = [record["tokens"] for record in steps]
     losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
     axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, smooth(losses), color=colour, linewidth=1.8, label=f"{label}, training")
+    axes.plot(tokens, smooth(losses), color=colour, linewidth=width, label=f"{label}, training")
     if evaluations:
         axes.plot(
             [record["tokens"] for record in evaluations],
@@ -49,7 +51,7 @@ def _draw(axes: Axes, label: str, history: Sequence[records.Record], colour: str
             color=colour,
             linestyle="none",
             marker="o",
-            markersize=5,
+            markersize=3 + 2 * width,
             markeredgecolor="white",
             label=f"{label}, held out: perplexity {_number(evaluations[-1]['perplexity'])}",
         )

@@ -34,7 +34,7 @@ class LiveProgress(TrainerCallback):
     def __init__(self, console: Console, log: MetricsLog) -> None:
         self._console = console
         self._log = log
-        self._began_at = 0
+        self._first = (0, 0.0)  # the first step shown, and the time by then
         self._bar = Progress(
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -49,7 +49,7 @@ class LiveProgress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw the bar."""
-        self._began_at = state.global_step
+        self._first = (0, 0.0)
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
         if self._console.is_terminal and state.is_world_process_zero:
             self._bar.start()
@@ -66,6 +66,7 @@ class LiveProgress(TrainerCallback):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         now = self._log.last
+        self._first = self._first if self._first[0] else (state.global_step, self._log.seconds)
         text = (
             f"loss {now['loss']:.3f}  lr {now['lr']:.1e}  {now['tokens_per_second']:,.0f} tok/s  "
             f"state {megabytes(state_bytes(kwargs['optimizer']))}"
@@ -73,11 +74,17 @@ class LiveProgress(TrainerCallback):
         if self._console.is_terminal:
             self._bar.update(self._task, completed=state.global_step, description=text)
         elif state.global_step % max(1, state.max_steps // _PLAIN_LINES) == 0 or state.global_step == 1:
-            done = state.global_step - self._began_at
-            left = (self._log.seconds / state.global_step) * (state.max_steps - state.global_step) if done else 0.0
             self._console.print(
-                f"step {state.global_step}/{state.max_steps}  {text}  {duration(left)} left", soft_wrap=True
+                f"step {state.global_step}/{state.max_steps}  {text}{self._left(state)}", soft_wrap=True
             )
+
+    def _left(self, state: TrainerState) -> str:
+        """The estimated time to the end, by the pace since the first step, which is slower than the others."""
+        step, seconds = self._first
+        if state.global_step == step:
+            return ""
+        pace = (self._log.seconds - seconds) / (state.global_step - step)
+        return f"  {duration(pace * (state.max_steps - state.global_step))} left"
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print an evaluation."""
