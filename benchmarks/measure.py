@@ -102,6 +102,9 @@ def measure(case: Case, advance: Callable[[str], None]) -> Outcome:
     with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(request(case, name, gap=gap))) for name in CONTENDERS]
         for contender in contenders:
+            if contender.name != FLOOR:
+                contender.memory()  # answers once it has started, so that no other's start falls into a first step
+        for contender in contenders:
             advance(f"{contender.name}, first step")
             first_s = sum(contender.step().values())
             if contender.name in RENEWING:
