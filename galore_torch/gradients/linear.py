@@ -74,14 +74,10 @@ class FusedLinear:
         """The rank r."""
         return self.work.projection.modes[0].rank
 
-    def basis(self) -> Basis | None:
-        """The basis to project with, or None if the full gradient is wanted: to renew the basis, or for want of one."""
-        work = self.work
-        return None if work.turn_has_come else work.state["basis"]
-
     def can_save_image(self) -> bool:
         """Whether X Q is all that this layer's backward needs of X."""
-        return self.basis() is not None and [mode.name for mode in self.work.projection.modes] == ["right"]
+        work = self.work
+        return not work.turn_has_come and [mode.name for mode in work.projection.modes] == ["right"]
 
     def saves_image(self) -> bool:
         """Whether this step's backward gets X Q. Decided once a step, so that a recomputed forward decides the same."""
@@ -108,9 +104,12 @@ class FusedLinear:
         return self._apply(x, bias, decided)
 
     def _apply(self, x: Tensor, bias: Tensor | None, saves_image: bool) -> Tensor:
-        basis = self.basis()  # none any more, if a checkpoint was loaded since the decision
+        work = self.work
+        # Without a basis the full gradient is formed: to renew it, or for want of one. A checkpoint that was loaded since
+        # the decision what to save may have taken it away.
+        basis = None if work.turn_has_come else work.state["basis"]
         y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x, self.module.weight, bias, self.work.projection, basis, saves_image and basis is not None
+            x, work.weight, bias, work.projection, basis, saves_image and basis is not None
         )
         return y
 
