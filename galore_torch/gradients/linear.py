@@ -105,8 +105,8 @@ class FusedLinear:
 
     def _apply(self, x: Tensor, bias: Tensor | None, saves_image: bool) -> Tensor:
         work = self.work
-        # Without a basis the full gradient is formed: to renew it, or for want of one. A checkpoint that was loaded since
-        # the decision what to save may have taken it away.
+        # Without a basis the full gradient is formed: to renew, or for want of one. A checkpoint loaded since it was
+        # decided what to save may have taken the basis away.
         basis = None if work.turn_has_come else work.state["basis"]
         y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
             x, work.weight, bias, work.projection, basis, saves_image and basis is not None
