@@ -15,12 +15,20 @@ from torch import Tensor
 
 _STATUS, _FORGET, _MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 
+AT_ONCE_BYTES = 2**16
+"""Pieces of memory that are given back singly."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 
 class Footprint:
     """The memory of this process above what it takes when this object is made.
 
     Args:
         device: Whose memory: cpu or cuda.
+
+    Attributes:
+        base_bytes: What it takes then.
 
     Raises:
         RuntimeError: the system does not tell; only Linux does, for a CPU.
@@ -33,7 +41,8 @@ class Footprint:
         gc.collect()
         if not self._cuda:
             _give_back_freed_memory()
-        self._base_bytes = torch.cuda.memory_allocated() if self._cuda else _kernel_says("VmRSS")
+        self.base_bytes = 0
+        self.base_bytes = self.taken_bytes()
 
     def forget(self) -> None:
         """Let the peak start from what is taken now."""
@@ -42,10 +51,14 @@ class Footprint:
         else:
             _FORGET.write_text("5")
 
+    def taken_bytes(self) -> int:
+        """Return what is taken now, above what was taken at the start."""
+        return (torch.cuda.memory_allocated() if self._cuda else _kernel_says("VmRSS")) - self.base_bytes
+
     def peak_bytes(self) -> int:
         """Return the most that was taken since `forget`, above what was taken at the start."""
         peak = torch.cuda.max_memory_allocated() if self._cuda else _kernel_says("VmHWM")
-        return peak - self._base_bytes
+        return peak - self.base_bytes
 
 
 def _kernel_says(key: str, file: Path = _STATUS) -> int:
@@ -60,6 +73,14 @@ def available_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return _kernel_says("MemAvailable", _MEMORY)
+
+
+def give_back_at_once() -> None:
+    """Let the C library return memory from now on as soon as it is freed, as far as it can be told to (glibc's)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            libc.mallopt(parameter, AT_ONCE_BYTES)
 
 
 def _give_back_freed_memory() -> None:

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import peers, training_report
+from benchmarks.footprint import AT_ONCE_BYTES
 from benchmarks.methods import REFERENCE
 from benchmarks.report import Bar, bar_table
 from benchmarks.screen import machine, progress_bar, told
@@ -53,7 +54,7 @@ DEFAULT_METHODS = (
 AT_MOST = {"full/backward/8bit": 0.40, "fused/backward/8bit": 0.40, "fused/step": 0.60}
 """Peak over the reference's: LLaMA 350M in bfloat16, rank 256, one sequence of 256."""
 
-THRIFTY = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
+THRIFTY = {"MALLOC_MMAP_THRESHOLD_": str(AT_ONCE_BYTES), "MALLOC_TRIM_THRESHOLD_": str(AT_ONCE_BYTES)}
 """Makes glibc return freed memory at once."""
 
 

@@ -8,13 +8,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks import products
+
 
 def machine(threads: int) -> dict[str, Any]:
-    """Return what a reader of the figures must know of the machine; `load` is the work of others on it."""
+    """Return what a reader of the figures must know of the machine; `load` is the work of others on it.
+
+    `bfloat16` tells whether `products` takes the place of torch's own kernels.
+    """
     return {
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "threads": threads,
+        "bfloat16": "native" if products.bfloat16_is_native() else "multiplied in float32",
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -41,4 +47,5 @@ def progress_bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    # Paces of more than half a minute, which is as far as it looks back by default, need an estimate too.
+    return Progress(*columns, console=console, transient=True, speed_estimate_period=600)

@@ -16,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import mlp_block, peers, training_report
+from benchmarks import mlp_block, peers, products, training_report
 from benchmarks.floor import Speeds, demand
 from benchmarks.methods import METHODS, REFERENCE, SIXTEEN_BIT
 from benchmarks.report import Bar, bar_table
@@ -112,6 +112,7 @@ def main(  # noqa: PLR0913 (a command's options are its arguments)
     messages = Console(stderr=True, quiet=quiet)
     about = machine(threads)
     warn_if_busy(about, messages)
+    products.in_float32()
     rounds = min(rounds, 2) if quick else rounds
     if only_mlp_block:
         show_mlp_block(rounds, threads, small=quick, as_json=as_json, messages=messages)

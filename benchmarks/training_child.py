@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from benchmarks import products
 from benchmarks.contender import held_bytes, tensors_alive
 from benchmarks.footprint import Footprint, stored_bytes
 from benchmarks.methods import METHODS
@@ -72,6 +73,7 @@ def answers(argument: str) -> Answers:
     """Build the process that a request in JSON asks for."""
     training = Training(**json.loads(argument))
     torch.set_num_threads(training.threads)
+    products.in_float32()
     # Libraries load and set up at their first use what they need for good: that is not to count as the method's.
     TrainingProcess(training.tiny()).step()
     process = TrainingProcess(training)

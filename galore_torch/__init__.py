@@ -15,7 +15,10 @@ from galore_torch.optim import (
     GaLoreAdamW8bit,
     GaLoreSGD,
     ProjectedGradient,
+    QGaLoreAdamW8bit,
+    dequantize_weights,
     param_groups,
+    quantize_weights,
 )
 
 __version__ = "2.0.0.dev0"
@@ -27,6 +30,9 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreSGD",
     "ProjectedGradient",
+    "QGaLoreAdamW8bit",
     "attach",
+    "dequantize_weights",
     "param_groups",
+    "quantize_weights",
 ]

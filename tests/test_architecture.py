@@ -42,7 +42,7 @@ FORBIDDEN_TEXT = {
 }
 
 
-# What only recipes.py may name: torch's optimizers, and the libraries that bring others.
+# What only recipes/ may name: torch's optimizers, and the libraries that bring others.
 OPTIMIZER_NAMES = {
     name
     for name, value in vars(torch.optim).items()
@@ -150,8 +150,8 @@ def costly_imports(source: Source) -> list[str]:
 
 
 def named_optimizers(source: Source) -> list[str]:
-    """No file of optim/ but recipes.py names an optimizer, except as the default of a function's argument."""
-    if source.home != "optim" or source.module.endswith(".recipes"):
+    """No file of optim/ but those in recipes/ name an optimizer, except as the default of a function's argument."""
+    if source.home != "optim" or ".recipes." in f"{source.module}.":
         return []
     tree = ast.parse(source.text)
     defaults = [

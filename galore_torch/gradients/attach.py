@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from galore_torch.gradients.applied import AppliedGradient
 from galore_torch.gradients.hooks import apply_when_complete, make_room, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
+from galore_torch.lowbit import BITS
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 
@@ -65,6 +66,7 @@ def attach(
     update: Update = "step",
     *,
     image_dtype: torch.dtype | None = None,
+    image_bits: int = 16,
 ) -> Attachment:
     """Chooses how the gradients of a model are formed and when they are applied.
 
@@ -84,6 +86,8 @@ def attach(
             scaling then.
         image_dtype: in which images accumulate over micro-batches, for example torch.float32; the gradient's own when
             None.
+        image_bits: 8 or 4 to keep the images that wait for `step()` in codes, with a range for each 256 numbers; each
+            micro-batch is then added to what the codes stand for, and rounded again.
 
     Returns:
         A handle with `remove()`, which is also a context manager.
@@ -103,11 +107,7 @@ def attach(
         'ProjectedGradient'
     """
     _check(model, optimizer, gradients, update)
-    if image_dtype is not None and (gradients == "full" or update == "backward"):
-        raise ValueError(
-            f"image_dtype is {image_dtype}, and no images accumulate with gradients={gradients!r}, update={update!r}; "
-            "leave it out, or use 'projected' or 'fused' with update='step'"
-        )
+    _check_images(gradients, update, image_dtype, image_bits)
     projected = _projected_weights(model, optimizer)
     if update == "backward" and not all(optimizer.work_on(weight).traits.many_calls for weight in projected.values()):
         raise ValueError(
@@ -120,7 +120,7 @@ def attach(
     if update == "backward":
         _apply_in_backward(model, optimizer, attachment)
     elif gradients != "full":
-        hook = project_when_complete(optimizer, image_dtype)
+        hook = project_when_complete(optimizer, image_dtype, image_bits)
         for weight in projected.values():
             _hook(attachment, weight, hook)
             room = weight.register_hook(make_room(optimizer, weight))  # type: ignore[no-untyped-call]
@@ -149,6 +149,19 @@ def _check(model: nn.Module, optimizer: GaLore, gradients: str, update: str) -> 
         raise ValueError("the model is attached already; call remove() on the handle that attach() returned")
 
 
+def _check_images(gradients: str, update: str, dtype: torch.dtype | None, bits: int) -> None:
+    if isinstance(bits, bool) or bits not in (16, *BITS):
+        raise ValueError(f"image_bits is {bits!r}; use 16 (the gradient's dtype), 8 or 4")
+    chosen = [f"image_dtype is {dtype}"] * (dtype is not None) + [f"image_bits is {bits}"] * (bits != 16)
+    if len(chosen) == 2:
+        raise ValueError(f"{' and '.join(chosen)}; leave out one of them: codes have no dtype")
+    if chosen and (gradients == "full" or update == "backward"):
+        raise ValueError(
+            f"{chosen[0]}, and no images wait for step() with gradients={gradients!r}, update={update!r}; leave it "
+            "out, or use 'projected' or 'fused' with update='step'"
+        )
+
+
 def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]:
     held = {id(weight): is_projected(group) for group in optimizer.param_groups for weight in group["params"]}
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -157,7 +170,8 @@ def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]
         shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
         raise ValueError(
             f"the optimizer does not hold {len(strangers)} of the model's {len(trainable)} trainable parameters "
-            f"({shown}). Build it from this model, and attach after the model has been moved, sharded or prepared"
+            f"({shown}). Build it from this model, after quantize_weights if that is called, and attach after "
+            "the model has been moved, sharded or prepared"
         )
     return {name: weight for name, weight in trainable.items() if held[id(weight)]}
 

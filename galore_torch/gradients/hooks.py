@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.lowbit import Codes
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.work import Work, peaks
@@ -24,7 +25,7 @@ from galore_torch.optim.work import Work, peaks
 Hook = Callable[[Tensor], None]
 
 
-def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None) -> Hook:
+def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, image_bits: int = 16) -> Hook:
     """A hook that turns a full gradient into a projected one, and so frees it.
 
     A weight without a basis finds its first from this gradient, so that no more than one full gradient of such
@@ -33,6 +34,7 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None) ->
     Args:
         optimizer: holds the weights.
         image_dtype: in which images accumulate; the gradient's own when None.
+        image_bits: 8 or 4 to keep them in codes.
 
     Returns:
         The hook.
@@ -53,7 +55,7 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None) ->
                 "moved; empty the gradients with zero_grad() before the next backward"
             ) from error
         if projected is not None:
-            weight.grad = _stored_in(projected, image_dtype)
+            weight.grad = _stored_in(projected, image_dtype, image_bits)
 
     return project
 
@@ -68,10 +70,13 @@ def _projected(work: Work, grad: Tensor) -> ProjectedGradient | None:
         work.renew()
         if work.turn_has_come:  # the decomposition failed
             return None
-    return ProjectedGradient.of(grad, work.projection, work.state["basis"])
+    return ProjectedGradient.of(grad, work.projection, work.basis)
 
 
-def _stored_in(gradient: ProjectedGradient, dtype: torch.dtype | None) -> ProjectedGradient:
+def _stored_in(gradient: ProjectedGradient, dtype: torch.dtype | None, bits: int) -> ProjectedGradient:
+    if bits != 16 and not gradient.in_few_bits:
+        codes = Codes.of(gradient.image, bits)
+        return ProjectedGradient(codes, gradient.projection, gradient.basis, gradient.dtype)
     if dtype is None or gradient.image.dtype == dtype:
         return gradient
     return ProjectedGradient(gradient.image.to(dtype), gradient.projection, gradient.basis, gradient.dtype)
@@ -97,7 +102,7 @@ def make_room(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
         if not isinstance(kept, ProjectedGradient):
             return
         work = optimizer.work_on(weight)
-        takes_up = not work.turn_has_come and kept.is_in(work.state["basis"])
+        takes_up = not work.turn_has_come and kept.is_in(work.basis)
         if not takes_up and not kept.image.any():
             weight.grad = None
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.work import Work
@@ -107,7 +108,7 @@ class FusedLinear:
         work = self.work
         # Without a basis the full gradient is formed: to renew, or for want of one. A checkpoint loaded since it was
         # decided what to save may have taken the basis away.
-        basis = None if work.turn_has_come else work.state["basis"]
+        basis = None if work.turn_has_come else work.basis
         y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
             x, work.weight, bias, work.projection, basis, saves_image and basis is not None
         )
@@ -152,20 +153,25 @@ class _Linear(torch.autograd.Function):
             assert basis is not None
             kept = x @ basis["right"].to(x.dtype)
         ctx.save_for_backward(kept, weight)
-        return F.linear(x, weight.to(x.dtype), bias)
+        return F.linear(x, _plain(weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ weight.to(grad_y.dtype)
+            grad_x = grad_y @ _plain(weight, grad_y.dtype)
         grad_y_nm = _rows(grad_y)
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(ctx, grad_y_nm, _rows(kept), weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y_nm.sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as matrix products take it; one in few bits is decoded for this one alone."""
+    return weight.decode(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:

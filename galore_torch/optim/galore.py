@@ -10,6 +10,7 @@ A parameter that is not projected is moved by the same rule directly, or has the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,16 +18,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.checkpoint import load_uncast
+from galore_torch.optim.chunks import chunks
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
 from galore_torch.optim.places import Place, places
 from galore_torch.optim.probe import traits_of
-from galore_torch.optim.rule import Lent, Rule, Traits, check_dimensions, share_arguments
+from galore_torch.optim.quantize import require_current
+from galore_torch.optim.rule import Rule, Traits, check_dimensions, share_arguments
+from galore_torch.optim.state_size import report_unquantized
+from galore_torch.optim.subspaces import Subspace, subspaces_of
 from galore_torch.optim.work import Work, count_nonfinite, peaks
 from galore_torch.projection import turn_offset
 
-CHUNK_ELEMENTS = 2**23
-"""Coordinates that are stepped together: enough to keep a device busy, few enough to bound memory."""
+LentGroups = dict[tuple[int, bool], dict[str, Any]]
+"""Parameter groups as rules see them, by their identity and by whether coordinates are moved."""
 
 
 class GaLore(Optimizer):
@@ -36,7 +42,10 @@ class GaLore(Optimizer):
     `update_proj_gap` (steps between two renewals of a basis, 200); `scale` (factor of the update, 0.25); `proj_type`
     (`std`, `reverse_std`, `left`, `right`, `full`); `decomposition` (`svd`, `randomized`, `warm`, `random`);
     `stagger` (layers take turns to renew, True); `layout` (of weights of more than two dimensions: `tucker`,
-    `stack`, `reshape`).
+    `stack`, `reshape`); `basis_bits` (16: bases have the weight's dtype; 8, 4: codes, with a range for each
+    `basis_group_size` numbers, 256); and for lazy renewal `cos_threshold` (overlap of successive subspaces from which
+    on a layer's gap grows, from 0 to 1; None renews at the fixed gap), `gamma_proj` (factor of the growth, 2),
+    `queue_size` (how many of the last overlaps are averaged, 5).
 
     Decay acts on the weight itself, as the optimizer inside would apply it there: L2 or decoupled, before the update.
 
@@ -93,6 +102,7 @@ class GaLore(Optimizer):
         }
         self._build_rules()
         super().__init__(params, {**self._rule.defaults, **(group_defaults or {})})
+        report_unquantized([sized for group in self.param_groups for sized in self._sizes(group)])
 
     def _build_rules(self) -> None:
         """Builds the rules from the settings, at construction and after unpickling."""
@@ -105,7 +115,11 @@ class GaLore(Optimizer):
         if kept["others"] is not None:
             self._others, self._others_traits = Rule(classes[-1], shares[-1]), Traits()
             if kept["state_dtype"] is not None:  # then its parameters move through coordinates too
-                self._others_traits = traits_of(classes[-1], shares[-1])
+                self._others_traits = self._traits_of_others()
+
+    def _traits_of_others(self) -> Traits:
+        classes, shares = self._classes_and_shares()
+        return traits_of(classes[-1], shares[-1])
 
     def _classes_and_shares(self) -> tuple[list[type[Optimizer]], list[dict[str, Any]]]:
         classes = [one for one in (self._settings["optimizer"], self._settings["others"]) if one is not None]
@@ -151,16 +165,18 @@ class GaLore(Optimizer):
             What the closure returned.
 
         Raises:
-            ValueError: a sparse or complex gradient, named; no parameter has been moved then.
+            ValueError: a sparse or complex gradient, named, or a weight that `quantize_weights` has replaced; no
+                parameter has been moved then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        lent_groups: dict[int, dict[str, Any]] = {}
-        self.apply(
-            [self._work(place, lent_groups) for place in places(self.param_groups) if place.weight.grad is not None]
-        )
+        lent_groups: LentGroups = {}
+        held = list(places(self.param_groups))
+        for place in held:
+            require_current(place.weight)
+        self.apply([self._work(place, lent_groups) for place in held if place.weight.grad is not None])
         return loss
 
     def nonfinite_counts(self) -> dict[str, int]:
@@ -172,6 +188,15 @@ class GaLore(Optimizer):
                 if count:
                     counts[parameter_name(group, index)] = count
         return counts
+
+    def subspaces(self) -> dict[str, Subspace]:
+        """How often each projected weight that has made a step renewed its basis, its gap, and how far it last moved.
+
+        Returns:
+            By the weight's name. Synchronizes.
+        """
+        held = (place.weight for place in places(self.param_groups))
+        return subspaces_of([self.work_on(weight) for weight in held if "renewals" in self.state.get(weight, {})])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint, keeping every dtype as it was saved.
@@ -228,23 +253,32 @@ class GaLore(Optimizer):
         for one in work:
             one.prepare_state()
         self._renew(work)
-        for chunk in _chunks(work):
+        for chunk in chunks(work):
             self._move(chunk)
 
-    def _work(self, place: Place, lent_groups: dict[int, dict[str, Any]]) -> Work:
+    def _sizes(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Traits]]:
+        """Of each weight in a group its name, how many numbers the rule moves for it, and the rule's traits."""
+        traits = self._traits if is_projected(group) else self._others_traits
+        for index, weight in enumerate(group["params"]):
+            yield parameter_name(group, index), math.prod(projection_in(group, weight).image_shape), traits
+
+    def _work(self, place: Place, lent_groups: LentGroups) -> Work:
         group, weight = place.group, place.weight
-        projected = is_projected(group)
+        projected, in_codes = is_projected(group), isinstance(weight, QuantizedWeight)
         rule, traits = (self._rule, self._traits) if projected else (self._others, self._others_traits)
-        # Without projection, coordinates serve a rule that needs help from the weight, or a dtype of their own.
-        through_coordinates = projected or traits.reads_weight or self._settings["state_dtype"] is not None
-        if id(group) not in lent_groups:
-            lent_groups[id(group)] = _lent(group, traits) if through_coordinates else group
+        if in_codes and rule is not self._rule:
+            traits = self._traits_of_others()
+        # Without projection, coordinates serve a rule that needs help from the weight, a dtype of their own, or codes.
+        through_coordinates = projected or traits.reads_weight or self._settings["state_dtype"] is not None or in_codes
+        lent_key = id(group), through_coordinates
+        if lent_key not in lent_groups:
+            lent_groups[lent_key] = _lent(group, traits) if through_coordinates else group
         staggered = projected and group["stagger"]
         return Work(
             weight=weight,
             name=parameter_name(group, place.index),
             group=group,
-            lent_group=lent_groups[id(group)],
+            lent_group=lent_groups[lent_key],
             state=self.state[weight],
             projection=projection_in(group, weight),
             rule=rule,
@@ -278,21 +312,12 @@ class GaLore(Optimizer):
             count_nonfinite(*_projected_only(chunk, images))
         if not chunk:
             return
-        lent = [
-            Lent(
-                tensor=torch.zeros_like(image) if one.through_coordinates else one.weight,
-                grad=image,
-                state=one.state.get("inner", {}),
-                group=one.lent_group,
-            )
-            for one, image in zip(chunk, images, strict=True)
-        ]
-        chunk[0].rule.step(lent)
-        for one, loan in zip(chunk, lent, strict=True):
-            if loan.state:
-                one.state["inner"] = loan.state
+        lent = [one.lend(image) for one, image in zip(chunk, images, strict=True)]
+        chunk[0].rule.step([part for _, parts in lent for part in parts])
+        for one, (tensor, parts) in zip(chunk, lent, strict=True):
+            one.take_back(parts)
             if one.through_coordinates:
-                one.fold(loan.tensor)
+                one.fold(tensor)
 
 
 def _lent(group: dict[str, Any], traits: Traits) -> dict[str, Any]:
@@ -304,20 +329,3 @@ def _lent(group: dict[str, Any], traits: Traits) -> dict[str, Any]:
 def _projected_only(work: list[Work], images: list[Tensor]) -> tuple[list[Work], list[Tensor]]:
     pairs = [(one, image) for one, image in zip(work, images, strict=True) if one.projection.modes]
     return [one for one, _ in pairs], [image for _, image in pairs]
-
-
-def _chunks(work: list[Work]) -> Iterator[list[Work]]:
-    """Weights of one rule and device together, up to `CHUNK_ELEMENTS` coordinates; all of a rule if it must be."""
-    kinds: dict[tuple[int, torch.device], list[Work]] = {}
-    for one in work:
-        kinds.setdefault((id(one.rule), one.weight.device), []).append(one)
-    for alike in kinds.values():
-        chunk: list[Work] = []
-        elements = 0
-        for one in alike:
-            if chunk and one.traits.many_calls and elements + one.coordinate_count > CHUNK_ELEMENTS:
-                yield chunk
-                chunk, elements = [], 0
-            chunk.append(one)
-            elements += one.coordinate_count
-        yield chunk

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from galore_torch.lowbit import BITS, Storage, check_bits
+from galore_torch.optim.quantize import require_current
 from galore_torch.projection import DECOMPOSITIONS, Projection
 
 PROJECTED_DEFAULTS: dict[str, Any] = {
@@ -21,14 +23,20 @@ PROJECTED_DEFAULTS: dict[str, Any] = {
     "decomposition": "warm",
     "stagger": True,
     "layout": "tucker",
+    "basis_bits": 16,
+    "basis_group_size": 256,
+    "cos_threshold": None,
+    "gamma_proj": 2,
+    "queue_size": 5,
 }
-"""What a group with a `rank` gets where it says nothing: gap and scale as in the paper."""
+"""What a group with a `rank` gets where it says nothing: gap and scale as the paper's, the last two as Q-GaLore's."""
 
-FIXED_KEYS = ("rank", "proj_type", "layout")
+FIXED_KEYS = ("rank", "proj_type", "layout", "basis_bits", "basis_group_size")
 """Keys that decide the shapes in the state, so that a checkpoint must agree with them."""
 
 projection_of = functools.lru_cache(maxsize=None, typed=True)(Projection.of)  # typed: 4.0 and True are no ranks
 identity_of = functools.lru_cache(maxsize=None)(Projection.identity)
+_storage_of = functools.lru_cache(maxsize=None)(Storage)
 
 
 def is_projected(group: Mapping[str, Any]) -> bool:
@@ -51,6 +59,11 @@ def projection_in(group: Mapping[str, Any], weight: Tensor) -> Projection:
     return projection_of(weight.shape, group["rank"], group["proj_type"], group["layout"])
 
 
+def storage_in(group: Mapping[str, Any]) -> Storage:
+    """What the bases of a group are kept in."""
+    return _storage_of(bits=group.get("basis_bits", 16), group_size=group.get("basis_group_size", 256))
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Checks a group before the optimizer takes it, and fills in the keys of a projected one.
 
@@ -58,14 +71,15 @@ def check_group(group: dict[str, Any]) -> None:
         group: with a list of tensors as `params`; changed in place.
 
     Raises:
-        ValueError: a parameter listed twice, an empty projected group, or a value out of range. The message names the
-            field, the value and the remedy.
+        ValueError: a parameter listed twice or replaced, an empty projected group, or a value out of range. The message
+            names the field, the value and the remedy.
     """
     seen: set[int] = set()
     for index, parameter in enumerate(group["params"]):
         if id(parameter) in seen:
             raise ValueError(f"{parameter_name(group, index)} is listed twice in one parameter group; list it once")
         seen.add(id(parameter))
+        require_current(parameter)
     if not is_projected(group):
         return
     if not group["params"]:
@@ -81,7 +95,36 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"decomposition is {group['decomposition']!r}; use one of {', '.join(DECOMPOSITIONS)}")
     if not isinstance(group["stagger"], bool):
         raise ValueError(f"stagger is {group['stagger']!r}; use True or False")
+    _check_storage(group)
+    _check_laziness(group)
     _check_projections(group)
+
+
+def _check_storage(group: Mapping[str, Any]) -> None:
+    bits = group["basis_bits"]
+    if isinstance(bits, bool) or bits not in (16, *BITS):
+        raise ValueError(f"basis_bits is {bits!r}; use 16 (the weight's dtype), 8 or 4")
+    try:
+        check_bits(BITS[0], group["basis_group_size"])
+    except ValueError as error:
+        raise ValueError(f"basis_{error}") from None
+
+
+def _check_laziness(group: Mapping[str, Any]) -> None:
+    threshold, factor, size = group["cos_threshold"], group["gamma_proj"], group["queue_size"]
+    if threshold is not None and not (_is_number(threshold) and 0 <= threshold <= 1):
+        raise ValueError(
+            f"cos_threshold is {threshold!r}; use an overlap from 0 (as of random subspaces) to 1 (the same), or None "
+            "to renew every update_proj_gap steps"
+        )
+    if not (_is_number(factor) and 1 < factor < float("inf")):
+        raise ValueError(f"gamma_proj is {factor!r}; use a factor of more than 1, by which a lazy layer's gap grows")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"queue_size is {size!r}; use a whole number of renewals of at least 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_projections(group: Mapping[str, Any]) -> None:
@@ -114,7 +157,7 @@ def check_same_geometry(current: Mapping[str, Any], saved: Mapping[str, Any], in
         index: which group it is, for the message.
 
     Raises:
-        ValueError: `rank`, `proj_type` or `layout` differ.
+        ValueError: one of `FIXED_KEYS` differs.
     """
     for key in FIXED_KEYS:
         ours, theirs = current.get(key), saved.get(key, PROJECTED_DEFAULTS.get(key) if key in current else None)

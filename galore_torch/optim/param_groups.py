@@ -1,20 +1,18 @@
 """`param_groups`: from a model to the parameter groups of a GaLore optimizer.
 
-Which modules are projected follows the rules of Transformers' `optim_target_modules`: a list matches by substring, then
-by full regular expression; a string is a regular expression for the whole name, or "all-linear". As in the paper, the
-default is the linear layers of attention and MLP; embeddings, head, norms and biases are not projected.
+Which modules are projected follows the rules of `targets`. As in the paper, the default is the linear layers of
+attention and MLP; embeddings, head, norms and biases are not projected.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from galore_torch.optim.groups import PROJECTED_DEFAULTS, check_group, is_projected, projection_in
+from galore_torch.optim.targets import find_targets
 
 
 def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
@@ -27,6 +25,10 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
     proj_type: str = PROJECTED_DEFAULTS["proj_type"],
     decomposition: str = PROJECTED_DEFAULTS["decomposition"],
     stagger: bool = PROJECTED_DEFAULTS["stagger"],
+    basis_bits: int = PROJECTED_DEFAULTS["basis_bits"],
+    cos_threshold: float | None = PROJECTED_DEFAULTS["cos_threshold"],
+    gamma_proj: float = PROJECTED_DEFAULTS["gamma_proj"],
+    queue_size: int = PROJECTED_DEFAULTS["queue_size"],
     weight_decay: float | None = None,
     summary: bool = False,
 ) -> list[dict[str, Any]]:
@@ -39,12 +41,18 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
     Args:
         model: the model.
         rank: rank of the projection, at least 1.
-        target_modules: which modules, by the rules above.
+        target_modules: which modules: a list matches names by substring, then by full regular expression; a string is a
+            regular expression for the whole name, or "all-linear".
         update_proj_gap: steps between two renewals of a basis.
         scale: factor of the projected update.
         proj_type: `std`, `reverse_std`, `left`, `right` or `full`.
         decomposition: `svd`, `randomized`, `warm` or `random`.
         stagger: let the layers take turns to renew.
+        basis_bits: 16 for bases in the weight's dtype, 8 or 4 for codes.
+        cos_threshold: renew lazily: a layer's gap grows while successive subspaces overlap by this much on average,
+            from 0 (as random ones do) to 1. None: every `update_proj_gap` steps.
+        gamma_proj: factor by which a lazy layer's gap grows, and shrinks again where its subspace moves.
+        queue_size: how many of the last overlaps are averaged.
         weight_decay: decay of matrices. Norms, biases and other vectors then go to a group without decay. None leaves
             decay to the optimizer's own argument, for all.
         summary: print what is projected, and the optimizer state against plain AdamW's.
@@ -67,13 +75,17 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
         "proj_type": proj_type,
         "decomposition": decomposition,
         "stagger": stagger,
+        "basis_bits": basis_bits,
+        "cos_threshold": cos_threshold,
+        "gamma_proj": gamma_proj,
+        "queue_size": queue_size,
     }
-    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
-        _check_pattern(target)
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    targets = _targets(model, target_modules)
+    targets = find_targets(model, target_modules, _is_projectable, "projected")
     if not targets.keys() & trainable.keys():
-        raise ValueError(_nothing_matched(model, target_modules, frozen=bool(targets)))
+        raise ValueError(
+            f"target_modules {target_modules!r} match frozen weights only; set requires_grad, or choose others"
+        )
 
     buckets: dict[tuple[bool, bool, bool], list[str]] = {}
     for name, weight in trainable.items():
@@ -130,38 +142,6 @@ def _readable(count: int) -> str:
     return f"{size:.1f} {unit}"
 
 
-def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Tensor]:
-    """The weights of the matching modules by the name that `named_parameters` gives them, unless others use them."""
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
-    for module_name, module, _, weight in _owned(model):
-        users.setdefault(id(weight), []).append((module_name, module))
-    first_names = {id(weight): name for name, weight in model.named_parameters()}
-    found, shared, unsuited = {}, [], []
-    for module_name, module, attribute, weight in _owned(model):
-        if not _matches(module_name, target_modules):
-            continue
-        if not _is_projectable(module, attribute, weight):
-            if weight.dim() > 1 and not _is_all_linear(target_modules):
-                unsuited.append(f"{module_name}.{attribute}")
-            continue
-        if all(_is_projectable(user, attribute, weight) for _, user in users[id(weight)]):
-            found[first_names[id(weight)]] = weight
-        else:
-            shared.append(module_name)
-    if shared or unsuited:
-        why = [f"{name} (its weight is tied to a module that is not linear)" for name in _kinds(shared)]
-        why += [f"{name} (not of a linear layer)" for name in _kinds(unsuited)]
-        warnings.warn(f"matched, but not projected: {', '.join(why)}", stacklevel=3)
-    return found
-
-
-def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every module's own parameters, tied ones once for each owner."""
-    for module_name, module in model.named_modules():
-        for attribute, weight in module.named_parameters(recurse=False):
-            yield module_name, module, attribute, weight
-
-
 def _is_projectable(module: nn.Module, attribute: str, weight: Tensor) -> bool:
     is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # Transformers', without its import
     if is_linear:
@@ -169,44 +149,6 @@ def _is_projectable(module: nn.Module, attribute: str, weight: Tensor) -> bool:
     # A stack of experts; a tensor of one row or one matrix is a token or a table of positions.
     is_convolution = isinstance(module, nn.modules.conv._ConvNd)
     return weight.dim() == 3 and 1 not in weight.shape and not is_convolution
-
-
-def _is_all_linear(target_modules: str | Sequence[str]) -> bool:
-    return isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear"
-
-
-def _matches(name: str, target_modules: str | Sequence[str]) -> bool:
-    if _is_all_linear(target_modules):
-        return True
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
-    return any(target in name or re.fullmatch(target, name) is not None for target in target_modules)
-
-
-def _check_pattern(target: str) -> None:
-    try:
-        re.compile(target)
-    except re.error as error:
-        raise ValueError(
-            f"target_modules has {target!r}, which is no regular expression ({error}). Parts of names, such as "
-            '"attn", go into a list as they are; any text in a pattern is ".*"'
-        ) from None
-
-
-def _nothing_matched(model: nn.Module, target_modules: str | Sequence[str], *, frozen: bool) -> str:
-    could = [name for name, module, attribute, weight in _owned(model) if _is_projectable(module, attribute, weight)]
-    if frozen:
-        return f"target_modules {target_modules!r} match frozen weights only; set requires_grad, or choose others"
-    if not could:
-        return "the model has no linear layer to project; GaLore needs nn.Linear, Conv1D or expert weights"
-    kinds = _kinds(could)
-    shown = ", ".join(kinds[:20]) + (f", and {len(kinds) - 20} more" if len(kinds) > 20 else "")
-    return f'target_modules {target_modules!r} match no linear layer. These could be named: {shown}; or "all-linear"'
-
-
-def _kinds(names: Sequence[str]) -> list[str]:
-    """Names with `*` for their numbers, each once: a deep model has as many as a shallow one."""
-    return sorted({re.sub(r"\d+", "*", name) for name in names})
 
 
 def _is_matrix(model: nn.Module, name: str, weight: Tensor) -> bool:

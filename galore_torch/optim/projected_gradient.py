@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from galore_torch.lowbit import Codes, is_same_basis
 from galore_torch.projection import Mode, Projection
 
 aten = torch.ops.aten
@@ -66,7 +67,9 @@ class ProjectedGradient(Tensor):
     """A tensor of a weight's shape that stores the image of its gradient.
 
     Attributes:
-        image: the projected gradient, of `projection.image_shape`. Its dtype may differ from the weight's.
+        image: the projected gradient, of `projection.image_shape`. Its dtype may differ from the weight's. If it is
+            stored in few bits it is decoded anew when read, and what is assigned is encoded.
+        in_few_bits: whether it is so stored.
         projection: how the weight is projected.
         basis: the factors that were used, of the weight's dtype.
 
@@ -80,14 +83,14 @@ class ProjectedGradient(Tensor):
         (torch.Size([8, 2]), True)
     """
 
-    image: Tensor
     projection: Projection
     basis: Mapping[str, Tensor]
+    _stored: Tensor | Codes
 
     @staticmethod
     def __new__(  # noqa: D417
         cls: type[ProjectedGradient],
-        image: Tensor,
+        image: Tensor | Codes,
         projection: Projection,
         basis: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
@@ -95,16 +98,31 @@ class ProjectedGradient(Tensor):
         """Wraps an image.
 
         Args:
-            image: of `projection.image_shape`.
+            image: of `projection.image_shape`, as it is to be stored. In codes, `dtype` must be given.
             projection: how the weight is projected.
             basis: the factors.
             dtype: the weight's dtype; the image's when left out.
         """
+        plain = image.codes if isinstance(image, Codes) else image
         made: ProjectedGradient = Tensor._make_wrapper_subclass(
-            cls, projection.shape, dtype=dtype or image.dtype, device=image.device, requires_grad=False
+            cls, projection.shape, dtype=dtype or plain.dtype, device=plain.device, requires_grad=False
         )
-        made.image, made.projection, made.basis = image, projection, basis
+        made._stored, made.projection, made.basis = image, projection, basis
         return made
+
+    @property
+    def image(self) -> Tensor:
+        """The projected gradient."""
+        return self._stored.decode(self.dtype) if isinstance(self._stored, Codes) else self._stored
+
+    @image.setter
+    def image(self, image: Tensor) -> None:
+        self._stored = Codes.of(image, self._stored.bits) if isinstance(self._stored, Codes) else image
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether the image is stored as codes."""
+        return isinstance(self._stored, Codes)
 
     @classmethod
     def of(cls, full: Tensor, projection: Projection, basis: Mapping[str, Tensor]) -> ProjectedGradient:
@@ -138,8 +156,8 @@ class ProjectedGradient(Tensor):
         return self.image if same else projection.project(self.to_full(), basis)
 
     def is_in(self, basis: Mapping[str, Tensor]) -> bool:
-        """Whether the image was made with these very factors."""
-        return all(basis[name] is self.basis[name] for name in basis)
+        """Whether the image was made with these factors."""
+        return is_same_basis(basis, self.basis)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ProjectedGradient(shape={tuple(self.shape)}, image={self.image!r})"
@@ -148,7 +166,7 @@ class ProjectedGradient(Tensor):
         return self._like(self.image.clone())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return type(self), (self.image, self.projection, dict(self.basis), self.dtype)
+        return type(self), (self._stored, self.projection, self.basis, self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Projection, Mapping[str, Tensor], torch.dtype]]:
         return ["image"], (self.projection, self.basis, self.dtype)
@@ -158,7 +176,8 @@ class ProjectedGradient(Tensor):
         return ProjectedGradient(inner["image"], *context)
 
     def _like(self, image: Tensor) -> ProjectedGradient:
-        return ProjectedGradient(image, self.projection, self.basis, self.dtype)
+        stored = Codes.of(image, self._stored.bits) if isinstance(self._stored, Codes) else image
+        return ProjectedGradient(stored, self.projection, self.basis, self.dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -219,7 +238,12 @@ def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 def _on_image(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operation on the images. What it returns, if anything, takes their place one by one."""
     given = args[0]
-    result = func(*_unwrap(args), **kwargs)
+    images = _unwrap(args)
+    result = func(*images, **kwargs)
+    if result is None or func._schema.name.endswith("_"):
+        for gradient, image in zip(tree_leaves(given), tree_leaves(images[0]), strict=True):
+            if isinstance(gradient, ProjectedGradient) and gradient.in_few_bits:
+                gradient.image = image
     if result is None:
         return None
     if func._schema.name.endswith("_"):  # in place
@@ -235,10 +259,12 @@ def _sum(func: Any, left: ProjectedGradient, right: Tensor, alpha: float) -> Pro
         image = right.image_in(left.projection, left.basis)
     else:
         image = left.projection.project(right.to(left.dtype), left.basis)
+    kept = left.image
+    image = image.to(kept.dtype)
     if func in (aten.add_.Tensor, aten.sub_.Tensor):
-        left.image.add_(image.to(left.image.dtype), alpha=alpha)
+        left.image = kept.add_(image, alpha=alpha)
         return left
-    return left._like(left.image.add(image.to(left.image.dtype), alpha=alpha))
+    return left._like(kept.add(image, alpha=alpha))
 
 
 def _to_copy(gradient: ProjectedGradient, **kwargs: Any) -> ProjectedGradient:
@@ -248,4 +274,4 @@ def _to_copy(gradient: ProjectedGradient, **kwargs: Any) -> ProjectedGradient:
     return ProjectedGradient(image, gradient.projection, basis, kwargs.get("dtype") or gradient.dtype)
 
 
-torch.serialization.add_safe_globals([ProjectedGradient, Projection, Mode])
+torch.serialization.add_safe_globals([ProjectedGradient, Projection, Mode, Codes])

@@ -48,6 +48,10 @@ class Traits:
         learning_rate: the rate that decay takes, where that depends on the weight; the group's `lr` when left out.
         factor: a correction of the displacement, where that depends on the weight.
         given: hyperparameters that the rule gets instead of the group's, because `factor` takes their place.
+        slice_elements: how many numbers of one tensor the rule may be lent at a time: slices that it moves as it would
+            the whole, where it makes copies of what it is lent. All at once when None.
+        holds_in_few_bits: of an optimizer with quantized state, whether it quantizes that of a tensor with so many
+            elements; None for one without.
     """
 
     decay: Decay = "none"
@@ -55,6 +59,8 @@ class Traits:
     learning_rate: Callable[[Moved], float | Tensor] | None = None
     factor: Callable[[Moved], float | Tensor] | None = None
     given: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    slice_elements: int | None = None
+    holds_in_few_bits: Callable[[int], bool] | None = None
 
     @property
     def reads_weight(self) -> bool:

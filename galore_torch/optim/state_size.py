@@ -1,10 +1,15 @@
-"""How many bytes an optimizer's state takes."""
+"""How many bytes an optimizer's state takes, and what of it is not in few bits though the rest is."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
+
+from galore_torch.optim.rule import Traits
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -33,6 +38,27 @@ def state_bytes(optimizer: Optimizer) -> int:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def report_unquantized(tensors: Sequence[tuple[str, int, Traits]]) -> None:
+    """Warns once of tensors that are too small for the few bits in which an optimizer keeps its state.
+
+    Args:
+        tensors: the name of each weight, how many numbers the rule moves for it, and the rule's traits.
+    """
+    quantizing = [
+        (name, size, traits.holds_in_few_bits(size)) for name, size, traits in tensors if traits.holds_in_few_bits
+    ]
+    left = [(name, size) for name, size, is_held in quantizing if not is_held]
+    if not left:
+        return
+    numbers, total = sum(size for _, size in left), sum(size for _, size, _ in quantizing)
+    shown = ", ".join(name for name, _ in left[:3]) + (", ..." if len(left) > 3 else "")
+    warnings.warn(
+        f"{len(left)} of {len(quantizing)} tensors are too small for state in few bits, or no multiple of its blocks "
+        f"({shown}): {numbers:,} of {total:,} numbers keep theirs in float32, {8 * numbers:,} bytes for two moments",
+        stacklevel=4,
+    )
 
 
 def _stored(tensor: Tensor) -> list[Tensor]:

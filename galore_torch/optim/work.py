@@ -1,8 +1,9 @@
 """`Work`: one weight in one step. What is done with its gradient before the rule runs, and with its coordinates after.
 
 State of a projected weight: `step` (how many it has made), `renewals` (how many bases it has had), `renewed_step` (the
-step of the last), `nonfinite` (gradients met that were not finite), `basis` (factors by mode) and `inner` (the rule's
-own).
+step of the last), `gap` (steps to the next, of a lazy layer), `overlaps` (of the last renewals, each with the basis
+before it; newest last, zero where there were not as many), `nonfinite` (gradients met that were not finite), `basis`
+(factors by mode, as `lowbit` stores them) and `inner` (the rule's own).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch.optim.groups import is_projected
+from galore_torch.lowbit import QuantizedWeight
+from galore_torch.optim.groups import is_projected, storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.rule import Moved, Rule, Traits
-from galore_torch.projection import Projection, find_basis, is_due
+from galore_torch.optim.rule import Lent, Moved, Rule, Traits
+from galore_torch.projection import Basis, Projection, adapt_gap, find_basis, is_due, overlap
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,7 +74,21 @@ class Work:
         """Whether the basis is to be renewed in this step. Nothing but a step changes it."""
         if not self.projection.modes:
             return False
-        return is_due(self.state["step"], self.state["renewed_step"], self.group["update_proj_gap"], self.turn)
+        step, renewed_step = self.state["step"], self.state["renewed_step"]
+        # Gaps that differ keep no common places: after its first turn a lazy layer counts from its last.
+        counts_on = self.is_lazy and self.state["renewals"] > 1
+        return is_due(step, renewed_step, self.gap, renewed_step if counts_on else self.turn)
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the weight's gap adapts to how far its subspace moves."""
+        return self.group["cos_threshold"] is not None
+
+    @property
+    def gap(self) -> int:
+        """Steps between two renewals of the basis, as things stand."""
+        least: int = self.group["update_proj_gap"]
+        return max(least, self.state["gap"]) if self.is_lazy else least
 
     @property
     def is_due(self) -> bool:
@@ -92,14 +108,27 @@ class Work:
 
     def prepare_state(self) -> None:
         """Creates all keys and shapes of the state, so that they exist after any first step."""
+        if self.projection.modes and "overlaps" not in self.state:  # as in checkpoints of older versions, too
+            self.state["gap"] = self.group["update_proj_gap"]
+            self.state["overlaps"] = torch.zeros(self.group["queue_size"], device=self.weight.device)
         if "step" in self.state or not self.through_coordinates:
             return
         self.state["step"] = 0
         if self.projection.modes:
             self.state["renewals"], self.state["renewed_step"] = 0, -1
             self.state["nonfinite"] = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+            dtype, device = self.weight.dtype, self.weight.device
             shapes = self.projection.factor_shapes
-            self.state["basis"] = {name: self.weight.new_zeros(shape) for name, shape in shapes.items()}
+            self._keep({name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
+
+    @property
+    def basis(self) -> Basis:
+        """The factors by mode, of the weight's dtype; none without a projection, zeros before the first renewal."""
+        storage, shapes = storage_in(self.group), self.projection.factor_shapes
+        return storage.read(self.state.get("basis", {}), shapes, self.weight.dtype)
+
+    def _keep(self, basis: Basis) -> None:
+        self.state["basis"] = storage_in(self.group).store(basis)
 
     def renew(self) -> None:
         """Finds a new basis from the gradient, which must be full, finite and not zero.
@@ -108,21 +137,40 @@ class Work:
         """
         generator = torch.Generator(device=self.grad.device)
         generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state["renewals"]) % 2**63)
-        old = self.state["basis"] if self.state["renewals"] else None
+        old = self.basis if self.state["renewals"] else None
         try:
             basis = find_basis(self.projection, self.grad, self.group["decomposition"], generator=generator, old=old)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warnings.warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})", stacklevel=4)
             return
-        self.state["basis"] = {name: factor.to(self.weight.dtype) for name, factor in basis.items()}
+        if old is not None:
+            self._compare(basis, old)
+        self._keep({name: factor.to(self.weight.dtype) for name, factor in basis.items()})
         self.state["renewals"] += 1
         self.state["renewed_step"] = self.state["step"]
+
+    def _compare(self, basis: Basis, old: Basis) -> None:
+        """Notes how much of the subspace is left in the next, and adapts a lazy layer's gap to it.
+
+        Only a lazy layer reads it back from the device, and only where as many as are averaged are known.
+        """
+        group, state = self.group, self.state
+        noted = torch.cat((state["overlaps"], overlap(basis, old).to(state["overlaps"].dtype).reshape(1)))
+        state["overlaps"] = noted[-group["queue_size"] :].clone()
+        if self.is_lazy and state["renewals"] >= group["queue_size"]:
+            state["gap"] = adapt_gap(
+                self.gap,
+                float(state["overlaps"].mean()),
+                least=group["update_proj_gap"],
+                threshold=group["cos_threshold"],
+                factor=group["gamma_proj"],
+            )
 
     def image(self) -> Tensor:
         """What the rule gets as gradient: R = P^T G, with L2 decay R = P^T (G + decay * W); G itself without one."""
         if not self.through_coordinates:
             return self.grad
-        basis = self.state.get("basis", {})
+        basis = self.basis
         if isinstance(self.grad, ProjectedGradient):
             image = self.grad.image_in(self.projection, basis)
         else:
@@ -133,6 +181,38 @@ class Work:
             sign = -1 if self.group.get("maximize") else 1
             image = image.add(self.projection.project(self.weight, basis), alpha=sign * decay)
         return image
+
+    def lend(self, image: Tensor) -> tuple[Tensor, list[Lent]]:
+        """What the rule is lent for this weight: its coordinates, or itself, whole or in slices.
+
+        Args:
+            image: what the rule gets as gradient.
+
+        Returns:
+            The tensor that the rule moves, and what it is lent of it. The rule's state of a slice is under its name.
+        """
+        tensor = torch.zeros_like(image) if self.through_coordinates else self.weight
+        inner, size = self.state.get("inner", {}), self.traits.slice_elements
+        if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous():
+            return tensor, [Lent(tensor=tensor, grad=image, state=inner, group=self.lent_group)]
+        ends = list(range(size, tensor.numel() - size + 1, size))  # the last takes the rest: none is too small
+        slices = zip(tensor.view(-1).tensor_split(ends), image.reshape(-1).tensor_split(ends), strict=True)
+        lent = [
+            Lent(tensor=part, grad=grad, state=inner.get(f"slice{number}", {}), group=self.lent_group)
+            for number, (part, grad) in enumerate(slices)
+        ]
+        return tensor, lent
+
+    def take_back(self, lent: Sequence[Lent]) -> None:
+        """Keeps the rule's state of what it was lent.
+
+        Args:
+            lent: as `lend` made it.
+        """
+        if len(lent) > 1:
+            self.state["inner"] = {f"slice{number}": one.state for number, one in enumerate(lent)}
+        elif lent[0].state:
+            self.state["inner"] = lent[0].state
 
     def fold(self, coordinates: Tensor) -> None:
         """W <- (1 - lr * decay) * W + scale * project_back(c). The decay only if the rule's is decoupled."""
@@ -151,10 +231,25 @@ class Work:
         if isinstance(alpha, Tensor):
             coordinates.mul_(alpha)
             alpha = 1.0
+        if isinstance(self.weight, QuantizedWeight):
+            self._fold_into_codes(self.weight, coordinates, alpha, beta)
+            return
         if isinstance(beta, Tensor):
             self.weight.mul_(beta)
             beta = 1.0
-        self.projection.fold(self.weight, coordinates, self.state.get("basis", {}), alpha=alpha, beta=beta)
+        self.projection.fold(self.weight, coordinates, self.basis, alpha=alpha, beta=beta)
+
+    def _fold_into_codes(
+        self, weight: QuantizedWeight, coordinates: Tensor, alpha: float, beta: float | Tensor
+    ) -> None:
+        """The same for a weight in INT8: the update is formed some rows at a time."""
+        basis, coordinates = dict(self.basis), coordinates.to(weight.dtype)
+        weight.move(
+            lambda rows: self.projection.project_back_rows(coordinates, basis, rows),
+            step=self.state["step"],
+            alpha=alpha,
+            beta=beta,
+        )
 
 
 def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor]) -> Tensor:

@@ -1,12 +1,14 @@
 """Floor 1: the mathematics of the projection, on tensors only.
 
-It knows no optimizer, no module and no process group. Three questions, three files: what a projection does to a
-tensor (`geometry`), which subspace it uses (`decompositions`, `tucker`), and when that is renewed (`renewal`).
+It knows no optimizer, no module and no process group. Four questions: what a projection does to a tensor
+(`geometry`), which subspace it uses (`decompositions`, `subspace`), when that is renewed (`renewal`), and how much of
+the old one is left in the new (`overlap`).
 """
 
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Side, find_bases
 from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, Projection
-from galore_torch.projection.renewal import is_due, turn_offset
+from galore_torch.projection.overlap import overlap
+from galore_torch.projection.renewal import adapt_gap, is_due, turn_offset
 from galore_torch.projection.subspace import find_basis
 
 __all__ = [
@@ -17,8 +19,10 @@ __all__ = [
     "Mode",
     "Projection",
     "Side",
+    "adapt_gap",
     "find_bases",
     "find_basis",
     "is_due",
+    "overlap",
     "turn_offset",
 ]

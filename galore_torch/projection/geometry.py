@@ -191,6 +191,21 @@ class Projection:
             image = multiply_mode(image, basis[mode.name].mT, mode.axis)
         return image.reshape(self.shape)
 
+    def project_back_rows(self, image: Tensor, basis: Basis, rows: slice) -> Tensor:
+        """Some rows of what `project_back` gives for a matrix, formed alone.
+
+        Args:
+            image: a tensor of `image_shape`, two-dimensional.
+            basis: the factors, of `image`'s dtype and device.
+            rows: which.
+
+        Returns:
+            (number of rows, n).
+        """
+        left, right = basis.get("left"), basis.get("right")
+        image = image[rows] if left is None else left[rows] @ image
+        return image if right is None else image @ right.mT
+
     def fold(self, weight: Tensor, coordinates: Tensor, basis: Basis, *, alpha: float, beta: float = 1.0) -> None:
         """In place: weight <- beta * weight + alpha * project_back(coordinates).
 

@@ -79,7 +79,8 @@ def pretrain(
 ) -> None:
     """Pre-train a LLaMA from scratch, with GaLore or with a full-rank optimizer to compare with.
 
-    The run folder gets config.toml, metrics.jsonl, the model with its tokenizer, loss.png and a resumable checkpoint.
+    The run folder gets config.toml, metrics.jsonl, subspaces.jsonl (the renewals of bases), the model with its
+    tokenizer, loss.png and a resumable checkpoint.
     Ctrl-C finishes the step, saves a checkpoint and says how to go on.
     """
     console = Console(stderr=json)

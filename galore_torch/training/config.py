@@ -95,34 +95,64 @@ class OptimizerConfig:
         None, f"How a basis is found: {', '.join(_DECOMPOSITIONS)}.", choices=_DECOMPOSITIONS, shown="the library's"
     )
     stagger: bool = setting(True, "Let the layers take turns in renewing, so that no step pays for all.")
+    cos_threshold: float | None = setting(
+        None,
+        "Renew lazily: a layer's gap grows while successive subspaces overlap by this much, from 0 (as random ones do) "
+        "to 1; it shrinks again, down to gap, where they move.",
+        minimum=0,
+        maximum=1,
+        shown="renew at the fixed gap",
+    )
+    gamma_proj: float = setting(2.0, "Factor by which a lazy layer's gap grows and shrinks.", above=1)
+    queue_size: int = setting(5, "How many of a layer's last overlaps are averaged for that.", minimum=1)
     beta1: float = setting(0.9, "Decay of the first moment (momentum, for SGD) per step.", minimum=0, below=1)
     beta2: float = setting(0.999, "Decay of the second moment per step.", minimum=0, below=1)
     eps: float = setting(1e-8, "Added to the root of the second moment.", above=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay per unit of learning rate.", minimum=0)
-    clip: float = setting(0.0, "Clip the gradient to this norm; 0 clips nothing.", minimum=0)
+    clip: float = setting(
+        0.0,
+        "Clip the gradient to this norm; 0 clips nothing.",
+        minimum=0,
+        shown="0; llama-7b with a full-rank optimizer: 1",
+    )
     state_dtype: str | None = setting(
         None, "What the moments are stored in (galore- optimizers only).", choices=_DTYPES, shown="as the weights"
+    )
+    basis_bits: int = setting(
+        16, "Bits of the bases' numbers: 16 (as the weights), 8 or 4 (galore- optimizers only).", choices=(16, 8, 4)
+    )
+    image_bits: int = setting(
+        16, "Bits of the projected gradients that wait for the step: 16 (as the weights), 8 or 4.", choices=(16, 8, 4)
     )
     gradients: str = setting(
         "full",
         "How gradients are formed (galore- optimizers only): full, projected at once, or fused (never formed).",
         choices=_GRADIENTS,
+        shown="full; llama-7b with a galore- optimizer: fused",
     )
     update: str = setting(
-        "step", "When gradients are applied: at the step, or layer by layer inside the backward.", choices=_UPDATES
+        "step",
+        "When gradients are applied: at the step, or layer by layer inside the backward, which leaves nothing to clip "
+        "or to accumulate.",
+        choices=_UPDATES,
+        shown="step; llama-7b with a galore- optimizer: backward",
+    )
+    weight_bits: int = setting(
+        16, "Bits of the projected weights: 16 (as the dtype says) or 8 (galore- optimizers only).", choices=(16, 8)
+    )
+    stochastic_rounding: bool = setting(
+        True, "Round INT8 weights up or down at random, so that updates smaller than a code count on average."
     )
 
     def __post_init__(self) -> None:
         check(self)
-        if self.state_dtype is not None and not optimizers.is_projected(self.optimizer):
+        _refuse_without_projection(self)
+        if self.weight_bits == 16 and not self.stochastic_rounding:
+            raise ValueError("stochastic_rounding = False is for weights in few bits; give weight_bits = 8 with it.")
+        if self.image_bits != 16 and (self.gradients == "full" or self.update == "backward"):
             raise ValueError(
-                f"state_dtype = {self.state_dtype!r} is for the galore- optimizers, not for "
-                f"{self.optimizer!r}; leave it out."
-            )
-        if (self.gradients, self.update) != ("full", "step") and not optimizers.is_projected(self.optimizer):
-            raise ValueError(
-                f"gradients = {self.gradients!r} and update = {self.update!r} are for the galore- optimizers, not for "
-                f"{self.optimizer!r}; leave them out."
+                f"image_bits = {self.image_bits}, and no projected gradients wait with gradients = {self.gradients!r}, "
+                f"update = {self.update!r}; leave it out, or use projected or fused with update = 'step'."
             )
         if self.update == "backward" and self.gradients == "projected":
             raise ValueError("gradients = 'projected' waits for the step; with update = 'backward' use full or fused.")
@@ -133,6 +163,21 @@ class OptimizerConfig:
             )
 
 
+_PROJECTED_ONLY = ("state_dtype", "weight_bits", "basis_bits", "cos_threshold", "image_bits", "gradients", "update")
+
+
+def _refuse_without_projection(config: OptimizerConfig) -> None:
+    """Settings that only an optimizer that projects can heed must be as they are by default for the others."""
+    if optimizers.is_projected(config.optimizer):
+        return
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _PROJECTED_ONLY and value != field.default:
+            raise ValueError(
+                f"{field.name} = {value!r} is for the galore- optimizers, not for {config.optimizer!r}; leave it out."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """How long, in which portions, and what is recorded on the way."""
@@ -140,6 +185,9 @@ class ScheduleConfig:
     steps: int = setting(10_000, "Optimizer steps.", minimum=1)
     batch: int = setting(512, "Sequences a step.", minimum=1)
     micro_batch: int = setting(32, "Sequences at once; bounds memory and changes nothing else.", minimum=1)
+    checkpointing: bool = setting(
+        False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
+    )
     warmup: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.", minimum=0, below=1)
     final_lr: float = setting(0.1, "Where the cosine ends, as a share of the peak.", minimum=0, maximum=1)
     seed: int = setting(0, "Seed of the weights, of the order of the text and of random bases.", minimum=0)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 Groups = list[dict[str, Any]]
 
-_PROJECTION_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "decomposition", "stagger", "layout")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -58,6 +56,12 @@ def _galore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Opt
     from galore_torch import GaLoreAdamW8bit
 
     return GaLoreAdamW8bit(groups, **_adam(config), seed=seed)
+
+
+def _qgalore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
+    from galore_torch import QGaLoreAdamW8bit
+
+    return QGaLoreAdamW8bit(groups, **_adam(config), seed=seed)
 
 
 def _galore_adafactor(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
@@ -103,6 +107,7 @@ def _sgd(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
 REGISTRY: dict[str, Entry] = {
     "galore-adamw": Entry(build=_galore_adamw, projected=True),
     "galore-adamw8bit": Entry(build=_galore_adamw8bit, projected=True),
+    "qgalore-adamw8bit": Entry(build=_qgalore_adamw8bit, projected=True),
     "galore-adafactor": Entry(build=_galore_adafactor, projected=True),
     "galore-sgd": Entry(build=_galore_sgd, projected=True),
     "adamw": Entry(build=_adamw, projected=False),
@@ -131,6 +136,7 @@ def groups_of(model: Module, config: OptimizerConfig) -> Groups:
         Groups for a torch optimizer; they carry the projection's keys if the optimizer projects.
     """
     from galore_torch import param_groups
+    from galore_torch.optim.groups import PROJECTED_DEFAULTS
 
     chosen: dict[str, Any] = {} if config.decomposition is None else {"decomposition": config.decomposition}
     groups = param_groups(
@@ -140,6 +146,10 @@ def groups_of(model: Module, config: OptimizerConfig) -> Groups:
         scale=config.scale,
         proj_type=config.proj_type,
         stagger=config.stagger,
+        basis_bits=config.basis_bits,
+        cos_threshold=config.cos_threshold,
+        gamma_proj=config.gamma_proj,
+        queue_size=config.queue_size,
         **chosen,
     )
     matrices = [group for group in groups if "rank" in group]
@@ -147,7 +157,8 @@ def groups_of(model: Module, config: OptimizerConfig) -> Groups:
     for group in others:
         group["lr"] = config.lr if config.others_lr is None else config.others_lr
     if not is_projected(config.optimizer):
-        matrices = [{key: group[key] for key in group if key not in _PROJECTION_KEYS} for group in matrices]
+        keys = {"rank", *PROJECTED_DEFAULTS}
+        matrices = [{key: group[key] for key in group if key not in keys} for group in matrices]
     return [*matrices, *others]
 
 
@@ -171,5 +182,6 @@ class TrainerOptimizer:
 
         made = build(model, config, seed)
         if isinstance(made, GaLore):
-            attach(model, made, cast(Gradients, config.gradients), cast(Update, config.update))
+            modes = cast(Gradients, config.gradients), cast(Update, config.update)
+            attach(model, made, *modes, image_bits=config.image_bits)
         return made

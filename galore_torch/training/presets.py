@@ -33,21 +33,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "llama-7b": {
         "hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32, "rank": 1024, "steps": 150_000,
-        "micro_batch": 4, "optimizer": "galore-adamw8bit", "gap": 500, "clip": 1.0,
+        "optimizer": "galore-adamw8bit", "gap": 500,
+        # Weights that move inside the backward leave nothing to accumulate. The paper's 512 are for 64 GPUs.
+        "batch": 16, "micro_batch": 16, "checkpointing": True,
     },
 }  # fmt: skip
 """Settings of each preset by name. What a preset leaves out has the setting's own default."""
 
-_PAPER_LR = {"projected": {"lr": 0.01}, "full rank": {"lr": 0.001}}
+PROJECTED, FULL_RANK = "projected", "full rank"
+
+BY_OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
+    "llama-7b": {
+        # The paper clips at 1.0. Where each layer moves as soon as its gradient is there, nothing is left to clip.
+        PROJECTED: {"gradients": "fused", "update": "backward"},
+        FULL_RANK: {"clip": 1.0},
+        "galore-adamw8bit": {"basis_bits": 8},
+    },
+}
+"""What a preset sets besides, for optimizers that project, for those that do not, and for one by its name."""
+
+_PAPER_LR = {PROJECTED: {"lr": 0.01}, FULL_RANK: {"lr": 0.001}}
 
 LEARNING_RATES: dict[str, dict[str, dict[str, float]]] = {
     # Both tuned at the demo's length; docs/decisions.md has the table.
-    "llama-tiny": {"projected": {"lr": 0.005, "others_lr": 0.02}, "full rank": {"lr": 0.0005, "others_lr": 0.02}},
+    "llama-tiny": {PROJECTED: {"lr": 0.005, "others_lr": 0.02}, FULL_RANK: {"lr": 0.0005, "others_lr": 0.02}},
     "llama-60m": _PAPER_LR,
     "llama-130m": _PAPER_LR,
     "llama-350m": _PAPER_LR,
     "llama-1b": _PAPER_LR,
-    "llama-7b": {"projected": {"lr": 0.005}, "full rank": {"lr": 0.001}},
+    "llama-7b": {PROJECTED: {"lr": 0.005}, FULL_RANK: {"lr": 0.001}},
 }
 """Peak learning rates of each preset, for optimizers that project and for those that do not.
 
@@ -57,7 +71,11 @@ The paper tunes its full-rank baselines over 1e-2 to 1e-4 and does not tell the 
 
 def learning_rates(preset: str, optimizer: str) -> dict[str, float]:
     """The preset's peak learning rates for an optimizer: ``lr`` and, where it differs, ``others_lr``."""
-    return LEARNING_RATES[preset]["projected" if is_projected(optimizer) else "full rank"]
+    return LEARNING_RATES[preset][_kind(optimizer)]
+
+
+def _kind(optimizer: str) -> str:
+    return PROJECTED if is_projected(optimizer) else FULL_RANK
 
 
 def configure(preset: str | None = None, file: Path | None = None, **given: Any) -> PretrainConfig:
@@ -84,7 +102,9 @@ def configure(preset: str | None = None, file: Path | None = None, **given: Any)
     preset = preset or DEFAULT_PRESET
     if preset not in PRESETS:
         raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
-    config = from_values({**PRESETS[preset], **given})  # judges every value, before the learning rates depend on one
-    if "lr" in given:
-        return config
-    return from_values({**PRESETS[preset], **learning_rates(preset, config.optimizer.optimizer), **given})
+    config = from_values({**PRESETS[preset], **given})  # judges every value, before others depend on one
+    optimizer = config.optimizer.optimizer
+    by_optimizer = BY_OPTIMIZER.get(preset, {})
+    besides = {**by_optimizer.get(_kind(optimizer), {}), **by_optimizer.get(optimizer, {})}
+    rates = {} if "lr" in given else learning_rates(preset, optimizer)
+    return from_values({**PRESETS[preset], **besides, **rates, **given})

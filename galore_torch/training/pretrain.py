@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -22,21 +21,22 @@ from transformers import (
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from galore_torch.optim import state_bytes
-from galore_torch.training import optimizers, packing, records
+from galore_torch.training import optimizers, packing, records, subspaces
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.interrupt import SaveOnInterrupt
 from galore_torch.training.metrics import MetricsLog
+from galore_torch.training.model import build_model
 from galore_torch.training.peak_memory import peak_memory_bytes
 from galore_torch.training.plots import plot_losses
 from galore_torch.training.progress import LiveProgress
 from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.subspaces import SubspaceLog
 from galore_torch.training.text import Text, amount, prepare_text
-from galore_torch.training.tokenizer import entries
 
 # What of a result is recorded in metrics.jsonl.
 _FINAL = (
     "step", "tokens", "eval_loss", "perplexity", "state_bytes", "peak_memory_bytes", "parameters", "tokens_per_second",
-    "seconds",
+    "seconds", "renewals", "overlap",
 )  # fmt: skip
 
 
@@ -57,6 +57,8 @@ class RunResult:
         parameters: of the model.
         tokens_per_second: mean over the training steps, without evaluations and saves.
         seconds: time spent in training steps.
+        renewals: bases found, over all weights and resumptions; 0 for an optimizer that does not project.
+        overlap: of each weight's last two subspaces, on average: 1 for the same, 0 as of random ones.
         checkpoint: where a stopped run goes on from.
     """
 
@@ -72,6 +74,8 @@ class RunResult:
     parameters: int
     tokens_per_second: float
     seconds: float
+    renewals: int
+    overlap: float | None
     checkpoint: str | None
 
 
@@ -161,7 +165,7 @@ def _prepare(
         eval_dataset=text.held_out,
         data_collator=packing.collate,
         processing_class=text.tokenizer,
-        callbacks=[log, LiveProgress(console, log), SaveOnInterrupt(), *callbacks],
+        callbacks=[log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt(), *callbacks],
         # A factory is allowed, though the annotation names classes only.
         optimizer_cls_and_kwargs=(  # type: ignore[arg-type]
             optimizers.TrainerOptimizer,
@@ -179,25 +183,6 @@ def _prepare(
         tokenizer=text.tokenizer,
         checkpoint=checkpoint,
     )
-
-
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A LLaMA with fresh weights, from torch's global random state."""
-    architecture = LlamaConfig(
-        hidden_size=config.model.hidden,
-        intermediate_size=config.model.intermediate,
-        num_hidden_layers=config.model.layers,
-        num_attention_heads=config.model.heads,
-        vocab_size=entries(tokenizer),
-        max_position_embeddings=max(1024, config.data.seq),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(architecture)
-    model.to(dtype=getattr(torch, config.model.dtype))  # type: ignore[call-arg]
-    return model
 
 
 def _require_one_process() -> None:
@@ -268,6 +253,7 @@ def _result(run: Run) -> RunResult:
     checkpoint = None if finished else run.folder.last_checkpoint()
     evaluation = run.log.evaluation if finished else {}
     tokens = step * run.config.tokens_per_step
+    renewals, overlap = subspaces.summary(run.trainer.optimizer)
     return RunResult(
         out=str(run.folder.root),
         optimizer=run.config.optimizer.optimizer,
@@ -281,6 +267,8 @@ def _result(run: Run) -> RunResult:
         parameters=run.model.num_parameters(),
         tokens_per_second=tokens / run.log.seconds if run.log.seconds else 0.0,
         seconds=run.log.seconds,
+        renewals=renewals,
+        overlap=overlap,
         checkpoint=None if checkpoint is None else str(checkpoint),
     )
 

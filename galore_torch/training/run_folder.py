@@ -4,6 +4,7 @@ runs/NAME/
   config.toml     every setting, as resolved
   text.sha256     what text it was: a resumed run must find the same
   metrics.jsonl   one record a step and an evaluation, and a last one of the whole run
+  subspaces.jsonl one record a renewal of a weight's basis, if the optimizer projects
   checkpoints/    the newest resumable state, as Transformers' Trainer writes it
   model/          weights, configuration and tokenizer, for AutoModelForCausalLM and AutoTokenizer
   loss.png        the losses
@@ -38,6 +39,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The records; see `galore_torch.training.records`."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def subspaces(self) -> Path:
+        """The records of renewals; see `galore_torch.training.subspaces`."""
+        return self.root / "subspaces.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -29,7 +29,7 @@ def setting(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
-    choices: Iterable[str] = (),
+    choices: Iterable[str | int] = (),
     shown: str | None = None,
 ) -> Any:
     """Declare one setting as a dataclass field.
@@ -41,7 +41,7 @@ def setting(
         above: a bound that the value must exceed.
         maximum: the greatest value allowed.
         below: a bound that the value must stay under.
-        choices: the only texts allowed, if not every text is.
+        choices: the only values allowed, if not every one is.
         shown: what ``--help`` says of the default, where that is not the default itself.
 
     Returns:
@@ -83,6 +83,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 def _check_limits(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
     choices = limits["choices"]
     if choices and value not in choices:
+        choices = [str(choice) for choice in choices]
         close = get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"{name} = {value!r} is not known; choose one of {', '.join(choices)}{hint}")

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, ProjectedGradient
+from galore_torch import (
+    GaLore,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreSGD,
+    ProjectedGradient,
+    QGaLoreAdamW8bit,
+)
 from galore_torch.gradients import attach
 from tests.gradients.llama import (
     BAR,
@@ -38,6 +46,7 @@ RECIPES = {
 }
 ROUNDING_RECIPES = {
     "GaLoreAdamW8bit": lambda model: GaLoreAdamW8bit(groups(model), lr=1e-2, min_8bit_size=16),
+    "QGaLoreAdamW8bit": lambda model: QGaLoreAdamW8bit(groups(model), lr=1e-2, min_8bit_size=16),
     "GaLore Muon": lambda model: GaLore(
         groups(model), optimizer=torch.optim.Muon, others=torch.optim.AdamW, lr=1e-2, weight_decay=0.1
     ),

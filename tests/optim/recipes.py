@@ -9,12 +9,13 @@ import bitsandbytes
 import pytest
 import torch
 
-from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD
+from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit
 
 RECIPES: dict[str, Callable[..., GaLore]] = {
     "GaLoreAdamW": functools.partial(GaLoreAdamW, lr=0.05, weight_decay=0.1, amsgrad=True),
     "GaLoreAdamW uncorrected": functools.partial(GaLoreAdamW, lr=0.05, correct_bias=False),
     "GaLoreAdamW8bit": functools.partial(GaLoreAdamW8bit, lr=0.05, weight_decay=0.1, min_8bit_size=16),
+    "QGaLoreAdamW8bit": functools.partial(QGaLoreAdamW8bit, lr=0.05, weight_decay=0.1, min_8bit_size=16),
     "GaLoreAdafactor": functools.partial(GaLoreAdafactor, lr=0.05, scale_parameter=True),
     "GaLoreAdafactor relative": functools.partial(GaLoreAdafactor, weight_decay=0.1),
     "GaLoreSGD": functools.partial(GaLoreSGD, lr=0.05, momentum=0.9, weight_decay=0.1),

@@ -33,6 +33,15 @@ MATRIX = (24, 16)
         ({"scale": 0.0}, "scale is 0.0", "positive number"),
         ({"scale": float("nan")}, "scale is nan", "positive number"),
         ({"stagger": 2}, "stagger is 2", "True or False"),
+        ({"cos_threshold": 1.5}, "cos_threshold is 1.5", "from 0"),
+        ({"cos_threshold": -0.1}, "cos_threshold is -0.1", "None to renew every"),
+        ({"cos_threshold": float("nan")}, "cos_threshold is nan", "from 0"),
+        ({"cos_threshold": True}, "cos_threshold is True", "from 0"),
+        ({"gamma_proj": 1}, "gamma_proj is 1", "more than 1"),
+        ({"gamma_proj": float("inf")}, "gamma_proj is inf", "more than 1"),
+        ({"gamma_proj": "2"}, "gamma_proj is '2'", "more than 1"),
+        ({"queue_size": 0}, "queue_size is 0", "at least 1"),
+        ({"queue_size": 2.0}, "queue_size is 2.0", "whole number"),
     ],
 )
 @pytest.mark.parametrize("late", [False, True], ids=["at construction", "added later"])

@@ -265,13 +265,17 @@ def test_values_that_a_checkpoint_does_not_have_stay_as_they_are():
     optimizer = GaLoreAdamW(made)
     walk(optimizer, trained, range(2))
     saved = optimizer.state_dict()
-    for key in ("stagger", "decomposition", "layout"):
+    for key in ("stagger", "decomposition", "layout", "cos_threshold", "gamma_proj", "queue_size"):
         del saved["param_groups"][0][key]
-    trained, made = mixed(decomposition="random", stagger=False)
+    for state in [saved["state"][0], saved["state"][1]]:
+        del state["gap"], state["overlaps"]
+    trained, made = mixed(decomposition="random", stagger=False, cos_threshold=0.5)
     other = GaLoreAdamW(made)
     other.load_state_dict(saved)
     assert (other.param_groups[0]["decomposition"], other.param_groups[0]["stagger"]) == ("random", False)
     walk(other, trained, range(2, 6))
+    assert [other.state[weight]["renewals"] for weight in trained[:2]] == [2, 2]
+    assert all(other.state[weight]["overlaps"].any() for weight in trained[:2])
 
 
 # galore-torch 1.0 ----------------------------------------------------------------------------------------------------

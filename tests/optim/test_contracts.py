@@ -58,8 +58,10 @@ def test_state_is_as_documented():
     optimizer = GaLoreAdamW(made)
     walk(optimizer, trained, range(3))
     projected, plain = optimizer.state[trained[0]], optimizer.state[trained[-1]]
-    assert set(projected) == {"step", "renewals", "renewed_step", "nonfinite", "basis", "inner"}
+    counters = {"step", "renewals", "renewed_step", "gap", "overlaps", "nonfinite"}
+    assert set(projected) == {*counters, "basis", "inner"}
     assert (projected["step"], projected["renewals"]) == (3, 2)  # the first step's, and its turn in the third
+    assert (projected["gap"], projected["overlaps"].shape) == (3, (5,))
     assert {name: factor.shape for name, factor in projected["basis"].items()} == {"left": (24, 4), "right": (16, 4)}
     assert projected["inner"]["exp_avg"].shape == (4, 4)
     assert set(plain) == {"inner"}

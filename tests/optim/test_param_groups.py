@@ -110,7 +110,7 @@ def test_nothing_matched_lists_what_could(targets):
 
 
 def test_a_model_without_linear_layers_is_told():
-    with pytest.raises(ValueError, match="has no linear layer to project"):
+    with pytest.raises(ValueError, match="has no linear layer that could be projected"):
         param_groups(nn.Sequential(nn.Embedding(8, 4), nn.LayerNorm(4)), 2, "all-linear")
 
 
@@ -135,12 +135,15 @@ def test_by_default_attention_and_mlp_are_projected_and_each_parameter_is_claime
 
 def test_the_keys_of_a_group_are_those_that_were_asked_for():
     keys = {"update_proj_gap": 7, "scale": 0.5, "proj_type": "left", "decomposition": "svd", "stagger": False}
+    keys |= {"cos_threshold": 0.3, "gamma_proj": 1.5, "queue_size": 2}
     plain, made = sorted(param_groups(llama(), 4, **keys), key=len)
     assert {key: made[key] for key in ("rank", *keys)} == {"rank": 4, **keys}
     assert plain.keys() == {"params", "param_names"}
 
 
-@pytest.mark.parametrize(("key", "value"), [("rank", 0), ("update_proj_gap", 0), ("proj_type", "up"), ("scale", -1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("rank", 0), ("update_proj_gap", 0), ("proj_type", "up"), ("scale", -1.0), ("queue_size", 0)]
+)
 def test_a_value_out_of_range_is_told(key, value):
     with pytest.raises(ValueError, match=f"{key} is {re.escape(repr(value))}"):
         param_groups(llama(), **{"rank": 4, key: value})
@@ -262,12 +265,12 @@ def printed_bytes(text, row, column):
 
 
 def measured(optimizer):
-    """State bytes but those of counters, and the bytes in `state_bytes` that are counters."""
+    """State bytes but those of counters and of the queue of overlaps."""
     counters = [
         value
         for state in optimizer.state.values()
-        for value in (*state.values(), *state["inner"].values())
-        if isinstance(value, torch.Tensor) and value.dim() == 0
+        for key, value in (*state.items(), *state["inner"].items())
+        if isinstance(value, torch.Tensor) and (value.dim() == 0 or key == "overlaps")
     ]
     return state_bytes(optimizer) - sum(value.nbytes for value in counters)
 

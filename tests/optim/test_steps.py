@@ -9,7 +9,8 @@ import torch
 from torch.optim import SGD, Optimizer
 
 from galore_torch import GaLore, GaLoreAdamW, GaLoreSGD
-from galore_torch.optim import galore
+from galore_torch.optim import chunks
+from galore_torch.optim.groups import projection_in
 from galore_torch.projection import DECOMPOSITIONS
 from tests.optim.recipes import every_recipe
 from tests.optim.small import assert_same, distance, gradient, groups, mixed, walk, weights
@@ -31,7 +32,7 @@ def test_adamw_decays_the_weight_before_the_update(shape, maximize, lr):
     walk(optimizer, [weight], [0])
     basis = optimizer.state[weight]["basis"]
     image = start.detach() * 0 + gradient(start, 0, 0)
-    projection = galore.projection_in(optimizer.param_groups[0], weight)
+    projection = projection_in(optimizer.param_groups[0], weight)
     direction = projection.project_back(projection.project(image, basis).sign(), basis)  # Adam's first step
     sign = -1 if maximize else 1
     torch.testing.assert_close(weight.detach(), (1 - LR * DECAY) * start - sign * SCALE * LR * direction)
@@ -48,7 +49,7 @@ def test_sgd_decays_through_the_gradient(proj_type, maximize):
     for step in range(3):
         walk(optimizer, [weight], [step])
         basis = optimizer.state[weight]["basis"]
-        projection = galore.projection_in(optimizer.param_groups[0], weight)
+        projection = projection_in(optimizer.param_groups[0], weight)
         grad = (-1 if maximize else 1) * gradient(start, step, 0) + DECAY * expected
         momentum = 0.9 * momentum + projection.project(grad, basis)
         expected -= SCALE * LR * projection.project_back(momentum, basis)
@@ -99,7 +100,7 @@ class JointlyNormalized(Optimizer):
 def test_many_chunks_end_where_one_ends(recipe, monkeypatch):
     ends = []
     for elements in (1, 150, 2**23):
-        monkeypatch.setattr(galore, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)
         trained, made = mixed()
         optimizer = recipe(made)
         walk(optimizer, trained, range(5))
@@ -110,7 +111,7 @@ def test_many_chunks_end_where_one_ends(recipe, monkeypatch):
 
 def test_chunks_hold_as_many_weights_as_fit(monkeypatch):
     """Coordinates of 96, 96, 128 and 16 numbers, at most 200 together, or one weight alone."""
-    monkeypatch.setattr(galore, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 200)
     trained, made = mixed()
     optimizer = GaLore(made, Counted, lr=0.1)
     Counted.calls = []
@@ -119,7 +120,7 @@ def test_chunks_hold_as_many_weights_as_fit(monkeypatch):
 
 
 def test_a_rule_that_looks_at_all_parameters_gets_them_in_one_call(monkeypatch, identity_basis):
-    monkeypatch.setattr(galore, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
     ours, theirs, start = (weights((24, 16), (16, 24), (8,)) for _ in range(3))
     optimizer = GaLore([{"params": ours[:2], **identity_basis}, {"params": ours[2:]}], JointlyNormalized, lr=1.0)
     plain = JointlyNormalized(theirs, lr=1.0)

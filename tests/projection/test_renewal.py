@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galore_torch.projection import is_due, turn_offset
+from galore_torch.projection import adapt_gap, is_due, turn_offset
 
 
 def renewals(steps, gap, offset, unable=()):
@@ -56,3 +56,18 @@ def test_turns_are_spread_evenly(count, gap):
     offsets = [turn_offset(index, count, gap) for index in range(count)]
     assert offsets == sorted(offsets)
     assert offsets[-1] == gap
+
+
+@given(st.integers(1, 1000), st.floats(1.01, 10), st.integers(0, 20))
+def test_a_lazy_gap_grows_while_the_subspace_stays_and_shrinks_to_its_least_where_it_moves(least, factor, stays):
+    gaps = [least]
+    for step in range(2 * stays + 20):
+        overlap = 0.5 if step < stays else 0.4
+        gaps.append(adapt_gap(gaps[-1], overlap, least=least, threshold=0.5, factor=factor))
+    grown, shrunk = gaps[: stays + 1], gaps[stays:]
+    assert grown == sorted(set(grown))  # strictly
+    assert shrunk == sorted(shrunk, reverse=True)
+    assert all(type(gap) is int for gap in gaps)
+    assert min(gaps) == least
+    assert gaps[stays] >= least * factor**stays * 0.5
+    assert adapt_gap(least, 0.0, least=least, threshold=0.5, factor=factor) == least

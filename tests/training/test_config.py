@@ -18,17 +18,34 @@ PAPER = {
 }
 
 
+WITH_BASES = ("galore-adamw8bit", "galore-adamw", "qgalore-adamw8bit")
+
+
 @pytest.mark.parametrize("preset", PAPER)
 def test_a_paper_preset_is_the_papers_recipe(preset):
     config = configure(preset)
     model, optimizer, schedule = config.model, config.optimizer, config.schedule
     shape = (model.hidden, model.intermediate, model.layers, model.heads, optimizer.rank, schedule.steps)
     assert shape == PAPER[preset]
-    assert (config.data.seq, schedule.batch, model.dtype) == (256, 512, "bfloat16")
+    largest = preset == "llama-7b"
+    assert (config.data.seq, schedule.batch, model.dtype) == (256, 16 if largest else 512, "bfloat16")
     assert (schedule.warmup, schedule.final_lr) == (0.1, 0.1)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.scale) == (0.9, 0.999, 0.0, 0.25)
-    largest = preset == "llama-7b"
-    assert (optimizer.lr, optimizer.gap, optimizer.clip) == ((0.005, 500, 1.0) if largest else (0.01, 200, 0.0))
+    assert (optimizer.lr, optimizer.gap) == ((0.005, 500) if largest else (0.01, 200))
+
+
+def test_the_largest_preset_takes_the_least_memory_and_clips_where_there_is_something_to_clip():
+    config = configure("llama-7b")
+    optimizer, schedule = config.optimizer, config.schedule
+    assert (optimizer.optimizer, optimizer.gradients, optimizer.update) == ("galore-adamw8bit", "fused", "backward")
+    assert (optimizer.clip, schedule.micro_batch, schedule.checkpointing) == (0.0, schedule.batch, True)
+    assert [configure("llama-7b", optimizer=name).optimizer.basis_bits for name in WITH_BASES] == [8, 16, 16]
+    full_rank = configure("llama-7b", optimizer="adamw").optimizer
+    assert (full_rank.gradients, full_rank.update, full_rank.clip, full_rank.lr) == ("full", "step", 1.0, 0.001)
+    usual = configure("llama-7b", update="step", clip=1.0, batch=512, micro_batch=4, lr=1e-3)
+    assert (usual.optimizer.gradients, usual.optimizer.clip, usual.optimizer.lr) == ("fused", 1.0, 1e-3)
+    with pytest.raises(ValueError, match="leaves nothing to clip"):
+        configure("llama-7b", clip=1.0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -126,6 +143,10 @@ def test_a_missing_file_is_told():
     ("given", "message"),
     [
         ({"optimizer": "adamw", "gradients": "fused"}, "for the galore- optimizers"),
+        ({"optimizer": "adamw", "cos_threshold": 0.4}, "for the galore- optimizers"),
+        ({"cos_threshold": 1.1}, "at most 1"),
+        ({"gamma_proj": 1.0}, "more than 1"),
+        ({"queue_size": 0}, "at least 1"),
         ({"gradients": "projected", "update": "backward"}, "give|use full or fused"),
         ({"update": "backward", "clip": 1.0}, "leaves nothing to clip"),
         ({"update": "backward", "batch": 16, "micro_batch": 8}, "give both the same value"),

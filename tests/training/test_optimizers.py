@@ -63,12 +63,13 @@ def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
 def test_settings_arrive(model):
     config = OptimizerConfig(
         optimizer="galore-adamw", rank=5, gap=7, scale=0.5, proj_type="left", decomposition="svd", stagger=False,
-        lr=0.03, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.1,
+        cos_threshold=0.3, gamma_proj=3.0, queue_size=4, lr=0.03, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.1,
     )  # fmt: skip
     group = TrainerOptimizer()(model, config=config, seed=3).param_groups[0]
     expected = {
         "rank": 5, "update_proj_gap": 7, "scale": 0.5, "proj_type": "left", "decomposition": "svd", "stagger": False,
-        "lr": 0.03, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1,
+        "cos_threshold": 0.3, "gamma_proj": 3.0, "queue_size": 4, "lr": 0.03, "betas": (0.8, 0.99), "eps": 1e-6,
+        "weight_decay": 0.1,
     }  # fmt: skip
     assert {key: group[key] for key in expected} == expected
 

@@ -1,5 +1,6 @@
 """Whole runs of a tiny model on real text: what they leave behind, how they are stopped and go on, what they refuse."""
 
+import itertools
 import json
 import os
 import signal
@@ -59,6 +60,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     assert trajectory(one) == trajectory(other)
+    assert records.read(RunFolder(one).subspaces) == records.read(RunFolder(other).subspaces)
     kept, remade = weights(one), weights(other)
     assert kept.keys() == remade.keys()
     assert all(torch.equal(kept[name], remade[name]) for name in kept)
@@ -90,11 +92,47 @@ def test_a_run_leaves_all_that_it_promises(tiny, tmp_path):
     assert result.checkpoint is None
     assert folder.plot.read_bytes().startswith(b"\x89PNG")
 
+    renewals = records.read(folder.subspaces)
+    assert {record["step"] for record in renewals if record["renewals"] == 1} == {1}
+    assert len({record["weight"] for record in renewals}) == 2 * 7
+    # Of 14 layers, 4 take their turns in the steps 1, 4 and 7 from 0 on; the others two each.
+    assert history[-1]["renewals"] == result.renewals == len(renewals) == 14 + 4 * 3 + 10 * 2
+    last = {record["weight"]: record["overlap"] for record in renewals}.values()
+    assert result.overlap == pytest.approx(sum(last) / len(last))
+    assert {record["gap"] for record in renewals} == {3}
+
     model = AutoModelForCausalLM.from_pretrained(folder.model)
     words = AutoTokenizer.from_pretrained(folder.model)
     assert model.num_parameters() == result.parameters
     written = model.generate(**words("import ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert words.decode(written[0]).startswith("import ")
+
+
+def test_lazy_renewal_saves_renewals_and_tells_gap_and_overlap_of_each(tiny, tmp_path):
+    given = {"gap": 1, "steps": 12, "eval_every": 0}
+    fixed = new_run(tiny(**given), tmp_path / "fixed").train()
+    lazy = new_run(tiny(**given, cos_threshold=0.0, gamma_proj=3.0, queue_size=2), tmp_path / "lazy").train()
+    assert fixed.renewals == 14 * 12
+    assert lazy.renewals < fixed.renewals
+    renewals = records.read(RunFolder(tmp_path / "lazy").subspaces)
+    assert len(renewals) == lazy.renewals
+    by_weight = {}
+    for record in renewals:
+        by_weight.setdefault(record["weight"], []).append(record)
+    for own in by_weight.values():
+        assert [record["renewals"] for record in own] == list(range(1, len(own) + 1))
+        assert own[0]["overlap"] is None
+        assert all(-1 <= record["overlap"] <= 1 for record in own[1:])
+        between = [later["step"] - earlier["step"] for earlier, later in itertools.pairwise(own)]
+        assert between == [record["gap"] for record in own[:-1]]  # a gap of 1 leaves no turns to take
+        assert between[:2] == [1, 1]
+    assert {record["gap"] for record in renewals} > {1, 3}
+
+
+def test_a_full_rank_optimizer_renews_nothing(tiny, tmp_path):
+    result = new_run(tiny(optimizer="adamw", steps=1, eval_every=0), tmp_path / "run").train()
+    assert (result.renewals, result.overlap) == (0, None)
+    assert not RunFolder(tmp_path / "run").subspaces.exists()
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_share(tiny, tmp_path):
@@ -121,6 +159,19 @@ def test_the_micro_batch_changes_nothing_else(tiny, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_the_recipe_of_least_memory_trains_and_recomputing_changes_nothing(tiny, tmp_path):
+    recipe = {"optimizer": "galore-adamw8bit", "gradients": "fused", "update": "backward", "dtype": "bfloat16"}
+    losses = []
+    for checkpointing in (True, False):
+        out = tmp_path / str(checkpointing)
+        run = new_run(tiny(**recipe, checkpointing=checkpointing, micro_batch=8, steps=5, eval_every=0), out)
+        assert run.model.model.layers[0].gradient_checkpointing is checkpointing
+        run.train()
+        losses.append([record["loss"] for record in records.read(RunFolder(out).metrics) if "loss" in record])
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
 def epoch_of_three_steps(texts: Path, folder: Path) -> Path:
     """So little text that eight steps pass over it more than twice."""
     folder.mkdir()
@@ -137,10 +188,13 @@ def epoch_of_three_steps(texts: Path, folder: Path) -> Path:
         ("galore-adamw8bit", "long", 2),
         ("adamw", "short", 4),
         ("galore-adamw", "stream", 5),
+        ("galore-adamw", "lazy", 4),
     ],
 )
 def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny, texts, tmp_path, monkeypatch):
     given = {"optimizer": optimizer}
+    if data == "lazy":
+        given |= {"cos_threshold": 0.0, "queue_size": 1, "gap": 1}
     if data == "short":
         given["data"] = str(epoch_of_three_steps(texts, tmp_path / "short"))
     if data == "stream":

@@ -1,0 +1,162 @@
+"""Training steps of the LLaMA-7B benchmark, each with its loss, its seconds by part and its memory by kind."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from benchmarks.footprint import Footprint, stored_bytes
+from benchmarks.llama_7b_model import Advance, Case, real_text
+from galore_torch import GaLore
+from galore_torch.gradients import attach
+from galore_torch.optim.rule import Rule
+from galore_torch.optim.work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step came to.
+
+    Attributes:
+        loss: Before the step, nats per token.
+        forward_s: Seconds of the forward.
+        backward_s: Of the backward, without what follows.
+        renewal_s: Of finding new bases.
+        inner_s: Of the optimizer inside, on coordinates, embeddings, head and norms.
+        fold_s: Of projecting the coordinates back into the weights.
+        other_s: Of all else that applies gradients: projecting full ones, checks, reading bases in few bits.
+        renewed: How many bases were found.
+        peak_bytes: The most memory that the process took.
+        activation_bytes: By how much the forward let it grow.
+        gradient_bytes: The largest gradient that there was at a time.
+    """
+
+    loss: float
+    forward_s: float
+    backward_s: float
+    renewal_s: float
+    inner_s: float
+    fold_s: float
+    other_s: float
+    renewed: int
+    peak_bytes: int
+    activation_bytes: int
+    gradient_bytes: int
+
+    @property
+    def optimizer_s(self) -> float:
+        """Seconds of applying gradients, renewals apart."""
+        return self.inner_s + self.fold_s + self.other_s
+
+    @property
+    def ordinary_s(self) -> float:
+        """Seconds of the step without its renewals."""
+        return self.forward_s + self.backward_s + self.optimizer_s
+
+
+class Watch:
+    """What calls of one method come to while it is watched.
+
+    Attributes:
+        seconds: In all.
+        calls: How many.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.calls = 0.0, 0
+
+
+@contextmanager
+def watched(owner: type, name: str) -> Iterator[Watch]:
+    """Time the calls of a method, whoever makes them."""
+    watch, original = Watch(), getattr(owner, name)
+
+    @functools.wraps(original)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start_s = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            watch.seconds += time.perf_counter() - start_s
+            watch.calls += 1
+
+    with mock.patch.object(owner, name, timed):
+        yield watch
+
+
+class Steps:
+    """A model under training; the same text in every step.
+
+    Args:
+        model: The model.
+        optimizer: Over its parameters.
+        case: How gradients are formed, and the text's length.
+        footprint: Of this process.
+        advance: Called as each weight's gradient is complete.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        optimizer: GaLore,
+        case: Case,
+        footprint: Footprint,
+        advance: Advance = lambda: None,
+    ) -> None:
+        self._model, self._optimizer, self._footprint = model, optimizer, footprint
+        self._ids = real_text(case)
+        self._largest_gradient_bytes = 0
+        # Before those of `attach`, which free the gradients.
+        noting = self._noting(advance)
+        hooks = [weight.register_post_accumulate_grad_hook(noting) for weight in model.parameters()]  # type: ignore[no-untyped-call]
+        attachment = attach(model, optimizer, gradients=case.gradients, update="backward")
+        self._undo = [attachment.remove, *(hook.remove for hook in hooks)]
+
+    def _noting(self, advance: Advance) -> Callable[[Tensor], None]:
+        def note(weight: Tensor) -> None:
+            self._largest_gradient_bytes = max(self._largest_gradient_bytes, stored_bytes([weight.grad]))
+            advance()
+
+        return note
+
+    def step(self) -> Step:
+        """Take one step."""
+        self._footprint.forget()
+        self._largest_gradient_bytes = 0
+        with ExitStack() as stack:
+            applying, renewing, inner, folding = (
+                stack.enter_context(watched(owner, name))
+                for owner, name in ((GaLore, "apply"), (Work, "renew"), (Rule, "step"), (Work, "fold"))
+            )
+            before_bytes, start_s = self._footprint.taken_bytes(), time.perf_counter()
+            loss = self._model(input_ids=self._ids, labels=self._ids).loss
+            forward_s, after_bytes = time.perf_counter() - start_s, self._footprint.taken_bytes()
+            start_s = time.perf_counter()
+            loss.backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            rest_s = time.perf_counter() - start_s
+        return Step(
+            loss=float(loss.detach()),
+            forward_s=forward_s,
+            backward_s=rest_s - applying.seconds,
+            renewal_s=renewing.seconds,
+            inner_s=inner.seconds,
+            fold_s=folding.seconds,
+            other_s=applying.seconds - renewing.seconds - inner.seconds - folding.seconds,
+            renewed=renewing.calls,
+            peak_bytes=self._footprint.base_bytes + self._footprint.peak_bytes(),
+            activation_bytes=max(0, after_bytes - before_bytes),
+            gradient_bytes=self._largest_gradient_bytes,
+        )
+
+    def close(self) -> None:
+        """Leave the model as it was before, but for its weights."""
+        while self._undo:
+            self._undo.pop(0)()

@@ -1,0 +1,100 @@
+"""Products of bfloat16 matrices on a CPU that has no instructions for them: computed in float32, for all alike.
+
+torch falls back to loops there that take a hundred times as long as its float32 products: no step of a large model
+ends. `in_float32` replaces torch's kernels of this process, so that whatever is measured (models, optimizers, peers and
+the floor) multiplies in the same way: blocks of both factors are widened, multiplied, and rounded once.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**21
+"""Of a factor that is widened at a time: enough to keep the cores busy, and next to nothing in memory."""
+
+_installed: list[torch.library.Library] = []
+
+
+def bfloat16_is_native() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices with instructions of its own."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def in_float32() -> bool:
+    """Compute this process' products of bfloat16 matrices in float32, if its CPU cannot multiply them itself.
+
+    Returns:
+        Whether that is so.
+    """
+    if bfloat16_is_native():
+        return False
+    if not _installed:
+        _install()
+    return True
+
+
+def _install() -> None:
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    kernels = {"mm": _mm, "addmm": _addmm, "addmm_": _addmm_in_place, "bmm": _bmm, "baddbmm_": _baddbmm_in_place}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are replaced is the point
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, "CPU", allow_override=True)  # type: ignore[no-untyped-call]
+    _installed.append(library)
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The product of two bfloat16 matrices, block by block, in float32."""
+    inner = max(a.shape[1], 1)
+    step = max(BLOCK_ELEMENTS // inner, 16)
+    for i in range(0, a.shape[0], step):
+        rows = slice(i, min(i + step, a.shape[0]))
+        wide = a[rows].float()
+        for j in range(0, b.shape[1], step):
+            columns = slice(j, min(j + step, b.shape[1]))
+            out = wide.new_empty(rows.stop - rows.start, columns.stop - columns.start)
+            yield rows, columns, torch.mm(wide, b[:, columns].float(), out=out)
+
+
+def _is_served(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    out = a.new_empty(a.shape[0], b.shape[1])
+    if not _is_served(a, b):
+        return torch.mm(a, b, out=out)
+    for rows, columns, block in _blocks(a, b):
+        out[rows, columns] = block
+    return out
+
+
+def _addmm_in_place(into: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if not _is_served(into, a, b):
+        return torch.addmm(into, a, b, beta=beta, alpha=alpha, out=into)
+    for rows, columns, block in _blocks(a, b):
+        part = into[rows, columns]
+        part.copy_(block.mul_(alpha).add_(part, alpha=beta) if beta else block.mul_(alpha))
+    return into
+
+
+def _addmm(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    out = added.expand(a.shape[0], b.shape[1]).clone(memory_format=torch.contiguous_format)
+    return _addmm_in_place(out, a, b, beta=beta, alpha=alpha)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    if not _is_served(a, b):
+        return torch.bmm(a, b, out=out)
+    for one, left, right in zip(out, a, b, strict=True):
+        one.copy_(_mm(left, right))
+    return out
+
+
+def _baddbmm_in_place(into: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    for one, left, right in zip(into, a, b, strict=True):
+        _addmm_in_place(one, left, right, beta=beta, alpha=alpha)
+    return into

@@ -1,0 +1,19 @@
+"""Floor 1: storage of bases, images and weights in few bits. Tensors only; it knows no optimizer."""
+
+from galore_torch.lowbit import operations  # noqa: F401 (serves torch's operations on a QuantizedWeight)
+from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, orthonormality_loss
+from galore_torch.lowbit.codes import BITS, Codes, check_bits
+from galore_torch.lowbit.linear import linear
+from galore_torch.lowbit.weights import QuantizedWeight
+
+__all__ = [
+    "BITS",
+    "Codes",
+    "QuantizedWeight",
+    "Storage",
+    "StoredBasis",
+    "check_bits",
+    "is_same_basis",
+    "linear",
+    "orthonormality_loss",
+]

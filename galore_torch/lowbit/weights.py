@@ -1,0 +1,276 @@
+"""`QuantizedWeight`: a weight kept in INT8, in the place of the full one.
+
+It has the weight's shape and dtype, and stores symmetric 8-bit codes with a scale for every group of them (Q-GaLore,
+arXiv 2407.08296). A linear layer decodes it for its forward and again for its backward, and keeps nothing of it in
+between. An optimizer's update is added to the decoded numbers and rounded to codes again, up or down at random, so that
+updates of less than a code are right on average.
+
+Whatever else only reads it sees the decoded numbers; of views, too: they are views of a decoded copy. Whatever else
+would change it in place is refused, but for `copy_`, which rounds to the nearest: numbers that were decoded, and kept
+in bfloat16 or more, become the same codes again. So plain checkpoints lose nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from galore_torch.lowbit.codes import Codes, check_bits
+
+aten = torch.ops.aten
+
+BLOCK_ELEMENTS = 2**20
+"""Numbers that are decoded or encoded together, about: what is formed of a weight in float32 at one time."""
+
+
+OPERATIONS: dict[Any, Callable[..., Any]] = {}
+"""What is done in place of an operation of torch's dispatcher; called with it and its arguments."""
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""What is done in place of a function or a method of torch, before autograd sees it; called with its arguments."""
+
+
+class QuantizedWeight(Tensor):
+    """A tensor of a weight's shape and dtype that stores INT8 codes.
+
+    Attributes:
+        codes: uint8, one a number, in the weight's own order; the last group is filled up.
+        scale: bfloat16, the largest magnitude of each group.
+        seed: of the random numbers of its updates; None rounds to the nearest.
+
+    Example:
+        >>> weight = torch.randn(64, 256)
+        >>> kept = QuantizedWeight.of(weight, group_size=128)
+        >>> kept.shape, kept.stored_bytes / weight.nbytes, bool((kept - weight).abs().max() < 0.03)
+        (torch.Size([64, 256]), 0.25390625, True)
+    """
+
+    codes: Tensor
+    scale: Tensor
+    seed: int | None
+
+    @staticmethod
+    def __new__(  # noqa: D417
+        cls: type[QuantizedWeight],
+        codes: Tensor,
+        scale: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        seed: int | None = None,
+        requires_grad: bool = False,
+        is_parameter: bool = False,
+    ) -> QuantizedWeight:
+        """Wraps codes.
+
+        Args:
+            codes: uint8, a whole number of groups.
+            scale: one for each group.
+            shape: of the weight.
+            dtype: of the weight.
+            seed: of its updates.
+            requires_grad: whether it is trained.
+            is_parameter: whether it is an `nn.Parameter` as it stands.
+        """
+        made: QuantizedWeight = Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=dtype, device=codes.device, requires_grad=requires_grad
+        )
+        made.codes, made.scale, made.seed = codes, scale, seed
+        if is_parameter:
+            made._is_param = True
+        return made
+
+    @classmethod
+    def of(cls, weight: Tensor, group_size: int = 256, seed: int | None = None) -> QuantizedWeight:
+        """A weight in INT8, rounded to the nearest.
+
+        Args:
+            weight: of two dimensions and of floating dtype, finite.
+            group_size: numbers that share a scale, even.
+            seed: of the random numbers of its updates; None rounds these to the nearest, too.
+
+        Returns:
+            The quantized weight, of the same shape, dtype and device.
+
+        Raises:
+            ValueError: a weight or a group size that cannot be served.
+        """
+        check_bits(8, group_size)
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} and {weight.dtype} cannot be kept in INT8; it needs two "
+                "dimensions and a floating dtype of 16 bits or more"
+            )
+        groups = -(-weight.numel() // group_size)
+        made = cls(
+            weight.new_empty(groups * group_size, dtype=torch.uint8),
+            weight.new_empty(groups, dtype=torch.bfloat16),
+            weight.shape,
+            weight.dtype,
+            seed,
+        )
+        with torch.no_grad():
+            made.take(weight.detach())
+        return made
+
+    @property
+    def group_size(self) -> int:
+        """Numbers that share a scale."""
+        return self.codes.numel() // max(1, self.scale.numel())
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes of codes and scales."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that the codes stand for, in a plain tensor of its own. No gradient flows through it.
+
+        Args:
+            dtype: of the result; the weight's when None.
+
+        Returns:
+            Of the weight's shape.
+        """
+        plain = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        for rows in self._blocks():
+            plain[rows] = self._decode(rows)
+        return plain
+
+    @torch.no_grad()
+    def move(
+        self, update: Callable[[slice], Tensor], *, step: int, alpha: float = 1.0, beta: float | Tensor = 1.0
+    ) -> None:
+        """In place: weight <- beta * weight + alpha * update, rounded to codes at random if there is a seed.
+
+        The random numbers depend on the seed and on the step alone. Nothing of the weight's size is formed.
+
+        Args:
+            update: gives these rows of the update.
+            step: the number of the weight's step.
+            alpha: factor of the update.
+            beta: factor of the weight.
+        """
+        noise = None
+        if self.seed is not None:
+            noise = torch.Generator(device=self.device)
+            noise.manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        for rows in self._blocks():
+            numbers = self._decode(rows).mul_(beta).add_(update(rows), alpha=alpha)
+            self._encode(rows, numbers, noise)
+        torch.autograd.graph.increment_version(self)
+
+    def _blocks(self) -> Iterator[slice]:
+        """Rows, block by block, such that each block but the last is a whole number of groups."""
+        rows, columns = self.shape
+        unit = self.group_size // math.gcd(self.group_size, columns)
+        step = unit * max(1, BLOCK_ELEMENTS // (unit * columns))
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def _stored(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The codes and scales of some rows."""
+        columns, size = self.shape[1], self.group_size
+        first, last = rows.start * columns // size, -(-rows.stop * columns // size)
+        return self.codes[first * size : last * size], self.scale[first:last]
+
+    def _decode(self, rows: slice) -> Tensor:
+        codes, scale = self._stored(rows)
+        shape = (rows.stop - rows.start, self.shape[1])
+        return Codes(codes=codes, scale=scale, low=None, shape=shape, bits=8).decode()
+
+    def _encode(self, rows: slice, numbers: Tensor, noise: torch.Generator | None = None) -> None:
+        codes, scale = self._stored(rows)
+        made = Codes.of(numbers, 8, self.group_size, symmetric=True, noise=noise)
+        codes.copy_(made.codes)
+        codes[numbers.numel() :] = codes[numbers.numel() - 1 : numbers.numel()]  # what fills it up knows no chance
+        scale.copy_(made.scale)
+
+    def take(self, source: Tensor) -> QuantizedWeight:
+        """What `copy_` does: rounds other numbers to the nearest codes.
+
+        Args:
+            source: of a shape that can be expanded to this one, finite; codes of equal groups are taken as they are.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: a number that is not finite; nothing has changed then.
+        """
+        if isinstance(source, QuantizedWeight) and (source.shape, source.group_size) == (self.shape, self.group_size):
+            self.codes.copy_(source.codes)
+            self.scale.copy_(source.scale)
+            return self
+        source = (source.decode() if isinstance(source, QuantizedWeight) else source).expand(self.shape)
+        if source.device.type != "meta" and source.numel() and not torch.stack(source.aminmax()).isfinite().all():
+            raise ValueError(
+                f"a weight of shape {tuple(source.shape)}, to be kept in INT8, holds numbers that are not finite; "
+                "repair it, or leave it out of quantize_weights"
+            )
+        for rows in self._blocks():
+            self._encode(rows, source[rows].to(self.device))
+        return self
+
+    def like(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> QuantizedWeight:
+        """One of the same shape and seed with other codes, and perhaps another dtype."""
+        return QuantizedWeight(codes, scale, self.shape, dtype or self.dtype, self.seed)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"QuantizedWeight({self.decode()!r}, group_size={self.group_size})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
+        if id(self) not in memo:
+            copied = self._pickled(self.codes.clone(), self.scale.clone())
+            memo[id(self)] = QuantizedWeight(*copied)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return QuantizedWeight, self._pickled(self.codes, self.scale)
+
+    def _pickled(self, codes: Tensor, scale: Tensor) -> tuple[Any, ...]:
+        is_parameter = getattr(self, "_is_param", False)
+        return codes, scale, tuple(self.shape), self.dtype, self.seed, self.requires_grad, is_parameter
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        served = FUNCTIONS.get(func)
+        if served is not None:
+            return served(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        served = OPERATIONS.get(func)
+        if served is not None and isinstance(args[0], cls):
+            return served(func, *args, **kwargs)
+        if any(isinstance(tensor, cls) for tensor in tree_leaves(_changed(func, args, kwargs))):
+            raise ValueError(
+                f"{func} would change a weight in place that is kept in INT8. GaLore's optimizers move it, and copy_ "
+                "sets it; for all else call dequantize_weights(model) first"
+            )
+        return func(*decoded(args), **decoded(kwargs))
+
+
+def decoded(tree: Any) -> Any:
+    """Arguments of any kind, with each quantized weight decoded."""
+    return tree_map(lambda leaf: leaf.decode() if isinstance(leaf, QuantizedWeight) else leaf, tree)
+
+
+def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to."""
+    specs = func._schema.arguments
+    given = [*zip(args, specs, strict=False), *((kwargs.get(spec.name), spec) for spec in specs[len(args) :])]
+    return [value for value, spec in given if spec.alias_info and spec.alias_info.is_write]
+
+
+torch.serialization.add_safe_globals([QuantizedWeight])

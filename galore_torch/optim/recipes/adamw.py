@@ -1,0 +1,102 @@
+"""`GaLoreAdamW`: the paper's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from galore_torch.optim.galore import GaLore
+from galore_torch.optim.rule import Moved, Traits
+
+
+class GaLoreAdamW(GaLore):
+    """GaLore around torch's AdamW: the paper's optimizer.
+
+    Decay is decoupled and acts on the weight before the update, as torch's AdamW does it.
+
+    Args:
+        params: parameters or groups; those with a `rank` are projected (see `GaLore`).
+        lr: learning rate. The paper's: 0.01 with `scale` 0.25.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment; 1e-8 as in the paper (galore-torch 1.0 had 1e-6).
+        weight_decay: decoupled decay of the weight.
+        amsgrad: use the largest second moment so far.
+        maximize: go up instead of down.
+        fused: torch's fused kernel; where torch supports it when None.
+        correct_bias: False leaves out the bias correction of the moments.
+        no_deprecation_warning: understood for callers of galore-torch 1.0; there is no such warning.
+        state_dtype: dtype of the moments; the weight's own when None.
+        skip_nonfinite: leave out weights whose gradient is not finite.
+        seed: of the decompositions' random numbers.
+
+    Raises:
+        ValueError: an argument or a group that cannot be served.
+
+    Example:
+        >>> layer = torch.nn.Linear(64, 256)
+        >>> groups = [{"params": [layer.weight], "rank": 8}, {"params": [layer.bias]}]
+        >>> optimizer = GaLoreAdamW(groups, lr=0.01)
+        >>> layer(torch.randn(2, 64)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[layer.weight]["inner"]["exp_avg"].shape
+        torch.Size([256, 8])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        fused: bool | None = None,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = True,  # noqa: ARG002 (for old callers)
+        state_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
+        seed: int = 0,
+    ) -> None:
+        params = list(params)
+        super().__init__(
+            params,
+            optimizer=torch.optim.AdamW,
+            traits=None if correct_bias else Traits(decay="decoupled", factor=_undo_bias_correction),
+            state_dtype=state_dtype,
+            skip_nonfinite=skip_nonfinite,
+            seed=seed,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            fused=_can_fuse(params) if fused is None else fused,
+        )
+
+
+def _can_fuse(params: list[Any]) -> bool | None:
+    """Whether torch's fused kernels take all of these parameters; None leaves the choice to torch."""
+    tensors: list[Any] = []
+    for entry in params:
+        tensors.extend([entry["params"]] if isinstance(entry, dict) and isinstance(entry["params"], Tensor) else [])
+        if isinstance(entry, dict) and not isinstance(entry["params"], Tensor):
+            entry["params"] = list(entry["params"])
+            tensors.extend(entry["params"])
+        elif not isinstance(entry, dict):
+            tensors.append(entry)
+    tensors = [one[1] if isinstance(one, tuple) else one for one in tensors]
+    devices = _get_fused_kernels_supported_devices()
+    fits = (isinstance(t, Tensor) and t.is_floating_point() and t.device.type in devices for t in tensors)
+    return True if all(fits) else None
+
+
+def _undo_bias_correction(moved: Moved) -> float:
+    beta1, beta2 = moved.group["betas"]
+    return float((1 - beta1**moved.step) / (1 - beta2**moved.step) ** 0.5)

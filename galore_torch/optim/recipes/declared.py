@@ -1,0 +1,40 @@
+"""What is declared of optimizers that have no recipe and that a probe cannot tell about, or takes long to try."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from galore_torch.optim.rule import DECLARED, Decay, Moved, Traits
+
+
+def _muon_shape_ratio(moved: Moved) -> float:
+    """Muon's learning rate depends on the parameter's shape, and the coordinates' shape is not the weight's."""
+
+    def adjusted(rows: int, columns: int) -> float:
+        match moved.group.get("adjust_lr_fn"):
+            case None | "original":
+                return math.sqrt(max(1.0, rows / columns))
+            case "match_rms_adamw":
+                return math.sqrt(max(rows, columns))
+        return 1.0
+
+    return adjusted(*moved.weight.shape[:2]) / adjusted(*moved.coordinates_shape[:2])
+
+
+def _is_large_and_divides(block: int, size: int) -> bool:
+    """What torchao quantizes the state of."""
+    return size >= 4096 and size % block == 0
+
+
+DECLARED[f"{torch.optim.Muon.__module__}.Muon"] = Traits(decay="decoupled", factor=_muon_shape_ratio)
+# torchao's compile a kernel when first tried, which takes seconds.
+_TORCHAO: dict[str, Decay] = {"AdamW": "decoupled", "Adam": "l2"}
+_BLOCKS = {"8bit": 256, "4bit": 128, "Fp8": 256}
+for _name, _decay in _TORCHAO.items():
+    for _bits, _block in _BLOCKS.items():
+        DECLARED[f"torchao.optim.adam.{_name}{_bits}"] = Traits(
+            decay=_decay, holds_in_few_bits=functools.partial(_is_large_and_divides, _block)
+        )

@@ -1,0 +1,51 @@
+"""What has become of each weight's subspace: how often it was renewed, how often it will be, and how far it moved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from galore_torch.optim.work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subspace:
+    """The subspace of one projected weight.
+
+    Attributes:
+        renewals: how many bases it has had.
+        gap: steps between two renewals, as things stand: the weight's own if it renews lazily.
+        overlap: how much of the last basis but one is left in the last, from 0 (as of random ones) to 1 (the same);
+            not a number before there are two.
+    """
+
+    renewals: int
+    gap: int
+    overlap: float
+
+
+def subspaces_of(work: Sequence[Work]) -> dict[str, Subspace]:
+    """The subspaces of projected weights, read back from the device at once.
+
+    Args:
+        work: the weights, with their state prepared.
+
+    Returns:
+        By the weight's name; where several have the same, with its place among the projected ones.
+    """
+    if not work:
+        return {}
+    last = [one.state["overlaps"][-1] for one in work]
+    overlaps = torch.stack([one.to(last[0].device) for one in last]).tolist()
+    count = Counter(one.name for one in work)
+    return {
+        one.name if count[one.name] == 1 else f"{one.name} (projected weight {one.index})": Subspace(
+            renewals=one.state["renewals"],
+            gap=one.gap,
+            overlap=overlap if one.state["renewals"] > 1 else float("nan"),
+        )
+        for one, overlap in zip(work, overlaps, strict=True)
+    }

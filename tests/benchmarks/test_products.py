@@ -1,0 +1,43 @@
+import subprocess
+import sys
+import textwrap
+
+from benchmarks import products
+
+CHECK = """
+    import torch
+    from benchmarks import products
+
+    products._install()  # also where the CPU multiplies bfloat16 itself
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def close(ours, exact):
+        assert ours.dtype == torch.bfloat16
+        assert torch.allclose(ours.double(), exact, rtol=2**-8, atol=1e-3), (ours.double() - exact).abs().max()
+
+    products.BLOCK_ELEMENTS = 2048  # several blocks, and a short last one
+    a, b, c = draw(70, 50).bfloat16(), draw(50, 90).bfloat16(), draw(70, 90).bfloat16()
+    wide_a, wide_b, wide_c = a.double(), b.double(), c.double()
+    close(a @ b, wide_a @ wide_b)
+    close(torch.nn.functional.linear(a, b.T.contiguous()), wide_a @ wide_b)
+    close(torch.addmm(c, a, b, beta=0.5, alpha=2), 0.5 * wide_c + 2 * wide_a @ wide_b)
+    close(c.clone().addmm_(a, b, beta=0.9, alpha=-0.1), 0.9 * wide_c - 0.1 * wide_a @ wide_b)
+    close(torch.stack((a, -a)) @ torch.stack((b, b)), torch.stack((wide_a @ wide_b, -wide_a @ wide_b)))
+    x = draw(8, 50).bfloat16().requires_grad_()
+    layer = torch.nn.Linear(50, 30).bfloat16()
+    layer(x).backward(torch.ones(8, 30, dtype=torch.bfloat16))
+    close(layer.weight.grad, torch.ones(30, 8).double() @ x.detach().double())
+    assert torch.equal(wide_a @ wide_b, torch.mm(wide_a, wide_b, out=torch.empty(70, 90).double()))
+"""
+
+
+def test_products_of_bfloat16_matrices_are_those_of_float32_rounded_once():
+    subprocess.run([sys.executable, "-c", textwrap.dedent(CHECK)], check=True, timeout=120)
+
+
+def test_kernels_are_replaced_only_where_the_processor_lacks_bfloat16(monkeypatch):
+    monkeypatch.setattr(products, "bfloat16_is_native", lambda: True)
+    assert not products.in_float32()
