@@ -15,7 +15,8 @@ from torch import Tensor
 from galore_torch.lowbit.weights import FUNCTIONS, QuantizedWeight, decoded
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator] (not torch.compiler.disable: it imports the compiler)
+# torch.compiler.disable would do the same, and import the compiler with it.
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Y = x W^T + b, keeping no decoded copy for the backward. The gradient of the weight is a plain tensor.
 

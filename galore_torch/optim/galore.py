@@ -151,6 +151,8 @@ class GaLore(Optimizer):
         check_group(group)
         if not is_projected(group):
             group = {**self._others.defaults, **group}
+            if self._others is not self._rule and any(isinstance(one, QuantizedWeight) for one in group["params"]):
+                self._traits_of_others()  # codes move through coordinates: refuse here what cannot, before any step
         self._check_dimensions(group)
         super().add_param_group(group)
 

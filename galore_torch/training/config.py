@@ -140,15 +140,18 @@ class OptimizerConfig:
     weight_bits: int = setting(
         16, "Bits of the projected weights: 16 (as the dtype says) or 8 (galore- optimizers only).", choices=(16, 8)
     )
-    stochastic_rounding: bool = setting(
-        True, "Round INT8 weights up or down at random, so that updates smaller than a code count on average."
+    weight_rounding: str = setting(
+        "stochastic",
+        "How INT8 weights are rounded after an update: up or down at random, so that updates smaller than a code "
+        "count on average, or to the nearest.",
+        choices=("stochastic", "nearest"),
     )
 
     def __post_init__(self) -> None:
         check(self)
         _refuse_without_projection(self)
-        if self.weight_bits == 16 and not self.stochastic_rounding:
-            raise ValueError("stochastic_rounding = False is for weights in few bits; give weight_bits = 8 with it.")
+        if self.weight_bits == 16 and self.weight_rounding == "nearest":
+            raise ValueError("weight_rounding = 'nearest' is for weights in few bits; give weight_bits = 8 with it.")
         if self.image_bits != 16 and (self.gradients == "full" or self.update == "backward"):
             raise ValueError(
                 f"image_bits = {self.image_bits}, and no projected gradients wait with gradients = {self.gradients!r}, "
@@ -163,7 +166,16 @@ class OptimizerConfig:
             )
 
 
-_PROJECTED_ONLY = ("state_dtype", "weight_bits", "basis_bits", "cos_threshold", "image_bits", "gradients", "update")
+_PROJECTED_ONLY = (
+    "state_dtype",
+    "weight_bits",
+    "basis_bits",
+    "cos_threshold",
+    "image_bits",
+    "gradients",
+    "update",
+    "weight_rounding",
+)
 
 
 def _refuse_without_projection(config: OptimizerConfig) -> None:

@@ -53,10 +53,11 @@ def _quantizer(config: PretrainConfig) -> Callable[[nn.Module], None]:
     if config.optimizer.weight_bits == 16:
         return lambda _: None
     seeds = itertools.count(config.schedule.seed * 1_000_003)
+    stochastic = config.optimizer.weight_rounding == "stochastic"
 
     def made(module: nn.Module) -> None:
         if isinstance(module, LlamaDecoderLayer):
-            quantize_weights(module, stochastic_rounding=config.optimizer.stochastic_rounding, seed=next(seeds))
+            quantize_weights(module, stochastic_rounding=stochastic, seed=next(seeds))
 
     return made
 

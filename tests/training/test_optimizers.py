@@ -75,4 +75,4 @@ def test_settings_arrive(model):
 
 
 def test_the_registry_tells_projection_by_name():
-    assert all(name.startswith("galore-") is entry.projected for name, entry in REGISTRY.items())
+    assert all(("galore-" in name) is entry.projected for name, entry in REGISTRY.items())
