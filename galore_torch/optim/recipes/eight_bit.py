@@ -13,7 +13,7 @@ from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import PROJECTED_DEFAULTS, is_projected
 from galore_torch.optim.rule import Traits
 
-_SLICE_ELEMENTS = 2**22
+_SLICE_ELEMENTS = 2**20
 """On a CPU bitsandbytes copies what it moves, and its moments, into float32. Slices are whole blocks of 256, so that
 they move as the whole would."""
 
