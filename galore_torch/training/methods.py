@@ -1,7 +1,8 @@
 """Methods: the paper's and its baselines, each a named set of settings, so that one word chooses a row of its tables.
 
 A method stands between a preset or a file and single flags: it overrides the first, and they override it. It says what
-is trained and how gradients are formed and applied; the model, the text, the length and the rank are the preset's.
+is trained and how gradients are formed and applied; the model, the text, the length and the rank are the preset's, and
+so are the learning rates that it has for the method.
 """
 
 from __future__ import annotations

@@ -88,6 +88,8 @@ def configure(
 ) -> PretrainConfig:
     """A preset, overridden by a TOML file, by a method and by settings by name; what is None is not given.
 
+    A method brings the preset's learning rates for it: the file's were for what the file trains.
+
     Args:
         preset: a key of `PRESETS`; if None, what the file names as ``preset``, or `DEFAULT_PRESET`.
         file: a TOML file with sections, such as a run folder's ``config.toml``.
@@ -111,7 +113,7 @@ def configure(
     if preset not in PRESETS:
         raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
     chosen = method_settings(method)
-    if chosen and "lr" not in flags:  # those of the file suited what it trains
+    if chosen:  # the file's learning rates suited what the file trains
         values = {name: value for name, value in values.items() if name not in ("lr", "others_lr")}
     settings = {**values, **chosen, **flags}
     config = from_values({**PRESETS[preset], **settings})  # judges every value, before others depend on one

@@ -57,7 +57,7 @@ class RunResult:
         state_bytes: the optimizer's state.
         peak_memory_bytes: GPU memory if there is a GPU, the process's otherwise.
         parameters: of the model, as it is saved.
-        trained_parameters: those that the optimizer moves; more than `parameters` where adapters stand beside them.
+        trained_parameters: those that the optimizer moves, of the model or of its adapters.
         tokens_per_second: mean over the training steps, without evaluations and saves.
         seconds: time spent in training steps.
         renewals: bases found, over all weights and resumptions; 0 for an optimizer that does not project.
@@ -178,7 +178,14 @@ def _prepare(
         eval_dataset=text.held_out,
         data_collator=packing.collate,
         processing_class=text.tokenizer,
-        callbacks=[log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt(), *adapting, *callbacks],
+        callbacks=[
+            log,
+            SubspaceLog(folder.subspaces),
+            LiveProgress(console, log),
+            SaveOnInterrupt(),
+            *adapting,
+            *callbacks,
+        ],
         # A factory is allowed, though the annotation names classes only.
         optimizer_cls_and_kwargs=(  # type: ignore[arg-type]
             optimizers.TrainerOptimizer,
