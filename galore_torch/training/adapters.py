@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ class LowRankLinear(nn.Sequential):
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         weight = linear.weight
         place = {"device": weight.device, "dtype": weight.dtype}
-        A = nn.Linear(linear.in_features, rank, bias=False, **place)  # type: ignore[arg-type]
-        B = nn.Linear(rank, linear.out_features, bias=linear.bias is not None, **place)  # type: ignore[arg-type]
+        A = nn.Linear(linear.in_features, rank, bias=False, **place)
+        B = nn.Linear(rank, linear.out_features, bias=linear.bias is not None, **place)
         # A number of B A is the sum of r products: its variance is r times that of A's times that of B's.
         spread = (weight.detach().float().std().item() / rank**0.5) ** 0.5
         for factor in (A, B):
@@ -144,10 +144,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 @torch.no_grad()
-def merge(layer: LoraLayer) -> None:
+def merge(layer: Any) -> None:
     """Add what an adapter has learnt to the frozen matrix. The adapter itself stays as it is.
 
-    The sum is rounded once, to the matrix's dtype.
+    Args:
+        layer: one of `lora_layers`, of a linear layer.
     """
     weight = layer.get_base_layer().weight
     weight.copy_(weight.float() + layer.get_delta_weight(NAME).float())

@@ -170,7 +170,7 @@ def _prepare(
     else:
         folder.create(config, text.digest)
     log = MetricsLog(folder.metrics, config.tokens_per_step)
-    adapting = restarts.callbacks_for(config.adapter)
+    ours = [log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt()]
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -178,14 +178,7 @@ def _prepare(
         eval_dataset=text.held_out,
         data_collator=packing.collate,
         processing_class=text.tokenizer,
-        callbacks=[
-            log,
-            SubspaceLog(folder.subspaces),
-            LiveProgress(console, log),
-            SaveOnInterrupt(),
-            *adapting,
-            *callbacks,
-        ],
+        callbacks=[*ours, *restarts.callbacks_for(config.adapter), *callbacks],
         # A factory is allowed, though the annotation names classes only.
         optimizer_cls_and_kwargs=(  # type: ignore[arg-type]
             optimizers.TrainerOptimizer,

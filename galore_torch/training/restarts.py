@@ -56,8 +56,8 @@ class Restarts(TrainerCallback):
         schedule = kw["lr_scheduler"]
         if not isinstance(schedule, LambdaLR):
             raise ValueError(
-                f"lr_scheduler_type = {args.lr_scheduler_type!r} is no function of the step, so that ReLoRA cannot warm "
-                "up again after a restart; choose another, such as 'cosine_with_min_lr'."
+                f"lr_scheduler_type = {args.lr_scheduler_type!r} is no function of the step, so that ReLoRA cannot "
+                "warm up again after a restart; choose another, such as 'cosine_with_min_lr'."
             )
         schedule.lr_lambdas = [jagged(smooth, self.every, self.warmup) for smooth in schedule.lr_lambdas]
 
@@ -103,8 +103,8 @@ def restart(model: nn.Module, optimizer: Optimizer, prune: float) -> None:
     """
     for _, layer in lora_layers(model):
         merge(layer)
-        layer.reset_lora_parameters(NAME, True)
-        prune_state(optimizer, (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight), prune)
+        layer.reset_lora_parameters(NAME, True)  # type: ignore[no-untyped-call]
+        prune_state(optimizer, [*layer.lora_A.parameters(), *layer.lora_B.parameters()], prune)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def test_each_method_has_its_line_of_help():
     assert all(len(name) + 2 + len(line) <= 100 for name, line in HELP.items())
 
 
-@pytest.mark.parametrize(("preset", "method"), itertools.product(PRESETS, METHODS))
+@pytest.mark.parametrize(("preset", "method"), list(itertools.product(PRESETS, METHODS)))
 def test_a_method_chooses_what_is_trained_and_leaves_the_rest_to_the_preset(preset, method):
     at_once = {"batch": 16, "micro_batch": 16}  # what is applied inside the backward is not accumulated
     config, plain = configure(preset, method=method, **at_once), configure(preset, **at_once)
@@ -125,7 +125,7 @@ def test_flags_override_a_method_and_a_method_overrides_the_file(tmp_path):
         ({"method": "low-rank", "weight_bits": 8}, ["weight_bits = 8", "galore-"]),
         ({"method": "relora", "update": "backward"}, ["update = 'backward'", "adapter = 'relora'"]),
         ({"method": "relora", "optimizer": "adamw8bit"}, ["restart_prune = 0.99", "give restart_prune = 1"]),
-        ({"method": "lora", "optimizer": "galore-adamw"}, ["adapter = 'lora'", "optimizer = 'galore-adamw'", "adamw8bit"]),
+        ({"method": "lora", "optimizer": "galore-adamw"}, ["optimizer = 'galore-adamw'", "adamw8bit"]),
         ({"method": "lora", "restart_every": 5}, ["restart_every = 5", "adapter = 'relora'", "leave it out"]),
         ({"method": "low-rank", "adapter_dropout": 0.1}, ["adapter_dropout = 0.1", "'lora' or 'relora'"]),
         ({"method": "galore", "adapter_rank": 4}, ["adapter_rank = 4", "not for 'none'"]),

@@ -1,4 +1,4 @@
-"""ReLoRA's restarts: the function stays, the adapters begin again, most of the state is gone, the schedule is jagged."""
+"""ReLoRA's restarts: the function stays, adapters begin again, most of the state is gone, the schedule is jagged."""
 
 import pytest
 import torch
