@@ -38,7 +38,7 @@ def build_app() -> typer.Typer:
         no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
     )
     app.callback()(_galore)
-    app.command("pretrain", epilog=command.EXAMPLES)(flags.with_settings(command.pretrain))
+    app.command("pretrain", epilog=command.EPILOG)(flags.with_settings(command.pretrain))
     return app
 
 

@@ -5,6 +5,8 @@
 | `settings` | how a setting is declared once and checked, read from TOML, and shown in ``--help`` |
 | `config` | which settings a pre-training has |
 | `presets` | which values the paper's models and the demo use |
+| `methods` | which settings make the paper's method and its baselines |
+| `adapter_config`, `adapters`, `restarts` | matrices of low rank in the place of whole ones: settings, layers, ReLoRA |
 | `sources` | where documents come from |
 | `tokenizer` | which tokenizer cuts them |
 | `packing` | how documents become sequences of one length |

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from galore_torch.training.config import PretrainConfig
+from galore_torch.training.methods import METHODS, described
 from galore_torch.training.presets import DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.units import duration, megabytes
@@ -30,9 +31,15 @@ galore pretrain --preset llama-60m --data allenai/c4 --out runs/60m
 galore pretrain --preset llama-60m --data texts/ --rank 64 --lr 5e-3 --steps 2000
 [dim]text of your own[/]
 
+galore pretrain --preset llama-60m --data allenai/c4 --method lora
+[dim]a baseline of the paper, at equal rank, tokens and steps[/]
+
 galore pretrain --resume --out runs/60m
 [dim]go on after Ctrl-C[/]
 """
+
+EPILOG = f"{EXAMPLES}\n{described()}"
+"""What ``--help`` ends with."""
 
 _RUN = "Run"
 # What is shown while Transformers is imported, only when it is needed: a wrong flag is to be told at once.
@@ -52,13 +59,21 @@ def pretrain(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What is trained, and how, as the paper compares it: {', '.join(METHODS)}. Overrides preset and "
+            "--config; flags override it.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="TOML file of settings, such as a run folder's config.toml.", rich_help_panel=_RUN),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help=r"Run folder to make. [dim]\[default: runs/PRESET-OPTIMIZER][/]", rich_help_panel=_RUN),
+        typer.Option(help=r"Run folder to make. [dim]\[default: runs/PRESET-METHOD][/]", rich_help_panel=_RUN),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, by its own settings.", rich_help_panel=_RUN)
@@ -77,7 +92,7 @@ def pretrain(
     ] = False,
     **given: Any,
 ) -> None:
-    """Pre-train a LLaMA from scratch, with GaLore or with a full-rank optimizer to compare with.
+    """Pre-train a LLaMA from scratch, with GaLore or with a method to compare it with.
 
     The run folder gets config.toml, metrics.jsonl, subspaces.jsonl (the renewals of bases), the model with its
     tokenizer, loss.png and a resumable checkpoint.
@@ -87,14 +102,14 @@ def pretrain(
     given = {name: value for name, value in given.items() if value is not None}
     try:
         if resume:
-            run = _resumed(out, {"preset": preset, "config": config, **given}, console)
+            run = _resumed(out, {"preset": preset, "method": method, "config": config, **given}, console)
         elif prepare:
-            _prepare(configure(preset, config, **given), console)
+            _prepare(configure(preset, config, method=method, **given), console)
             return
         else:
-            settings = configure(preset, config, **given)
+            settings = configure(preset, config, method=method, **given)
             start = preset or (DEFAULT_PRESET if config is None else config.stem)
-            run = _new(settings, out or Path("runs") / f"{start}-{settings.optimizer.optimizer}", console)
+            run = _new(settings, out or Path("runs") / f"{start}-{method or settings.title}", console)
     except (ValueError, ImportError) as error:
         told = f"[bold red]galore pretrain:[/] {escape(str(error))}"
         Console(stderr=True).print(told, highlight=False, soft_wrap=True)

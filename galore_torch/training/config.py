@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.training import optimizers
+from galore_torch.training.adapter_config import AdapterConfig, resolved
 from galore_torch.training.settings import check, read_toml, setting, write_toml
 
 _PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -173,7 +174,6 @@ _PROJECTED_ONLY = (
     "cos_threshold",
     "image_bits",
     "gradients",
-    "update",
     "weight_rounding",
 )
 
@@ -188,6 +188,32 @@ def _refuse_without_projection(config: OptimizerConfig) -> None:
             raise ValueError(
                 f"{field.name} = {value!r} is for the galore- optimizers, not for {config.optimizer!r}; leave it out."
             )
+
+
+def refuse_beside_adapter(adapter: AdapterConfig, config: OptimizerConfig) -> None:
+    """Refuse an optimizer's settings that an adapter excludes.
+
+    Raises:
+        ValueError: when they train the whole matrices or move weights where an adapter cannot follow.
+    """
+    if adapter.adapter == "none":
+        return
+    if optimizers.is_projected(config.optimizer):
+        full_rank = ", ".join(name for name in optimizers.NAMES if not optimizers.is_projected(name))
+        raise ValueError(
+            f"adapter = {adapter.adapter!r} and optimizer = {config.optimizer!r}, which projects what has a low rank "
+            f"already; choose one of {full_rank} (method = {adapter.adapter!r} does), or adapter = 'none'."
+        )
+    if config.update == "backward":
+        raise ValueError(
+            f"update = 'backward' and adapter = {adapter.adapter!r}, whose few gradients wait for the step; leave out "
+            "one of them."
+        )
+    if adapter.adapter == "relora" and 0 < adapter.restart_prune < 1 and not optimizers.is_prunable(config.optimizer):
+        raise ValueError(
+            f"restart_prune = {adapter.restart_prune} would pick numbers from the state of "
+            f"optimizer = {config.optimizer!r}, which does not keep them one by one; give restart_prune = 1."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,9 +252,13 @@ class PretrainConfig:
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    adapter: AdapterConfig
     schedule: ScheduleConfig
 
     def __post_init__(self) -> None:
+        adapter = resolved(self.adapter, rank=self.optimizer.rank, steps=self.schedule.steps)
+        object.__setattr__(self, "adapter", adapter)
+        refuse_beside_adapter(self.adapter, self.optimizer)
         if self.optimizer.update == "backward" and self.schedule.micro_batch != self.schedule.batch:
             raise ValueError(
                 f"update = 'backward' applies each gradient at once, and micro_batch = {self.schedule.micro_batch} "
@@ -240,6 +270,12 @@ class PretrainConfig:
         """Tokens that one optimizer step sees."""
         return self.schedule.batch * self.data.seq
 
+    @property
+    def title(self) -> str:
+        """What is trained in a word or two: the optimizer's name, after the adapter's if there is one."""
+        adapter, optimizer = self.adapter.adapter, self.optimizer.optimizer
+        return optimizer if adapter == "none" else f"{adapter}-{optimizer}"
+
     def to_toml(self) -> str:
         """The whole configuration as TOML, which `configure` reads back."""
         return write_toml(dataclasses.asdict(self))
@@ -249,6 +285,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
+    "adapter": AdapterConfig,
     "schedule": ScheduleConfig,
 }
 """Every section by its name in TOML and in `PretrainConfig`. No two sections share a setting's name."""

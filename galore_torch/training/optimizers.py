@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Groups = list[dict[str, Any]]
 
+MATRICES = ("attn", "mlp")
+"""Parts of the names of the modules whose linear weights are meant by matrices; see `galore_torch.param_groups`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -27,10 +30,12 @@ class Entry:
     Attributes:
         build: makes it from the parameter groups, the settings and the run's seed.
         projected: whether its groups carry the projection's keys.
+        prunable: whether its state is plain numbers, one for each of the weight's, so that some can be set to zero.
     """
 
     build: Callable[[Groups, OptimizerConfig, int], Optimizer]
     projected: bool
+    prunable: bool = False
 
 
 def _adam(config: OptimizerConfig) -> dict[str, Any]:
@@ -110,10 +115,10 @@ REGISTRY: dict[str, Entry] = {
     "qgalore-adamw8bit": Entry(build=_qgalore_adamw8bit, projected=True),
     "galore-adafactor": Entry(build=_galore_adafactor, projected=True),
     "galore-sgd": Entry(build=_galore_sgd, projected=True),
-    "adamw": Entry(build=_adamw, projected=False),
+    "adamw": Entry(build=_adamw, projected=False, prunable=True),
     "adamw8bit": Entry(build=_adamw8bit, projected=False),
     "adafactor": Entry(build=_adafactor, projected=False),
-    "sgd": Entry(build=_sgd, projected=False),
+    "sgd": Entry(build=_sgd, projected=False, prunable=True),
 }
 """Every optimizer by the name that ``--optimizer`` takes."""
 
@@ -123,6 +128,11 @@ NAMES = tuple(REGISTRY)
 def is_projected(name: str) -> bool:
     """Whether the optimizer of this name projects."""
     return REGISTRY[name].projected
+
+
+def is_prunable(name: str) -> bool:
+    """Whether single numbers of the state of the optimizer of this name can be set to zero."""
+    return REGISTRY[name].prunable
 
 
 def groups_of(model: Module, config: OptimizerConfig) -> Groups:
@@ -142,6 +152,7 @@ def groups_of(model: Module, config: OptimizerConfig) -> Groups:
     groups = param_groups(
         model,
         config.rank if is_projected(config.optimizer) else 1,  # which weights are matrices does not depend on it
+        MATRICES,
         update_proj_gap=config.gap,
         scale=config.scale,
         proj_type=config.proj_type,
@@ -169,7 +180,10 @@ def build(model: Module, config: OptimizerConfig, seed: int) -> Optimizer:
         ValueError: when the projection's settings do not fit the model.
         ImportError: when the optimizer's library is not installed.
     """
-    return REGISTRY[config.optimizer].build(groups_of(model, config), config, seed)
+    name = config.optimizer
+    if config.update == "backward" and not is_projected(name):
+        name = f"galore-{name}"  # whose hooks move each weight inside the backward; groups without a rank stay whole
+    return REGISTRY[name].build(groups_of(model, config), config, seed)
 
 
 class TrainerOptimizer:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.training.config import PretrainConfig, from_values, read_values
+from galore_torch.training.methods import method_settings, refuse_unheeded
 from galore_torch.training.optimizers import is_projected
 
 DEFAULT_PRESET = "llama-tiny"
@@ -40,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Settings of each preset by name. What a preset leaves out has the setting's own default."""
 
-PROJECTED, FULL_RANK = "projected", "full rank"
+PROJECTED, FULL_RANK, ADAPTED = "projected", "full rank", "adapted"
 
 BY_OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
     "llama-7b": {
@@ -52,59 +53,74 @@ BY_OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What a preset sets besides, for optimizers that project, for those that do not, and for one by its name."""
 
-_PAPER_LR = {PROJECTED: {"lr": 0.01}, FULL_RANK: {"lr": 0.001}}
+_PAPER_LR = {PROJECTED: {"lr": 0.01}, FULL_RANK: {"lr": 0.001}, ADAPTED: {"lr": 0.005}}
 
 LEARNING_RATES: dict[str, dict[str, dict[str, float]]] = {
     # Both tuned at the demo's length; docs/decisions.md has the table.
-    "llama-tiny": {PROJECTED: {"lr": 0.005, "others_lr": 0.02}, FULL_RANK: {"lr": 0.0005, "others_lr": 0.02}},
+    "llama-tiny": {
+        PROJECTED: {"lr": 0.005, "others_lr": 0.02},
+        FULL_RANK: {"lr": 0.0005, "others_lr": 0.02},
+        ADAPTED: {"lr": 0.005, "others_lr": 0.02},
+    },
     "llama-60m": _PAPER_LR,
     "llama-130m": _PAPER_LR,
     "llama-350m": _PAPER_LR,
     "llama-1b": _PAPER_LR,
-    "llama-7b": {PROJECTED: {"lr": 0.005}, FULL_RANK: {"lr": 0.001}},
+    "llama-7b": {PROJECTED: {"lr": 0.005}, FULL_RANK: {"lr": 0.001}, ADAPTED: {"lr": 0.005}},
 }
-"""Peak learning rates of each preset, for optimizers that project and for those that do not.
+"""Peak learning rates of each preset, for optimizers that project, for those that do not, and for adapters.
 
 The paper tunes its full-rank baselines over 1e-2 to 1e-4 and does not tell the winners: 1e-3 is a place to start from.
 """
 
 
-def learning_rates(preset: str, optimizer: str) -> dict[str, float]:
-    """The preset's peak learning rates for an optimizer: ``lr`` and, where it differs, ``others_lr``."""
-    return LEARNING_RATES[preset][_kind(optimizer)]
+def learning_rates(preset: str, optimizer: str, adapter: str = "none") -> dict[str, float]:
+    """The preset's peak learning rates for what is trained: ``lr`` and, where it differs, ``others_lr``."""
+    return LEARNING_RATES[preset][_kind(optimizer) if adapter == "none" else ADAPTED]
 
 
 def _kind(optimizer: str) -> str:
     return PROJECTED if is_projected(optimizer) else FULL_RANK
 
 
-def configure(preset: str | None = None, file: Path | None = None, **given: Any) -> PretrainConfig:
-    """A preset, overridden by a TOML file, overridden by settings by name; what is None is not given.
+def configure(
+    preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
+) -> PretrainConfig:
+    """A preset, overridden by a TOML file, by a method and by settings by name; what is None is not given.
+
+    A method brings the preset's learning rates for it: the file's were for what the file trains.
 
     Args:
         preset: a key of `PRESETS`; if None, what the file names as ``preset``, or `DEFAULT_PRESET`.
         file: a TOML file with sections, such as a run folder's ``config.toml``.
+        method: a key of `galore_torch.training.methods.METHODS`.
         given: settings by name, such as ``rank=256``.
 
     Returns:
-        The whole configuration, with the learning rates that the preset has for the optimizer.
+        The whole configuration, with the learning rates that the preset has for what is trained.
 
     Raises:
-        ValueError: when the preset, a setting or a value is not known or not allowed.
+        ValueError: when the preset, the method, a setting or a value is not known or not allowed.
 
     >>> configure("llama-60m", steps=500).optimizer.lr
     0.01
+    >>> configure("llama-60m", method="full").optimizer.lr
+    0.001
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    if file is not None:
-        named, values = read_values(file)
-        preset, given = preset or named, {**values, **given}
-    preset = preset or DEFAULT_PRESET
+    flags = {name: value for name, value in given.items() if value is not None}
+    named, values = (None, {}) if file is None else read_values(file)
+    preset = preset or named or DEFAULT_PRESET
     if preset not in PRESETS:
         raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
-    config = from_values({**PRESETS[preset], **given})  # judges every value, before others depend on one
-    optimizer = config.optimizer.optimizer
+    chosen = method_settings(method)
+    if chosen:  # the file's learning rates suited what the file trains
+        values = {name: value for name, value in values.items() if name not in ("lr", "others_lr")}
+    settings = {**values, **chosen, **flags}
+    config = from_values({**PRESETS[preset], **settings})  # judges every value, before others depend on one
+    optimizer, adapter = config.optimizer.optimizer, config.adapter.adapter
     by_optimizer = BY_OPTIMIZER.get(preset, {})
     besides = {**by_optimizer.get(_kind(optimizer), {}), **by_optimizer.get(optimizer, {})}
-    rates = {} if "lr" in given else learning_rates(preset, optimizer)
-    return from_values({**PRESETS[preset], **besides, **rates, **given})
+    rates = {} if "lr" in settings else learning_rates(preset, optimizer, adapter)
+    config = from_values({**PRESETS[preset], **besides, **rates, **settings})
+    refuse_unheeded(method, flags, config.optimizer, config.adapter)
+    return config

@@ -21,7 +21,8 @@ from transformers import (
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from galore_torch.optim import state_bytes
-from galore_torch.training import optimizers, packing, records, subspaces
+from galore_torch.training import optimizers, packing, records, restarts, subspaces
+from galore_torch.training.adapters import adapt, merged
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.interrupt import SaveOnInterrupt
 from galore_torch.training.metrics import MetricsLog
@@ -35,8 +36,8 @@ from galore_torch.training.text import Text, amount, prepare_text
 
 # What of a result is recorded in metrics.jsonl.
 _FINAL = (
-    "step", "tokens", "eval_loss", "perplexity", "state_bytes", "peak_memory_bytes", "parameters", "tokens_per_second",
-    "seconds", "renewals", "overlap",
+    "step", "tokens", "eval_loss", "perplexity", "state_bytes", "peak_memory_bytes", "parameters", "trained_parameters",
+    "tokens_per_second", "seconds", "renewals", "overlap",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class RunResult:
     Attributes:
         out: the run folder.
         optimizer: the optimizer's name.
+        adapter: the adapters' name, or "none".
         finished: False if it was stopped early; what needs an evaluation is then None.
         step: optimizer steps made, over all resumptions.
         tokens: tokens seen.
@@ -54,7 +56,8 @@ class RunResult:
         eval_loss: its logarithm, nats per token.
         state_bytes: the optimizer's state.
         peak_memory_bytes: GPU memory if there is a GPU, the process's otherwise.
-        parameters: of the model.
+        parameters: of the model, as it is saved.
+        trained_parameters: those that the optimizer moves, of the model or of its adapters.
         tokens_per_second: mean over the training steps, without evaluations and saves.
         seconds: time spent in training steps.
         renewals: bases found, over all weights and resumptions; 0 for an optimizer that does not project.
@@ -64,6 +67,7 @@ class RunResult:
 
     out: str
     optimizer: str
+    adapter: str
     finished: bool
     step: int
     tokens: int
@@ -72,6 +76,7 @@ class RunResult:
     state_bytes: int
     peak_memory_bytes: int
     parameters: int
+    trained_parameters: int
     tokens_per_second: float
     seconds: float
     renewals: int
@@ -81,7 +86,11 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is ready to train: everything that could be wrong with its settings and its data has been judged."""
+    """A run that is ready to train: everything that could be wrong with its settings and its data has been judged.
+
+    Attributes:
+        parameters: of the model without adapters.
+    """
 
     config: PretrainConfig
     folder: RunFolder
@@ -89,6 +98,7 @@ class Run:
     trainer: Trainer
     log: MetricsLog
     tokenizer: PreTrainedTokenizerBase
+    parameters: int
     checkpoint: Path | None
 
     def train(self) -> RunResult:
@@ -149,15 +159,18 @@ def _prepare(
     text = prepare_text(config, console)
     set_seed(config.schedule.seed)
     model = build_model(config, text.tokenizer)
+    parameters = model.num_parameters()
+    adapt(model, config.adapter, optimizers.MATRICES)
     # Made once to be judged before anything is written; the Trainer makes its own.
     optimizers.build(model, config.optimizer, config.schedule.seed)
     arguments = _arguments(config, folder, trackers)
-    _announce(config, model, text, console)
+    _announce(config, parameters, text, console)
     if resumed:
         folder.require_text(text.digest)
     else:
         folder.create(config, text.digest)
     log = MetricsLog(folder.metrics, config.tokens_per_step)
+    ours = [log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt()]
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -165,7 +178,7 @@ def _prepare(
         eval_dataset=text.held_out,
         data_collator=packing.collate,
         processing_class=text.tokenizer,
-        callbacks=[log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt(), *callbacks],
+        callbacks=[*ours, *restarts.callbacks_for(config.adapter), *callbacks],
         # A factory is allowed, though the annotation names classes only.
         optimizer_cls_and_kwargs=(  # type: ignore[arg-type]
             optimizers.TrainerOptimizer,
@@ -181,6 +194,7 @@ def _prepare(
         trainer=trainer,
         log=log,
         tokenizer=text.tokenizer,
+        parameters=parameters,
         checkpoint=checkpoint,
     )
 
@@ -236,9 +250,9 @@ def _arguments(config: PretrainConfig, folder: RunFolder, trackers: list[str]) -
     return arguments
 
 
-def _announce(config: PretrainConfig, model: LlamaForCausalLM, text: Text, console: Console) -> None:
+def _announce(config: PretrainConfig, parameters: int, text: Text, console: Console) -> None:
     console.print(
-        f"[bold]{config.optimizer.optimizer}[/] on a LLaMA of {model.num_parameters():,} parameters; "
+        f"[bold]{config.title}[/] on a LLaMA of {parameters:,} parameters; "
         f"{config.data.data} ({amount(text, config)}); "
         f"{config.schedule.steps:,} steps of {config.tokens_per_step:,} tokens",
         highlight=False,
@@ -257,6 +271,7 @@ def _result(run: Run) -> RunResult:
     return RunResult(
         out=str(run.folder.root),
         optimizer=run.config.optimizer.optimizer,
+        adapter=run.config.adapter.adapter,
         finished=finished,
         step=step,
         tokens=tokens,
@@ -264,7 +279,8 @@ def _result(run: Run) -> RunResult:
         eval_loss=evaluation.get("eval_loss"),
         state_bytes=state_bytes(run.trainer.optimizer),
         peak_memory_bytes=peak_memory_bytes(),
-        parameters=run.model.num_parameters(),
+        parameters=run.parameters,
+        trained_parameters=run.model.num_parameters(only_trainable=True),
         tokens_per_second=tokens / run.log.seconds if run.log.seconds else 0.0,
         seconds=run.log.seconds,
         renewals=renewals,
@@ -276,8 +292,8 @@ def _result(run: Run) -> RunResult:
 def _finish(run: Run, result: RunResult) -> None:
     """Leave behind the model with its tokenizer, the plot and, as the sign that all is there, the last record."""
     run.model.config.use_cache = True  # for generation, by whoever loads it
-    run.model.save_pretrained(run.folder.model)
+    merged(run.model).save_pretrained(run.folder.model)
     run.tokenizer.save_pretrained(run.folder.model)
-    plot_losses({result.optimizer: run.folder.metrics}, run.folder.plot)
+    plot_losses({run.config.title: run.folder.metrics}, run.folder.plot)
     record = {name: getattr(result, name) for name in _FINAL}
     records.append(run.folder.metrics, {"final": True, **record})
