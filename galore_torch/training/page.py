@@ -138,7 +138,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     drawn = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = ElementTree.fromstring(drawn.getvalue())  # noqa: S314 - written by matplotlib a moment ago
+    svg = ElementTree.fromstring(drawn.getvalue())
     for parent in list(svg.iter()):
         for child in list(parent):
             # matplotlib's style sheet would style the whole page
