@@ -86,7 +86,7 @@ def _wait(process: subprocess.Popen[str], watch: Callable[[], None] | None) -> s
     while True:
         try:
             output, _ = process.communicate(timeout=_LOOK_EVERY)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:  # noqa: PERF203
             if watch is not None:
                 watch()
         else:

@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
     for name in ("torch", "transformers", "galore-torch"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # noqa: PERF203
             found[name] = "not installed as a package"
     return {**found, "processor": _processor()}
 
@@ -133,11 +133,13 @@ def _curves(best: dict[str, Setting], out: Path, by: str) -> Figure:
 
 def _sensitivity(job: Job, best: dict[str, Setting], outcomes: Sequence[Outcome]) -> Figure:
     figure, axes = _axes()
-    for index, (method, row) in enumerate(best.items()):
-        tried = [each for each in settings_of(job, outcomes, method) if each.others_lr - each.lr == row.others_lr - row.lr
-                 or each.others_lr == row.others_lr]  # fmt: skip
-        tried = sorted((each for each in tried if math.isfinite(each.loss)), key=lambda each: each.lr)
-        lrs, losses = [each.lr for each in tried], [each.loss for each in tried]
+    for index, method in enumerate(best):
+        least: dict[float, float] = {}  # by learning rate, at whichever rate of the others was best with it
+        for each in settings_of(job, outcomes, method):
+            if math.isfinite(each.loss):
+                least[each.lr] = min(each.loss, least.get(each.lr, math.inf))
+        lrs = sorted(least)
+        losses = [least[lr] for lr in lrs]
         axes.plot(lrs, losses, marker="o", markersize=4, label=method, **line_look(index))
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")

@@ -3,8 +3,8 @@
 | moment | what a signal does |
 | --- | --- |
 | while a run is prepared | `stoppable` ends the command; its folder is as it was |
-| while it trains | `galore_torch.training.interrupt` ends the step and saves; a second signal ends the command at once |
-| while the finished run is written | `deferred` lets that end first; a second signal ends the command at once |
+| while it trains | `galore_torch.training.interrupt` ends the step and saves; a second one ends it at once |
+| while the finished run is written | `deferred` lets that end first; a second one ends the command at once |
 """
 
 from __future__ import annotations

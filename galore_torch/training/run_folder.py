@@ -120,7 +120,7 @@ class RunFolder:
         return max((path for path in self._checkpoints() if _is_whole(path)), key=self.step_of, default=None)
 
     def drop_torn_checkpoints(self) -> None:
-        """Remove what a process that was killed wrote of a checkpoint, for the Trainer would take it for a whole one."""
+        """Remove half-written checkpoints of a killed process, which the Trainer would take for whole ones."""
         for path in self._checkpoints():
             if not _is_whole(path):
                 shutil.rmtree(path)
