@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 def main() -> None:
     """Run the command line. Without the ``train`` extra, say which line installs it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)  # until a command has something to save
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -24,13 +27,22 @@ def main() -> None:
     app()
 
 
+def _stop(_number: int, _frame: object) -> None:
+    sys.stderr.write("galore: stopped. Nothing was written.\n")
+    sys.exit(130)
+
+
 def build_app() -> typer.Typer:
     """The command line as a typer application.
 
     Raises:
         ImportError: when the ``train`` extra is not installed.
     """
-    from galore_torch.training import command, flags  # says what is missing, before typer is looked for
+    from galore_torch.training import (
+        command,
+        compare_command,
+        flags,
+    )  # says what is missing, before typer is looked for
 
     import typer  # isort: skip
 
@@ -39,6 +51,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_galore)
     app.command("pretrain", epilog=command.EPILOG)(flags.with_settings(command.pretrain))
+    app.command("compare", epilog=compare_command.EXAMPLES)(flags.with_settings(compare_command.compare))
     return app
 
 

@@ -14,8 +14,11 @@
 | `optimizers` | which optimizer a name stands for, and what the Trainer is handed |
 | `pretrain` | the run itself |
 | `command`, `flags` | how the command line starts it |
-| `run_folder`, `records`, `metrics`, `plots`, `peak_memory` | what it leaves behind |
-| `progress`, `interrupt`, `units` | what it shows meanwhile, and how it is stopped |
+| `files`, `run_folder`, `records`, `metrics`, `plots`, `peak_memory` | what it leaves behind |
+| `progress`, `interrupt`, `guard`, `units` | what it shows meanwhile, and how it is stopped |
+| `compare_plan`, `compare_runs`, `child` | methods beside each other: which runs, each in a process of its own |
+| `compare_results`, `compare_report`, `compare_command` | what they came to: ``galore compare`` |
+| `page`, `page_template` | pages for a browser |
 | `demo` | GaLore beside full-rank AdamW in a few minutes |
 
 All of it needs the ``train`` extra; importing it without says so.

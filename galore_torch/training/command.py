@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from galore_torch.training.config import PretrainConfig
+from galore_torch.training.guard import STOPPED, RunLeft, stoppable
 from galore_torch.training.methods import METHODS, described
 from galore_torch.training.presets import DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run_folder import RunFolder
@@ -44,9 +45,6 @@ EPILOG = f"{EXAMPLES}\n{described()}"
 _RUN = "Run"
 # What is shown while Transformers is imported, only when it is needed: a wrong flag is to be told at once.
 _LOADING = "Loading Transformers"
-
-STOPPED = 130
-"""Exit status of a run that Ctrl-C stopped, as shells have it."""
 
 
 def pretrain(
@@ -98,18 +96,36 @@ def pretrain(
     tokenizer, loss.png and a resumable checkpoint.
     Ctrl-C finishes the step, saves a checkpoint and says how to go on.
     """
-    console = Console(stderr=json)
     given = {name: value for name, value in given.items() if value is not None}
+    left = RunLeft("galore pretrain")
+    with stoppable(left):
+        others = {"preset": preset, "method": method, "config": config}
+        _pretrain(others, given, out=out, resume=resume, prepare=prepare, json=json, left=left)
+
+
+def _pretrain(
+    others: dict[str, Any],
+    given: dict[str, Any],
+    *,
+    out: Path | None,
+    resume: bool,
+    prepare: bool,
+    json: bool,
+    left: RunLeft,
+) -> None:
+    """What `pretrain` does with its options, ``others`` being those that name settings by the dozen."""
+    console = Console(stderr=json)
+    preset, method, config = others["preset"], others["method"], others["config"]
     try:
         if resume:
-            run = _resumed(out, {"preset": preset, "method": method, "config": config, **given}, console)
+            run = _resumed(out, {**others, **given}, console, left)
         elif prepare:
             _prepare(configure(preset, config, method=method, **given), console)
             return
         else:
             settings = configure(preset, config, method=method, **given)
             start = preset or (DEFAULT_PRESET if config is None else config.stem)
-            run = _new(settings, out or Path("runs") / f"{start}-{method or settings.title}", console)
+            run = _new(settings, out or Path("runs") / f"{start}-{method or settings.title}", console, left)
     except (ValueError, ImportError) as error:
         told = f"[bold red]galore pretrain:[/] {escape(str(error))}"
         Console(stderr=True).print(told, highlight=False, soft_wrap=True)
@@ -123,20 +139,22 @@ def pretrain(
         raise typer.Exit(STOPPED)
 
 
-def _new(settings: PretrainConfig, out: Path, console: Console) -> Run:
+def _new(settings: PretrainConfig, out: Path, console: Console, left: RunLeft) -> Run:
     RunFolder(out).require_new()
+    left.at_work_in(out, resumed=False)
     with console.status(_LOADING):
         from galore_torch.training.pretrain import new_run
     return new_run(settings, out, console=console)
 
 
-def _resumed(out: Path | None, others: dict[str, Any], console: Console) -> Run:
+def _resumed(out: Path | None, others: dict[str, Any], console: Console, left: RunLeft) -> Run:
     if out is None:
         raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
     also = [name for name, value in others.items() if value is not None]
     if also:
         raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
     RunFolder(out).require_unfinished()
+    left.at_work_in(out, resumed=True)
     with console.status(_LOADING):
         from galore_torch.training.pretrain import resumed_run
     return resumed_run(out, console=console)

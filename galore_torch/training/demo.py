@@ -7,7 +7,6 @@ learning rates that suited it best. Further arguments go to both: ``python -m ga
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,10 +14,12 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from galore_torch.training.command import STOPPED
+from galore_torch.training.child import run_child
+from galore_torch.training.guard import STOPPED, stoppable
 from galore_torch.training.plots import plot_losses
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.units import megabytes
@@ -44,16 +45,23 @@ def demo(parent: Path, flags: Sequence[str] = (), console: Console | None = None
     console = console or Console()
     console.rule("[bold]Text", align="left")
     # First, and in a process of its own, so that the work counts for neither run's memory.
-    subprocess.run(_command("--prepare", *flags), check=True)
+    prepared = run_child(_arguments("--prepare", *flags))
+    if prepared.stopped:
+        console.print("Stopped. Nothing was written.")
+        return None
+    if prepared.status:
+        raise subprocess.CalledProcessError(prepared.status, "pretrain --prepare")
     results: dict[str, dict[str, Any]] = {}
     for label, optimizer in RUNS.items():
         console.rule(f"[bold]{label}", align="left")
-        results[label] = _pretrain(optimizer, parent / optimizer, flags)
-        if not results[label]["finished"]:
-            console.print(
-                f"Stopped. Go on with:  galore pretrain --resume --out {results[label]['out']}", soft_wrap=True
-            )
+        result = _pretrain(optimizer, parent / optimizer, flags)
+        if result is None:
+            console.print(f"Stopped. {parent / optimizer} is not there; finished runs are kept.", soft_wrap=True)
             return None
+        if not result["finished"]:
+            console.print(f"Stopped. Go on with:  galore pretrain --resume --out {result['out']}", soft_wrap=True)
+            return None
+        results[label] = result
     picture = parent / "loss.png"
     plot_losses({label: RunFolder(Path(result["out"])).metrics for label, result in results.items()}, picture)
     console.rule(align="left")
@@ -62,24 +70,20 @@ def demo(parent: Path, flags: Sequence[str] = (), console: Console | None = None
     return picture
 
 
-def _pretrain(optimizer: str, out: Path, flags: Sequence[str]) -> dict[str, Any]:
-    """Run one pre-training in its own process, its progress on our stderr, and return its result."""
-    command = _command("--json", "--optimizer", optimizer, "--out", str(out), *flags)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        # Ctrl-C reaches the whole process group: let the run save and tell, and wait for it.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            output, _ = process.communicate()
-        finally:
-            signal.signal(signal.SIGINT, before)
-    if process.returncode not in (0, STOPPED):
-        raise subprocess.CalledProcessError(process.returncode, command)
-    result: dict[str, Any] = json.loads(output)
+def _pretrain(optimizer: str, out: Path, flags: Sequence[str]) -> dict[str, Any] | None:
+    """Run one pre-training in its own process, its progress on our stderr; None if it stopped without a state."""
+    arguments = _arguments("--json", "--optimizer", optimizer, "--out", str(out), *flags)
+    ended = run_child(arguments)
+    if ended.status == STOPPED or ended.stopped:
+        return json.loads(ended.output) if ended.output.strip() else None
+    if ended.status:
+        raise subprocess.CalledProcessError(ended.status, arguments)
+    result: dict[str, Any] = json.loads(ended.output)
     return result
 
 
-def _command(*flags: str) -> list[str]:
-    return [sys.executable, "-m", "galore_torch", "pretrain", "--preset", "llama-tiny", *flags]
+def _arguments(*flags: str) -> list[str]:
+    return ["pretrain", "--preset", "llama-tiny", *flags]
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
@@ -113,7 +117,10 @@ def main() -> None:
     """Run the demo in a folder of its own below ``runs``; the first that is free."""
     parents = (Path("runs") / name for name in chain(["demo"], (f"demo-{number}" for number in count(2))))
     try:
-        picture = demo(next(parent for parent in parents if not parent.exists()), sys.argv[1:])
+        with stoppable(lambda: "Stopped. Finished runs are kept."):
+            picture = demo(next(parent for parent in parents if not parent.exists()), sys.argv[1:])
+    except typer.Exit as stopped:
+        sys.exit(stopped.exit_code)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
     if picture is None:

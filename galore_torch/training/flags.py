@@ -20,7 +20,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one optional flag a setting.
 
     Args:
-        command: takes its own options and, as ``**given``, the settings by name; one that was not given is None.
+        command: takes its own options and, as ``**given``, the settings by name; one that was not given is None. An
+            option of its own that is named as a setting takes the setting's place.
 
     Returns:
         What typer makes a command of.
@@ -31,8 +32,10 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    taken = {parameter.name for parameter in parameters}
     for section, config in SECTIONS.items():
-        parameters += [_flag(section, field, hint) for field, hint in typed_fields(config)]
+        settings = [(field, hint) for field, hint in typed_fields(config) if field.name not in taken]
+        parameters += [_flag(section, field, hint) for field, hint in settings]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = command.__doc__

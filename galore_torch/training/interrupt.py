@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from galore_torch.training.guard import SIGNALS, stop_if_asked
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -24,7 +24,8 @@ class SaveOnInterrupt(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Listen for signals; only the main thread may."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            stop_if_asked()
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True

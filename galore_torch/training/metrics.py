@@ -38,6 +38,7 @@ class MetricsLog(TrainerCallback):
             records.keep_until(self.path, state.global_step)
         kept = records.read(self.path)
         self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self.evaluation = next((record for record in reversed(kept) if "eval_loss" in record), {})
         self._since = time.perf_counter()
 
     def on_log(

@@ -24,6 +24,7 @@ from galore_torch.optim import state_bytes
 from galore_torch.training import optimizers, packing, records, restarts, subspaces
 from galore_torch.training.adapters import adapt, merged
 from galore_torch.training.config import PretrainConfig
+from galore_torch.training.guard import deferred
 from galore_torch.training.interrupt import SaveOnInterrupt
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.model import build_model
@@ -104,9 +105,10 @@ class Run:
     def train(self) -> RunResult:
         """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record."""
         self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        result = _result(self)
-        if result.finished and self.trainer.is_world_process_zero():
-            _finish(self, result)
+        with deferred():
+            result = _result(self)
+            if result.finished and self.trainer.is_world_process_zero():
+                _finish(self, result)
         return result
 
 
@@ -167,6 +169,7 @@ def _prepare(
     _announce(config, parameters, text, console)
     if resumed:
         folder.require_text(text.digest)
+        folder.drop_torn_checkpoints()
     else:
         folder.create(config, text.digest)
     log = MetricsLog(folder.metrics, config.tokens_per_step)

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from galore_torch.training.files import write_whole
+
 Record = dict[str, Any]
+
+_TAIL = 8192  # bytes; more than two records
 
 
 def read(path: Path) -> list[Record]:
@@ -31,6 +34,17 @@ def read(path: Path) -> list[Record]:
 def final(path: Path) -> Record | None:
     """The record of the whole run, if it has ended."""
     return next((record for record in read(path) if record.get("final")), None)
+
+
+def last(path: Path) -> Record | None:
+    """The newest whole record of a run, found without reading the others; None if there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().decode("utf-8", errors="ignore").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n") and line.startswith("{")]
+    return json.loads(whole[-1]) if whole else None
 
 
 def append(path: Path, record: Record) -> None:
@@ -50,9 +64,7 @@ def _line(record: Record) -> str:
 def keep_until(path: Path, step: int) -> None:
     """Drop what was recorded after a step: a resumed run makes those steps again."""
     kept = [record for record in read(path) if record["step"] <= step]
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(map(_line, kept)), encoding="utf-8")
-    os.replace(unfinished, path)  # noqa: PTH105
+    write_whole(path, "".join(map(_line, kept)))
 
 
 def perplexity(loss: float) -> float:

@@ -12,11 +12,15 @@ runs/NAME/
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from galore_torch.training import records
 from galore_torch.training.config import PretrainConfig, from_values, read_values
+from galore_torch.training.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ class RunFolder:
     def create(self, config: PretrainConfig, text_digest: str) -> None:
         """Make the folder and write into it what the run is."""
         self.root.mkdir(parents=True, exist_ok=True)
-        self.text.write_text(text_digest + "\n", encoding="utf-8")
-        self.config.write_text(config.to_toml(), encoding="utf-8")
+        write_whole(self.text, text_digest + "\n")
+        write_whole(self.config, config.to_toml())  # last: a folder that has it is a run's
 
     def require_unfinished(self) -> None:
         """Refuse a folder in which nothing is left to do.
@@ -113,7 +117,26 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest resumable state, if there is one."""
-        from transformers.trainer_utils import get_last_checkpoint
+        return max((path for path in self._checkpoints() if _is_whole(path)), key=self.step_of, default=None)
 
-        found = get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
-        return None if found is None else Path(found)
+    def drop_torn_checkpoints(self) -> None:
+        """Remove half-written checkpoints of a killed process, which the Trainer would take for whole ones."""
+        for path in self._checkpoints():
+            if not _is_whole(path):
+                shutil.rmtree(path)
+
+    def step_of(self, checkpoint: Path) -> int:
+        """The step after which a checkpoint was written."""
+        return int(checkpoint.name.rpartition("-")[2])
+
+    def _checkpoints(self) -> list[Path]:
+        return [path for path in self.checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its own state last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

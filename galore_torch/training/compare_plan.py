@@ -1,0 +1,179 @@
+"""Which runs a comparison consists of: methods by learning rates by seeds under one recipe, at equal tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from galore_torch.training.config import PretrainConfig
+from galore_torch.training.files import write_whole
+from galore_torch.training.methods import method_settings
+from galore_torch.training.presets import configure
+
+_WHAT_DIFFERS = ("optimizer", "adapter")  # the methods' own; a flag for all would undo them
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which command the runs are of, and what of its result is compared.
+
+    Attributes:
+        subcommand: of ``galore``.
+        score: the field of the final record that the table shows; less is better.
+        loss: the field that decides which learning rate is best; less is better.
+        configure: makes a run's whole configuration from a preset's name and settings.
+    """
+
+    subcommand: str
+    score: str
+    loss: str
+    configure: Callable[..., PretrainConfig]
+
+
+PRETRAIN = Job("pretrain", "perplexity", "eval_loss", configure)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: what tells it from the others, and its whole configuration."""
+
+    method: str
+    lr: float
+    others_lr: float
+    seed: int
+    config: PretrainConfig
+
+    @property
+    def rates(self) -> str:
+        """The learning rates as the folder has them."""
+        others = "" if self.others_lr == self.lr else f"-others-{self.others_lr:g}"
+        return f"lr-{self.lr:g}{others}"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, below the comparison's."""
+        return Path(self.method) / self.rates / f"seed-{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """The run in words."""
+        return f"{self.method} {self.rates} seed {self.seed}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it sees."""
+        return self.config.tokens_per_step * self.config.schedule.steps
+
+
+def rates_by_method(option: str, given: Sequence[str], methods: Sequence[str]) -> dict[str, list[float | None]]:
+    """Learning rates for each method from what was given: ``0.01`` for all, ``galore=0.01`` for one alone.
+
+    Raises:
+        ValueError: when a rate is no number above 0 or names a method that is not compared.
+
+    >>> rates_by_method("lr", ["0.01", "galore=0.02"], ["full", "galore"])
+    {'full': [0.01], 'galore': [0.02]}
+    """
+    own: dict[str, list[float | None]] = {method: [] for method in methods}
+    shared: list[float | None] = []
+    for text in given:
+        method, found, number = text.rpartition("=")
+        if found and method not in own:
+            raise ValueError(f"{option} = {text!r} is for a method that is not compared; add --method {method}.")
+        try:
+            rate = float(number)
+        except ValueError as error:
+            raise ValueError(f"{option} = {text!r} is no number; give one, or METHOD=NUMBER.") from error
+        (own[method] if found else shared).append(rate)
+    return {method: list(dict.fromkeys(rates or shared or [None])) for method, rates in own.items()}
+
+
+def make_plan(
+    job: Job,
+    preset: str | None,
+    methods: Sequence[str],
+    lrs: Sequence[str],
+    others_lrs: Sequence[str],
+    seeds: Sequence[int],
+    given: Mapping[str, Any],
+) -> list[PlannedRun]:
+    """All runs, in the order in which they are made; every setting is judged.
+
+    Args:
+        job: what the runs are of.
+        preset: what they start from.
+        methods: keys of `galore_torch.training.methods.METHODS`.
+        lrs: see `rates_by_method`; without any, the preset's.
+        others_lrs: the same for what is never projected.
+        seeds: of the runs.
+        given: further settings by name, for all runs.
+
+    Raises:
+        ValueError: when a setting does not fit.
+    """
+    for name in _WHAT_DIFFERS:
+        if given.get(name) is not None:
+            raise ValueError(f"{name} = {given[name]!r} is what the methods differ in; choose them by --method.")
+    methods = list(dict.fromkeys(methods))
+    by_lr, by_others = rates_by_method("lr", lrs, methods), rates_by_method("others_lr", others_lrs, methods)
+    runs = []
+    for method in methods:
+        for lr, others, seed in itertools.product(by_lr[method], by_others[method], dict.fromkeys(seeds)):
+            # As settings, not by the method's name: a flag for all, such as a rank, may say nothing to one of them.
+            settings = {**method_settings(method), **given, "seed": seed, "lr": lr, "others_lr": others}
+            config = job.configure(preset, **settings)
+            optimizer = config.optimizer
+            runs.append(PlannedRun(method, optimizer.lr, optimizer.others_lr or optimizer.lr, seed, config))
+    if len({run.tokens for run in runs}) != 1:
+        raise ValueError("method = ... : the methods would see different amounts of tokens; give steps and batch.")
+    return runs
+
+
+def _described(job: Job, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    return {
+        "job": job.subcommand,
+        "runs": {str(run.folder): dataclasses.asdict(run.config) for run in runs},
+    }
+
+
+def require_same_plan(path: Path, job: Job, runs: Sequence[PlannedRun]) -> None:
+    """Refuse a folder that was begun with other runs or other settings.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    if not path.exists():
+        folder = path.parent
+        if folder.exists() and any(name.name != "compare.lock" for name in folder.iterdir()):
+            raise ValueError(f"out = {str(folder)!r} holds something else; choose another --out.")
+        return
+    kept, now = json.loads(path.read_text(encoding="utf-8")), _described(job, runs)
+    differences = _differences(kept, now)
+    if differences:
+        raise ValueError(
+            f"out = {str(path.parent)!r} was begun with another plan: {'; '.join(differences[:6])}. Give the same "
+            "options, or choose another --out."
+        )
+
+
+def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    if kept["job"] != now["job"]:
+        return [f"{kept['job']} instead of {now['job']}"]
+    found = [f"{name} was planned" for name in kept["runs"] if name not in now["runs"]]
+    found += [f"{name} was not planned" for name in now["runs"] if name not in kept["runs"]]
+    for run in kept["runs"].keys() & now["runs"].keys():
+        for section, values in now["runs"][run].items():
+            before = kept["runs"][run].get(section, {})
+            found += [f"{name} was {before.get(name)!r}" for name in values if values[name] != before.get(name)]
+    return list(dict.fromkeys(found))
+
+
+def write_plan(path: Path, job: Job, runs: Sequence[PlannedRun], command: str) -> None:
+    """Keep the plan, and by which command it was begun."""
+    if not path.exists():
+        write_whole(path, json.dumps({**_described(job, runs), "command": command}, indent=1) + "\n")

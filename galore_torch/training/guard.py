@@ -1,0 +1,156 @@
+"""Ctrl-C (and a cluster's SIGTERM) at any moment of a command: a saved state or an untouched folder, and a line on it.
+
+| moment | what a signal does |
+| --- | --- |
+| while a run is prepared | `stoppable` ends the command; its folder is as it was |
+| while it trains | `galore_torch.training.interrupt` ends the step and saves; a second one ends it at once |
+| while the finished run is written | `deferred` lets that end first; a second one ends the command at once |
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from galore_torch.training import records
+from galore_torch.training.run_folder import RunFolder
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What asks a command to stop."""
+
+STOPPED = 130
+"""Exit status of a command that Ctrl-C stopped, as shells have it."""
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
+    """Let the signals go to a handler for a while. Only the main thread can; in others nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
+
+
+class _Asked:
+    """Whether the command that runs was asked to stop, for a library may have swallowed the exception."""
+
+    def __init__(self) -> None:
+        self.now = False
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        self.now = True
+        raise KeyboardInterrupt
+
+
+_asked = _Asked()
+
+
+def stop_if_asked() -> None:
+    """Stop now if a signal came and the exception that it raised was lost on the way.
+
+    Raises:
+        KeyboardInterrupt: when a signal came.
+    """
+    if _asked.now:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def stoppable(left: Callable[[], str]) -> Iterator[None]:
+    """Make a command's body end in order when a signal comes.
+
+    Args:
+        left: puts in order what the body leaves behind and says what that is, in one sentence or two. No signal
+            disturbs it.
+
+    Raises:
+        typer.Exit: with `STOPPED`, after the sentence was printed to stderr.
+    """
+    _asked.now = False
+    with handled_by(_asked.stop):
+        try:
+            yield
+        except BaseException as error:
+            # What a library made of the interruption is one too; an end that the body chose itself is not.
+            stopped = isinstance(error, KeyboardInterrupt) or (_asked.now and isinstance(error, Exception))
+            if not stopped or isinstance(error, typer.Exit):
+                raise
+            with handled_by(signal.SIG_IGN):
+                Console(stderr=True).print(left(), highlight=False, soft_wrap=True, markup=False)
+            raise typer.Exit(STOPPED) from None
+        finally:
+            _asked.now = False
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let the body end before a first signal counts, which is then forgotten: all is written. A second one raises.
+
+    Raises:
+        KeyboardInterrupt: at the second signal.
+    """
+    seen: list[int] = []
+
+    def wait(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    with handled_by(wait):
+        yield
+
+
+class RunLeft:
+    """What a stopped command leaves of the run folder it was at work in: for `stoppable`.
+
+    Attributes:
+        folder: the run folder, once it is known; None while nothing can have been written.
+        resumed: whether the run was there before.
+    """
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.folder: RunFolder | None = None
+        self.resumed = False
+        self._was_there = False
+
+    def at_work_in(self, out: Path, *, resumed: bool) -> None:
+        """Say which folder the command is about to write into; `__call__` judges it by what it holds."""
+        self._was_there = out.exists()
+        self.resumed = resumed
+        self.folder = RunFolder(out)
+
+    def __call__(self) -> str:
+        """Leave a saved state or an untouched folder, and say which."""
+        if self.folder is None:
+            return "Stopped. Nothing was written."
+        root = self.folder.root
+        if records.final(self.folder.metrics) is not None:
+            return f"Stopped after the end: {root} holds the finished run."
+        go_on = f"{self.command} --resume --out {root}"
+        saved = self.folder.last_checkpoint()
+        if saved is not None:
+            return f"Stopped. {root} is saved as of step {self.folder.step_of(saved):,}; go on with:\n  {go_on}"
+        if self.resumed:
+            return f"Stopped. {root} is as it was, before its first checkpoint; start it again with:\n  {go_on}"
+        if root.exists():
+            shutil.rmtree(root)
+        if self._was_there:
+            root.mkdir(parents=True)
+        return f"Stopped before there was anything to save: {root} is {'empty' if self._was_there else 'not there'}."
