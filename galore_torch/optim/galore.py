@@ -28,7 +28,7 @@ from galore_torch.optim.quantize import require_current
 from galore_torch.optim.rule import Rule, Traits, check_dimensions, share_arguments
 from galore_torch.optim.state_size import report_unquantized
 from galore_torch.optim.subspaces import Subspace, subspaces_of
-from galore_torch.optim.work import Work, count_nonfinite, peaks
+from galore_torch.optim.work import Clock, Work, count_nonfinite, peaks
 from galore_torch.projection import turn_offset
 
 LentGroups = dict[tuple[int, bool], dict[str, Any]]
@@ -107,6 +107,7 @@ class GaLore(Optimizer):
     def _build_rules(self) -> None:
         """Builds the rules from the settings, at construction and after unpickling."""
         self._known_places: dict[int, Place] = {}
+        self._clock = Clock()
         kept = self._settings
         classes, shares = self._classes_and_shares()
         self._rule = Rule(classes[0], shares[0])
@@ -190,6 +191,11 @@ class GaLore(Optimizer):
                 if count:
                     counts[parameter_name(group, index)] = count
         return counts
+
+    @property
+    def renewal_seconds(self) -> float:
+        """Seconds on the host that finding bases has taken since this optimizer was made or unpickled."""
+        return self._clock.seconds
 
     def subspaces(self) -> dict[str, Subspace]:
         """How often each projected weight that has made a step renewed its basis, its gap, and how far it last moved.
@@ -289,6 +295,7 @@ class GaLore(Optimizer):
             dtype=self._settings["state_dtype"] or weight.dtype,
             seed=self._settings["seed"],
             index=place.among_projected,
+            clock=self._clock,
             turn=turn_offset(place.among_projected, place.projected, group["update_proj_gap"]) if staggered else 0,
         )
 

@@ -20,11 +20,14 @@ class Subspace:
         gap: steps between two renewals, as things stand: the weight's own if it renews lazily.
         overlap: how much of the last basis but one is left in the last, from 0 (as of random ones) to 1 (the same);
             not a number before there are two.
+        captured: share of the energy ||G||_F^2 of the gradient at the last renewal that the basis before it still
+            held, from 0 to 1; not a number before there are two.
     """
 
     renewals: int
     gap: int
     overlap: float
+    captured: float
 
 
 def subspaces_of(work: Sequence[Work]) -> dict[str, Subspace]:
@@ -38,14 +41,15 @@ def subspaces_of(work: Sequence[Work]) -> dict[str, Subspace]:
     """
     if not work:
         return {}
-    last = [one.state["overlaps"][-1] for one in work]
-    overlaps = torch.stack([one.to(last[0].device) for one in last]).tolist()
+    last = [torch.stack((one.state["overlaps"][-1], one.state["captured"])) for one in work]
+    figures = torch.stack([one.to(last[0].device) for one in last]).tolist()
     count = Counter(one.name for one in work)
     return {
         one.name if count[one.name] == 1 else f"{one.name} (projected weight {one.index})": Subspace(
             renewals=one.state["renewals"],
             gap=one.gap,
             overlap=overlap if one.state["renewals"] > 1 else float("nan"),
+            captured=captured if one.state["renewals"] > 1 else float("nan"),
         )
-        for one, overlap in zip(work, overlaps, strict=True)
+        for one, (overlap, captured) in zip(work, figures, strict=True)
     }

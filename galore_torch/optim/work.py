@@ -2,16 +2,18 @@
 
 State of a projected weight: `step` (how many it has made), `renewals` (how many bases it has had), `renewed_step` (the
 step of the last), `gap` (steps to the next, of a lazy layer), `overlaps` (of the last renewals, each with the basis
-before it; newest last, zero where there were not as many), `nonfinite` (gradients met that were not finite), `basis`
-(factors by mode, as `lowbit` stores them) and `inner` (the rule's own).
+before it; newest last, zero where there were not as many), `captured` (share of the gradient's energy at the last
+renewal that the basis before it held; zero before there were two), `nonfinite` (gradients met that were not finite),
+`basis` (factors by mode, as `lowbit` stores them) and `inner` (the rule's own).
 """
 
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +23,18 @@ from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.groups import is_projected, storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Lent, Moved, Rule, Traits
-from galore_torch.projection import Basis, Projection, adapt_gap, find_basis, is_due, overlap
+from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, overlap
+
+
+@dataclass(slots=True)
+class Clock:
+    """What an optimizer's renewals have taken; not part of its state, for no two runs agree on it.
+
+    Attributes:
+        seconds: on the host, since the optimizer was made.
+    """
+
+    seconds: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +55,7 @@ class Work:
         seed: of the optimizer's random numbers.
         index: its place among the projected weights.
         turn: its offset within the gap.
+        clock: where the time of renewals is added up.
     """
 
     weight: Tensor
@@ -57,6 +71,7 @@ class Work:
     seed: int
     index: int
     turn: int
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def grad(self) -> Tensor:
@@ -111,6 +126,8 @@ class Work:
         if self.projection.modes and "overlaps" not in self.state:  # as in checkpoints of older versions, too
             self.state["gap"] = self.group["update_proj_gap"]
             self.state["overlaps"] = torch.zeros(self.group["queue_size"], device=self.weight.device)
+        if self.projection.modes and "captured" not in self.state:
+            self.state["captured"] = torch.zeros((), device=self.weight.device)
         if "step" in self.state or not self.through_coordinates:
             return
         self.state["step"] = 0
@@ -135,6 +152,7 @@ class Work:
 
         The random numbers depend on the seed, on `index` and on the number of the renewal alone.
         """
+        start = time.perf_counter()
         generator = torch.Generator(device=self.grad.device)
         generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state["renewals"]) % 2**63)
         old = self.basis if self.state["renewals"] else None
@@ -148,15 +166,18 @@ class Work:
         self._keep({name: factor.to(self.weight.dtype) for name, factor in basis.items()})
         self.state["renewals"] += 1
         self.state["renewed_step"] = self.state["step"]
+        self.clock.seconds += time.perf_counter() - start
 
     def _compare(self, basis: Basis, old: Basis) -> None:
         """Notes how much of the subspace is left in the next, and adapts a lazy layer's gap to it.
 
-        Only a lazy layer reads it back from the device, and only where as many as are averaged are known.
+        And how much of the gradient the old one still held: one product more, beside a decomposition. Only a lazy
+        layer reads anything back from the device, and only where as many as are averaged are known.
         """
         group, state = self.group, self.state
         noted = torch.cat((state["overlaps"], overlap(basis, old).to(state["overlaps"].dtype).reshape(1)))
         state["overlaps"] = noted[-group["queue_size"] :].clone()
+        state["captured"] = captured_energy(self.projection, self.grad, old).to(torch.float32)
         if self.is_lazy and state["renewals"] >= group["queue_size"]:
             state["gap"] = adapt_gap(
                 self.gap,

@@ -2,13 +2,14 @@
 
 It knows no optimizer, no module and no process group. Four questions: what a projection does to a tensor
 (`geometry`), which subspace it uses (`decompositions`, `subspace`), when that is renewed (`renewal`), and how much of
-the old one is left in the new (`overlap`).
+the old one is left in the new (`overlap`). Beside them, how much of a gradient a subspace holds (`spectra`).
 """
 
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Side, find_bases
 from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, Projection
 from galore_torch.projection.overlap import overlap
 from galore_torch.projection.renewal import adapt_gap, is_due, turn_offset
+from galore_torch.projection.spectra import captured_energy
 from galore_torch.projection.subspace import find_basis
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Projection",
     "Side",
     "adapt_gap",
+    "captured_energy",
     "find_bases",
     "find_basis",
     "is_due",

@@ -7,6 +7,7 @@
 | renewals | how many bases it has had, this one included |
 | gap | steps until it renews again; fewer after the first, to its turn among the staggered layers |
 | overlap | how much of the subspace before is left: 1 all, 0 as in a random one; null of the first |
+| captured | share of the energy of the gradient, at this renewal, that the basis before still held; null of the first |
 """
 
 # ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
@@ -20,7 +21,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from galore_torch.optim import GaLore
+from galore_torch.integrations.callback import galore_in, renewals_of
 from galore_torch.training import records
 
 
@@ -39,9 +40,9 @@ class SubspaceLog(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record what has been renewed in this step."""
-        galore = _galore(kwargs["optimizer"])
+        galore = galore_in(kwargs["optimizer"])
         # Counted on the host: a step without a renewal reads nothing back from the device.
-        if galore is None or _renewals(galore) == sum(self._recorded.values()):
+        if galore is None or renewals_of(galore) == sum(self._recorded.values()):
             return
         for name, subspace in galore.subspaces().items():
             if subspace.renewals == self._recorded.get(name, 0):
@@ -62,17 +63,8 @@ def summary(optimizer: Any) -> tuple[int, float | None]:
         How many bases were found for all weights together, the first ones included, and the mean over the weights of
         how much of the last basis but one is left in the last; None if there is no such.
     """
-    galore = _galore(optimizer)
+    galore = galore_in(optimizer)
     if galore is None:
         return 0, None
     known = [one.overlap for one in galore.subspaces().values() if not math.isnan(one.overlap)]
-    return _renewals(galore), sum(known) / len(known) if known else None
-
-
-def _galore(optimizer: Any) -> GaLore | None:
-    inside = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    return inside if isinstance(inside, GaLore) else None
-
-
-def _renewals(galore: GaLore) -> int:
-    return sum(state.get("renewals", 0) for state in galore.state.values())
+    return renewals_of(galore), sum(known) / len(known) if known else None
