@@ -111,11 +111,8 @@ def restart(model: nn.Module, optimizer: Optimizer, prune: float) -> None:
 def prune_state(optimizer: Optimizer, weights: Iterable[Tensor], share: float) -> None:
     """Set the smallest numbers of what an optimizer keeps for some weights to zero.
 
-    The count of steps begins anew with them: Adam divides by what it then expects of moments that start at zero. With
-    the count kept, moments of zero make steps several times too long, and a run whose rate rises fast diverges.
-
     Args:
-        optimizer: keeps tensors of a weight's shape, and its count of steps as ``step``; anything else stays.
+        optimizer: keeps tensors of a weight's shape; what has another shape, such as the count of steps, stays.
         weights: whose state is meant.
         share: of the numbers of each tensor, from 0 to 1. At 1 the state is dropped, so that the optimizer begins anew
             with all of it.
@@ -124,10 +121,7 @@ def prune_state(optimizer: Optimizer, weights: Iterable[Tensor], share: float) -
         if share == 1:
             optimizer.state.pop(weight, None)
             continue
-        state = optimizer.state.get(weight, {})
-        if share > 0 and "step" in state:
-            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
-        for value in state.values():
+        for value in optimizer.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 size = value.float().abs().flatten()
                 smallest = size.topk(int(share * len(size)), largest=False).indices
