@@ -32,7 +32,7 @@ class AdapterConfig:
         None, "Steps after which a ReLoRA is merged and begun again.", minimum=1, shown="a quarter of the steps"
     )
     restart_warmup: float = setting(
-        0.05,
+        0.2,
         "Share of restart_every over which the learning rate rises again from 0 after a restart.",
         minimum=0,
         below=1,

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 NAME = "default"
 """What PEFT calls the one adapter of a layer."""
 
+_HEADS = {
+    "SEQ_CLS": frozenset({"classifier", "score"}),
+    "TOKEN_CLS": frozenset({"classifier", "score"}),
+    "QUESTION_ANS": frozenset({"qa_outputs"}),
+}
+"""What Transformers calls the part of a model that is new when it is trained for a task, by PEFT's name of the task."""
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -181,15 +188,13 @@ def _inject_lora(
     if find_spec("peft") is None:
         raise ImportError(f"adapter = {config.adapter!r} needs PEFT. Install it with:  pip install peft")
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
-    heads = SEQ_CLS_HEAD_NAMES if task_type == "SEQ_CLS" else []
     trained = [
         parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
         and name not in targets
-        and (task_type is None or any(head in name.split(".") for head in heads))
+        and (task_type is None or not _HEADS.get(task_type, frozenset()).isdisjoint(name.split(".")))
     ]
     places = [name.removesuffix(".weight") for name in targets]
     inject_adapter_in_model(

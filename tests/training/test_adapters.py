@@ -9,6 +9,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
+    RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
 )
 
@@ -124,6 +125,9 @@ def test_a_trained_model_is_frozen_but_for_adapters_and_the_head_of_its_task():
         f"classifier.{layer}.{attribute}" for layer in ("dense", "out_proj") for attribute in ("weight", "bias")
     }
     assert len(trained) == 4 + 2 * 2 * 2
+    model = RobertaForQuestionAnswering(RobertaConfig(**TINY))
+    adapted = adapt(model, config("lora"), ["query"], task_type="QUESTION_ANS")
+    assert sum(one.requires_grad for one in adapted.parameters()) == 2 + 2 * 2
     causal = adapt(LlamaForCausalLM(LlamaConfig(**TINY)), config("lora"), MATRICES, task_type="CAUSAL_LM")
     assert all("lora_" in name for name, parameter in causal.named_parameters() if parameter.requires_grad)
 

@@ -1,5 +1,7 @@
 """Every optimizer that the command line names: over which groups, with which learning rates, and that it trains."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,6 +60,28 @@ def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
         full.step()
         if "adafactor" not in name and "sgd" not in name:  # whose full state is smaller than a basis here
             assert state_bytes(optimizer) < state_bytes(full)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not is_projected(name)])
+def test_a_full_rank_optimizer_moves_each_weight_inside_the_backward_as_at_the_step(model, name):
+    config = OptimizerConfig(optimizer=name, lr=0.01, others_lr=0.001, weight_decay=0.1)
+    inside = dataclasses.replace(config, update="backward")
+    tokens = torch.arange(64).repeat(2, 1)
+    first = {key: value.clone() for key, value in model.state_dict().items()}
+    after = []
+    for each in (config, inside):
+        model.load_state_dict(first)
+        optimizer = TrainerOptimizer()(model, config=each, seed=0)
+        for _ in range(3):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            left = [parameter for parameter in model.parameters() if parameter.grad is not None and each is inside]
+            assert not any(type(parameter.grad) is torch.Tensor for parameter in left)
+            optimizer.step()
+            optimizer.zero_grad()
+        after.append({key: value.clone() for key, value in model.state_dict().items()})
+    for key, value in after[0].items():
+        assert not torch.equal(value, first[key])
+        torch.testing.assert_close(after[1][key], value, rtol=1e-3, atol=2e-5)
 
 
 def test_settings_arrive(model):
