@@ -63,6 +63,7 @@ def report(job: Job, best: dict[str, Setting], outcomes: Sequence[Outcome], out:
     config = dataclasses.asdict(run.config)
     optimizer = config.pop("optimizer")
     config.pop("adapter", None)
+    config["schedule"].pop("seed")
     shared = {name: optimizer[name] for name in ("rank", "gap", "scale", "weight_decay")}
     page.heading("Settings of all runs")
     page.facts({name: value for section in [*config.values(), shared] for name, value in section.items()})

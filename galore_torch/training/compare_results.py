@@ -104,9 +104,10 @@ def edges(best: Setting, outcomes: Sequence[Outcome]) -> str | None:
     """A sentence if the best learning rate is the least or the greatest of several that were tried."""
     said = []
     runs = [outcome.run for outcome in outcomes if outcome.run.method == best.method]
+    apart = any(run.others_lr != run.lr for run in runs)
     for name, own, tried in (
         ("learning rate", best.lr, sorted({run.lr for run in runs})),
-        ("learning rate of the others", best.others_lr, sorted({run.others_lr for run in runs})),
+        ("learning rate of the others", best.others_lr, sorted({run.others_lr for run in runs if apart})),
     ):
         if len(tried) > 1 and own in (tried[0], tried[-1]):
             which = "least" if own == tried[0] else "greatest"

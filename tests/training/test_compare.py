@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -75,7 +76,7 @@ def test_another_plan_is_refused_with_what_differs(given, tmp_path):
     require_same_plan(path, PRETRAIN, runs)
     with pytest.raises(ValueError, match="steps was 6"):
         require_same_plan(path, PRETRAIN, plan({**given, "steps": 7}))
-    with pytest.raises(ValueError, match="galore/lr-0.01/seed-0 was planned"):
+    with pytest.raises(ValueError, match=r"galore/lr-0\.01/seed-0 was planned"):
         require_same_plan(path, PRETRAIN, plan(given, methods=("full",)))
 
 
@@ -91,7 +92,7 @@ def test_the_best_rate_has_the_least_mean_loss_and_an_edge_is_told(given):
     runs = plan(given, lrs=("0.001", "0.01", "0.1"), seeds=(0, 1))
     losses = {0.001: 3.0, 0.01: 2.0, 0.1: None}
     outcomes = [
-        outcome(run, 1.0 if run.method == "galore" and run.lr == 0.001 else losses[run.lr] and losses[run.lr] + run.seed)
+        outcome(run, 1.0 if run.folder.match("galore/lr-0.001/*") else losses[run.lr] and losses[run.lr] + run.seed)
         for run in runs
     ]  # fmt: skip
     best = best_settings(PRETRAIN, outcomes)
@@ -149,8 +150,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
 
 
 def children(pid: int) -> list[str]:
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return file.read().split()
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
 
 
 def test_rates_for_all_and_for_one():

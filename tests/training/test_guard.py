@@ -1,5 +1,6 @@
 """Signals at any moment of a real command: a saved state or an untouched folder, and a line that says which."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -28,12 +29,13 @@ def test_a_signal_ends_the_body_and_says_what_is_left(number, capsys):
 
 
 def test_a_signal_that_a_library_swallowed_stops_at_the_next_look(capsys):
-    with pytest.raises(typer.Exit), stoppable(lambda: "stopped"):
-        try:
+    def swallows():
+        with contextlib.suppress(KeyboardInterrupt):
             send()
-        except KeyboardInterrupt:
-            pass
         stop_if_asked()
+
+    with pytest.raises(typer.Exit), stoppable(lambda: "stopped"):
+        swallows()
     stop_if_asked()  # forgotten by now
 
 
@@ -49,8 +51,7 @@ def test_what_is_being_written_ends_first_and_a_second_signal_does_not_wait():
         done.append(1)
     assert done
     with pytest.raises(KeyboardInterrupt), deferred():
-        send()
-        send()
+        [send() for _ in range(2)]
 
 
 @pytest.mark.parametrize("moment", [0.3, 1.5, 4.0, "folder", "step", "end"])
