@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from galore_torch.optim.adapters import leave_out_adapters
 from galore_torch.optim.groups import PROJECTED_DEFAULTS, check_group, is_projected, projection_in
 from galore_torch.optim.targets import find_targets
 
@@ -30,6 +31,7 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
     gamma_proj: float = PROJECTED_DEFAULTS["gamma_proj"],
     queue_size: int = PROJECTED_DEFAULTS["queue_size"],
     weight_decay: float | None = None,
+    project_adapters: bool = False,
     summary: bool = False,
 ) -> list[dict[str, Any]]:
     """Splits a model's trainable parameters into groups that are projected and groups that are not.
@@ -55,13 +57,16 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
         queue_size: how many of the last overlaps are averaged.
         weight_decay: decay of matrices. Norms, biases and other vectors then go to a group without decay. None leaves
             decay to the optimizer's own argument, for all.
+        project_adapters: treat the matrices of adapters (PEFT's LoRA) as any others. By default they are trained, but not
+            projected, for their rank is low already; and a model whose targets adapters have frozen is refused.
         summary: print what is projected, and the optimizer state against plain AdamW's.
 
     Returns:
         Parameter groups with `params` and `param_names`, the projected ones first.
 
     Raises:
-        ValueError: no module matches (the message lists what could), or a value out of range.
+        ValueError: no module matches (the message lists what could), all that match are frozen, by adapters or
+            otherwise, or a value out of range.
 
     Example:
         >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "head": nn.Linear(64, 8)})
@@ -82,6 +87,8 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
     }
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     targets = find_targets(model, target_modules, _is_projectable, "projected")
+    if not project_adapters:
+        targets = leave_out_adapters(model, targets, target_modules)
     if not targets.keys() & trainable.keys():
         raise ValueError(
             f"target_modules {target_modules!r} match frozen weights only; set requires_grad, or choose others"

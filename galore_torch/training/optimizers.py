@@ -161,6 +161,7 @@ def groups_of(model: Module, config: OptimizerConfig) -> Groups:
         cos_threshold=config.cos_threshold,
         gamma_proj=config.gamma_proj,
         queue_size=config.queue_size,
+        project_adapters=not is_projected(config.optimizer),  # the matrices of adapters have their learning rate
         **chosen,
     )
     matrices = [group for group in groups if "rank" in group]

@@ -13,7 +13,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def test_there_are_examples():
-    assert {"plain_pytorch.py", "transformers_trainer.py"} <= {path.name for path in EXAMPLES}
+    assert {"plain_pytorch.py", "transformers_trainer.py", "trl_sft.py", "lightning_module.py"} <= {
+        path.name for path in EXAMPLES
+    }
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
