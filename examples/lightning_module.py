@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -53,7 +54,9 @@ class NextByte(LightningModule):
 
     def on_fit_start(self) -> None:
         """Everything is where it will be trained: from here on gradients are projected in the backward itself."""
-        self.attached = attach(self, self.optimizers().optimizer, gradients="fused")
+        [optimizer] = self.trainer.optimizers
+        assert isinstance(optimizer, GaLoreAdamW)
+        self.attached = attach(self, optimizer, gradients="fused")
 
     def on_fit_end(self) -> None:
         """The module is a plain one again, and can be fitted again."""
@@ -63,7 +66,7 @@ class NextByte(LightningModule):
 def main() -> None:
     """Trains for 301 steps; some seconds."""
     torch.manual_seed(0)
-    windows = DataLoader(standard_library(files=40), batch_size=128, shuffle=True)  # type: ignore[arg-type]
+    windows: DataLoader[Any] = DataLoader(standard_library(files=40), batch_size=128, shuffle=True)  # type: ignore[arg-type]
     folder = tempfile.mkdtemp(prefix="galore-example-")
     trainer = Trainer(
         max_steps=301, gradient_clip_val=1.0, accelerator="cpu", default_root_dir=folder, logger=False, barebones=False

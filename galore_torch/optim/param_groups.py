@@ -57,8 +57,8 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
         queue_size: how many of the last overlaps are averaged.
         weight_decay: decay of matrices. Norms, biases and other vectors then go to a group without decay. None leaves
             decay to the optimizer's own argument, for all.
-        project_adapters: treat the matrices of adapters (PEFT's LoRA) as any others. By default they are trained, but not
-            projected, for their rank is low already; and a model whose targets adapters have frozen is refused.
+        project_adapters: treat the matrices of adapters (PEFT's LoRA) as any others. By default they are trained, but
+            not projected, for their rank is low already; and a model whose targets adapters have frozen is refused.
         summary: print what is projected, and the optimizer state against plain AdamW's.
 
     Returns:

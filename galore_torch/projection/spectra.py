@@ -40,7 +40,8 @@ def captured_energy(projection: Projection, grad: Tensor, basis: Basis) -> Tenso
     image = projection.project(grad, {name: factor.to(grad.dtype) for name, factor in basis.items()})
     dtype = torch.promote_types(grad.dtype, torch.float32)
     inside, whole = (torch.linalg.vector_norm(one, dtype=dtype) for one in (image, grad))
-    return (inside / whole).square()
+    share: Tensor = (inside / whole).square()
+    return share
 
 
 @dataclass(frozen=True, kw_only=True)

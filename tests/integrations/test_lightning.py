@@ -133,7 +133,8 @@ def test_manual_optimization_is_the_plain_loop(tmp_path, gradients):
 @every_form
 def test_a_fit_resumes_exactly(tmp_path, gradients, update):
     whole = Learner(gradients, update)
-    trainer(tmp_path, **accumulating(update)).fit(whole, batches())
+    once = trainer(tmp_path, **accumulating(update))
+    once.fit(whole, batches())
     part = trainer(tmp_path, max_epochs=1, **accumulating(update))
     part.fit(Learner(gradients, update), batches())
     part.save_checkpoint(tmp_path / "part.ckpt")
@@ -141,11 +142,15 @@ def test_a_fit_resumes_exactly(tmp_path, gradients, update):
     again = trainer(tmp_path, **accumulating(update))
     again.fit(resumed, batches(), ckpt_path=tmp_path / "part.ckpt", weights_only=True)
     assert_same(list(resumed.parameters()), list(whole.parameters()))
-    assert again.optimizers[0].state[resumed.network.mlp[0].weight]["renewals"] == 1 + (again.global_step - 1) // 2
+    renewals = [
+        run.optimizers[0].state[learner.network.mlp[0].weight]["renewals"]
+        for run, learner in ((again, resumed), (once, whole))
+    ]
+    assert renewals[0] == renewals[1] > 2
 
 
 def test_clipping_what_the_backward_has_applied_is_told(tmp_path):
-    with pytest.raises(ValueError, match='was applied inside the backward.*update="step"'):
+    with pytest.raises(ValueError, match=r'was applied inside the backward.*update="step"'):
         trainer(tmp_path, gradient_clip_val=1e-6).fit(Learner("full", "backward"), batches())
 
 

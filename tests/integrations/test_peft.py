@@ -1,4 +1,4 @@
-"""PEFT: a model whose weights adapters have frozen is refused; beside adapters, weights are projected and they are not."""
+"""PEFT: a model whose weights adapters have frozen is refused; beside adapters weights are projected, adapters not."""
 
 import re
 import warnings
@@ -96,9 +96,10 @@ def test_modules_that_are_trained_whole_are_no_adapters():
 
 
 def test_adapters_are_projected_where_that_is_asked_for():
+    model = adapted()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        groups = param_groups(adapted(), 2, project_adapters=True)
+        groups = param_groups(model, 2, project_adapters=True)
     assert len(projected(groups)) == 28
     assert all("lora_" in name for name in projected(groups))
 
