@@ -53,9 +53,10 @@ def leave_out_adapters(
     if brought and not any(weight.requires_grad for weight in kept.values()):
         raise ValueError(
             f"target_modules {target_modules!r} match weights that an adapter has frozen, and the adapter's own "
-            "matrices have a low rank already. GaLore trains the weights themselves: give it the model without "
-            "adapters (PEFT: model.unload(), or model.merge_and_unload() to keep what they have learnt), set requires_grad "
-            "on the weights to train them beside the adapters, or train the adapters with torch's own optimizer"
+            "matrices have a low rank already. GaLore trains the weights themselves: give it the model "
+            "without adapters (PEFT: model.unload(), or model.merge_and_unload() to keep what they have "
+            "learnt), set requires_grad on the weights to train them beside the adapters, or train the "
+            "adapters with torch's own optimizer"
         )
     left = [name for name, weight in targets.items() if name not in kept and weight.requires_grad]
     if left:
