@@ -38,11 +38,8 @@ def build_app() -> typer.Typer:
     Raises:
         ImportError: when the ``train`` extra is not installed.
     """
-    from galore_torch.training import (
-        command,
-        compare_command,
-        flags,
-    )  # says what is missing, before typer is looked for
+    from galore_torch.training import command, compare_command, flags
+    from galore_torch.training.finetune import command as tuning
 
     import typer  # isort: skip
 
@@ -51,6 +48,9 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_galore)
     app.command("pretrain", epilog=command.EPILOG)(flags.with_settings(command.pretrain))
+    app.command("finetune", epilog=tuning.EPILOG)(
+        flags.with_settings(tuning.finetune, tuning.SECTIONS, tuning.PRESETS, tuning.SHOWN)
+    )
     app.command("compare", epilog=compare_command.EXAMPLES)(flags.with_settings(compare_command.compare))
     return app
 

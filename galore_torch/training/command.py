@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.guard import STOPPED, RunLeft, stoppable
 from galore_torch.training.methods import METHODS, described
 from galore_torch.training.presets import DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.telling import told
 from galore_torch.training.units import duration, megabytes
 
 if TYPE_CHECKING:
@@ -116,9 +116,9 @@ def _pretrain(
     """What `pretrain` does with its options, ``others`` being those that name settings by the dozen."""
     console = Console(stderr=json)
     preset, method, config = others["preset"], others["method"], others["config"]
-    try:
+    with told("galore pretrain"):
         if resume:
-            run = _resumed(out, {**others, **given}, console, left)
+            run = _resumed(RunFolder.to_resume(out, {**others, **given}), console, left)
         elif prepare:
             _prepare(configure(preset, config, method=method, **given), console)
             return
@@ -126,10 +126,6 @@ def _pretrain(
             settings = configure(preset, config, method=method, **given)
             start = preset or (DEFAULT_PRESET if config is None else config.stem)
             run = _new(settings, out or Path("runs") / f"{start}-{method or settings.title}", console, left)
-    except (ValueError, ImportError) as error:
-        told = f"[bold red]galore pretrain:[/] {escape(str(error))}"
-        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     result = run.train()
     if json:
         print(json_format.dumps(dataclasses.asdict(result)))
@@ -147,13 +143,7 @@ def _new(settings: PretrainConfig, out: Path, console: Console, left: RunLeft) -
     return new_run(settings, out, console=console)
 
 
-def _resumed(out: Path | None, others: dict[str, Any], console: Console, left: RunLeft) -> Run:
-    if out is None:
-        raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
-    also = [name for name, value in others.items() if value is not None]
-    if also:
-        raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
-    RunFolder(out).require_unfinished()
+def _resumed(out: Path, console: Console, left: RunLeft) -> Run:
     left.at_work_in(out, resumed=True)
     with console.status(_LOADING):
         from galore_torch.training.pretrain import resumed_run

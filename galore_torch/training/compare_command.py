@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from galore_torch.training.compare_plan import PRETRAIN, PlannedRun, make_plan, require_same_plan, write_plan
 from galore_torch.training.files import write_whole
 from galore_torch.training.guard import STOPPED, stoppable
 from galore_torch.training.methods import METHODS
 from galore_torch.training.presets import DEFAULT_PRESET, PRESETS
+from galore_torch.training.telling import told
 
 EXAMPLES = """[bold]Examples[/]
 
@@ -83,13 +83,9 @@ def compare(
     folder = out or Path("runs") / f"compare-{preset or DEFAULT_PRESET}"
     with stoppable(lambda: f"Stopped. What is in {folder} is kept; the same command goes on."):
         given = {name: value for name, value in given.items() if value is not None}
-        try:
+        with told("galore compare"):
             runs = make_plan(PRETRAIN, preset, method or _METHODS, lr or (), others_lr or (), seed or (0,), given)
             require_same_plan(folder / "plan.json", PRETRAIN, runs)
-        except ValueError as error:
-            told = f"[bold red]galore compare:[/] {escape(str(error))}"
-            Console(stderr=True).print(told, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from error
         if dry_run:
             _show_plan(runs, console)
             return
@@ -115,8 +111,8 @@ def _compare(runs: list[PlannedRun], out: Path, console: Console, *, json: bool,
     outcomes = gather(runs, out)
     if not ended:
         finished = sum(outcome.final is not None for outcome in outcomes)
-        told = f"Stopped with {finished} of {len(runs)} runs finished. {out} is saved; the same command goes on."
-        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+        line = f"Stopped with {finished} of {len(runs)} runs finished. {out} is saved; the same command goes on."
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise typer.Exit(STOPPED)
     best = best_settings(PRETRAIN, outcomes)
     results = as_json(PRETRAIN, best, outcomes)
@@ -134,7 +130,7 @@ def _compare(runs: list[PlannedRun], out: Path, console: Console, *, json: bool,
         console.print(f"report {out}/report.html", soft_wrap=True, highlight=False)
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:
-        told = f"galore compare: {outcome.run.label} failed: {outcome.error}"
-        Console(stderr=True).print(told, highlight=False, soft_wrap=True, markup=False)
+        line = f"galore compare: {outcome.run.label} failed: {outcome.error}"
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
     if failed:
         raise typer.Exit(1)

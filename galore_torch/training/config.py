@@ -1,15 +1,14 @@
 """The settings of a pre-training: a frozen dataclass a section, for flags, ``--config`` and run folder alike."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training import optimizers
+from galore_torch.training import optimizers, sections
 from galore_torch.training.adapter_config import AdapterConfig, resolved
-from galore_torch.training.settings import check, read_toml, setting, write_toml
+from galore_torch.training.settings import check, setting, write_toml
 
 _PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 _DECOMPOSITIONS = ("svd", "randomized", "warm", "random")
@@ -297,13 +296,7 @@ def from_values(values: Mapping[str, Any]) -> PretrainConfig:
     Raises:
         ValueError: when a name is unknown or a value is not allowed.
     """
-    home = {field.name: section for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
-    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for name, value in values.items():
-        if name not in home:
-            raise ValueError(f"{name} = {value!r} is no setting of a pre-training; {_suggest(name, home)}")
-        sections[home[name]][name] = value
-    return PretrainConfig(**{section: SECTIONS[section](**given) for section, given in sections.items()})
+    return PretrainConfig(**sections.made(values, SECTIONS, "a pre-training"))
 
 
 def read_values(path: Path) -> tuple[str | None, dict[str, Any]]:
@@ -312,23 +305,4 @@ def read_values(path: Path) -> tuple[str | None, dict[str, Any]]:
     Raises:
         ValueError: when the file cannot be read or a setting stands in the wrong section.
     """
-    sections = read_toml(path)
-    preset = sections.pop("preset", None)
-    values: dict[str, Any] = {}
-    for section, given in sections.items():
-        if section not in SECTIONS or not isinstance(given, dict):
-            known = ", ".join(f"[{name}]" for name in SECTIONS)
-            raise ValueError(f"{section} = {given!r} in {path} is no section; settings stand under {known}.")
-        known_names = {field.name for field in dataclasses.fields(SECTIONS[section])}
-        for name, value in given.items():
-            if name not in known_names:
-                raise ValueError(
-                    f"{name} = {value!r} in {path} is no setting of [{section}]; {_suggest(name, known_names)}"
-                )
-            values[name] = value
-    return preset, values
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
+    return sections.read_values(path, SECTIONS)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,35 @@ from galore_torch.training import records
 from galore_torch.training.records import Record
 
 
+def _perplexity(metrics: Record) -> Record:
+    return {"perplexity": records.perplexity(metrics["eval_loss"])}
+
+
 class MetricsLog(TrainerCallback):
     """Writes a record for every step and every evaluation, and keeps the newest for the display.
 
     Attributes:
-        tokens_per_step: tokens that one step sees.
+        tokens_per_step: tokens, or whatever `unit` counts, that one step sees.
+        unit: what is counted: tokens or examples.
+        scores: what the newest evaluation came to, beside its loss.
         seconds: time spent in training steps so far.
         last: the newest record of a step.
         evaluation: the newest record of an evaluation.
     """
 
-    def __init__(self, path: Path, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tokens_per_step: int,
+        *,
+        unit: str = "tokens",
+        scores: Callable[[Record], Record] = _perplexity,
+    ) -> None:
         self.path = path
         self.tokens_per_step = tokens_per_step
+        self.unit = unit
+        self.scores: Record = {}
+        self._scores_of = scores
         self.last: Record = {}
         self.evaluation: Record = {}
         self.seconds = 0.0
@@ -39,6 +56,8 @@ class MetricsLog(TrainerCallback):
         kept = records.read(self.path)
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self.evaluation = next((record for record in reversed(kept) if "eval_loss" in record), {})
+        told = {"step", self.unit, "eval_loss", "seconds"}
+        self.scores = {name: value for name, value in self.evaluation.items() if name not in told}
         self._since = time.perf_counter()
 
     def on_log(
@@ -57,11 +76,11 @@ class MetricsLog(TrainerCallback):
         self.seconds += seconds
         self.last = {
             "step": state.global_step,
-            "tokens": state.global_step * self.tokens_per_step,
+            self.unit: state.global_step * self.tokens_per_step,
             "loss": logs["loss"],
             "lr": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": self.tokens_per_step / seconds,
+            f"{self.unit}_per_second": self.tokens_per_step / seconds,
             "seconds": self.seconds,
         }
         self._append(state, self.last)
@@ -75,12 +94,13 @@ class MetricsLog(TrainerCallback):
         **_: Any,
     ) -> None:
         """Record an evaluation."""
-        loss = (metrics or {})["eval_loss"]
+        measured = metrics or {}
+        self.scores = self._scores_of(measured)
         self.evaluation = {
             "step": state.global_step,
-            "tokens": state.global_step * self.tokens_per_step,
-            "eval_loss": loss,
-            "perplexity": records.perplexity(loss),
+            self.unit: state.global_step * self.tokens_per_step,
+            "eval_loss": measured["eval_loss"],
+            **self.scores,
             "seconds": self.seconds,
         }
         self._append(state, self.evaluation)

@@ -7,7 +7,7 @@ the same groups without the projection's keys, so that "matrices" and "others" m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -135,12 +135,13 @@ def is_prunable(name: str) -> bool:
     return REGISTRY[name].prunable
 
 
-def groups_of(model: Module, config: OptimizerConfig) -> Groups:
+def groups_of(model: Module, config: OptimizerConfig, targets: str | Sequence[str] = MATRICES) -> Groups:
     """The model's parameter groups, matrices first, with the learning rate of each.
 
     Args:
         model: a Transformers model.
         config: the projection's settings and the learning rates.
+        targets: which modules hold the matrices; see `galore_torch.param_groups`.
 
     Returns:
         Groups for a torch optimizer; they carry the projection's keys if the optimizer projects.
@@ -152,7 +153,7 @@ def groups_of(model: Module, config: OptimizerConfig) -> Groups:
     groups = param_groups(
         model,
         config.rank if is_projected(config.optimizer) else 1,  # which weights are matrices does not depend on it
-        MATRICES,
+        targets,
         update_proj_gap=config.gap,
         scale=config.scale,
         proj_type=config.proj_type,
@@ -174,7 +175,7 @@ def groups_of(model: Module, config: OptimizerConfig) -> Groups:
     return [*matrices, *others]
 
 
-def build(model: Module, config: OptimizerConfig, seed: int) -> Optimizer:
+def build(model: Module, config: OptimizerConfig, seed: int, targets: str | Sequence[str] = MATRICES) -> Optimizer:
     """Make the optimizer that the settings name, over the model's parameters.
 
     Raises:
@@ -184,18 +185,20 @@ def build(model: Module, config: OptimizerConfig, seed: int) -> Optimizer:
     name = config.optimizer
     if config.update == "backward" and not is_projected(name):
         name = f"galore-{name}"  # whose hooks move each weight inside the backward; groups without a rank stay whole
-    return REGISTRY[name].build(groups_of(model, config), config, seed)
+    return REGISTRY[name].build(groups_of(model, config, targets), config, seed)
 
 
 class TrainerOptimizer:
     """What ``Trainer(optimizer_cls_and_kwargs=(TrainerOptimizer, {...}))`` calls once it has the model."""
 
-    def __call__(self, model: Module, *, config: OptimizerConfig, seed: int) -> Optimizer:
+    def __call__(
+        self, model: Module, *, config: OptimizerConfig, seed: int, targets: str | Sequence[str] = MATRICES
+    ) -> Optimizer:
         """Make the optimizer, see `build`, and form and apply gradients as the settings say."""
         from galore_torch import GaLore, attach
         from galore_torch.gradients.attach import Gradients, Update
 
-        made = build(model, config, seed)
+        made = build(model, config, seed, targets)
         if isinstance(made, GaLore):
             modes = cast(Gradients, config.gradients), cast(Update, config.update)
             attach(model, made, *modes, image_bits=config.image_bits)

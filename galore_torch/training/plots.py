@@ -14,21 +14,22 @@ from galore_torch.training import records
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a")
 
 
-def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
+def plot_losses(runs: Mapping[str, Path], picture: Path, unit: str = "tokens") -> None:
     """Draw training losses (thin: each step; bold: smoothed) and held-out losses (dots) against tokens.
 
     Args:
         runs: the ``metrics.jsonl`` of each run by the label it is drawn under.
         picture: where the PNG goes.
+        unit: what the records count: tokens or examples.
     """
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     for index, (label, path) in enumerate(runs.items()):
         # Where runs lie on each other, the wider one below can still be seen.
         width = 1.5 + 0.8 * (len(runs) - 1 - index)
-        _draw(axes, label, records.read(path), _COLOURS[index % len(_COLOURS)], width)
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel("loss (nats per token)")
+        _draw(axes, label, records.read(path), _COLOURS[index % len(_COLOURS)], width, unit)
+    axes.set_xlabel(f"{unit} seen")
+    axes.set_ylabel("loss (nats per token)" if unit == "tokens" else "loss")
     axes.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -37,23 +38,23 @@ def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
     figure.savefig(picture)
 
 
-def _draw(axes: Axes, label: str, history: Sequence[records.Record], colour: str, width: float) -> None:
+def _draw(axes: Axes, label: str, history: Sequence[records.Record], colour: str, width: float, unit: str) -> None:
     steps = [record for record in history if "loss" in record]
     evaluations = [record for record in history if "eval_loss" in record and not record.get("final")]
-    tokens = [record["tokens"] for record in steps]
+    tokens = [record[unit] for record in steps]
     losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
     axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(tokens, smooth(losses), color=colour, linewidth=width, label=f"{label}, training")
     if evaluations:
         axes.plot(
-            [record["tokens"] for record in evaluations],
+            [record[unit] for record in evaluations],
             [math.nan if record["eval_loss"] is None else record["eval_loss"] for record in evaluations],
             color=colour,
             linestyle="none",
             marker="o",
             markersize=3 + 2 * width,
             markeredgecolor="white",
-            label=f"{label}, held out: perplexity {_number(evaluations[-1]['perplexity'])}",
+            label=f"{label}, held out{_perplexity(evaluations[-1])}",
         )
 
 
@@ -70,6 +71,10 @@ def smooth(losses: Sequence[float]) -> list[float]:
         window = losses[step - reach : step + reach + 1]
         smoothed.append(sum(window) / len(window))
     return smoothed
+
+
+def _perplexity(record: records.Record) -> str:
+    return f": perplexity {_number(record['perplexity'])}" if "perplexity" in record else ""
 
 
 def _number(value: float | None) -> str:

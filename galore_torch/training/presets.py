@@ -80,10 +80,11 @@ whose product begins at zero and counts a fraction, wants more.
 
 def learning_rates(preset: str, optimizer: str, adapter: str = "none") -> dict[str, float]:
     """The preset's peak learning rates for what is trained: ``lr`` and, where it differs, ``others_lr``."""
-    return LEARNING_RATES[preset][_kind(optimizer) if adapter == "none" else adapter]
+    return LEARNING_RATES[preset][kind_of(optimizer) if adapter == "none" else adapter]
 
 
-def _kind(optimizer: str) -> str:
+def kind_of(optimizer: str) -> str:
+    """`PROJECTED` or `FULL_RANK`."""
     return PROJECTED if is_projected(optimizer) else FULL_RANK
 
 
@@ -123,7 +124,7 @@ def configure(
     config = from_values({**PRESETS[preset], **settings})  # judges every value, before others depend on one
     optimizer, adapter = config.optimizer.optimizer, config.adapter.adapter
     by_optimizer = BY_OPTIMIZER.get(preset, {})
-    besides = {**by_optimizer.get(_kind(optimizer), {}), **by_optimizer.get(optimizer, {})}
+    besides = {**by_optimizer.get(kind_of(optimizer), {}), **by_optimizer.get(optimizer, {})}
     rates = {} if "lr" in settings else learning_rates(preset, optimizer, adapter)
     config = from_values({**PRESETS[preset], **besides, **rates, **settings})
     refuse_unheeded(method, flags, config.optimizer, config.adapter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from galore_torch.optim import state_bytes
 from galore_torch.training import optimizers, packing, records, restarts, subspaces
@@ -33,6 +31,7 @@ from galore_torch.training.plots import plot_losses
 from galore_torch.training.progress import LiveProgress
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.subspaces import SubspaceLog
+from galore_torch.training.surroundings import on_one_gpu, require_one_process, trackers
 from galore_torch.training.text import Text, amount, prepare_text
 
 # What of a result is recorded in metrics.jsonl.
@@ -156,8 +155,8 @@ def _prepare(
     resumed: bool,
 ) -> Run:
     console = console or Console(quiet=True)
-    _require_one_process()
-    trackers = _trackers(config)
+    require_one_process("a pre-training")
+    reported = trackers(config.schedule.report_to)
     text = prepare_text(config, console)
     set_seed(config.schedule.seed)
     model = build_model(config, text.tokenizer)
@@ -165,10 +164,10 @@ def _prepare(
     adapt(model, config.adapter, optimizers.MATRICES)
     # Made once to be judged before anything is written; the Trainer makes its own.
     optimizers.build(model, config.optimizer, config.schedule.seed)
-    arguments = _arguments(config, folder, trackers)
+    arguments = _arguments(config, folder, reported)
     _announce(config, parameters, text, console)
     if resumed:
-        folder.require_text(text.digest)
+        folder.require_text(text.digest, config.data.data)
         folder.drop_torn_checkpoints()
     else:
         folder.create(config, text.digest)
@@ -202,55 +201,36 @@ def _prepare(
     )
 
 
-def _require_one_process() -> None:
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ValueError(f"WORLD_SIZE = {processes}: a pre-training runs in one process; start it without a launcher.")
-
-
-def _trackers(config: PretrainConfig) -> list[str]:
-    names = [name.strip() for name in config.schedule.report_to.split(",") if name.strip() not in ("", "none")]
-    available: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
-    for name in names:
-        if name not in available:
-            raise ValueError(
-                f"report_to = {name!r} is not installed or not known to Transformers; install it, or choose from: "
-                f"none{''.join(', ' + each for each in available)}."
-            )
-    return names
-
-
-def _arguments(config: PretrainConfig, folder: RunFolder, trackers: list[str]) -> TrainingArguments:
+def _arguments(config: PretrainConfig, folder: RunFolder, reported: list[str]) -> TrainingArguments:
     schedule = config.schedule
-    arguments = TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.micro_batch,
-        per_device_eval_batch_size=schedule.micro_batch,
-        gradient_accumulation_steps=schedule.batch // schedule.micro_batch,
-        learning_rate=config.optimizer.lr,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": schedule.final_lr},
-        warmup_steps=round(schedule.warmup * schedule.steps),
-        max_grad_norm=config.optimizer.clip,
-        logging_steps=1,  # a loss averaged over steps on both sides of an interruption would not be the same
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=schedule.eval_every or schedule.steps,
-        save_strategy="steps",
-        save_steps=schedule.save_every or schedule.steps,
-        save_total_limit=1,
-        prediction_loss_only=True,
-        seed=schedule.seed,
-        data_seed=schedule.seed,
-        report_to=trackers,
-        run_name=folder.root.name,
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+    return on_one_gpu(
+        TrainingArguments(
+            output_dir=str(folder.checkpoints),
+            max_steps=schedule.steps,
+            per_device_train_batch_size=schedule.micro_batch,
+            per_device_eval_batch_size=schedule.micro_batch,
+            gradient_accumulation_steps=schedule.batch // schedule.micro_batch,
+            learning_rate=config.optimizer.lr,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": schedule.final_lr},
+            warmup_steps=round(schedule.warmup * schedule.steps),
+            max_grad_norm=config.optimizer.clip,
+            logging_steps=1,  # a loss averaged over steps on both sides of an interruption would not be the same
+            logging_nan_inf_filter=False,
+            eval_strategy="steps",
+            eval_steps=schedule.eval_every or schedule.steps,
+            save_strategy="steps",
+            save_steps=schedule.save_every or schedule.steps,
+            save_total_limit=1,
+            prediction_loss_only=True,
+            seed=schedule.seed,
+            data_seed=schedule.seed,
+            report_to=reported,
+            run_name=folder.root.name,
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
     )
-    if arguments.n_gpu > 1:  # one process trains on one GPU: DataParallel would multiply the batch
-        arguments._n_gpu = 1
-    return arguments
 
 
 def _announce(config: PretrainConfig, parameters: int, text: Text, console: Console) -> None:

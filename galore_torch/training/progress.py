@@ -17,6 +17,7 @@ from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.units import duration, megabytes
 
 _PLAIN_LINES = 20
+_UNITS = {"tokens": "tok/s", "examples": "examples/s"}
 
 
 def quiet(console: Console) -> None:
@@ -67,9 +68,10 @@ class LiveProgress(TrainerCallback):
             return
         now = self._log.last
         self._first = self._first if self._first[0] else (state.global_step, self._log.seconds)
+        unit = self._log.unit
+        pace = f"{now[f'{unit}_per_second']:,.0f} {_UNITS[unit]}"
         text = (
-            f"loss {now['loss']:.3f}  lr {now['lr']:.1e}  {now['tokens_per_second']:,.0f} tok/s  "
-            f"state {megabytes(state_bytes(kwargs['optimizer']))}"
+            f"loss {now['loss']:.3f}  lr {now['lr']:.1e}  {pace}  state {megabytes(state_bytes(kwargs['optimizer']))}"
         )
         if self._console.is_terminal:
             self._bar.update(self._task, completed=state.global_step, description=text)
@@ -89,11 +91,14 @@ class LiveProgress(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print an evaluation."""
         if state.is_world_process_zero:
-            perplexity = self._log.evaluation["perplexity"]
-            self._console.print(
-                f"step {state.global_step}/{state.max_steps}  perplexity {perplexity:,.2f} on held-out text"
-            )
+            scores = ", ".join(f"{name} {_short(value)}" for name, value in self._log.scores.items())
+            judged = "text" if self._log.unit == "tokens" else "rows"
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {scores} on held-out {judged}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take the bar away."""
         self._bar.stop()
+
+
+def _short(score: float) -> str:
+    return f"{score:,.2f}" if score >= 10 else f"{score:.4f}"

@@ -1,4 +1,4 @@
-"""A run folder: where one pre-training keeps its configuration, its metrics, its checkpoints and what it made.
+"""A run folder: where one training keeps its configuration, its metrics, its checkpoints and what it made.
 
 runs/NAME/
   config.toml     every setting, as resolved
@@ -6,8 +6,9 @@ runs/NAME/
   metrics.jsonl   one record a step and an evaluation, and a last one of the whole run
   subspaces.jsonl one record a renewal of a weight's basis, if the optimizer projects
   checkpoints/    the newest resumable state, as Transformers' Trainer writes it
-  model/          weights, configuration and tokenizer, for AutoModelForCausalLM and AutoTokenizer
+  model/          weights, configuration and tokenizer, for Transformers' Auto classes
   loss.png        the losses
+  predictions.jsonl  what a fine-tuned model says of the held-out rows
 """
 
 from __future__ import annotations
@@ -15,12 +16,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from galore_torch.training import records
 from galore_torch.training.config import PretrainConfig, from_values, read_values
 from galore_torch.training.files import write_whole
+
+
+class Configuration(Protocol):
+    """The settings of any kind of run."""
+
+    def to_toml(self) -> str:
+        """All of them, as resolved."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,11 @@ class RunFolder:
         return self.root / "model"
 
     @property
+    def predictions(self) -> Path:
+        """What a fine-tuned model says of the held-out rows."""
+        return self.root / "predictions.jsonl"
+
+    @property
     def plot(self) -> Path:
         """The losses drawn."""
         return self.root / "loss.png"
@@ -78,7 +94,7 @@ class RunFolder:
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise ValueError(f"out = {str(self.root)!r} exists and is no empty folder; choose another --out.")
 
-    def create(self, config: PretrainConfig, text_digest: str) -> None:
+    def create(self, config: Configuration, text_digest: str) -> None:
         """Make the folder and write into it what the run is."""
         self.root.mkdir(parents=True, exist_ok=True)
         write_whole(self.text, text_digest + "\n")
@@ -99,11 +115,30 @@ class RunFolder:
                 "choose another --out to train anew."
             )
 
+    @staticmethod
+    def to_resume(out: Path | None, others: Mapping[str, Any]) -> Path:
+        """The folder of a run that can be gone on with.
+
+        Args:
+            out: as given.
+            others: settings by name, which must all be None: the run has its own.
+
+        Raises:
+            ValueError: when there is no such run, or it has ended, or settings are given.
+        """
+        if out is None:
+            raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
+        also = [name for name, value in others.items() if value is not None]
+        if also:
+            raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
+        RunFolder(out).require_unfinished()
+        return out
+
     def read_config(self) -> PretrainConfig:
         """The configuration that the run was started with."""
         return from_values(read_values(self.config)[1])
 
-    def require_text(self, digest: str) -> None:
+    def require_text(self, digest: str, data: str) -> None:
         """Refuse to go on with another text than the run was started on.
 
         Raises:
@@ -111,7 +146,7 @@ class RunFolder:
         """
         if self.text.read_text(encoding="utf-8").strip() != digest:
             raise ValueError(
-                f"data = {self.read_config().data.data!r} has changed since the run in {str(self.root)!r} was started; "
+                f"data = {data!r} has changed since the run in {str(self.root)!r} was started; "
                 "restore the text, or start anew with another --out."
             )
 

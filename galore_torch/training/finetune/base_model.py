@@ -1,0 +1,86 @@
+"""The model and the tokenizer that are fine-tuned, and whether they fit each other and the longest row."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from galore_torch.training.finetune.config import BaseModelConfig
+from galore_torch.training.units import sentence
+
+_SHOWN = 4
+
+
+def load_base(
+    config: BaseModelConfig, kind: Any, max_length: int, console: Console, **more: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a model with its tokenizer, and say which of its weights are fresh.
+
+    Args:
+        config: which.
+        kind: the auto class of the model.
+        max_length: most tokens of a row.
+        console: where that is said.
+        more: for the model's configuration, such as ``num_labels``.
+
+    Raises:
+        ValueError: when they cannot be loaded or do not fit.
+        ImportError: when a GGUF file needs a library that is missing.
+    """
+    if config.gguf_file is not None and find_spec("gguf") is None:
+        raise ImportError(f"gguf_file = {config.gguf_file!r} needs gguf. Install it with:  pip install gguf")
+    gguf = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **gguf)
+        model, info = kind.from_pretrained(
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            ignore_mismatched_sizes=True,  # a head for other labels is made anew
+            output_loading_info=True,
+            **gguf,
+            **more,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # whatever files can be wrong in
+        raise ValueError(f"model = {config.model!r} cannot be loaded: {sentence(error)}") from error
+    fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if fresh:
+        told = ", ".join(fresh[:_SHOWN]) + (f" and {len(fresh) - _SHOWN} more" if len(fresh) > _SHOWN else "")
+        console.print(f"Fresh, for {config.model} has none that fit: {told}", soft_wrap=True, highlight=False)
+    _fit(config, model, tokenizer, max_length)
+    return model, tokenizer
+
+
+def _fit(config: BaseModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    entries = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > entries:
+        raise ValueError(
+            f"model = {config.model!r} embeds {entries} tokens and its tokenizer has {len(tokenizer)}; give one that "
+            "fits."
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"model = {config.model!r}: its tokenizer has no token to pad with; set pad_token in its files."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    positions = _positions(model)
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"max_length = {max_length} is beyond the {positions} positions of model = {config.model!r}; give at most "
+            "that."
+        )
+
+
+def _positions(model: Any) -> int | None:
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from behind the padding's index.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return getattr(model.config, "max_position_embeddings", None)

@@ -1,0 +1,87 @@
+"""Sequence classification and regression on Transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+
+from galore_torch.training.finetune import scores
+from galore_torch.training.finetune.base_model import load_base
+from galore_torch.training.finetune.config import FinetuneConfig
+from galore_torch.training.finetune.data import Rows, require_texts
+from galore_torch.training.finetune.labels import find_labels
+from galore_torch.training.finetune.tasks import GLUE
+
+
+class Classification:
+    """One kind of fine-tuning: rows with labels.
+
+    Attributes:
+        model: with a head for them.
+        tokenizer: its own.
+        task_type: PEFT's name of what is done.
+    """
+
+    task_type = "SEQ_CLS"
+
+    def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
+        data = config.data
+        task = GLUE.get(data.task)
+        pair = () if data.text_pair_column is None else (data.text_pair_column,)
+        columns = task.columns if task else (data.text_column, *pair)
+        for part in (rows.train, rows.held_out):
+            for field, column in zip(("text_column", "text_pair_column"), columns, strict=False):
+                require_texts(part, field, column)
+        self.labels = find_labels(data, rows)
+        self.model, self.tokenizer = load_base(
+            config.model, AutoModelForSequenceClassification, data.max_length, console, **self.labels.head
+        )
+
+        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            texts = [[str(text) for text in batch[column]] for column in columns]
+            whole = self.tokenizer(*texts)["input_ids"]
+            made = self.tokenizer(*texts, truncation=True, max_length=data.max_length)
+            labels = [self.labels.encoded(label) for label in batch[self.labels.column]]
+            return {**made, "labels": labels, "cut": [len(ids) > data.max_length for ids in whole]}
+
+        def encoded(part: datasets.Dataset) -> datasets.Dataset:
+            return part.map(encode, batched=True, remove_columns=part.column_names, desc="Tokenizing")
+
+        made = [encoded(rows.train), encoded(rows.held_out)]
+        cut = sum(sum(part["cut"]) for part in made)
+        if cut:
+            console.print(f"{cut:,} rows are longer than {data.max_length} tokens and are truncated.")
+        self.train, self.held_out = [part.remove_columns("cut") for part in made]
+
+    def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
+        """Make the trainer."""
+        return Trainer(
+            model=self.model,
+            args=args,
+            train_dataset=self.train,
+            eval_dataset=self.held_out,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            processing_class=self.tokenizer,
+            compute_metrics=lambda found: scores.score(
+                self.labels.metrics, self._said(found.predictions), np.asarray(found.label_ids)
+            ),
+            **more,
+        )
+
+    def scores_of(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The scores among the Trainer's metrics."""
+        return {name: metrics[f"eval_{name}"] for name in self.labels.metrics}
+
+    def predictions(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """What the model says of each held-out row, with the right label."""
+        found = trainer.predict(self.held_out)
+        pairs = zip(self._said(found.predictions).tolist(), np.asarray(found.label_ids).tolist(), strict=True)
+        return [{"prediction": self.labels.decoded(said), "label": self.labels.decoded(right)} for said, right in pairs]
+
+    def _said(self, logits: Any) -> Any:
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits.reshape(-1) if self.labels.classes is None else logits.argmax(-1)

@@ -1,0 +1,108 @@
+"""Which rows are trained on and which are held out: GLUE's from the Hub, or files of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from galore_torch.training.finetune.config import RowsConfig
+from galore_torch.training.finetune.tasks import GLUE
+from galore_torch.training.units import sentence
+
+_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+
+_SPLIT = 0  # the seed of which rows of a file are held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows to train on and rows held out."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+
+    @property
+    def digest(self) -> str:
+        """A digest that another row or another split would change."""
+        known = [self.train.to_list(), self.held_out.to_list()]
+        return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+
+
+def load(config: RowsConfig) -> Rows:
+    """Find the rows. Which of a file's are held out is the same for every seed of a run: all are judged alike.
+
+    Raises:
+        ValueError: when there are none, or they cannot be read.
+    """
+    if config.task in GLUE:
+        return _glue(config.task)
+    assert config.data is not None
+    train = _file("data", config.data)
+    if config.held_out is not None:
+        return Rows(train=train, held_out=_file("held_out", config.held_out))
+    if len(train) < 2:
+        raise ValueError(f"data = {config.data!r} holds {len(train)} rows; give at least two, one to be held out.")
+    parts = train.train_test_split(test_size=max(1, round(config.held_out_share * len(train))), seed=_SPLIT)
+    return Rows(train=parts["train"], held_out=parts["test"])
+
+
+def _glue(task: str) -> Rows:
+    try:
+        parts = datasets.load_dataset("nyu-mll/glue", task)
+    except Exception as error:  # the Hub's client raises errors of many kinds
+        raise ValueError(
+            f"task = {task!r} is not given by the Hugging Face Hub: {sentence(error)} Check the network."
+        ) from error
+    return Rows(train=parts["train"], held_out=parts[GLUE[task].held_out])
+
+
+def _file(field: str, name: str) -> Any:
+    path = Path(name).expanduser()
+    kind = _KINDS.get(path.suffix.lower())
+    if kind is None or not path.is_file():
+        raise ValueError(f"{field} = {name!r} is no CSV, JSON lines or Parquet file; give one that exists.")
+    if not path.stat().st_size:
+        raise ValueError(f"{field} = {name!r} is empty; give a file that holds rows.")
+    try:
+        rows: Any = datasets.load_dataset(kind, data_files=str(path), split="train")
+    except Exception as error:  # pandas, Arrow and Datasets each have their own
+        raise ValueError(
+            f"{field} = {name!r} cannot be read as {kind}: {sentence(error.__cause__ or error)}"
+        ) from error
+    if not len(rows):
+        raise ValueError(f"{field} = {name!r} holds no rows; give a file that does.")
+    return rows
+
+
+def require_column(rows: datasets.Dataset, field: str, name: str) -> None:
+    """Refuse rows without a column.
+
+    Raises:
+        ValueError: when it is missing.
+    """
+    if name not in rows.column_names:
+        raise ValueError(f"{field} = {name!r} is no column of the rows; choose one of {', '.join(rows.column_names)}.")
+
+
+def require_texts(rows: datasets.Dataset, field: str, name: str) -> None:
+    """Refuse rows without a text.
+
+    Args:
+        rows: any.
+        field: the setting that names the column.
+        name: the column.
+
+    Raises:
+        ValueError: when the column is missing, holds no text, or a row's is empty.
+    """
+    require_column(rows, field, name)
+    for number, text in enumerate(rows[name]):
+        if text is None or not str(text).strip():
+            raise ValueError(f"{field} = {name!r} is empty in row {number} of {len(rows)}; leave such rows out.")
+        if isinstance(text, (dict, list)):
+            raise ValueError(f"{field} = {name!r} holds {type(text).__name__}s, no text; choose another column.")

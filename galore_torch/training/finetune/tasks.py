@@ -1,0 +1,37 @@
+"""GLUE's tasks by name: columns, the split that is held out, and metrics (arXiv 1804.07461)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        columns: the text's, and its pair's if there are two.
+        metrics: names in `galore_torch.training.finetune.scores.METRICS`, the main one first.
+        held_out: the split that is judged.
+        numbers: whether labels are numbers to be met, not classes.
+    """
+
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...]
+    held_out: str = "validation"
+    numbers: bool = False
+
+
+_PAIR = ("sentence1", "sentence2")
+GLUE: dict[str, Task] = {
+    "cola": Task(("sentence",), ("matthews", "accuracy")),
+    "sst2": Task(("sentence",), ("accuracy",)),
+    "mrpc": Task(_PAIR, ("f1", "accuracy")),
+    "stsb": Task(_PAIR, ("pearson", "spearman"), numbers=True),
+    "qqp": Task(("question1", "question2"), ("accuracy", "f1")),
+    "mnli": Task(("premise", "hypothesis"), ("accuracy",), "validation_matched"),
+    "qnli": Task(("question", "sentence"), ("accuracy",)),
+    "rte": Task(_PAIR, ("accuracy",)),
+    "wnli": Task(_PAIR, ("accuracy",)),
+}
+"""Every task by the name that ``--task`` takes."""
+
+TASKS = (*GLUE, "classify", "sft")
