@@ -40,6 +40,7 @@ def build_app() -> typer.Typer:
     """
     from galore_torch.training import command, compare_command, flags
     from galore_torch.training.finetune import command as tuning
+    from galore_torch.training.finetune import config, presets
 
     import typer  # isort: skip
 
@@ -49,7 +50,7 @@ def build_app() -> typer.Typer:
     app.callback()(_galore)
     app.command("pretrain", epilog=command.EPILOG)(flags.with_settings(command.pretrain))
     app.command("finetune", epilog=tuning.EPILOG)(
-        flags.with_settings(tuning.finetune, tuning.SECTIONS, tuning.PRESETS, tuning.SHOWN)
+        flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.SHOWN)
     )
     app.command("compare", epilog=compare_command.EXAMPLES)(flags.with_settings(compare_command.compare))
     return app

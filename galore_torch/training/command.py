@@ -19,7 +19,7 @@ from galore_torch.training.telling import told
 from galore_torch.training.units import duration, megabytes
 
 if TYPE_CHECKING:
-    from galore_torch.training.pretrain import Run, RunResult
+    from galore_torch.training.pretrain import PretrainResult, PretrainRun
 
 EXAMPLES = """[bold]Examples[/]
 
@@ -135,7 +135,7 @@ def _pretrain(
         raise typer.Exit(STOPPED)
 
 
-def _new(settings: PretrainConfig, out: Path, console: Console, left: RunLeft) -> Run:
+def _new(settings: PretrainConfig, out: Path, console: Console, left: RunLeft) -> PretrainRun:
     RunFolder(out).require_new()
     left.at_work_in(out, resumed=False)
     with console.status(_LOADING):
@@ -143,7 +143,7 @@ def _new(settings: PretrainConfig, out: Path, console: Console, left: RunLeft) -
     return new_run(settings, out, console=console)
 
 
-def _resumed(out: Path, console: Console, left: RunLeft) -> Run:
+def _resumed(out: Path, console: Console, left: RunLeft) -> PretrainRun:
     left.at_work_in(out, resumed=True)
     with console.status(_LOADING):
         from galore_torch.training.pretrain import resumed_run
@@ -161,7 +161,7 @@ def _prepare(settings: PretrainConfig, console: Console) -> None:
     )
 
 
-def show(result: RunResult, console: Console) -> None:
+def show(result: PretrainResult, console: Console) -> None:
     """Print what a run came to, and what to do with it."""
     if not result.finished:
         console.print(

@@ -90,7 +90,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     """The results side by side.
 
     Args:
-        results: by label, the fields of `galore_torch.training.pretrain.RunResult`.
+        results: by label, the fields of `galore_torch.training.pretrain.PretrainResult`.
     """
     first = next(iter(results.values()))
     columns = ("perplexity", "tokens/s", "optimizer state", "peak memory")

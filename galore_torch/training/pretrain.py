@@ -8,112 +8,52 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import (
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from galore_torch.optim import state_bytes
-from galore_torch.training import optimizers, packing, records, restarts, subspaces
-from galore_torch.training.adapters import adapt, merged
+from galore_torch.training import optimizers, packing
+from galore_torch.training.adapters import adapt
 from galore_torch.training.config import PretrainConfig
-from galore_torch.training.guard import deferred
-from galore_torch.training.interrupt import SaveOnInterrupt
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.model import build_model
-from galore_torch.training.peak_memory import peak_memory_bytes
-from galore_torch.training.plots import plot_losses
-from galore_torch.training.progress import LiveProgress
+from galore_torch.training.run import Run, RunResult, callbacks_of, without_printer
 from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.subspaces import SubspaceLog
 from galore_torch.training.surroundings import on_one_gpu, require_one_process, trackers
 from galore_torch.training.text import Text, amount, prepare_text
 
-# What of a result is recorded in metrics.jsonl.
-_FINAL = (
-    "step", "tokens", "eval_loss", "perplexity", "state_bytes", "peak_memory_bytes", "parameters", "trained_parameters",
-    "tokens_per_second", "seconds", "renewals", "overlap",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run came to.
+class PretrainResult(RunResult):
+    """What a pre-training came to.
 
     Attributes:
-        out: the run folder.
-        optimizer: the optimizer's name.
-        adapter: the adapters' name, or "none".
-        finished: False if it was stopped early; what needs an evaluation is then None.
-        step: optimizer steps made, over all resumptions.
         tokens: tokens seen.
-        perplexity: on the held-out text, at the end.
-        eval_loss: its logarithm, nats per token.
-        state_bytes: the optimizer's state.
-        peak_memory_bytes: GPU memory if there is a GPU, the process's otherwise.
-        parameters: of the model, as it is saved.
-        trained_parameters: those that the optimizer moves, of the model or of its adapters.
+        perplexity: on the held-out text, at the end; the exponential of `eval_loss`.
         tokens_per_second: mean over the training steps, without evaluations and saves.
-        seconds: time spent in training steps.
-        renewals: bases found, over all weights and resumptions; 0 for an optimizer that does not project.
-        overlap: of each weight's last two subspaces, on average: 1 for the same, 0 as of random ones.
-        checkpoint: where a stopped run goes on from.
     """
 
-    out: str
-    optimizer: str
-    adapter: str
-    finished: bool
-    step: int
     tokens: int
     perplexity: float | None
-    eval_loss: float | None
-    state_bytes: int
-    peak_memory_bytes: int
-    parameters: int
-    trained_parameters: int
     tokens_per_second: float
-    seconds: float
-    renewals: int
-    overlap: float | None
-    checkpoint: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that is ready to train: everything that could be wrong with its settings and its data has been judged.
+class PretrainRun(Run[PretrainConfig, PretrainResult]):
+    """A pre-training that is ready to train."""
 
-    Attributes:
-        parameters: of the model without adapters.
-    """
-
-    config: PretrainConfig
-    folder: RunFolder
-    model: LlamaForCausalLM
-    trainer: Trainer
-    log: MetricsLog
-    tokenizer: PreTrainedTokenizerBase
-    parameters: int
-    checkpoint: Path | None
-
-    def train(self) -> RunResult:
-        """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record."""
-        self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        with deferred():
-            result = _result(self)
-            if result.finished and self.trainer.is_world_process_zero():
-                _finish(self, result)
-        return result
+    def _result(self) -> PretrainResult:
+        shared = self._shared()
+        tokens = shared["step"] * self.config.tokens_per_step
+        return PretrainResult(
+            **shared,
+            tokens=tokens,
+            perplexity=self.log.evaluation.get("perplexity") if shared["finished"] else None,
+            tokens_per_second=self._per_second(tokens),
+        )
 
 
 def new_run(
     config: PretrainConfig, out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
-) -> Run:
+) -> PretrainRun:
     """Prepare a run in a new folder.
 
     Args:
@@ -130,7 +70,7 @@ def new_run(
     return _prepare(config, folder, console, callbacks, resumed=False)
 
 
-def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> PretrainRun:
     """Prepare to go on with a run that was stopped, exactly: its losses will be those of one that never was.
 
     Args:
@@ -153,7 +93,7 @@ def _prepare(
     callbacks: Sequence[TrainerCallback],
     *,
     resumed: bool,
-) -> Run:
+) -> PretrainRun:
     console = console or Console(quiet=True)
     require_one_process("a pre-training")
     reported = trackers(config.schedule.report_to)
@@ -172,7 +112,6 @@ def _prepare(
     else:
         folder.create(config, text.digest)
     log = MetricsLog(folder.metrics, config.tokens_per_step)
-    ours = [log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt()]
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -180,24 +119,22 @@ def _prepare(
         eval_dataset=text.held_out,
         data_collator=packing.collate,
         processing_class=text.tokenizer,
-        callbacks=[*ours, *restarts.callbacks_for(config.adapter), *callbacks],
+        callbacks=callbacks_of(config, folder, log, console, callbacks),
         # A factory is allowed, though the annotation names classes only.
         optimizer_cls_and_kwargs=(  # type: ignore[arg-type]
             optimizers.TrainerOptimizer,
             {"config": config.optimizer, "seed": config.schedule.seed},
         ),
     )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = folder.last_checkpoint() if resumed else None
-    return Run(
+    return PretrainRun(
         config=config,
         folder=folder,
         model=model,
-        trainer=trainer,
-        log=log,
         tokenizer=text.tokenizer,
+        trainer=without_printer(trainer),
+        log=log,
         parameters=parameters,
-        checkpoint=checkpoint,
+        checkpoint=folder.last_checkpoint() if resumed else None,
     )
 
 
@@ -241,42 +178,3 @@ def _announce(config: PretrainConfig, parameters: int, text: Text, console: Cons
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _result(run: Run) -> RunResult:
-    step = run.trainer.state.global_step
-    assert run.trainer.optimizer is not None
-    finished = step >= run.config.schedule.steps
-    checkpoint = None if finished else run.folder.last_checkpoint()
-    evaluation = run.log.evaluation if finished else {}
-    tokens = step * run.config.tokens_per_step
-    renewals, overlap = subspaces.summary(run.trainer.optimizer)
-    return RunResult(
-        out=str(run.folder.root),
-        optimizer=run.config.optimizer.optimizer,
-        adapter=run.config.adapter.adapter,
-        finished=finished,
-        step=step,
-        tokens=tokens,
-        perplexity=evaluation.get("perplexity"),
-        eval_loss=evaluation.get("eval_loss"),
-        state_bytes=state_bytes(run.trainer.optimizer),
-        peak_memory_bytes=peak_memory_bytes(),
-        parameters=run.parameters,
-        trained_parameters=run.model.num_parameters(only_trainable=True),
-        tokens_per_second=tokens / run.log.seconds if run.log.seconds else 0.0,
-        seconds=run.log.seconds,
-        renewals=renewals,
-        overlap=overlap,
-        checkpoint=None if checkpoint is None else str(checkpoint),
-    )
-
-
-def _finish(run: Run, result: RunResult) -> None:
-    """Leave behind the model with its tokenizer, the plot and, as the sign that all is there, the last record."""
-    run.model.config.use_cache = True  # for generation, by whoever loads it
-    merged(run.model).save_pretrained(run.folder.model)
-    run.tokenizer.save_pretrained(run.folder.model)
-    plot_losses({run.config.title: run.folder.metrics}, run.folder.plot)
-    record = {name: getattr(result, name) for name in _FINAL}
-    records.append(run.folder.metrics, {"final": True, **record})

@@ -4,7 +4,9 @@
 | --- | --- |
 | a step | step, tokens, loss (nats per token), lr, grad_norm, tokens_per_second, seconds |
 | an evaluation | step, tokens, eval_loss (nats per token), perplexity, seconds |
-| the end | final (true) and the figures of the whole run, see `galore_torch.training.pretrain.RunResult` |
+| the end | final (true) and the figures of the whole run, see `galore_torch.training.run.RunResult` |
+
+A fine-tuning counts examples where a pre-training counts tokens, and has its own scores in the place of perplexity.
 
 ``seconds`` is time spent in training steps since the start, over all resumptions, without evaluations and saves.
 """

@@ -41,12 +41,14 @@ class Classification:
             config.model, AutoModelForSequenceClassification, data.max_length, console, **self.labels.head
         )
 
+        tokenizer, wanted, most = self.tokenizer, self.labels, data.max_length  # all that Datasets has to digest
+
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             texts = [[str(text) for text in batch[column]] for column in columns]
-            whole = self.tokenizer(*texts)["input_ids"]
-            made = self.tokenizer(*texts, truncation=True, max_length=data.max_length)
-            labels = [self.labels.encoded(label) for label in batch[self.labels.column]]
-            return {**made, "labels": labels, "cut": [len(ids) > data.max_length for ids in whole]}
+            whole = tokenizer(*texts)["input_ids"]
+            made = tokenizer(*texts, truncation=True, max_length=most)
+            labels = [wanted.encoded(label) for label in batch[wanted.column]]
+            return {**made, "labels": labels, "cut": [len(ids) > most for ids in whole]}
 
         def encoded(part: datasets.Dataset) -> datasets.Dataset:
             return part.map(encode, batched=True, remove_columns=part.column_names, desc="Tokenizing")

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from galore_torch.training.finetune.config import SECTIONS as SECTIONS
-from galore_torch.training.finetune.presets import PRESETS as PRESETS
-from galore_torch.training.finetune.presets import configure
+from galore_torch.training.finetune.presets import PRESETS, configure
 from galore_torch.training.guard import STOPPED, RunLeft, stoppable
 from galore_torch.training.methods import METHODS, described
 from galore_torch.training.run_folder import RunFolder
@@ -20,7 +18,7 @@ from galore_torch.training.telling import told
 from galore_torch.training.units import duration, megabytes
 
 if TYPE_CHECKING:
-    from galore_torch.training.finetune.run import Result
+    from galore_torch.training.finetune.run import FinetuneResult
 
 SHOWN = "glue-rank4"
 """The preset whose values ``--help`` shows."""
@@ -99,7 +97,7 @@ def _finetune(
         raise typer.Exit(STOPPED)
 
 
-def show(result: Result, console: Console) -> None:
+def show(result: FinetuneResult, console: Console) -> None:
     """Print what a run came to, and what to do with it."""
     if not result.finished:
         console.print(f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; go on with:")

@@ -3,153 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from galore_torch.optim import quantize_weights, state_bytes
-from galore_torch.training import optimizers, records, restarts, sections, subspaces
-from galore_torch.training.adapters import adapt, merged
+from galore_torch.optim import quantize_weights
+from galore_torch.training import optimizers, records, sections
+from galore_torch.training.adapters import adapt
 from galore_torch.training.finetune.classification import Classification
 from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load
 from galore_torch.training.finetune.presets import made
 from galore_torch.training.finetune.supervised import Supervised
-from galore_torch.training.guard import deferred
-from galore_torch.training.interrupt import SaveOnInterrupt
 from galore_torch.training.metrics import MetricsLog
-from galore_torch.training.peak_memory import peak_memory_bytes
-from galore_torch.training.plots import plot_losses
-from galore_torch.training.progress import LiveProgress, quiet
+from galore_torch.training.progress import quiet
+from galore_torch.training.run import Run, RunResult, callbacks_of, without_printer
 from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.subspaces import SubspaceLog
 from galore_torch.training.surroundings import on_one_gpu, require_one_process, trackers
 
 Kind = Classification | Supervised
 
-_NOT_RECORDED = ("out", "finished", "checkpoint")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class FinetuneResult(RunResult):
     """What a fine-tuning came to.
 
     Attributes:
-        out: the run folder.
         task: its name.
-        optimizer: the optimizer's name.
-        adapter: the adapters' name, or "none".
-        finished: False if it was stopped early; there is no evaluation then.
-        step: optimizer steps made, over all resumptions.
         examples: rows seen.
-        eval_loss: on the held-out rows, at the end.
         scores: on the held-out rows, at the end, by name, the main one first.
-        state_bytes: the optimizer's state.
-        peak_memory_bytes: GPU memory if there is a GPU, the process's otherwise.
-        parameters: of the model, as it is saved.
-        trained_parameters: those that the optimizer moves, of the model or of its adapters.
         examples_per_second: mean over the training steps, without evaluations and saves.
-        seconds: time spent in training steps.
-        renewals: bases found, over all weights and resumptions; 0 for an optimizer that does not project.
-        overlap: of each weight's last two subspaces, on average: 1 for the same, 0 as of random ones.
-        checkpoint: where a stopped run goes on from.
     """
 
-    out: str
     task: str
-    optimizer: str
-    adapter: str
-    finished: bool
-    step: int
     examples: int
-    eval_loss: float | None
     scores: dict[str, float]
-    state_bytes: int
-    peak_memory_bytes: int
-    parameters: int
-    trained_parameters: int
     examples_per_second: float
-    seconds: float
-    renewals: int
-    overlap: float | None
-    checkpoint: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that is ready to train: everything that could be wrong with its settings and its rows has been judged.
+class FinetuneRun(Run[FinetuneConfig, FinetuneResult]):
+    """A fine-tuning that is ready to train.
 
     Attributes:
-        parameters: of the model without adapters.
+        kind: what its rows are.
     """
 
-    config: FinetuneConfig
-    folder: RunFolder
     kind: Kind
-    trainer: Trainer
-    log: MetricsLog
-    parameters: int
-    checkpoint: Path | None
 
-    def train(self) -> Result:
-        """Train to the last step or until Ctrl-C; once finished, write model, predictions, plot and the last record."""
-        self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        with deferred():
-            result = self._result()
-            if result.finished:
-                self._finish(result)
-        return result
-
-    def _result(self) -> Result:
-        state = self.trainer.state
-        finished = state.global_step >= state.max_steps
-        checkpoint = None if finished else self.folder.last_checkpoint()
-        assert self.trainer.optimizer is not None
-        renewals, overlap = subspaces.summary(self.trainer.optimizer)
-        examples = state.global_step * self.config.schedule.batch
-        return Result(
-            out=str(self.folder.root),
+    def _result(self) -> FinetuneResult:
+        shared = self._shared()
+        examples = shared["step"] * self.config.schedule.batch
+        return FinetuneResult(
+            **shared,
             task=self.config.data.task,
-            optimizer=self.config.optimizer.optimizer,
-            adapter=self.config.adapter.adapter,
-            finished=finished,
-            step=state.global_step,
             examples=examples,
-            eval_loss=self.log.evaluation.get("eval_loss") if finished else None,
-            scores=self.log.scores if finished else {},
-            state_bytes=state_bytes(self.trainer.optimizer),
-            peak_memory_bytes=peak_memory_bytes(),
-            parameters=self.parameters,
-            trained_parameters=self.kind.model.num_parameters(only_trainable=True),
-            examples_per_second=examples / self.log.seconds if self.log.seconds else 0.0,
-            seconds=self.log.seconds,
-            renewals=renewals,
-            overlap=overlap,
-            checkpoint=None if checkpoint is None else str(checkpoint),
+            scores=self.log.scores if shared["finished"] else {},
+            examples_per_second=self._per_second(examples),
         )
 
-    def _finish(self, result: Result) -> None:
-        """Leave behind predictions, the model with its tokenizer, the plot and, as the sign of the end, the record."""
+    def _finish(self, result: FinetuneResult) -> None:
+        """Leave behind what the model says of the held-out rows, before all else."""
         lines = self.kind.predictions(self.trainer)
         self.folder.predictions.unlink(missing_ok=True)
         for line in lines:
             records.append(self.folder.predictions, line)
-        if self.kind.task_type == "CAUSAL_LM":
-            self.kind.model.config.use_cache = True  # for generation, by whoever loads it
-        merged(self.kind.model).save_pretrained(self.folder.model)
-        self.kind.tokenizer.save_pretrained(self.folder.model)
-        plot_losses({self.config.title: self.folder.metrics}, self.folder.plot, "examples")
-        record = {name: value for name, value in asdict(result).items() if name not in _NOT_RECORDED}
-        records.append(self.folder.metrics, {"final": True, **record})
+        super()._finish(result)
 
 
 def new_run(
     config: FinetuneConfig, out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
-) -> Run:
+) -> FinetuneRun:
     """Prepare a run in a new folder.
 
     Args:
@@ -166,7 +94,7 @@ def new_run(
     return _prepare(config, folder, console, callbacks, resumed=False)
 
 
-def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> FinetuneRun:
     """Prepare to go on with a run that was stopped, exactly: its losses will be those of one that never was.
 
     Args:
@@ -190,7 +118,7 @@ def _prepare(
     callbacks: Sequence[TrainerCallback],
     *,
     resumed: bool,
-) -> Run:
+) -> FinetuneRun:
     console = console or Console(quiet=True)
     quiet(console)
     require_one_process("a fine-tuning")
@@ -201,25 +129,25 @@ def _prepare(
     parameters = kind.model.num_parameters()
     _prepare_weights(config, kind)
     log = MetricsLog(folder.metrics, config.schedule.batch, unit="examples", scores=kind.scores_of)
-    ours = [log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt()]
     choice = {"config": config.optimizer, "seed": config.schedule.seed, "targets": config.targets}
     trainer = kind.trainer(
         arguments,
-        callbacks=[*ours, *restarts.callbacks_for(config.adapter), *callbacks],
+        callbacks=callbacks_of(config, folder, log, console, callbacks),
         optimizer_cls_and_kwargs=(optimizers.TrainerOptimizer, choice),
     )
-    trainer.remove_callback(PrinterCallback)
     _announce(config, rows, parameters, console)
     if resumed:
         folder.require_text(rows.digest, config.data.data or config.data.task)
         folder.drop_torn_checkpoints()
     else:
         folder.create(config, rows.digest)
-    return Run(
+    return FinetuneRun(
         config=config,
         folder=folder,
         kind=kind,
-        trainer=trainer,
+        model=kind.model,
+        tokenizer=kind.tokenizer,
+        trainer=without_printer(trainer),
         log=log,
         parameters=parameters,
         checkpoint=folder.last_checkpoint() if resumed else None,

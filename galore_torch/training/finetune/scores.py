@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def score(names: Sequence[str], said: Any, labels: Any) -> dict[str, float]:
         The scores by name. A correlation with predictions that are all the same is 0.
     """
     constant = np.ptp(said) == 0 or np.ptp(labels) == 0
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "accuracy": lambda: metrics.accuracy_score(labels, said),
         "f1": lambda: metrics.f1_score(labels, said, zero_division=0),
         "matthews": lambda: metrics.matthews_corrcoef(labels, said),

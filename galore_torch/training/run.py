@@ -1,0 +1,185 @@
+"""A run that is ready to train, and what it comes to: all that a pre-training and a fine-tuning have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+
+from galore_torch.optim import state_bytes
+from galore_torch.training import records, restarts, subspaces
+from galore_torch.training.adapter_config import AdapterConfig
+from galore_torch.training.adapters import merged
+from galore_torch.training.config import OptimizerConfig
+from galore_torch.training.guard import deferred
+from galore_torch.training.interrupt import SaveOnInterrupt
+from galore_torch.training.metrics import MetricsLog
+from galore_torch.training.peak_memory import peak_memory_bytes
+from galore_torch.training.plots import plot_losses
+from galore_torch.training.progress import LiveProgress
+from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.subspaces import SubspaceLog
+
+_NOT_RECORDED = ("out", "finished", "checkpoint")
+
+
+class RunConfig(Protocol):
+    """What a run asks of its settings."""
+
+    @property
+    def title(self) -> str:
+        """What is trained in a word or two."""
+        ...
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer's settings."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """The adapters' settings, as resolved."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        out: the run folder.
+        optimizer: the optimizer's name.
+        adapter: the adapters' name, or "none".
+        finished: False if it was stopped early; what needs an evaluation is then None.
+        step: optimizer steps made, over all resumptions.
+        eval_loss: on what is held out, at the end; nats per token of a language model.
+        state_bytes: the optimizer's state.
+        peak_memory_bytes: GPU memory if there is a GPU, the process's otherwise.
+        parameters: of the model, as it is saved.
+        trained_parameters: those that the optimizer moves, of the model or of its adapters.
+        seconds: time spent in training steps.
+        renewals: bases found, over all weights and resumptions; 0 for an optimizer that does not project.
+        overlap: of each weight's last two subspaces, on average: 1 for the same, 0 as of random ones.
+        checkpoint: where a stopped run goes on from.
+    """
+
+    out: str
+    optimizer: str
+    adapter: str
+    finished: bool
+    step: int
+    eval_loss: float | None
+    state_bytes: int
+    peak_memory_bytes: int
+    parameters: int
+    trained_parameters: int
+    seconds: float
+    renewals: int
+    overlap: float | None
+    checkpoint: str | None
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+ResultT = TypeVar("ResultT", bound=RunResult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(ABC, Generic[ConfigT, ResultT]):
+    """A run that is ready to train: everything that could be wrong with its settings and its data has been judged.
+
+    Attributes:
+        config: its settings.
+        folder: where it leaves what it makes.
+        model: with its adapters, if it has any.
+        tokenizer: the model's.
+        trainer: with `callbacks_of` among its callbacks.
+        log: the first of them.
+        parameters: of the model without adapters.
+        checkpoint: where it goes on from.
+    """
+
+    config: ConfigT
+    folder: RunFolder
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    trainer: Trainer
+    log: MetricsLog
+    parameters: int
+    checkpoint: Path | None
+
+    def train(self) -> ResultT:
+        """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record."""
+        self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        with deferred():
+            result = self._result()
+            if result.finished and self.trainer.is_world_process_zero():
+                self._finish(result)
+        return result
+
+    @abstractmethod
+    def _result(self) -> ResultT:
+        """`_shared`, and what this kind of run has besides."""
+
+    def _shared(self) -> dict[str, Any]:
+        """The fields of `RunResult` by name."""
+        state, optimizer = self.trainer.state, self.trainer.optimizer
+        assert optimizer is not None
+        finished = state.global_step >= state.max_steps
+        checkpoint = None if finished else self.folder.last_checkpoint()
+        renewals, overlap = subspaces.summary(optimizer)
+        return {
+            "out": str(self.folder.root),
+            "optimizer": self.config.optimizer.optimizer,
+            "adapter": self.config.adapter.adapter,
+            "finished": finished,
+            "step": state.global_step,
+            "eval_loss": self.log.evaluation.get("eval_loss") if finished else None,
+            "state_bytes": state_bytes(optimizer),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "parameters": self.parameters,
+            "trained_parameters": self.model.num_parameters(only_trainable=True),
+            "seconds": self.log.seconds,
+            "renewals": renewals,
+            "overlap": overlap,
+            "checkpoint": None if checkpoint is None else str(checkpoint),
+        }
+
+    def _per_second(self, amount: int) -> float:
+        """An amount by the time that training it took."""
+        return amount / self.log.seconds if self.log.seconds else 0.0
+
+    def _finish(self, result: ResultT) -> None:
+        """Leave behind the model with its tokenizer, the plot and, as the sign that all is there, the last record."""
+        self.model.config.use_cache = True  # for generation, by whoever loads it
+        merged(self.model).save_pretrained(self.folder.model)
+        self.tokenizer.save_pretrained(self.folder.model)
+        plot_losses({self.config.title: self.folder.metrics}, self.folder.plot, self.log.unit)
+        record = {name: value for name, value in asdict(result).items() if name not in _NOT_RECORDED}
+        records.append(self.folder.metrics, {"final": True, **record})
+
+
+def callbacks_of(
+    config: RunConfig, folder: RunFolder, log: MetricsLog, console: Console, more: Sequence[TrainerCallback]
+) -> list[TrainerCallback]:
+    """What watches and steers every run: records, display, Ctrl-C and restarts.
+
+    Args:
+        config: of the run.
+        folder: its folder.
+        log: its records.
+        console: where progress is shown.
+        more: further ones, which come last.
+    """
+    ours = [log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt()]
+    return [*ours, *restarts.callbacks_for(config.adapter), *more]
+
+
+def without_printer(trainer: Trainer) -> Trainer:
+    """Take away the Trainer's own lines: ours are shown."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
