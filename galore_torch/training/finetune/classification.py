@@ -61,7 +61,7 @@ class Classification:
 
     def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
         """Make the trainer."""
-        return Trainer(
+        trainer = Trainer(
             model=self.model,
             args=args,
             train_dataset=self.train,
@@ -73,6 +73,10 @@ class Classification:
             ),
             **more,
         )
+        # Encoders take any keyword and do not heed the number of items: the Trainer would leave the mean over
+        # micro-batches to them, and the loss would be as many times too large.
+        trainer.model_accepts_loss_kwargs = False
+        return trainer
 
     def scores_of(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """The scores among the Trainer's metrics."""

@@ -72,7 +72,8 @@ def _file(field: str, name: str) -> Any:
         rows: Any = datasets.load_dataset(kind, data_files=str(path), split="train")
     except Exception as error:  # pandas, Arrow and Datasets each have their own
         raise ValueError(
-            f"{field} = {name!r} cannot be read as {kind}: {sentence(error.__cause__ or error)}"
+            f"{field} = {name!r} holds no rows that can be read as {kind}: {sentence(error.__cause__ or error)} "
+            "Mend the file, or give another."
         ) from error
     if not len(rows):
         raise ValueError(f"{field} = {name!r} holds no rows; give a file that does.")

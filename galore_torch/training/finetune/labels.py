@@ -59,6 +59,11 @@ def find_labels(config: RowsConfig, rows: Rows) -> Labels:
         require_column(part, "label_column", column)
         if any(value is None or value != value for value in part[column]):
             raise ValueError(f"label_column = {column!r} has rows without a label; fill them in or leave them out.")
+        nested = [value for value in part[column] if isinstance(value, (list, dict))]
+        if nested:
+            raise ValueError(
+                f"label_column = {column!r} holds {type(nested[0]).__name__}s, no labels; choose another column."
+            )
     values = list(rows.train[column])
     known = set(values)
     if len(known) < 2:

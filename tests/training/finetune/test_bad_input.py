@@ -1,0 +1,187 @@
+"""What is wrong is told in a line, with the field, the value and a remedy, before any training; nothing is left."""
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from galore_torch.cli import build_app
+from galore_torch.training.finetune import tasks
+from galore_torch.training.finetune.presets import configure
+from galore_torch.training.finetune.run import new_run
+from tests.training.finetune.conftest import sentences
+
+ROWS = [{"text": text, "label": label} for text, label in sentences()]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"task": "colla"}, ["task = 'colla'", "did you mean 'cola'"]),
+        ({"method": "galor", "data": "x"}, ["method = 'galor'", "did you mean 'galore'"]),
+        ({"preset": "glue", "data": "x"}, ["preset = 'glue'", "glue-rank4"]),
+        ({}, ["data = None", "task = 'classify'", "give a file"]),
+        ({"task": "rte", "data": "x.csv"}, ["data = 'x.csv'", "brings its own"]),
+        ({"task": "rte", "label_column": "x"}, ["label_column = 'x'", "task = 'rte'"]),
+        ({"task": "sft", "data": "x", "label_column": "stars"}, ["label_column = 'stars'", "task = 'sft'"]),
+        ({"data": "x", "answers": 3}, ["answers = 3", "task = 'classify'"]),
+        ({"data": "x", "rank": 0}, ["rank = 0", "at least 1"]),
+        ({"data": "x", "stepps": 3}, ["stepps = 3", "did you mean steps"]),
+        ({"data": "x", "batch": 8, "micro_batch": 3}, ["micro_batch = 3", "divisor"]),
+        ({"data": "x", "method": "low-rank"}, ["adapter = 'low-rank'", "choose lora"]),
+        ({"data": "x", "method": "full", "rank": 4}, ["rank = 4", "method = 'full'"]),
+        ({"data": "x", "method": "lora", "update": "backward"}, ["update = 'backward'", "adapter = 'lora'"]),
+        ({"data": "x", "method": "full", "gradients": "fused"}, ["gradients = 'fused'"]),
+        ({"data": "x", "method": "relora"}, ["restart_every = None", "give it"]),
+        (
+            {"data": "x", "method": "galore-per-layer", "batch": 8, "micro_batch": 2},
+            ["update = 'backward'", "micro_batch = 2"],
+        ),
+    ],
+)
+def test_settings_that_do_not_fit(given, words):
+    with pytest.raises(ValueError, match="=") as wrong:
+        configure(**given)
+    for word in words:
+        assert word in str(wrong.value)
+
+
+def without(field):
+    return [{name: value for name, value in row.items() if name != field} for row in ROWS]
+
+
+def constant(rows=ROWS):
+    return [{**row, "label": "one"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "words"),
+    [
+        (without("label"), {}, ["label_column = 'label'", "choose one of text"]),
+        (without("text"), {}, ["text_column = 'text'", "choose one of label"]),
+        (ROWS, {"label_column": "stars"}, ["label_column = 'stars'", "text, label"]),
+        (constant(), {}, ["label_column = 'label' is 'one' in all rows", "at least two"]),
+        ([{**row, "label": None} for row in ROWS], {}, ["label_column = 'label'", "without a label"]),
+        ([{**ROWS[0], "label": None}, *ROWS], {}, ["label_column = 'label'", "without a label"]),
+        ([{**row, "label": [1]} for row in ROWS], {}, ["label_column = 'label' holds lists", "choose another column"]),
+        ([{**ROWS[0], "text": " "}, *ROWS], {}, ["text_column = 'text' is empty in row"]),
+        ([{**row, "text": {"a": 1}} for row in ROWS], {}, ["text_column = 'text' holds dicts"]),
+        (ROWS[:1], {}, ["holds 1 rows", "at least two"]),
+        (ROWS, {"labels": "numbers"}, ["labels = 'numbers'", "holds text"]),
+        (ROWS, {"max_length": 65}, ["max_length = 65", "64 positions"]),
+        (
+            ROWS,
+            {"method": "galore", "targets": "attn.c_proj"},
+            ["target_modules", "attn.c_proj", "match no linear layer", "all-linear"],
+        ),
+        (ROWS, {"method": "lora", "rank": 64}, ["adapter_rank = 64", "at most 32"]),
+        (ROWS, {"report_to": "nobody"}, ["report_to = 'nobody'", "not installed"]),
+        (ROWS, {"model": "no/such/model"}, ["model = 'no/such/model'", "cannot be loaded"]),
+        (ROWS, {"gguf_file": "x.gguf"}, ["model = ", "cannot be loaded"]),
+    ],
+)
+def test_rows_and_models_that_do_not_fit(classify, write, tmp_path, rows, given, words):
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=r".") as wrong:
+        new_run(classify(**{"data": write("given.jsonl", rows), **given}), out)
+    for word in words:
+        assert word in str(wrong.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("nowhere.csv", None, ["data = ", "is no CSV", "give one that exists"]),
+        ("rows.txt", "text,label\n", ["is no CSV, JSON lines or Parquet file"]),
+        ("rows.csv", "", ["is empty"]),
+        ("rows.csv", "text,label\n", ["holds no rows"]),
+        ("rows.jsonl", "{no json}\n", ["holds no rows that can be read as json"]),
+        ("rows.parquet", "no parquet", ["holds no rows that can be read as parquet", "or give another"]),
+    ],
+)
+def test_files_that_cannot_be_read(classify, tmp_path, name, content, words):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    if content is not None:
+        (folder / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="data = ") as wrong:
+        new_run(classify(data=str(folder / name)), tmp_path / "run")
+    for word in words:
+        assert word in str(wrong.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_that_is_only_held_out(classify, write, tmp_path):
+    held_out = write("held_out.jsonl", [{"text": "a line", "label": "json"}])
+    with pytest.raises(ValueError, match=r"holds 'json' in held-out rows only; train on it too"):
+        new_run(classify(held_out=held_out), tmp_path / "run")
+
+
+def test_numbers_that_are_not_finite(classify, write, tmp_path):
+    rows = [{"text": text, "label": float(index)} for index, (text, _) in enumerate(sentences())]
+    data = write("numbers.csv", [*rows, {"text": "endless", "label": float("inf")}])
+    with pytest.raises(ValueError, match=r"label_column = 'label' holds inf; give finite numbers"):
+        new_run(classify(data=data), tmp_path / "run")
+
+
+def test_a_tokenizer_that_does_not_fit(classify, encoder, tmp_path):
+    folder = tmp_path / "model"
+    AutoModelForMaskedLM.from_pretrained(encoder).save_pretrained(folder)
+    words = {f"w{index}": index for index in range(500)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w1", unk_token="w0"
+    ).save_pretrained(folder)
+    with pytest.raises(ValueError, match="embeds 400 tokens and its tokenizer has 500"):
+        new_run(classify(model=str(folder)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "words"),
+    [
+        ([{"question": "a"}] * 4, {}, ["neither messages, nor prompt and completion", "question"]),
+        ([{"messages": []}] * 4, {}, ["messages of row 0", "mend the row"]),
+        ([{"messages": [{"content": "a"}]}] * 4, {}, ["messages of row 0", "role and content"]),
+        ([{"prompt": "a", "completion": " "}] * 4, {}, ["is empty in row"]),
+        ([{"text": "a"}] * 4, {"answers_only": True}, ["answers_only = True", "is for messages"]),
+        ([{"text": "a"}] * 4, {"max_length": 500}, ["max_length = 500", "128 positions"]),
+    ],
+)
+def test_rows_that_nothing_can_be_learnt_from(supervise, write, tmp_path, rows, given, words):
+    with pytest.raises(ValueError, match=r".") as wrong:
+        new_run(supervise(data=write("given.jsonl", rows), **given), tmp_path / "run")
+    for word in words:
+        assert word in str(wrong.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_alone_need_a_template_that_marks_them(supervise, causal, write, tmp_path):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
+    data = write("chats.jsonl", rows)
+    for template, words in (("{{ messages[0]['content'] }}", "does not mark answers"), (None, "no chat template")):
+        folder = tmp_path / words.replace(" ", "-")
+        LlamaForCausalLM.from_pretrained(causal).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(causal)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        (folder / "chat_template.jinja").unlink(missing_ok=template is None)
+        tokenizer.save_pretrained(folder)
+        with pytest.raises(ValueError, match=words):
+            new_run(supervise(model=str(folder), data=data, answers_only=True), tmp_path / "run")
+
+
+@pytest.mark.parametrize("arguments", [["--task", "colla"], ["--data", "nowhere.csv"], ["--resume"], ["--rank", "x"]])
+def test_the_command_tells_it_in_a_line_and_leaves_nothing(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(build_app(), ["finetune", *arguments])
+    assert told.exit_code == 2
+    assert "Traceback" not in told.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_glue_without_a_network_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"task = 'rte' is not given by the Hugging Face Hub: .* Check the network"):
+        new_run(configure(task="rte", steps=1), tmp_path / "run")
+    assert set(tasks.GLUE) <= set(tasks.TASKS)

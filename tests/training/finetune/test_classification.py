@@ -1,0 +1,189 @@
+"""Classes and numbers: every method learns them, what is left behind is whole, and scores are scikit-learn's."""
+
+import json
+
+import pytest
+import torch
+from sklearn import metrics
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from galore_torch import param_groups
+from galore_torch.training import records
+from galore_torch.training.finetune.run import new_run
+from galore_torch.training.finetune.scores import METRICS, score
+from galore_torch.training.methods import METHODS
+from tests.training.finetune.conftest import losses, sentences
+
+TRAINED = [name for name in METHODS if name != "low-rank"]
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_every_method_learns(classify, tmp_path, method):
+    given = {"rank": 8} if "galore" in method or "lora" in method else {}
+    if "galore" in method:
+        given["gap"] = 10
+    # An adapter's product begins at zero, and a random frozen encoder gives it little to work with.
+    steps, falls = (80, 0.95) if "lora" in method else (40, 0.8)
+    config = classify(method=method, steps=steps, lr=2e-2 if "adafactor" in method else 3e-3, eval_every=None, **given)
+    result = new_run(config, tmp_path / "run").train()
+    history = losses(tmp_path / "run")
+    assert result.finished
+    assert len(history) == steps
+    assert sum(history[-8:]) < falls * sum(history[:8])
+    assert result.scores["accuracy"] > 0.6
+    assert (result.renewals > 0) is ("galore" in method)
+    assert (result.trained_parameters < result.parameters) is ("lora" in method)
+
+
+def test_what_is_left_behind_is_whole_and_says_what_was_scored(classify, tmp_path):
+    out = tmp_path / "run"
+    result = new_run(classify(method="galore", steps=30, lr=5e-3), out).train()
+    said = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(said) == 14  # a tenth of the rows
+    right = [row["prediction"] == row["label"] for row in said]
+    assert result.scores["accuracy"] == pytest.approx(sum(right) / len(right))
+    final = records.final(out / "metrics.jsonl")
+    assert final["scores"] == result.scores
+    assert final["examples"] == 30 * 8
+    assert (out / "loss.png").stat().st_size > 5_000
+    model = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
+    assert set(model.config.label2id) == {"calendar", "heapq"}
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    texts = [text for text, _ in sentences()[:20]]
+    logits = model(**tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt")).logits
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["lora", "relora"])
+def test_adapters_are_merged_into_what_is_left_behind(classify, tmp_path, method):
+    out = tmp_path / "run"
+    run = new_run(classify(method=method, steps=6), out)
+    run.train()
+    inputs = torch.arange(24)[None] + 7
+    loaded = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
+    torch.testing.assert_close(loaded(inputs).logits, run.model.eval()(inputs).logits)
+    assert not [name for name in loaded.state_dict() if "lora" in name]
+
+
+def test_the_linear_layers_of_the_numbered_blocks_are_projected_and_nothing_else(classify, tmp_path):
+    run = new_run(classify(method="galore", steps=1), tmp_path / "run")
+    run.train()
+    projected, others = run.trainer.optimizer.param_groups[0], run.trainer.optimizer.param_groups[1:]
+    names = {id(weight): name for name, weight in run.model.named_parameters()}
+    found = {names[id(weight)] for weight in projected["params"]}
+    assert len(found) == 2 * 6
+    assert all("encoder.layer." in name and name.endswith(".weight") for name in found)
+    assert {names[id(weight)] for group in others for weight in group["params"]} == set(names.values()) - found
+
+
+@pytest.mark.parametrize(("targets", "count"), [("query,value", 4), ("all-linear", 14)])
+def test_targets_can_be_named(classify, tmp_path, targets, count):
+    run = new_run(classify(method="galore", targets=targets, steps=1), tmp_path / "run")
+    run.train()
+    names = {id(weight) for weight in run.trainer.optimizer.param_groups[0]["params"]}
+    assert len(names) == count
+    assert count == len(param_groups(run.model, 4, target_modules=run.config.targets)[0]["params"])
+
+
+def test_numbers_are_met(classify, write, tmp_path):
+    rows = [{"text": text, "label": len(text) / 70} for text, _ in sentences()]
+    config = classify(data=write("lengths.csv", rows), method="galore", steps=60, lr=5e-3, eval_every=60)
+    result = new_run(config, tmp_path / "run").train()
+    assert list(result.scores) == ["pearson", "spearman"]
+    assert result.scores["pearson"] > 0.5
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] / 2
+    said = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["prediction"], float) for row in said)
+
+
+def test_pairs_are_read_as_pairs(classify, write, tmp_path):
+    pairs = zip(sentences(), sentences()[::-1], strict=True)
+    rows = [{"one": one[0], "two": two[0], "same": int(len(one[0]) > len(two[0]))} for one, two in pairs]
+    config = classify(
+        data=write("pairs.jsonl", rows), text_column="one", text_pair_column="two", label_column="same", max_length=64
+    )
+    run = new_run(config, tmp_path / "run")
+    plain = AutoTokenizer.from_pretrained(run.config.model.model)
+    row = run.kind.train[0]
+    texts = {tuple(plain(each["one"], each["two"], truncation=True, max_length=64)["input_ids"]) for each in rows}
+    assert tuple(row["input_ids"]) in texts
+    assert run.kind.labels.metrics == ("accuracy", "matthews", "f1")
+
+
+def test_long_rows_are_truncated_and_counted(classify, tmp_path, capsys):
+    from rich.console import Console
+
+    run = new_run(classify(max_length=8), tmp_path / "run", console=Console(width=200))
+    lengths = [len(run.kind.tokenizer(text)["input_ids"]) for text, _ in sentences()]
+    assert max(len(ids) for ids in run.kind.train["input_ids"]) == 8
+    told = capsys.readouterr().out
+    assert f"{sum(length > 8 for length in lengths)} rows are longer than 8 tokens and are truncated." in told
+    assert "Fresh, for" in told
+    assert "classifier.weight" in told
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_seed_is_judged_by_the_same_rows_and_the_same_seed_says_the_same(classify, tmp_path, seed):
+    held_out, results = [], []
+    for index, each in enumerate([0, seed, seed]):
+        run = new_run(classify(seed=each, steps=3), tmp_path / str(index))
+        held_out.append(run.kind.held_out["input_ids"])
+        results.append(run.train())
+    assert held_out[0] == held_out[1] == held_out[2]
+    assert losses(tmp_path / "1") == losses(tmp_path / "2")
+    assert losses(tmp_path / "0") != losses(tmp_path / "1")
+    assert results[1].scores == results[2].scores
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_form_of_the_file_changes_nothing(classify, write, tmp_path, kind):
+    import datasets
+
+    rows = [{"text": text, "label": label} for text, label in sentences()]
+    if kind == "parquet":
+        data = str(tmp_path / "rows.parquet")
+        datasets.Dataset.from_list(rows).to_parquet(data)
+    else:
+        data = write("rows.jsonl", rows)
+    new_run(classify(data=data, steps=3), tmp_path / "other").train()
+    new_run(classify(steps=3), tmp_path / "csv").train()
+    assert losses(tmp_path / "other") == losses(tmp_path / "csv")
+
+
+def test_micro_batches_make_their_batch(classify, tmp_path):
+    for name, micro in (("whole", 8), ("parts", 2)):
+        config = classify(steps=4, micro_batch=micro, method="galore", gap=2)
+        run = new_run(config, tmp_path / name)
+        for module in run.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        run.train()
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "whole")), torch.tensor(losses(tmp_path / "parts")), rtol=1e-4, atol=1e-4
+    )
+
+
+# Scores --------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_the_library():
+    labels, said = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
+    found = score(("accuracy", "f1", "matthews"), torch.tensor(said).numpy(), torch.tensor(labels).numpy())
+    assert found == {
+        "accuracy": pytest.approx(0.8),
+        "f1": pytest.approx(metrics.f1_score(labels, said)),
+        "matthews": pytest.approx(metrics.matthews_corrcoef(labels, said)),
+    }
+
+
+def test_a_correlation_with_a_constant_is_none():
+    numbers = torch.tensor([0.1, 0.5, 0.9]).numpy()
+    assert score(("pearson", "spearman"), numbers * 0 + 1, numbers) == {"pearson": 0.0, "spearman": 0.0}
+    assert score(("pearson",), numbers * 2 + 1, numbers)["pearson"] == pytest.approx(1.0)
+    assert score(("spearman",), numbers**3, numbers)["spearman"] == pytest.approx(1.0)
+
+
+def test_every_metric_of_a_task_is_known():
+    from galore_torch.training.finetune.tasks import GLUE
+
+    assert {name for task in GLUE.values() for name in task.metrics} <= set(METRICS)
