@@ -7,19 +7,23 @@ GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) around any torch optimiz
     optimizer = GaLoreAdamW(param_groups(model, rank=128), lr=1e-2)
 """
 
-from galore_torch.gradients import attach
-from galore_torch.optim import (
-    GaLore,
-    GaLoreAdafactor,
-    GaLoreAdamW,
-    GaLoreAdamW8bit,
-    GaLoreSGD,
-    ProjectedGradient,
-    QGaLoreAdamW8bit,
-    dequantize_weights,
-    param_groups,
-    quantize_weights,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from galore_torch.gradients import attach
+    from galore_torch.optim import (
+        GaLore,
+        GaLoreAdafactor,
+        GaLoreAdamW,
+        GaLoreAdamW8bit,
+        GaLoreSGD,
+        ProjectedGradient,
+        QGaLoreAdamW8bit,
+        dequantize_weights,
+        param_groups,
+        quantize_weights,
+    )
 
 __version__ = "2.0.0.dev0"
 
@@ -36,3 +40,20 @@ __all__ = [
     "param_groups",
     "quantize_weights",
 ]
+
+_FLOORS = ("gradients", "lowbit", "optim", "projection")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: the command line answers, and hears Ctrl-C, before torch is there."""
+    if name in _FLOORS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "gradients" if name == "attach" else "optim"
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_FLOORS})

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ def load_base(
             ignore_mismatched_sizes=True,  # a head for other labels is made anew
             output_loading_info=True,
             **gguf,
+            **(_unpacked() if gguf else {}),
             **more,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # whatever files can be wrong in
@@ -53,6 +55,12 @@ def load_base(
         console.print(f"Fresh, for {config.model} has none that fit: {told}", soft_wrap=True, highlight=False)
     _fit(config, model, tokenizer, max_length)
     return model, tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """How Transformers is told to unpack a GGUF file's weights: newer versions keep them packed, and untrainable."""
+    packed = getattr(transformers, "GgufConfig", None)
+    return {} if packed is None else {"quantization_config": packed(dequantize=True)}
 
 
 def _fit(config: BaseModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
