@@ -238,7 +238,7 @@ IMPORT_COST = """
 import sys
 import torch
 before = set(sys.modules)
-import galore_torch
+from galore_torch import *
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
 # torch imports these of its own when parts of it are first used
 through_torch = {"torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec"}
@@ -246,7 +246,18 @@ print(*sorted(loaded - {"galore_torch"} - through_torch - set(sys.stdlib_module_
 """
 
 
-def test_importing_the_package_imports_torch_and_nothing_else():
+def test_the_command_line_answers_before_torch_is_imported():
+    code = "import sys, galore_torch.cli as cli; cli.build_app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_face_has_what_it_names_and_no_more():
+    code = "import galore_torch as g; [getattr(g, name) for name in dir(g)]; g.optim.GaLore is g.GaLore or 1 / 0; g.nothing"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert child.stderr.strip().endswith("module 'galore_torch' has no attribute 'nothing'")
+
+
+def test_importing_all_of_the_package_imports_torch_and_nothing_else():
     child = subprocess.run([sys.executable, "-c", IMPORT_COST], capture_output=True, text=True, cwd=ROOT, check=False)
     assert child.returncode == 0, child.stderr
     assert child.stdout.split() == []
