@@ -18,6 +18,7 @@ from galore_torch.training.records import Record
 from galore_torch.training.run_folder import RunFolder
 
 _POINTS = 200  # of a drawn curve, at most
+_TICKS = 6  # learning rates that an axis names one by one, at most
 _BINS = 40  # of a drawn mean over renewals, at most
 
 
@@ -134,6 +135,10 @@ def sensitivity(comparison: Comparison) -> Figure:
         lrs = sorted(found)
         axes.plot(lrs, [found[lr] for lr in lrs], marker="o", markersize=4, label=method, **line_look(index))
     axes.set_xscale("log")
+    tried = sorted({each.lr for method in comparison.best for each in comparison.settings_of(method)})
+    if len(tried) <= _TICKS:
+        axes.set_xticks(tried, [f"{lr:g}" for lr in tried])
+        axes.xaxis.minorticks_off()
     axes.set_xlabel("learning rate")
     axes.legend()
     return figure

@@ -39,6 +39,7 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
         ["", *comparison.methods],
         [[name, *(_told(values.get(method, "")) for method in comparison.methods)] for name, values in apart.items()],
         caption="empty where a setting says nothing to a method",
+        words=1 + len(comparison.methods),
     )
     page.heading("Settings of all runs")
     page.facts({name: _told(value) for name, value in shared.items()})

@@ -110,4 +110,5 @@ def _flat(config: Any) -> dict[str, Any]:
         if name not in _OPTIONS
         and heeds(name, config.optimizer, config.adapter)
         and heeded_by(config.adapter.adapter, name)
+        and not (name == "rank" and config.adapter.adapter != "none")  # adapter_rank tells
     }

@@ -101,7 +101,7 @@ def test_a_setting_of_one_method_is_its_alone(given):
     assert [config.optimizer.stagger for config in configs.values()] == [True, False, True]
     assert [config.optimizer.clip for config in configs.values()] == [1.0, 0.0, 0.0]
     apart, shared = apart_and_shared(configs)
-    assert apart["rank"] == {"galore": 4, "lora": 8}
+    assert apart["rank"] == {"galore": 4}
     assert apart["adapter_rank"] == {"lora": 2}
     assert apart["gap"] == {"galore": 3}
     assert apart["micro_batch"] == {"full": 8, "galore": 4, "lora": 8}
