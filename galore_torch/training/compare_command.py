@@ -20,31 +20,29 @@ from galore_torch.training.guard import STOPPED, stoppable
 from galore_torch.training.methods import METHODS
 from galore_torch.training.telling import told
 
-EXAMPLES = {
-    PRETRAIN.subcommand: """[bold]Examples[/]
-
-galore compare pretrain --method full --method galore --seed 0 --seed 1
-[dim]the tiny LLaMA at the preset's learning rates, over two seeds; pretrain may be left out[/]
-
-galore compare pretrain --method full --method galore --lr galore=0.005 --lr galore=0.01 --lr full=0.001
-[dim]each method at learning rates of its own; the report shows the best[/]
+_FIRST = {
+    PRETRAIN.subcommand: """galore compare pretrain --method full --method galore --seed 0 --seed 1
+[dim]the tiny LLaMA at the preset's learning rates, over two seeds; pretrain may be left out[/]""",
+    FINETUNE.subcommand: """galore compare finetune --task rte --method galore --method lora --seed 0 --seed 1 --seed 2
+[dim]a task of GLUE, by the paper's recipe, over three seeds[/]""",
+}
+_FURTHER = {
+    PRETRAIN.subcommand: """galore compare pretrain --method full --method galore --lr galore=0.005 --lr galore=0.01
+[dim]learning rates to try for one method; the report shows the best[/]
 
 galore compare pretrain --method galore --method lora --rank 64 --set lora:adapter_rank=48
-[dim]a setting of one method, such as a rank at which both keep about as much state[/]
-""",
-    FINETUNE.subcommand: """[bold]Examples[/]
-
-galore compare finetune --task rte --method galore --method lora --seed 0 --seed 1 --seed 2
-[dim]a task of GLUE, by the paper's recipe, over three seeds[/]
-
-galore compare finetune --data reviews.csv --model MODEL --lr 1e-4 --lr lora=5e-4 --lr lora=1e-3
-[dim]rows of your own; a rate for all methods, and two to try for one[/]
+[dim]a setting of one method, such as a rank at which both keep about as much state[/]""",
+    FINETUNE.subcommand: """galore compare finetune --data reviews.csv --model MODEL --lr 1e-4 --lr lora=1e-3
+[dim]rows of your own; a learning rate for all methods, and one for lora alone[/]
 
 galore compare finetune --task sft --data chats.jsonl --model MODEL --set galore:rank=8 --set lora:adapter_rank=6
-[dim]a causal model, at ranks at which both keep about as much state[/]
-""",
+[dim]a causal model, at ranks at which both keep about as much state[/]""",
 }
-"""What ``--help`` of each command ends with."""
+
+
+def _examples(*shown: str) -> str:
+    return "\n\n".join(["[bold]Examples[/]", *shown]) + "\n"
+
 
 _RUN = "Comparison"
 
@@ -93,15 +91,16 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the results as one JS
 
 def commands() -> typer.Typer:
     """``galore compare``: one command for each job, pretrain where none is named."""
-    app = typer.Typer(cls=FirstByDefault, rich_markup_mode="rich", help=_HELP, epilog=EXAMPLES[PRETRAIN.subcommand])
+    app = typer.Typer(cls=FirstByDefault, rich_markup_mode="rich", help=_HELP, epilog=_examples(*_FIRST.values()))
     for job in (PRETRAIN, FINETUNE):
-        app.command(job.subcommand, epilog=EXAMPLES[job.subcommand])(_command(job))
+        shown = _examples(_FIRST[job.subcommand], _FURTHER[job.subcommand])
+        app.command(job.subcommand, epilog=shown)(_command(job))
     return app
 
 
 _HELP = """Compare methods under one recipe, at equal data: every learning rate with every seed, one run after another.
 
-Without pretrain or finetune, pretrain is meant."""
+Without pretrain or finetune, pretrain is meant. Each has all settings of the command of its name."""
 
 
 def _command(job: Job) -> Callable[..., None]:

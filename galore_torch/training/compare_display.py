@@ -77,6 +77,7 @@ class Display:
         self._ended += 1
         self._done += 1
         self._share = 0.0
+        self._bar.update(self._one, total=1.0, completed=1.0)
         self._bar.update(self._all, completed=self._ended, told=f"{self._done}/{self._planned}")
         pace = (time.monotonic() - self._started) / self._ended
         left = f", {duration(pace * (self._todo - self._ended))} left" if self._ended < self._todo else ""

@@ -104,13 +104,30 @@ def make_plan(
         for lr, others, seed in itertools.product(by_lr[method], by_others[method], dict.fromkeys(seeds)):
             # As settings, not by the method's name: a flag for all, such as a rank, may say nothing to one of them.
             settings = {**by_method[method], **given, **own[method], "seed": seed, "lr": lr, "others_lr": others}
-            config = job.configure(preset, **settings)
+            try:
+                config = job.configure(preset, **settings)
+            except ValueError as error:
+                raise ValueError(f"{error}{_hint(job, preset, str(error), given, by_method)}") from error
             optimizer = config.optimizer
             refuse_unheeded(method, own[method], optimizer, config.adapter)
             others_lr = optimizer.others_lr or optimizer.lr
             runs.append(PlannedRun(method, optimizer.lr, others_lr, seed, config, job.amount(config)))
     _require_equal_amounts(runs)
     return runs
+
+
+def _hint(job: Job, preset: str | None, error: str, given: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
+    """What to add to an error about a setting for all runs that suits another method: that it can be that one's own."""
+    name = error.partition(" ")[0]
+    if name not in given:
+        return ""
+    for method, settings in methods.items():
+        try:
+            job.configure(preset, **{**settings, **given})
+        except ValueError:
+            continue
+        return f" For one method alone, give it by --set {method}:{name}={given[name]}."
+    return ""
 
 
 def _require_equal_amounts(runs: Sequence[PlannedRun]) -> None:

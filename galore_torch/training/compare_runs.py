@@ -76,11 +76,8 @@ def make_runs(job: Job, runs: Sequence[PlannedRun], out: Path, console: Console)
         begun = any((out / run.folder).parent.exists() for run in runs)
         with Display(console, todo, len(runs)) as display:
             for run in todo:
-                ended = _make_run(job, run, out, display, lock)
-                if ended.stopped:
+                if _make_run(job, run, out, display, lock, first=not begun).stopped:
                     return False
-                if ended.status == REFUSED and not begun:
-                    raise ValueError(error_file(out / run.folder).read_text(encoding="utf-8").strip())
                 begun = True
     return True
 
@@ -103,7 +100,7 @@ def _prepare(job: Job, run: PlannedRun, out: Path, console: Console, lock: int) 
     return not ended.stopped
 
 
-def _make_run(job: Job, run: PlannedRun, out: Path, display: Display, lock: int) -> Ended:
+def _make_run(job: Job, run: PlannedRun, out: Path, display: Display, lock: int, *, first: bool) -> Ended:
     folder = RunFolder(out / run.folder)
     if folder.config.exists() and folder.last_checkpoint() is not None:
         arguments = ["--resume"]
@@ -118,6 +115,8 @@ def _make_run(job: Job, run: PlannedRun, out: Path, display: Display, lock: int)
     final = records.final(folder.metrics)
     if final is None and not ended.stopped:
         reason = _reason(job, log, ended)
+        if first and ended.status == REFUSED:
+            raise ValueError(reason)
         write_whole(error_file(folder.root), reason + "\n")
         display.ended(run, f"failed: {reason}")
     elif final is not None:
@@ -126,8 +125,9 @@ def _make_run(job: Job, run: PlannedRun, out: Path, display: Display, lock: int)
 
 
 def _reason(job: Job, log: Path, ended: Ended) -> str:
-    """Why a child failed, in a line: the last that it said."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if not lines:
+    """Why a child failed, in a line: what its command told, or else the last that it printed."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    if not text:
         return f"ended with status {ended.status} and said nothing"
-    return lines[-1].strip().removeprefix(f"galore {job.subcommand}: ")
+    _, found, told = text.rpartition(f"galore {job.subcommand}: ")
+    return " ".join(told.split()) if found and ended.status == REFUSED else text.splitlines()[-1].strip()

@@ -82,6 +82,13 @@ def test_a_wrong_plan_is_refused(given, change, words):
         plan({**given, "optimizer": "adamw"})
 
 
+def test_a_setting_for_all_that_suits_one_method_is_refused_with_the_way_to_give_it(given):
+    with pytest.raises(ValueError, match=r"not for 'none'; leave it out\. For one .* --set lora:adapter_rank=4\.$"):
+        plan({**given, "adapter_rank": 4}, methods=("full", "lora"))
+    with pytest.raises(ValueError, match=r"at least 1\.$"):
+        plan({**given, "rank": 0}, methods=("full", "lora"))
+
+
 def test_another_plan_is_refused_with_what_differs(given, tmp_path):
     path = tmp_path / "plan.json"
     runs = plan(given)
@@ -241,6 +248,17 @@ def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
     result = json.loads(again.stdout)
     assert [run["error"] for run in result["runs"]] == [None, None]
     assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_data_that_cannot_be_read_are_told_before_any_run(given, tmp_path):
+    out = tmp_path / "there"
+    out.mkdir()
+    done = subprocess.run(flags({**given, "data": "nowhere.txt"}, out), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "galore compare pretrain: data = 'nowhere.txt' does not exist; give an existing file or folder, or stdlib.\n"
+    )
+    assert list(out.iterdir()) == []
 
 
 def children(pid: int) -> list[str]:

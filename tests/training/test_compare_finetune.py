@@ -143,13 +143,20 @@ def test_a_browser_shows_the_page_on_a_phone_and_in_the_dark(whole, browser):
     assert browser.get_log("browser") == []
 
 
-def test_what_the_first_run_refuses_is_told_in_a_line_and_nothing_is_left(given, tmp_path):
-    nowhere = [word if not word.endswith("rows.jsonl") else "nowhere.csv" for word in given]
-    out = tmp_path / "compared"
-    done = ended(compare(nowhere, out))
+@pytest.mark.parametrize(
+    ("suffix", "instead", "words"),
+    [
+        ("rows.jsonl", "nowhere.csv", "data = 'nowhere.csv' is no CSV, JSON lines or Parquet file"),
+        ("bert", "no/model", "model = 'no/model' cannot be loaded: "),
+    ],
+)
+def test_what_the_first_run_refuses_is_told_in_a_line_and_nothing_is_left(suffix, instead, words, given, tmp_path):
+    wrong = [instead if word.endswith(suffix) else word for word in given]
+    done = ended(compare(wrong, tmp_path / "compared"))
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("galore compare finetune: data = 'nowhere.csv' is no CSV")
-    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"galore compare finetune: {words}")
+    assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
