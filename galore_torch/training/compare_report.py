@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from galore_torch.training import compare_figures as figures
 from galore_torch.training.compare_results import Comparison, notes, rows
 from galore_torch.training.compare_settings import apart_and_shared
 from galore_torch.training.page import Page
+
+_COLUMNS = 38  # of a phone
 
 
 def report(comparison: Comparison, out: Path, command: str) -> Page:
@@ -31,7 +34,7 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
     if comparison.best:
         _figures(page, comparison, out)
     page.heading("How it was made")
-    page.code(command)
+    page.code(in_lines(command))
     page.facts(versions(job.libraries))
     apart, shared = apart_and_shared({outcome.run.method: outcome.run.config for outcome in comparison.outcomes})
     page.heading("Settings of each method")
@@ -44,6 +47,27 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
     page.heading("Settings of all runs")
     page.facts({name: _told(value) for name, value in shared.items()})
     return page
+
+
+def in_lines(command: str) -> str:
+    r"""A command in lines that a phone shows whole, none cut inside an option and its value; shells read it the same.
+
+    >>> print(in_lines("galore compare --method full --method galore --lr 0.001 --dry-run"))
+    galore compare --method full \
+      --method galore --lr 0.001 --dry-run
+    """
+    parts: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("-"):
+            parts.append([])
+        parts[-1].append(word)
+    lines = [shlex.join(parts[0])]
+    for part in map(shlex.join, parts[1:]):
+        if len(lines[-1]) + len(part) < _COLUMNS:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"  {part}")
+    return " \\\n".join(lines)
 
 
 def _told(value: object) -> str:
