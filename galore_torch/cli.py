@@ -52,7 +52,7 @@ def build_app() -> typer.Typer:
     app.command("finetune", epilog=tuning.EPILOG)(
         flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.SHOWN)
     )
-    app.command("compare", epilog=compare_command.EXAMPLES)(flags.with_settings(compare_command.compare))
+    app.add_typer(compare_command.commands(), name="compare")
     return app
 
 

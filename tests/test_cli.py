@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.config import SECTIONS
+from galore_torch.training.finetune.config import SECTIONS as TUNING
 from galore_torch.training.presets import PRESETS
 
 TEXT = "\n\n".join(
@@ -83,6 +84,57 @@ def test_what_is_wrong_is_told_in_a_line(arguments, words, tmp_path, monkeypatch
     assert result.exit_code == 2
     assert words in result.stderr
     assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_of_compare_teaches_both_jobs():
+    whole = shown("compare", "--help")
+    assert "pretrain Compare methods on a pre-training" in whole
+    assert "finetune Compare methods on a fine-tuning" in whole
+    assert "galore compare pretrain --method full --method galore --seed 0 --seed 1" in whole
+    assert "galore compare finetune --task rte" in whole
+    for command, sections in (("pretrain", SECTIONS), ("finetune", TUNING)):
+        text = shown("compare", command, "--help")
+        for section in sections.values():
+            for field in dataclasses.fields(section):
+                assert f"--{field.name.replace('_', '-')}" in text
+        assert all(f"--{name}" in text for name in ("set", "method", "report-only", "dry-run"))
+        assert f"galore compare {command} " in text
+
+
+@pytest.mark.parametrize("start", [["compare"], ["compare", "pretrain"]])
+def test_compare_means_pretrain_where_it_does_not_say(start):
+    text = shown(*start, "--dry-run", "--steps", "10", "--method", "galore", "--lr", "0.5", "--set", "galore:batch=8")
+    assert text == "galore lr-0.5 seed 0: 10,240 tokens 1 runs, 10,240 tokens in all"
+    bare = CliRunner().invoke(build_app(), ["compare", "pretrian"])
+    assert bare.exit_code == 2
+    assert "Did you mean 'pretrain'" in bare.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "gallore"], "method = 'gallore' is not known; did you mean 'galore'"),
+        (["finetune", "--task", "rtee"], "task = 'rtee' is not known"),
+        (["finetune"], "data = None leaves task = 'classify' without rows; give a file."),
+        (["finetune", "--task", "rte", "--set", "adam:eps=1"], "add --method adam"),
+        (["finetune", "--task", "rte", "--set", "lora"], "does not say METHOD:NAME=VALUE"),
+        (["finetune", "--task", "rte", "--set", "lora:rnk=1"], "rnk is no setting of a fine-tuning"),
+        (["finetune", "--task", "rte", "--set", "full:rank=1"], "rank = 1 says nothing to method = 'full'"),
+        (["finetune", "--task", "rte", "--set", "lora:lr=1"], "give --lr METHOD=X"),
+        (["finetune", "--task", "rte", "--set", "lora:adapter=none"], "choose them by --method"),
+        (["finetune", "--task", "rte", "--set", "lora:epochs=1"], "full would see 30 epochs and lora 1 epoch"),
+        (["finetune", "--task", "rte", "--preset", "rte"], "preset = 'rte' is not known"),
+        (["finetune", "--task", "rte", "--report-only"], "holds no comparison to report on"),
+    ],
+)
+def test_what_is_wrong_with_a_comparison_is_told_in_a_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(build_app(), ["compare", *arguments])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stderr.startswith("galore compare ")
+    assert len(result.output.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,8 +16,10 @@
 | `command`, `flags` | how the command line starts it |
 | `files`, `run_folder`, `records`, `metrics`, `plots`, `peak_memory` | what it leaves behind |
 | `progress`, `interrupt`, `guard`, `units` | what it shows meanwhile, and how it is stopped |
-| `compare_plan`, `compare_runs`, `child` | methods beside each other: which runs, each in a process of its own |
-| `compare_results`, `compare_report`, `compare_command` | what they came to: ``galore compare`` |
+| `compare_job`, `compare_settings`, `compare_plan` | methods beside each other: which runs, at which settings |
+| `compare_runs`, `compare_display`, `child` | each run in a process of its own, and how far it is |
+| `compare_score`, `compare_results`, `compare_figures`, `compare_report` | what they came to, on a page |
+| `compare_command`, `default_command` | how the command line starts it: ``galore compare`` |
 | `page`, `page_template` | pages for a browser |
 | `demo` | GaLore beside full-rank AdamW in a few minutes |
 

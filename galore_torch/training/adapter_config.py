@@ -66,6 +66,16 @@ _HEEDED: dict[str, set[str]] = {
 }
 
 
+def heeded_by(adapter: str, name: str) -> bool:
+    """Whether a setting means anything with an adapter; settings of other sections do.
+
+    >>> heeded_by("low-rank", "adapter_rank"), heeded_by("low-rank", "adapter_alpha"), heeded_by("none", "steps")
+    (True, False, True)
+    """
+    mine = {field.name for field in dataclasses.fields(AdapterConfig)} - {"adapter"}
+    return name not in mine or name in _HEEDED[adapter]
+
+
 def resolved(config: AdapterConfig, *, rank: int, steps: int) -> AdapterConfig:
     """The settings with what other settings decide by default filled in.
 

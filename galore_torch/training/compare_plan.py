@@ -1,52 +1,31 @@
-"""Which runs a comparison consists of: methods by learning rates by seeds under one recipe, at equal tokens."""
+"""Which runs a comparison consists of: methods by learning rates by seeds under one recipe, at equal data."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.config import PretrainConfig
+from galore_torch.training.compare_job import Amount, Job
+from galore_torch.training.compare_settings import WHAT_DIFFERS, own_settings
 from galore_torch.training.files import write_whole
-from galore_torch.training.methods import method_settings
-from galore_torch.training.presets import configure
-
-_WHAT_DIFFERS = ("optimizer", "adapter")  # the methods' own; a flag for all would undo them
-
-
-@dataclass(frozen=True)
-class Job:
-    """Which command the runs are of, and what of its result is compared.
-
-    Attributes:
-        subcommand: of ``galore``.
-        score: the field of the final record that the table shows; less is better.
-        loss: the field that decides which learning rate is best; less is better.
-        configure: makes a run's whole configuration from a preset's name and settings.
-    """
-
-    subcommand: str
-    score: str
-    loss: str
-    configure: Callable[..., PretrainConfig]
-
-
-PRETRAIN = Job("pretrain", "perplexity", "eval_loss", configure)
+from galore_torch.training.methods import method_settings, refuse_unheeded
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: what tells it from the others, and its whole configuration."""
+    """One run: what tells it from the others, its whole configuration, and how much it sees by that."""
 
     method: str
     lr: float
     others_lr: float
     seed: int
-    config: PretrainConfig
+    config: Any
+    amount: Amount
 
     @property
     def rates(self) -> str:
@@ -63,11 +42,6 @@ class PlannedRun:
     def label(self) -> str:
         """The run in words."""
         return f"{self.method} {self.rates} seed {self.seed}"
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that it sees."""
-        return self.config.tokens_per_step * self.config.schedule.steps
 
 
 def rates_by_method(option: str, given: Sequence[str], methods: Sequence[str]) -> dict[str, list[float | None]]:
@@ -101,6 +75,7 @@ def make_plan(
     others_lrs: Sequence[str],
     seeds: Sequence[int],
     given: Mapping[str, Any],
+    sets: Sequence[str] = (),
 ) -> list[PlannedRun]:
     """All runs, in the order in which they are made; every setting is judged.
 
@@ -112,26 +87,57 @@ def make_plan(
         others_lrs: the same for what is never projected.
         seeds: of the runs.
         given: further settings by name, for all runs.
+        sets: further settings for one method each, see `galore_torch.training.compare_settings.own_settings`.
 
     Raises:
         ValueError: when a setting does not fit.
     """
-    for name in _WHAT_DIFFERS:
+    for name in WHAT_DIFFERS:
         if given.get(name) is not None:
             raise ValueError(f"{name} = {given[name]!r} is what the methods differ in; choose them by --method.")
     methods = list(dict.fromkeys(methods))
+    by_method = {method: method_settings(method) for method in methods}
     by_lr, by_others = rates_by_method("lr", lrs, methods), rates_by_method("others_lr", others_lrs, methods)
+    own = own_settings(job, sets, methods)
     runs = []
     for method in methods:
         for lr, others, seed in itertools.product(by_lr[method], by_others[method], dict.fromkeys(seeds)):
             # As settings, not by the method's name: a flag for all, such as a rank, may say nothing to one of them.
-            settings = {**method_settings(method), **given, "seed": seed, "lr": lr, "others_lr": others}
-            config = job.configure(preset, **settings)
+            settings = {**by_method[method], **given, **own[method], "seed": seed, "lr": lr, "others_lr": others}
+            try:
+                config = job.configure(preset, **settings)
+            except ValueError as error:
+                raise ValueError(f"{error}{_hint(job, preset, str(error), given, by_method)}") from error
             optimizer = config.optimizer
-            runs.append(PlannedRun(method, optimizer.lr, optimizer.others_lr or optimizer.lr, seed, config))
-    if len({run.tokens for run in runs}) != 1:
-        raise ValueError("method = ... : the methods would see different amounts of tokens; give steps and batch.")
+            refuse_unheeded(method, own[method], optimizer, config.adapter)
+            others_lr = optimizer.others_lr or optimizer.lr
+            runs.append(PlannedRun(method, optimizer.lr, others_lr, seed, config, job.amount(config)))
+    _require_equal_amounts(runs)
     return runs
+
+
+def _hint(job: Job, preset: str | None, error: str, given: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
+    """What to add to an error about a setting for all runs that suits another method: that it can be that one's own."""
+    name = error.partition(" ")[0]
+    if name not in given:
+        return ""
+    for method, settings in methods.items():
+        try:
+            job.configure(preset, **{**settings, **given})
+        except ValueError:
+            continue
+        return f" For one method alone, give it by --set {method}:{name}={given[name]}."
+    return ""
+
+
+def _require_equal_amounts(runs: Sequence[PlannedRun]) -> None:
+    first = runs[0]
+    for run in runs:
+        if run.amount != first.amount:
+            raise ValueError(
+                f"set: {first.method} would see {first.amount} and {run.method} {run.amount}, and what saw more would "
+                "look better; give both the same length and batch, or leave them out of --set."
+            )
 
 
 def _described(job: Job, runs: Sequence[PlannedRun]) -> dict[str, Any]:
@@ -141,14 +147,22 @@ def _described(job: Job, runs: Sequence[PlannedRun]) -> dict[str, Any]:
     }
 
 
-def require_same_plan(path: Path, job: Job, runs: Sequence[PlannedRun]) -> None:
+def require_same_plan(path: Path, job: Job, runs: Sequence[PlannedRun], *, needed: bool = False) -> None:
     """Refuse a folder that was begun with other runs or other settings.
+
+    Args:
+        path: where the plan is kept.
+        job: what the runs are of.
+        runs: those that are asked for.
+        needed: whether there must be a plan.
 
     Raises:
         ValueError: with what differs.
     """
     if not path.exists():
         folder = path.parent
+        if needed:
+            raise ValueError(f"out = {str(folder)!r} holds no comparison to report on; leave out --report-only.")
         if folder.exists() and any(name.name != "compare.lock" for name in folder.iterdir()):
             raise ValueError(f"out = {str(folder)!r} holds something else; choose another --out.")
         return

@@ -2,83 +2,143 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import platform
-from collections.abc import Sequence
+import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from galore_torch.training import compare_figures as figures
+from galore_torch.training.compare_results import Comparison, notes, rows
+from galore_torch.training.compare_settings import apart_and_shared
+from galore_torch.training.page import Page
 
-from galore_torch.training import records
-from galore_torch.training.compare_plan import Job
-from galore_torch.training.compare_results import Outcome, Setting, edges, rows, settings_of
-from galore_torch.training.page import FIGURE_SIZE, Page, line_look
-from galore_torch.training.plots import smooth
-from galore_torch.training.run_folder import RunFolder
-
-_POINTS = 200  # of a drawn curve, at most
+_COLUMNS = 38  # of a phone
 
 
-def report(job: Job, best: dict[str, Setting], outcomes: Sequence[Outcome], out: Path, command: str) -> Page:
+def report(comparison: Comparison, out: Path, command: str) -> Page:
     """Make the page.
 
     Args:
-        job: what the runs are of.
-        best: by method, its best setting.
-        outcomes: of all runs.
+        comparison: the runs and how they are judged.
         out: the comparison's folder.
         command: by which it was begun.
     """
-    run = outcomes[0].run
-    seeds = len({outcome.run.seed for outcome in outcomes})
+    job, first = comparison.job, comparison.outcomes[0].run
+    seeds = len({outcome.run.seed for outcome in comparison.outcomes})
     page = Page(
-        f"{len(rows(best, outcomes))} methods, {run.tokens:,} tokens each",
-        f"galore {job.subcommand} at equal data, batches and steps; each method at the best of the learning rates "
+        f"{len(comparison.methods)} methods, {first.amount} each",
+        f"galore {job.subcommand} at equal data, order and length; each method at the best of the learning rates "
         f"tried, over {seeds} seed{'s' if seeds > 1 else ''}.",
     )
-    page.table(
-        ["method", "lr / others", f"{job.score} ± std", "ratio to full", "tokens/s", "state, MB", "peak memory, MB"],
-        rows(best, outcomes),
-        caption=f"{job.score} on held-out text; memory of the optimizer's state and of the whole process",
-    )
-    for row in best.values():
-        note = edges(row, outcomes)
-        if note:
-            page.text(note)
-    for outcome in outcomes:
-        if outcome.final is None:
-            page.text(f"{outcome.run.label}: {outcome.error or 'not finished'}")
-    if best:
-        page.heading("Loss")
-        page.figure(_curves(best, out, "tokens"), "Training loss by tokens seen, smoothed; bands span the seeds.")
-        page.figure(_curves(best, out, "seconds"), "The same by seconds spent in training steps.")
-        page.heading("Learning rates")
-        page.figure(_sensitivity(job, best, outcomes), "Held-out loss by learning rate; the mean over the seeds.")
+    _table(page, comparison)
+    if comparison.best:
+        _figures(page, comparison, out)
     page.heading("How it was made")
-    page.code(command)
-    page.facts(versions())
-    config = dataclasses.asdict(run.config)
-    optimizer = config.pop("optimizer")
-    config.pop("adapter", None)
-    config["schedule"].pop("seed")
-    shared = {name: optimizer[name] for name in ("rank", "gap", "scale", "weight_decay")}
+    page.code(in_lines(command))
+    page.facts(versions(job.libraries))
+    apart, shared = apart_and_shared({outcome.run.method: outcome.run.config for outcome in comparison.outcomes})
+    page.heading("Settings of each method")
+    page.table(
+        ["", *comparison.methods],
+        [[name, *(_told(values.get(method, "")) for method in comparison.methods)] for name, values in apart.items()],
+        caption="empty where a setting says nothing to a method",
+        words=1 + len(comparison.methods),
+    )
     page.heading("Settings of all runs")
-    page.facts({name: value for section in [*config.values(), shared] for name, value in section.items()})
+    page.facts({name: _told(value) for name, value in shared.items()})
     return page
 
 
-def versions() -> dict[str, str]:
-    """What the runs were made with: versions, and the processor's name."""
+def in_lines(command: str) -> str:
+    r"""A command in lines that a phone shows whole, none cut inside an option and its value; shells read it the same.
+
+    >>> print(in_lines("galore compare --method full --method galore --lr 0.001 --dry-run"))
+    galore compare --method full \
+      --method galore --lr 0.001 --dry-run
+    """
+    parts: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("-"):
+            parts.append([])
+        parts[-1].append(word)
+    lines = [shlex.join(parts[0])]
+    for part in map(shlex.join, parts[1:]):
+        if len(lines[-1]) + len(part) < _COLUMNS:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"  {part}")
+    return " \\\n".join(lines)
+
+
+def _told(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def _table(page: Page, comparison: Comparison) -> None:
+    job, score = comparison.job, comparison.score
+    name = "score" if score is None else score.name
+    beside = "" if score is None else score.beside_full
+    page.table(
+        ["method", "lr / others", f"{name} ± std", beside, f"{job.unit}/s", "state, MB", "peak memory, MB", "trained"],
+        rows(comparison),
+        caption=f"{name} on held-out {job.held_out}; memory of the optimizer's state and of the whole process; "
+        "parameters that are trained",
+    )
+    for note in notes(comparison):
+        page.text(note)
+    for outcome in comparison.outcomes:
+        if outcome.final is None:
+            page.text(f"{outcome.run.label}: {outcome.error or 'not finished'}")
+
+
+def _figures(page: Page, comparison: Comparison, out: Path) -> None:
+    job, score = comparison.job, comparison.score
+    assert score is not None
+    page.heading("Curves")
+    page.figure(
+        figures.curves(comparison, out, job.unit), f"Training loss by {job.unit} seen, smoothed; bands span the seeds."
+    )
+    page.figure(figures.curves(comparison, out, "seconds"), "The same by seconds spent in training steps.")
+    judged = f"{score.name if score.more_is_better else 'loss'} on held-out {job.held_out}".capitalize()
+    on_the_way = figures.held_out(comparison, out)
+    if on_the_way is not None:
+        page.figure(on_the_way, f"{judged} at each evaluation; bands span the seeds.")
+    page.heading("Learning rates")
+    page.figure(figures.sensitivity(comparison), f"{judged} by learning rate; the mean over the seeds.")
+    made = {
+        "How much of the basis before is left at a renewal: 1 all of it, 0 as of a random one. "
+        "Means over weights and seeds.": figures.subspaces(comparison, out, "overlap", "overlap"),
+        "Share of the gradient's energy that the basis before still held at a renewal; "
+        "the greater, the less is lost.": figures.subspaces(comparison, out, "captured", "captured energy"),
+    }
+    if any(made.values()):
+        page.heading("Subspaces")
+    for caption, figure in made.items():
+        if figure is not None:
+            page.figure(figure, caption)
+
+
+def versions(libraries: tuple[str, ...] = ()) -> dict[str, str]:
+    """What the runs were made with: versions, and the processors' names.
+
+    Args:
+        libraries: told beside torch and Transformers.
+    """
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "galore-torch"):
+    for name in ("torch", "transformers", *libraries, "galore-torch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # noqa: PERF203
             found[name] = "not installed as a package"
-    return {**found, "processor": _processor()}
+    return {**found, "processor": _processor(), **_gpu()}
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    return {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _processor() -> str:
@@ -88,62 +148,3 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
-    axes = figure.subplots()
-    axes.grid(color="#7d8590", alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel("loss (nats per token)")
-    return figure, axes
-
-
-def _thinned(values: Sequence[float]) -> list[float]:
-    """At most `_POINTS` values, each the mean of its neighbours, smoothed."""
-    size = math.ceil(len(values) / _POINTS)
-    return [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
-
-
-def _curves(best: dict[str, Setting], out: Path, by: str) -> Figure:
-    figure, axes = _axes()
-    top = -math.inf
-    for index, (method, row) in enumerate(best.items()):
-        seeds = []
-        for outcome in row.outcomes:
-            history = records.read(RunFolder(out / outcome.run.folder).metrics)
-            steps = [record for record in history if "loss" in record]
-            losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
-            seeds.append((_thinned([record[by] for record in steps]), smooth(_thinned(losses))))
-        along = [sum(values) / len(values) for values in zip(*(x for x, _ in seeds), strict=True)]
-        losses_at = list(zip(*(losses for _, losses in seeds), strict=True))
-        mean = [sum(values) / len(values) for values in losses_at]
-        look = line_look(index)
-        axes.plot(along, mean, label=method, linewidth=1.5, **look)
-        if len(seeds) > 1:
-            low, high = [min(values) for values in losses_at], [max(values) for values in losses_at]
-            axes.fill_between(along, low, high, color=look["color"], alpha=0.2, linewidth=0)
-        early = mean[len(mean) // 20 :]
-        top = max([top, *(value for value in early if math.isfinite(value))])
-    if math.isfinite(top):
-        axes.set_ylim(top=top)
-    axes.set_xlabel("tokens seen" if by == "tokens" else "seconds of training")
-    axes.legend()
-    return figure
-
-
-def _sensitivity(job: Job, best: dict[str, Setting], outcomes: Sequence[Outcome]) -> Figure:
-    figure, axes = _axes()
-    for index, method in enumerate(best):
-        least: dict[float, float] = {}  # by learning rate, at whichever rate of the others was best with it
-        for each in settings_of(job, outcomes, method):
-            if math.isfinite(each.loss):
-                least[each.lr] = min(each.loss, least.get(each.lr, math.inf))
-        lrs = sorted(least)
-        losses = [least[lr] for lr in lrs]
-        axes.plot(lrs, losses, marker="o", markersize=4, label=method, **line_look(index))
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.legend()
-    return figure

@@ -5,20 +5,21 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from galore_torch.training import records
 from galore_torch.training.child import Ended, run_child
-from galore_torch.training.compare_plan import Job, PlannedRun
+from galore_torch.training.compare_display import Display
+from galore_torch.training.compare_job import Job
+from galore_torch.training.compare_plan import PlannedRun
+from galore_torch.training.compare_score import shown
 from galore_torch.training.files import write_whole
 from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.units import duration
+from galore_torch.training.telling import REFUSED
 
 
 @contextmanager
@@ -63,16 +64,21 @@ def make_runs(job: Job, runs: Sequence[PlannedRun], out: Path, console: Console)
 
     Returns:
         Whether it came to the end; False when it was asked to stop. A run that failed does not stop it.
+
+    Raises:
+        ValueError: when the data, or the very first run, is refused for what was asked: so would others be.
     """
-    todo = [run for run in runs if records.final(RunFolder(out / run.folder).metrics) is None]
     with alone_in(out, console) as lock:
-        todo = [run for run in todo if records.final(RunFolder(out / run.folder).metrics) is None]
-        if todo and not _prepare_text(job, todo[0], out, console, lock):
+        finals = [records.final(RunFolder(out / run.folder).metrics) for run in runs]
+        todo = [run for run, final in zip(runs, finals, strict=True) if final is None]
+        if todo and job.prepares and not _prepare(job, todo[0], out, console, lock):
             return False
-        with _Live(console, todo, len(runs)) as live:
+        begun = any((out / run.folder).parent.exists() for run in runs)
+        with Display(console, todo, len(runs)) as display:
             for run in todo:
-                if _make_run(job, run, out, live, lock).stopped:
+                if _make_run(job, run, out, display, lock, first=not begun).stopped:
                     return False
+                begun = True
     return True
 
 
@@ -83,14 +89,18 @@ def _settings_file(run: PlannedRun, out: Path) -> Path:
     return path
 
 
-def _prepare_text(job: Job, run: PlannedRun, out: Path, console: Console, lock: int) -> bool:
-    """Read the text in a process of its own, so that the work counts for no run's memory; True to go on."""
+def _prepare(job: Job, run: PlannedRun, out: Path, console: Console, lock: int) -> bool:
+    """Read the data in a process of its own, so that the work counts for no run's memory; True to go on."""
     console.print("Preparing the text")
-    arguments = [job.subcommand, "--prepare", "--config", str(_settings_file(run, out))]
-    return not run_child(arguments, log=out / "prepare.log", kept_open=(lock,)).stopped
+    settings, log = out / "prepare.toml", out / "prepare.log"
+    write_whole(settings, run.config.to_toml())
+    ended = run_child([job.subcommand, "--prepare", "--config", str(settings)], log=log, kept_open=(lock,))
+    if ended.status == REFUSED and not ended.stopped:
+        raise ValueError(_reason(job, log, ended))
+    return not ended.stopped
 
 
-def _make_run(job: Job, run: PlannedRun, out: Path, live: _Live, lock: int) -> Ended:
+def _make_run(job: Job, run: PlannedRun, out: Path, display: Display, lock: int, *, first: bool) -> Ended:
     folder = RunFolder(out / run.folder)
     if folder.config.exists() and folder.last_checkpoint() is not None:
         arguments = ["--resume"]
@@ -99,63 +109,25 @@ def _make_run(job: Job, run: PlannedRun, out: Path, live: _Live, lock: int) -> E
         arguments = ["--config", str(_settings_file(run, out))]
     error_file(folder.root).unlink(missing_ok=True)
     log = folder.root.with_name(f"{folder.root.name}.log")
-    live.begins(run, folder.metrics)
+    display.begins(run, folder.metrics)
     command = [job.subcommand, "--json", "--out", str(folder.root), *arguments]
-    ended = run_child(command, log=log, kept_open=(lock,), watch=live.look)
+    ended = run_child(command, log=log, kept_open=(lock,), watch=display.look)
     final = records.final(folder.metrics)
     if final is None and not ended.stopped:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        reason = lines[-1].strip() if lines else f"ended with status {ended.status} and said nothing"
+        reason = _reason(job, log, ended)
+        if first and ended.status == REFUSED:
+            raise ValueError(reason)
         write_whole(error_file(folder.root), reason + "\n")
-        live.ended(run, f"failed: {reason}")
+        display.ended(run, f"failed: {reason}")
     elif final is not None:
-        value = final.get(job.score)
-        live.ended(run, f"{job.score} {value:,.2f}" if value is not None else f"{job.score} is not finite")
+        display.ended(run, ", ".join(f"{name} {shown(name, value)}" for name, value in job.scores(final).items()))
     return ended
 
 
-class _Live:
-    """Shows which run is at work, how far it and all are, and when they will be done; each end as a line."""
-
-    def __init__(self, console: Console, todo: Sequence[PlannedRun], planned: int) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console, expand=True, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._steps = sum(run.config.schedule.steps for run in todo)
-        self._all = self._bar.add_task("all steps", total=max(1, self._steps))
-        self._one = self._bar.add_task("starting", total=None)
-        self._done, self._planned = planned - len(todo), planned
-        self._before = 0
-        self._metrics: Path | None = None
-        self._started = time.monotonic()
-
-    def __enter__(self) -> _Live:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def begins(self, run: PlannedRun, metrics: Path) -> None:
-        """Turn to the next run."""
-        self._metrics = metrics
-        self._bar.reset(self._one, description=run.label, total=run.config.schedule.steps)
-        self.look()
-
-    def look(self) -> None:
-        """See how far the run is."""
-        newest = records.last(self._metrics) if self._metrics is not None else None
-        step = newest["step"] if newest else 0
-        self._bar.update(self._one, completed=step)
-        self._bar.update(self._all, completed=self._before + step)
-
-    def ended(self, run: PlannedRun, how: str) -> None:
-        """Say how a run ended."""
-        self._before += run.config.schedule.steps
-        self._done += 1
-        pace = (time.monotonic() - self._started) / self._before
-        left = f", {duration(pace * (self._steps - self._before))} left" if self._before < self._steps else ""
-        line = f"{self._done}/{self._planned} {run.label}: {how}{left}"
-        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+def _reason(job: Job, log: Path, ended: Ended) -> str:
+    """Why a child failed, in a line: what its command told, or else the last that it printed."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    if not text:
+        return f"ended with status {ended.status} and said nothing"
+    _, found, told = text.rpartition(f"galore {job.subcommand}: ")
+    return " ".join(told.split()) if found and ended.status == REFUSED else text.splitlines()[-1].strip()

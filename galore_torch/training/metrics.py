@@ -76,6 +76,8 @@ class MetricsLog(TrainerCallback):
         self.seconds += seconds
         self.last = {
             "step": state.global_step,
+            # Of a run whose length is told in epochs, so that a reader knows how far it is.
+            **({"epoch": state.epoch} if args.max_steps <= 0 else {}),
             self.unit: state.global_step * self.tokens_per_step,
             "loss": logs["loss"],
             "lr": logs["learning_rate"],

@@ -24,11 +24,14 @@ p { max-width: 42rem; margin: 0.5rem 0; overflow-wrap: anywhere; }
 .box { overflow-x: auto; margin: 0.75rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 caption { text-align: left; padding-bottom: 0.5rem; }
+caption span { display: block; position: sticky; left: 0; width: max-content; max-width: min(42rem, 100vw - 2rem); }
 th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: right; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 1px solid var(--text); vertical-align: bottom; }
 td { border-bottom: 1px solid var(--rule); }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); }
 .words { text-align: left; }
-pre { background: var(--raised); padding: 0.75rem 1rem; margin: 0; border-radius: 6px; font-size: 0.85rem; }
+pre { background: var(--raised); padding: 0.75rem 1rem; margin: 0; border-radius: 6px; font-size: 0.85rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-family: ui-monospace, monospace; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1.25rem; font-size: 0.9rem; margin: 0.75rem 0; }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -61,7 +64,7 @@ figcaption { font-size: 0.9rem; max-width: 42rem; }
 {% elif block.kind == "table" %}
 <div class="box" tabindex="0"><table>
 {% if block.caption %}
-<caption>{{ block.caption }}</caption>
+<caption><span>{{ block.caption }}</span></caption>
 {% endif %}
 <thead><tr>
 {% for column in block.columns %}

@@ -30,7 +30,7 @@ def plot_losses(runs: Mapping[str, Path], picture: Path, unit: str = "tokens") -
         _draw(axes, label, records.read(path), _COLOURS[index % len(_COLOURS)], width, unit)
     axes.set_xlabel(f"{unit} seen")
     axes.set_ylabel("loss (nats per token)" if unit == "tokens" else "loss")
-    axes.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
+    axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -81,7 +81,12 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:,.1f}"
 
 
-def _short(count: float) -> str:
+def short(count: float) -> str:
+    """A count for an axis.
+
+    >>> short(409_600)
+    '409.6 K'
+    """
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:g} {unit}"

@@ -8,6 +8,8 @@
 
 A fine-tuning counts examples where a pre-training counts tokens, and has its own scores in the place of perplexity.
 
+A fine-tuning counts examples in the place of tokens, has its task's scores in the place of perplexity and, where its
+length is told in epochs, ``epoch``, how many have passed, in the records of steps.
 ``seconds`` is time spent in training steps since the start, over all resumptions, without evaluations and saves.
 """
 
@@ -56,11 +58,14 @@ def append(path: Path, record: Record) -> None:
 
 
 def _line(record: Record) -> str:
-    # JSON knows no NaN and no infinity: a loss that is neither finite nor a number is null.
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
-    return json.dumps(finite) + "\n"
+    return json.dumps(_finite(record)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can hold: it knows no NaN and no infinity, so that a loss that is one of them is null."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -24,7 +24,7 @@ def made(values: Mapping[str, Any], kinds: Mapping[str, type], job: str) -> dict
     sections: dict[str, dict[str, Any]] = {section: {} for section in kinds}
     for name, value in values.items():
         if name not in home:
-            raise ValueError(f"{name} = {value!r} is no setting of {job}; {_suggest(name, home)}")
+            raise ValueError(f"{name} = {value!r} is no setting of {job}; {suggest(name, home)}")
         sections[home[name]][name] = value
     return {section: kinds[section](**given) for section, given in sections.items()}
 
@@ -46,12 +46,13 @@ def read_values(path: Path, kinds: Mapping[str, type]) -> tuple[str | None, dict
         for name, value in given.items():
             if name not in known_names:
                 raise ValueError(
-                    f"{name} = {value!r} in {path} is no setting of [{section}]; {_suggest(name, known_names)}"
+                    f"{name} = {value!r} in {path} is no setting of [{section}]; {suggest(name, known_names)}"
                 )
             values[name] = value
     return preset, values
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What to say of a setting that is not known: the closest one that is, or all of them."""
     close = get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."

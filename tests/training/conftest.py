@@ -1,6 +1,7 @@
 """Real text and a model small enough to train in a second."""
 
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,24 @@ def tiny(texts: Path, cache: Path):
         return configure("llama-tiny", **{**settings, **given})
 
     return make
+
+
+@pytest.fixture
+def browser(tmp_path: Path):
+    """A headless Chromium that finds no host."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update",
+        "--host-resolver-rules=MAP * ~NOTFOUND",  # its start page is fetched from nowhere
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()

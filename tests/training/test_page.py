@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 from matplotlib.figure import Figure
@@ -65,26 +64,6 @@ def test_text_is_escaped_ids_are_apart_and_nothing_is_fetched():
 def test_a_row_of_the_wrong_length_is_refused():
     with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
         Page("x").table(["a", "b"], [["1"]])
-
-
-@pytest.fixture
-def browser(tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update",
-        "--host-resolver-rules=MAP * ~NOTFOUND",  # its start page is fetched from nowhere
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 COLOUR = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
