@@ -19,6 +19,10 @@ from galore_torch.training.optimizers import is_projected
 _AS_USUAL: dict[str, Any] = {"adapter": "none", "gradients": "full", "update": "step", "weight_bits": 16}
 _PER_LAYER: dict[str, Any] = {**_AS_USUAL, "update": "backward", "clip": 0.0}  # nothing is left to clip
 
+_FEW_BITS: dict[str, Any] = {
+    "optimizer": "qgalore-adamw8bit", "weight_bits": 8, "basis_bits": 4, "cos_threshold": 0.4,
+}  # fmt: skip
+
 METHODS: dict[str, dict[str, Any]] = {
     "full": {**_AS_USUAL, "optimizer": "adamw"},
     "adam8bit": {**_AS_USUAL, "optimizer": "adamw8bit"},
@@ -29,14 +33,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "galore": {**_AS_USUAL, "optimizer": "galore-adamw"},
     "galore-8bit": {**_AS_USUAL, "optimizer": "galore-adamw8bit"},
     "galore-adafactor": {**_AS_USUAL, "optimizer": "galore-adafactor"},
-    "qgalore": {
-        **_AS_USUAL, "optimizer": "qgalore-adamw8bit", "weight_bits": 8, "basis_bits": 4, "cos_threshold": 0.4,
-    },
+    "qgalore": {**_AS_USUAL, **_FEW_BITS},
     "full-per-layer": {**_PER_LAYER, "optimizer": "adamw"},
     "adam8bit-per-layer": {**_PER_LAYER, "optimizer": "adamw8bit"},
     "galore-per-layer": {**_PER_LAYER, "optimizer": "galore-adamw"},
     "galore-8bit-per-layer": {**_PER_LAYER, "optimizer": "galore-adamw8bit"},
-}  # fmt: skip
+    "qgalore-per-layer": {**_PER_LAYER, **_FEW_BITS},
+}
 """Settings of each method by its name."""
 
 HELP: dict[str, str] = {
@@ -54,6 +57,7 @@ HELP: dict[str, str] = {
     "adam8bit-per-layer": "adam8bit, each weight moved inside the backward",
     "galore-per-layer": "galore, each weight moved inside the backward (arXiv 2403.03507, section 4.3)",
     "galore-8bit-per-layer": "galore-8bit, each weight moved inside the backward",
+    "qgalore-per-layer": "qgalore, each weight moved inside the backward",
 }
 """What each method is, in a line, and where it comes from."""
 
