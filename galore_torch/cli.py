@@ -41,6 +41,8 @@ def build_app() -> typer.Typer:
     from galore_torch.training import command, compare_command, flags
     from galore_torch.training.finetune import command as tuning
     from galore_torch.training.finetune import config, presets
+    from galore_torch.training.inspection import command as inspection
+    from galore_torch.training.inspection.config import SECTIONS as LOOKS
 
     import typer  # isort: skip
 
@@ -53,6 +55,7 @@ def build_app() -> typer.Typer:
         flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.SHOWN)
     )
     app.add_typer(compare_command.commands(), name="compare")
+    app.command("inspect", epilog=inspection.EPILOG)(flags.with_settings(inspection.inspect, LOOKS, {}))
     return app
 
 

@@ -31,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(texts: Path, cache: Path):
     """Make the configuration of a run of eight steps, any setting overridden."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -47,7 +48,7 @@ def load_base(
             **(_unpacked() if gguf else {}),
             **more,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # whatever files can be wrong in
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # whatever files can be wrong in
         raise ValueError(f"model = {config.model!r} cannot be loaded: {sentence(error)}") from error
     fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if fresh:

@@ -1,0 +1,162 @@
+"""The settings of an inspection: the steps and looks, the rule of its recommendations, and the data of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from galore_torch.training import sections
+from galore_torch.training.finetune.tasks import TASKS
+from galore_torch.training.settings import check, setting
+
+PLAIN_TEXT = "text"
+"""The task of a causal model on packed text, as in pre-training."""
+
+_OF_LABELS = ("text_pair_column", "label_column", "labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookConfig:
+    """Which steps are made, and which of their gradients are looked at."""
+
+    steps: int = setting(60, "Optimizer steps that are made, on a copy of the model that is then dropped.", minimum=2)
+    every: int = setting(5, "Steps between two looks at the gradients.", minimum=1)
+    oldest: int | None = setting(
+        None,
+        "Age up to which a basis is judged by later gradients, in steps: a multiple of every. A basis of every weight "
+        "is kept for each look in between.",
+        minimum=1,
+        shown="two looks less than steps",
+    )
+    rank: int | None = setting(None, "Rank that figures are told at.", minimum=1, shown="the recipe's")
+    lr: float | None = setting(
+        None,
+        "Learning rate of the steps.",
+        above=0,
+        shown="where the run's has come, at least a tenth of its peak; 0.0001 for --model",
+    )
+    targets: str | None = setting(
+        None,
+        "Which modules are looked at: parts of their names by comma, or all-linear.",
+        shown="those that are projected",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.steps < 2 * self.every:
+            raise ValueError(
+                f"steps = {self.steps} gives {self.steps // self.every} looks at every = {self.every}, and one basis "
+                f"is to be judged by another gradient; give at least {2 * self.every}."
+            )
+        if self.oldest is None:
+            return
+        if self.oldest % self.every:
+            raise ValueError(
+                f"oldest = {self.oldest} is no multiple of every = {self.every}, by which the gradients are looked at; "
+                f"give {self.oldest // self.every * self.every or self.every}."
+            )
+        if self.oldest > (self.looks - 1) * self.every:
+            raise ValueError(
+                f"oldest = {self.oldest} is older than any basis gets in steps = {self.steps}; give at most "
+                f"{(self.looks - 1) * self.every}, or at least {self.oldest + self.every} steps."
+            )
+
+    @property
+    def looks(self) -> int:
+        """How many there are."""
+        return self.steps // self.every
+
+    @property
+    def ages(self) -> tuple[int, ...]:
+        """The ages of bases that are judged, in steps. Each is met twice at least, where there are three looks."""
+        oldest = self.oldest or max(1, self.looks - 2) * self.every
+        return tuple(range(self.every, oldest + 1, self.every))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """By which rule a rank and a gap are recommended; see `galore_torch.training.inspection.recommend`."""
+
+    capture_share: float = setting(
+        0.6,
+        "Share of a gradient's energy that a basis of the recommended rank must hold, at the first look after it.",
+        above=0,
+        below=1,
+    )
+    keep_share: float = setting(
+        0.9,
+        "Share of what young bases capture that one must still capture after the recommended gap.",
+        above=0,
+        below=1,
+    )
+    rank_multiple: int = setting(8, "Recommended ranks are multiples of it.", minimum=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectConfig:
+    """The data of a model, and how it is trained on them. What is None is as `galore finetune` has it."""
+
+    task: str = setting(
+        PLAIN_TEXT,
+        f"What the model is trained for: {PLAIN_TEXT} (a causal model on packed text), or one of galore finetune's: "
+        f"{', '.join(TASKS)}.",
+        choices=(PLAIN_TEXT, *TASKS),
+    )
+    dtype: str | None = setting(None, "What weights are stored in.", choices=("float32", "bfloat16"), shown="float32")
+    gguf_file: str | None = setting(None, "A GGUF file in the model's folder, which holds the weights.")
+    max_length: int | None = setting(
+        None, "Tokens of a sequence of packed text; most of a row otherwise.", minimum=2, shown="the recipe's"
+    )
+    batch: int | None = setting(None, "Sequences or rows a step.", minimum=1, shown="the recipe's")
+    micro_batch: int | None = setting(None, "Sequences or rows at once; bounds memory.", minimum=1, shown="batch")
+    text_column: str | None = setting(None, "Column of the text.", shown="text")
+    text_pair_column: str | None = setting(None, "Column of a second text, for pairs.")
+    label_column: str | None = setting(None, "Column of the label.", shown="label")
+    labels: str | None = setting(None, "What labels are.", choices=("auto", "classes", "numbers"), shown="auto")
+    seed: int | None = setting(None, "Seed of a fresh head and of the order of the data.", minimum=0, shown="0")
+    cache: str | None = setting(None, "Folder for tokenized text.", shown="$GALORE_CACHE or ~/.cache/galore-torch")
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in _OF_LABELS:
+            if self.task == PLAIN_TEXT and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} says nothing to task = {PLAIN_TEXT!r}; leave it out, or give "
+                    "--task classify."
+                )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was asked for, by the names that a fine-tuning has for it; the task is not in it."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {name: value for name, value in values.items() if name not in ("task", "cache")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """All settings of an inspection."""
+
+    looks: LookConfig
+    recommendation: RuleConfig
+    data: SubjectConfig
+
+
+SECTIONS: dict[str, type] = {"looks": LookConfig, "recommendation": RuleConfig, "data": SubjectConfig}
+"""Every section by its name in `InspectConfig`."""
+
+
+def configure(**given: Any) -> InspectConfig:
+    """Settings by name; what is None is not given.
+
+    Raises:
+        ValueError: when a name is unknown or a value is not allowed.
+
+    >>> configure(steps=20, every=4).looks.ages
+    (4, 8, 12)
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    return InspectConfig(**sections.made(values, SECTIONS, "an inspection"))

@@ -1,0 +1,146 @@
+"""The steps that are made to look at gradients, and the looks."""
+
+# ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from galore_torch.training.guard import stop_if_asked
+from galore_torch.training.inspection.config import LookConfig
+from galore_torch.training.inspection.watch import Watch
+from galore_torch.training.units import duration
+
+_PLAIN_LINES = 10
+
+
+class Observer(TrainerCallback):
+    """Looks at the gradients of some weights, after they are complete and clipped and before the optimizer moves.
+
+    Args:
+        weights: by name, which the model has.
+        looks: when.
+        rank: at which figures are told.
+
+    Attributes:
+        watches: one a weight.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], looks: LookConfig, rank: int) -> None:
+        self._weights = weights
+        self._looks = looks
+        self.watches = [Watch(name, tuple(one.shape), rank, len(looks.ages)) for name, one in weights.items()]
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the bases that are kept at the same time will take."""
+        return sum(
+            watch.ages * 4 * watch.side**2 * (weight.numel() // (weight.shape[-1] * weight.shape[-2]))
+            for watch, weight in zip(self.watches, self._weights.values(), strict=True)
+        )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Look, when it is time."""
+        step = state.global_step + 1
+        if step % self._looks.every == 0 and step <= self._looks.steps:
+            for watch, weight in zip(self.watches, self._weights.values(), strict=True):
+                watch.look(step, weight.grad)
+                stop_if_asked()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End after the last look."""
+        stop_if_asked()
+        if state.global_step >= self._looks.looks * self._looks.every:
+            control.should_training_stop = True
+
+
+def require_steps(trainer: Trainer, looks: LookConfig) -> None:
+    """Refuse a training that would end before the last look.
+
+    Args:
+        trainer: with its data.
+        looks: when gradients are looked at.
+
+    Raises:
+        ValueError: when it would.
+    """
+    args = trainer.args
+    available = args.max_steps
+    if available <= 0:
+        batches = len(trainer.get_train_dataloader())
+        available = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    if available < looks.steps:
+        raise ValueError(
+            f"steps = {looks.steps} is beyond the {available} steps that the run makes in all; give at most that."
+        )
+
+
+class StepProgress(TrainerCallback):
+    """One line with a bar in a terminal, plain lines elsewhere; with the estimated end.
+
+    Args:
+        console: where it is shown.
+        steps: how many there will be.
+
+    Attributes:
+        losses: of the steps.
+    """
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._first = 0.0
+        self.losses: list[float] = []
+        self._bar = Progress(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=steps)
+
+    def __enter__(self) -> StepProgress:
+        """Draw the bar."""
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bar away, also when a signal ended the steps."""
+        self._bar.stop()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show a step."""
+        if not logs or "loss" not in logs:
+            return
+        step = state.global_step
+        self.losses.append(logs["loss"])
+        now = time.perf_counter()
+        self._first = self._first or now
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, description=f"loss {logs['loss']:.3f}")
+        elif step == 1 or step % max(1, self._steps // _PLAIN_LINES) == 0:
+            left = (now - self._first) / (step - 1) * (self._steps - step) if step > 1 else None
+            told = "" if left is None else f"  {duration(left)} left"
+            self._console.print(f"step {step}/{self._steps}  loss {logs['loss']:.3f}{told}", soft_wrap=True)

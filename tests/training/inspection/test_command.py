@@ -1,0 +1,170 @@
+"""``galore inspect`` from end to end: what it leaves behind, what it refuses, and how it is stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from galore_torch.cli import build_app
+from galore_torch.training.inspection import report
+from tests.training.inspection.looking import FILES, KINDS, SHORT, digests, inspected, of_run
+
+
+def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_path):
+    before = digests(run)
+    out = tmp_path / "new" / "looks"
+    result = inspected("--run", run, *SHORT, "--rank", "4", "--out", out)
+    assert digests(run) == before
+    assert {path.name for path in out.iterdir()} == {*FILES, "run.png"}
+    assert [path.name for path in out.parent.iterdir()] == ["looks"]
+    for path in out.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    lines = result.output.splitlines()
+    table = [line for line in lines if re.match(r" ?\w+_proj ", line)]
+    assert [line.split()[0] for line in table] == KINDS
+    assert max(len(line) for line in table) <= 80
+    assert "step 6/6  loss" in result.output
+    assert "0:00:00 left" in result.output
+
+    told = json.loads((out / "inspection.json").read_text(encoding="utf-8"))
+    assert list(told["kinds"]) == KINDS
+    assert len(told["weights"]) == 14
+    kind = told["kinds"]["down_proj"]
+    assert (kind["shape"], kind["weights"], told["rank"], told["ages"]) == ([32, 64], 2, 4, [2])
+    assert len(kind["run"]) > 1  # what the run recorded at its own renewals
+    assert all(0 < one["captured"] < 1 for one in kind["run"])
+    assert 0 < kind["captured"]["2"] <= kind["own"] <= 1
+    assert kind["by_rank"]["rank"] == list(range(1, 33))
+    assert kind["by_rank"]["own"][-1] == 1
+    assert len(told["losses"]) == 6
+
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 6
+    assert "galore inspect" in page or "galore" in page
+    again = inspected("--run", run, *SHORT, "--out", out, code=2)
+    assert "is no empty folder; choose another --out" in again.stderr
+
+
+def test_the_same_inspection_finds_the_same_whichever_door_it_comes_through(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    told = json.loads(inspected("--run", run, *SHORT, "--json", "--out", tmp_path / "empty").stdout)
+    assert told == of_run(run)
+    assert json.loads((tmp_path / "empty" / "inspection.json").read_text(encoding="utf-8")) == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "run = None and model = None leave nothing to inspect"),
+        (["--run", "nowhere"], "run = 'nowhere' is no folder"),
+        (["--run", "EMPTY"], "holds no config.toml, so it is no run folder"),
+        (["--run", "RUN/model"], "give it as --model RUN/model"),
+        (["--run", "RUN", "--model", "x"], "are two things to inspect; give one of them"),
+        (["--run", "RUN", "--data", "x", "--batch", "4"], "has its own data, batch; leave that out"),
+        (["--run", "RUN", "--fresh", "--lr", "0.1"], "leave out one"),
+        (["--run", "RUN", "--fresh", "--steps", "10"], "steps = 10 is beyond the 8 steps"),
+        (["--run", "RUN", "--steps", "4", "--every", "3"], "give at least 6"),
+        (["--run", "RUN", "--oldest", "100"], "oldest = 100 is older than any basis gets"),
+        (["--run", "RUN", "--targets", "nothing"], "targets = 'nothing': target_modules"),
+        (["--run", "RUN", "--targets", "[a"], "no regular expression"),
+        (["--run", "RUN", "--out", "EMPTY/.."], "is no empty folder"),
+        (["--run", "RUN", "--tanks", "4"], "No such option"),
+        (["--model", "RUN/model"], "data = None leaves model = 'RUN/model' without gradients"),
+        (["--model", "RUN/model", "--data", "nowhere.txt"], "data = 'nowhere.txt' does not exist"),
+        (["--model", "nowhere/model", "--data", "TEXTS"], "model = 'nowhere/model' cannot be loaded"),
+        (["--model", "RUN/model", "--data", "TEXTS", "--fresh"], "is for a run"),
+        (["--model", "RUN/model", "--data", "x.csv", "--task", "classify"], "data = 'x.csv' is no CSV"),
+        (["--model", "RUN/model", "--data", "TEXTS", "--label-column", "x"], "says nothing to task = 'text'"),
+        (["--model", "RUN/model", "--data", "TEXTS", "--batch", "4", "--micro-batch", "3"], "does not divide"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line_and_leaves_nothing(arguments, words, run, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    places = {"RUN": str(run), "TEXTS": str(texts)}
+    given = [re.sub("RUN|TEXTS", lambda found: places[found[0]], argument) for argument in arguments]
+    before = digests(run)
+    result = inspected(*given, code=2)
+    assert words.replace("RUN", str(run)) in re.sub(r"\s+", " ", result.stderr)
+    assert "Traceback" not in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"]
+    assert digests(run) == before
+
+
+def test_a_real_inspection_that_is_stopped_leaves_nothing(run, tmp_path):
+    command = [sys.executable, "-u", "-m", "galore_torch", "inspect", "--run", str(run), "--out", str(tmp_path / "out")]
+    before = digests(run)
+    with subprocess.Popen(
+        [*command, "--steps", "4000", "--every", "2", "--oldest", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        said = ""
+        while "loss" not in said:
+            said += process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        said += process.communicate(timeout=120)[0]
+    assert process.returncode == 130
+    assert said.endswith("Stopped. Nothing was written.\n")
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+    assert digests(run) == before
+
+
+def stopped_before(real, times=1):
+    def act(*arguments):
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    return act
+
+
+def test_a_stop_while_pictures_are_drawn_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "files", stopped_before(report.files))
+    result = inspected("--run", run, *SHORT, "--out", tmp_path / "out", code=130)
+    assert "Stopped. Nothing was written." in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_stop_while_the_folder_is_written_lets_it_be_whole_and_a_second_one_lets_it_be_nothing(
+    times, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "replace", stopped_before(os.replace, times))
+    result = inspected("--run", run, *SHORT, "--out", tmp_path / "out", code=130 if times == 2 else 0)
+    if times == 1:
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, "run.png"}
+    else:
+        assert "Stopped. Nothing was written." in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_help_teaches():
+    result = CliRunner().invoke(build_app(), ["inspect", "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+    assert max(map(len, result.output.splitlines())) <= 80
+    for option in ("--run", "--fresh", "--model", "--data", "--steps", "--oldest", "--capture-share", "--json"):
+        assert option in text
+    assert "galore inspect --run runs/60m --fresh" in text
+
+
+def test_a_browser_shows_the_page(browser, run, tmp_path):
+    inspected("--run", run, *SHORT, "--out", tmp_path / "out")
+    for scheme in ("light", "dark"):
+        for width in (375, 1200):
+            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 400}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            browser.get((tmp_path / "out" / "report.html").as_uri())
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            assert browser.execute_script("return document.querySelectorAll('figure svg').length") == 6
+            assert browser.execute_script("return document.querySelectorAll('tbody tr').length") == 7
+    assert browser.get_log("browser") == []
