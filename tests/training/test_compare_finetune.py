@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, TrainerCallback
 
 from galore_torch.training import records
 from galore_torch.training.compare_display import share_done
 from galore_torch.training.compare_job import FINETUNE
 from galore_torch.training.compare_plan import make_plan
+from galore_torch.training.finetune.run import new_run, resumed_run
 from tests.training.test_compare import children, wait_for
 
 WORDS = ("good", "fine", "bad", "poor", "film", "book", "it", "is", "was", "the", "a", "not", "very")
@@ -95,6 +96,19 @@ def test_a_stopped_and_a_killed_comparison_go_on_to_the_same_result(given, whole
     result = json.loads(again.stdout)
     assert (result["job"], result["score"]) == ("finetune", "accuracy")
     assert [run["error"] for run in result["runs"]] == [None, None]
+
+
+@pytest.mark.parametrize("at", [7, 8])
+def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_exactly(at, whole, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == at
+
+    config = whole[0] / "galore" / RATE / "seed-0" / "config.toml"
+    new_run(FINETUNE.configure(None, config), tmp_path / "run", callbacks=[Stop()]).train()
+    assert resumed_run(tmp_path / "run").train().finished
+    history = records.read(tmp_path / "run" / "metrics.jsonl")
+    assert [record.get("loss") for record in history] == [record.get("loss") for record in measured(whole[0], "galore")]
 
 
 def test_the_end_is_told_with_the_score_and_what_is_behind_it(whole):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -122,9 +122,10 @@ def _prepare(
     console = console or Console(quiet=True)
     quiet(console)
     require_one_process("a fine-tuning")
-    arguments = _arguments(config, folder, trackers(config.schedule.report_to))
+    reported = trackers(config.schedule.report_to)
     set_seed(config.schedule.seed)
     rows = load(config.data)
+    arguments = _arguments(config, folder, reported, steps_per_epoch=math.ceil(len(rows.train) / config.schedule.batch))
     kind = (Supervised if config.data.task == "sft" else Classification)(config, rows, console)
     parameters = kind.model.num_parameters()
     _prepare_weights(config, kind)
@@ -174,14 +175,10 @@ def _announce(config: FinetuneConfig, rows: Rows, parameters: int, console: Cons
     )
 
 
-def _arguments(config: FinetuneConfig, folder: RunFolder, reported: list[str]) -> TrainingArguments:
+def _arguments(
+    config: FinetuneConfig, folder: RunFolder, reported: list[str], *, steps_per_epoch: int
+) -> TrainingArguments:
     schedule = config.schedule
-    often: dict[str, Any] = {
-        "eval_strategy": "steps" if schedule.eval_every else "epoch",
-        "save_strategy": "steps" if schedule.save_every else "epoch",
-        **({"eval_steps": schedule.eval_every} if schedule.eval_every else {}),
-        **({"save_steps": schedule.save_every} if schedule.save_every else {}),
-    }
     return on_one_gpu(
         TrainingArguments(
             output_dir=str(folder.checkpoints),
@@ -204,6 +201,11 @@ def _arguments(config: FinetuneConfig, folder: RunFolder, reported: list[str]) -
             disable_tqdm=True,
             bf16=False,  # weights have the dtype that the settings say, and SFTConfig would have it otherwise
             dataloader_pin_memory=torch.cuda.is_available(),
-            **often,
+            # By steps also where an epoch is meant: the Trainer evaluates at an epoch's end after it has saved that
+            # step's state, and an evaluation draws a random number, so that a run resumed from there would be another.
+            eval_strategy="steps",
+            eval_steps=schedule.eval_every or steps_per_epoch,
+            save_strategy="steps",
+            save_steps=schedule.save_every or steps_per_epoch,
         )
     )
