@@ -43,12 +43,6 @@ class SaveOnInterrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the Trainer from evaluating an epoch that it leaves in the middle."""
-        if self.asked and state.global_step < state.max_steps and state.epoch != int(state.epoch or 0):
-            control.should_evaluate = False
-            control.should_save = False
-
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop listening."""
         self.stop_listening()
