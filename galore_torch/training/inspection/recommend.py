@@ -57,8 +57,8 @@ def advise(kind: Kind, rule: RuleConfig) -> Advice:
             rank=None,
             gap=None,
             at_least=False,
-            why_not=f"its bases were judged by {most} later gradient{'' if most == 1 else 's'}, and {LEAST_PAIRS} are "
-            "the least; give more steps",
+            why_not=f"bases of an age were judged by {most} later gradient{'' if most == 1 else 's'}, and "
+            f"{LEAST_PAIRS} are the least; give more steps",
         )
     first = kind.captured[ages[0]]
     side = len(first)
@@ -69,7 +69,7 @@ def advise(kind: Kind, rule: RuleConfig) -> Advice:
             rank=rank,
             gap=None,
             at_least=False,
-            why_not=f"bases older than {ages[0]} steps were not judged often enough",
+            why_not=f"no basis older than {ages[0]} steps was judged by {LEAST_PAIRS} gradients; give more steps",
         )
     gap = ages[0]
     for age in ages[1:]:

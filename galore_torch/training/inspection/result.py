@@ -66,8 +66,13 @@ class Inspection:
                 f"{sum(left_out.values()):,} gradients of {len(left_out)} weights were missing, zero or not finite and "
                 f"were left out, the first of {next(iter(left_out))}."
             )
-        why = {advice.why_not for advice in self.advice.values() if advice.why_not}
-        notes += [f"No recommendation where {reason}." for reason in sorted(why)]
+        lacking: dict[str, list[str]] = {}
+        for name, advice in self.advice.items():
+            if advice.why_not:
+                lacking.setdefault(advice.why_not, []).append(name)
+        for reason, names in lacking.items():
+            whose = "any kind" if len(names) == len(self.advice) else ", ".join(names)
+            notes.append(f"Not everything is recommended for {whose}: {reason}.")
         return notes
 
     @property

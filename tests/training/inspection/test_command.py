@@ -168,3 +168,10 @@ def test_a_browser_shows_the_page(browser, run, tmp_path):
             assert browser.execute_script("return document.querySelectorAll('figure svg').length") == 6
             assert browser.execute_script("return document.querySelectorAll('tbody tr').length") == 7
     assert browser.get_log("browser") == []
+
+
+def test_what_cannot_be_recommended_is_said(run, tmp_path):
+    result = inspected("--run", run, "--steps", "4", "--every", "2", "--out", tmp_path / "out")
+    told = " ".join(result.output.split())
+    assert "Not everything is recommended for any kind: bases of an age were judged by 1 later gradient, and 2" in told
+    assert json.loads((tmp_path / "out" / "inspection.json").read_text(encoding="utf-8"))["recommended"]["rank"] is None
