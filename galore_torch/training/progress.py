@@ -16,7 +16,9 @@ from galore_torch.optim import state_bytes
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.units import duration, megabytes
 
-_PLAIN_LINES = 20
+PLAIN_LINES = 20
+"""How many lines show a run where there is no terminal."""
+
 _UNITS = {"tokens": "tok/s", "examples": "examples/s"}
 
 
@@ -29,6 +31,24 @@ def quiet(console: Console) -> None:
         datasets.disable_progress_bars()
 
 
+def step_bar(console: Console) -> Progress:
+    """A bar of steps with the time that is left, gone when it stops.
+
+    Args:
+        console: where it is drawn.
+    """
+    return Progress(
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        expand=True,
+        transient=True,
+    )
+
+
 class LiveProgress(TrainerCallback):
     """Shows step, loss, learning rate, tokens/s, optimizer state and the estimated end; evaluations as lines."""
 
@@ -36,16 +56,7 @@ class LiveProgress(TrainerCallback):
         self._console = console
         self._log = log
         self._first = (0, 0.0)  # the first step shown, and the time by then
-        self._bar = Progress(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            expand=True,
-            transient=True,
-        )
+        self._bar = step_bar(console)
         self._task = self._bar.add_task("starting")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -75,7 +86,7 @@ class LiveProgress(TrainerCallback):
         )
         if self._console.is_terminal:
             self._bar.update(self._task, completed=state.global_step, description=text)
-        elif state.global_step % max(1, state.max_steps // _PLAIN_LINES) == 0 or state.global_step == 1:
+        elif state.global_step % max(1, state.max_steps // PLAIN_LINES) == 0 or state.global_step == 1:
             self._console.print(
                 f"step {state.global_step}/{state.max_steps}  {text}{self._left(state)}", soft_wrap=True
             )

@@ -10,16 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from galore_torch.training.guard import stop_if_asked
 from galore_torch.training.inspection.config import LookConfig
 from galore_torch.training.inspection.watch import Watch
+from galore_torch.training.progress import PLAIN_LINES, step_bar
 from galore_torch.training.units import duration
-
-_PLAIN_LINES = 10
 
 
 class Observer(TrainerCallback):
@@ -101,16 +99,7 @@ class StepProgress(TrainerCallback):
         self._steps = steps
         self._first = 0.0
         self.losses: list[float] = []
-        self._bar = Progress(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            expand=True,
-            transient=True,
-        )
+        self._bar = step_bar(console)
         self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> StepProgress:
@@ -140,7 +129,7 @@ class StepProgress(TrainerCallback):
         self._first = self._first or now
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, description=f"loss {logs['loss']:.3f}")
-        elif step == 1 or step % max(1, self._steps // _PLAIN_LINES) == 0:
+        elif step == 1 or step % max(1, self._steps // PLAIN_LINES) == 0:
             left = (now - self._first) / (step - 1) * (self._steps - step) if step > 1 else None
             told = "" if left is None else f"  {duration(left)} left"
             self._console.print(f"step {step}/{self._steps}  loss {logs['loss']:.3f}{told}", soft_wrap=True)
