@@ -80,7 +80,7 @@ class OptimizerConfig:
         f"One of {', '.join(optimizers.NAMES)}. A galore- optimizer projects the attention's and the MLPs' matrices.",
         choices=optimizers.NAMES,
     )
-    lr: float = setting(0.01, "Peak learning rate.", above=0, shown="by preset and optimizer; with GaLore 0.01")
+    lr: float = setting(0.01, "Peak learning rate.", above=0, shown="by preset and method")
     others_lr: float | None = setting(
         None,
         "Peak learning rate of what is never projected: embeddings, head, norms.",

@@ -7,7 +7,7 @@ so are the learning rates that it has for the method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -41,6 +41,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "qgalore-per-layer": {**_PER_LAYER, **_FEW_BITS},
 }
 """Settings of each method by its name."""
+
+TUNING = tuple(name for name, settings in METHODS.items() if settings["adapter"] != "low-rank")
+"""Those that keep what a model has learnt, so that it can be fine-tuned by them."""
 
 HELP: dict[str, str] = {
     "full": "every weight by AdamW (GaLore, arXiv 2403.03507, table 2)",
@@ -119,7 +122,7 @@ def refuse_unheeded(
             )
 
 
-def described() -> str:
-    """All methods with their lines of help, as the end of a command's ``--help``."""
-    lines = [f"{name}  [dim]{HELP[name]}[/]" for name in METHODS]
+def described(names: Iterable[str] = METHODS) -> str:
+    """Methods with their lines of help, as the end of a command's ``--help``."""
+    lines = [f"{name}  [dim]{HELP[name]}[/]" for name in names]
     return "\n\n".join(["[bold]Methods[/]", *lines]) + "\n"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from galore_torch.training.finetune.presets import PRESETS, configure
 from galore_torch.training.guard import STOPPED, RunLeft, stoppable
-from galore_torch.training.methods import METHODS, described
+from galore_torch.training.methods import TUNING, described
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.telling import told
 from galore_torch.training.units import duration, megabytes
@@ -37,7 +37,7 @@ galore finetune --task sft --data chats.jsonl --model FOLDER --gguf-file NAME.gg
 galore finetune --resume --out runs/rte
 [dim]go on after Ctrl-C[/]
 
-{described()}"""
+{described(TUNING)}"""
 
 _RUN = "Run"
 
@@ -49,7 +49,7 @@ def finetune(
         typer.Option(help=f"Recipe to start from: {', '.join(PRESETS)}; by default the task's.", rich_help_panel=_RUN),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help=f"What is trained, and how: {', '.join(METHODS)}.", rich_help_panel=_RUN)
+        str | None, typer.Option(help=f"What is trained, and how: {', '.join(TUNING)}.", rich_help_panel=_RUN)
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.", rich_help_panel=_RUN)] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make.", rich_help_panel=_RUN)] = None,

@@ -11,13 +11,11 @@ from galore_torch import param_groups
 from galore_torch.training import records
 from galore_torch.training.finetune.run import new_run
 from galore_torch.training.finetune.scores import METRICS, score
-from galore_torch.training.methods import METHODS
+from galore_torch.training.methods import TUNING
 from tests.training.finetune.conftest import losses, sentences
 
-TRAINED = [name for name in METHODS if name != "low-rank"]
 
-
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", TUNING)
 def test_every_method_learns(classify, tmp_path, method):
     given = {"rank": 8} if "galore" in method or "lora" in method else {}
     if "galore" in method:

@@ -16,7 +16,7 @@ from galore_torch.training import records
 from galore_torch.training.finetune.presets import BY_TASK, PRESETS, configure
 from galore_torch.training.finetune.run import new_run, resumed_run
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.methods import METHODS
+from galore_torch.training.methods import TUNING
 from galore_torch.training.run_folder import RunFolder
 from tests.training.finetune.conftest import CtrlC, losses, sentences
 
@@ -159,7 +159,7 @@ def test_the_presets_are_the_papers():
     assert set(BY_TASK) <= set(PRESETS)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "low-rank"])
+@pytest.mark.parametrize("method", TUNING)
 @pytest.mark.parametrize("task", ["rte", "classify", "sft"])
 def test_a_configuration_survives_its_toml(tmp_path, task, method):
     given = {} if task == "rte" else {"data": "rows.csv"}
@@ -176,7 +176,7 @@ def test_the_help_teaches():
     told = CliRunner().invoke(build_app(), ["finetune", "--help"], env={"COLUMNS": "90", "NO_COLOR": "1"})
     assert told.exit_code == 0
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", told.output).split())
-    for word in ("galore finetune --task rte", "--label-column", "--answers-only", "glue-rank4", "cola", *METHODS):
+    for word in ("galore finetune --task rte", "--label-column", "--answers-only", "glue-rank4", "cola", *TUNING):
         assert word in text
     assert max(map(len, told.output.splitlines())) <= 90
 

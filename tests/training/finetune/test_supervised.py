@@ -9,10 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from galore_torch.training import records
 from galore_torch.training.finetune.run import new_run
-from galore_torch.training.methods import METHODS
+from galore_torch.training.methods import TUNING
 from tests.training.finetune.conftest import losses, sentences
-
-TRAINED = [name for name in METHODS if name != "low-rank"]
 
 
 def chats():
@@ -31,7 +29,7 @@ def learnt(run) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", TUNING)
 def test_every_method_learns(supervise, tmp_path, method):
     given = {"rank": 8} if "galore" in method or "lora" in method else {}
     if "galore" in method:
