@@ -45,8 +45,8 @@ OPTIONS = {
         "--set lora:adapter_alpha=64"
     ),
     "docstrings": (
-        "--max-length 128 --steps 40 --batch 8 --answers 4 --method full --lr full=5e-5 "
-        "--method galore --lr galore=1.5e-4 --others-lr galore=5e-5 --set galore:gap=20"
+        "--max-length 128 --steps 40 --batch 8 --answers 4 --method full --lr full=2e-4 "
+        "--method galore --lr galore=1.2e-3 --others-lr galore=2e-4 --set galore:gap=20"
     ),
 }
 
