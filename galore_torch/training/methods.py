@@ -86,6 +86,25 @@ def method_settings(method: str | None) -> dict[str, Any]:
     return METHODS[method]
 
 
+def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's settings, overridden by a method and by single flags.
+
+    Args:
+        values: the file's settings by name. Its learning rates give way to a method: they suited what the file trains.
+        method: a key of `METHODS`, or None.
+        flags: single settings by name.
+
+    Raises:
+        ValueError: when there is no such method.
+
+    >>> over_file({"lr": 0.1, "optimizer": "sgd"}, "full", {"rank": 8})["optimizer"]
+    'adamw'
+    """
+    chosen = method_settings(method)
+    kept = {name: value for name, value in values.items() if not (chosen and name in ("lr", "others_lr"))}
+    return {**kept, **chosen, **flags}
+
+
 def heeds(name: str, optimizer: OptimizerConfig, adapter: AdapterConfig) -> bool:
     """Whether a setting, such as ``gap``, means anything to what is trained in this way.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.training.config import PretrainConfig, from_values, read_values
-from galore_torch.training.methods import method_settings, refuse_unheeded
+from galore_torch.training.methods import over_file, refuse_unheeded
 from galore_torch.training.optimizers import is_projected
 
 DEFAULT_PRESET = "llama-tiny"
@@ -117,10 +117,7 @@ def configure(
     preset = preset or named or DEFAULT_PRESET
     if preset not in PRESETS:
         raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
-    chosen = method_settings(method)
-    if chosen:  # the file's learning rates suited what the file trains
-        values = {name: value for name, value in values.items() if name not in ("lr", "others_lr")}
-    settings = {**values, **chosen, **flags}
+    settings = over_file(values, method, flags)
     config = from_values({**PRESETS[preset], **settings})  # judges every value, before others depend on one
     optimizer, adapter = config.optimizer.optimizer, config.adapter.adapter
     by_optimizer = BY_OPTIMIZER.get(preset, {})

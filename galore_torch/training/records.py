@@ -6,10 +6,9 @@
 | an evaluation | step, tokens, eval_loss (nats per token), perplexity, seconds |
 | the end | final (true) and the figures of the whole run, see `galore_torch.training.run.RunResult` |
 
-A fine-tuning counts examples where a pre-training counts tokens, and has its own scores in the place of perplexity.
-
 A fine-tuning counts examples in the place of tokens, has its task's scores in the place of perplexity and, where its
 length is told in epochs, ``epoch``, how many have passed, in the records of steps.
+
 ``seconds`` is time spent in training steps since the start, over all resumptions, without evaluations and saves.
 """
 

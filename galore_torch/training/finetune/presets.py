@@ -6,7 +6,7 @@ from typing import Any
 from galore_torch.training import sections
 from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.methods import method_settings, refuse_unheeded
+from galore_torch.training.methods import over_file, refuse_unheeded
 from galore_torch.training.presets import FULL_RANK, PROJECTED, kind_of
 
 _ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
@@ -60,10 +60,7 @@ def configure(
     """
     flags = {name: value for name, value in given.items() if value is not None}
     named, values = (None, {}) if file is None else sections.read_values(file, SECTIONS)
-    chosen = method_settings(method)
-    if chosen:  # the file's learning rates suited what the file trains
-        values = {name: value for name, value in values.items() if name not in ("lr", "others_lr")}
-    settings = {**values, **chosen, **flags}
+    settings = over_file(values, method, flags)
     task = str(settings.get("task", "classify"))
     preset = preset or named or ("glue-rank4" if task in GLUE else "sft" if task == "sft" else "classify")
     if preset not in PRESETS:
