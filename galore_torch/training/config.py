@@ -91,8 +91,8 @@ class OptimizerConfig:
     gap: int = setting(200, "Steps between two renewals of a basis.", minimum=1)
     scale: float = setting(0.25, "Factor on the update that comes back from the subspace.", above=0)
     proj_type: str = setting("std", "Which side is projected: std is the shorter one.", choices=_PROJ_TYPES)
-    decomposition: str | None = setting(
-        None, f"How a basis is found: {', '.join(_DECOMPOSITIONS)}.", choices=_DECOMPOSITIONS, shown="the library's"
+    decomposition: str = setting(
+        "warm", f"How a basis is found: {', '.join(_DECOMPOSITIONS)}.", choices=_DECOMPOSITIONS
     )
     stagger: bool = setting(True, "Let the layers take turns in renewing, so that no step pays for all.")
     cos_threshold: float | None = setting(
@@ -101,7 +101,7 @@ class OptimizerConfig:
         "to 1; it shrinks again, down to gap, where they move.",
         minimum=0,
         maximum=1,
-        shown="renew at the fixed gap",
+        shown="renew at the fixed gap; qgalore-adamw8bit: 0.4",
     )
     gamma_proj: float = setting(2.0, "Factor by which a lazy layer's gap grows and shrinks.", above=1)
     queue_size: int = setting(5, "How many of a layer's last overlaps are averaged for that.", minimum=1)
@@ -116,10 +116,16 @@ class OptimizerConfig:
         shown="0; llama-7b with a full-rank optimizer: 1",
     )
     state_dtype: str | None = setting(
-        None, "What the moments are stored in (galore- optimizers only).", choices=_DTYPES, shown="as the weights"
+        None,
+        f"What the moments are stored in ({', '.join(optimizers.heeding('state_dtype'))} only).",
+        choices=_DTYPES,
+        shown="as the weights; galore-adafactor: float32",
     )
     basis_bits: int = setting(
-        16, "Bits of the bases' numbers: 16 (as the weights), 8 or 4 (galore- optimizers only).", choices=(16, 8, 4)
+        16,
+        "Bits of the bases' numbers: 16 (as the weights), 8 or 4 (galore- optimizers only).",
+        choices=(16, 8, 4),
+        shown="16; qgalore-adamw8bit: 4",
     )
     image_bits: int = setting(
         16, "Bits of the projected gradients that wait for the step: 16 (as the weights), 8 or 4.", choices=(16, 8, 4)
@@ -150,6 +156,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check(self)
         _refuse_without_projection(self)
+        if self.state_dtype is not None and not optimizers.heeds(self.optimizer, "state_dtype"):
+            raise ValueError(
+                f"state_dtype = {self.state_dtype!r} has no effect on {self.optimizer!r}; leave it out, or choose one "
+                f"of {', '.join(optimizers.heeding('state_dtype'))}."
+            )
         if self.weight_bits == 16 and self.weight_rounding == "nearest":
             raise ValueError("weight_rounding = 'nearest' is for weights in few bits; give weight_bits = 8 with it.")
         if self.image_bits != 16 and (self.gradients == "full" or self.update == "backward"):
@@ -166,7 +177,7 @@ class OptimizerConfig:
             )
 
 
-_PROJECTED_ONLY = (
+PROJECTED_ONLY = (
     "state_dtype",
     "weight_bits",
     "basis_bits",
@@ -175,6 +186,7 @@ _PROJECTED_ONLY = (
     "gradients",
     "weight_rounding",
 )
+"""Settings that say nothing to an optimizer that does not project, and that are refused with one."""
 
 
 def _refuse_without_projection(config: OptimizerConfig) -> None:
@@ -183,7 +195,7 @@ def _refuse_without_projection(config: OptimizerConfig) -> None:
         return
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _PROJECTED_ONLY and value != field.default:
+        if field.name in PROJECTED_ONLY and value != field.default:
             raise ValueError(
                 f"{field.name} = {value!r} is for the galore- optimizers, not for {config.optimizer!r}; leave it out."
             )
@@ -227,7 +239,9 @@ class ScheduleConfig:
     )
     warmup: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.", minimum=0, below=1)
     final_lr: float = setting(0.1, "Where the cosine ends, as a share of the peak.", minimum=0, maximum=1)
-    seed: int = setting(0, "Seed of the weights, of the order of the text and of random bases.", minimum=0)
+    seed: int = setting(
+        0, "Seed of the weights, of the order of the text and of random bases.", minimum=0, maximum=2**32 - 1
+    )
     eval_every: int = setting(1000, "Steps between two evaluations; 0 evaluates at the end only.", minimum=0)
     save_every: int = setting(
         1000, "Steps between two resumable checkpoints; 0 saves at the end and on Ctrl-C.", minimum=0

@@ -11,16 +11,17 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from galore_torch.training import optimizers
 from galore_torch.training.adapter_config import AdapterConfig
-from galore_torch.training.config import OptimizerConfig
-from galore_torch.training.optimizers import is_projected
+from galore_torch.training.config import PROJECTED_ONLY, OptimizerConfig
+from galore_torch.training.optimizers import is_projected, own_defaults
 
 # Said by every method, for a file may say otherwise.
 _AS_USUAL: dict[str, Any] = {"adapter": "none", "gradients": "full", "update": "step", "weight_bits": 16}
 _PER_LAYER: dict[str, Any] = {**_AS_USUAL, "update": "backward", "clip": 0.0}  # nothing is left to clip
 
 _FEW_BITS: dict[str, Any] = {
-    "optimizer": "qgalore-adamw8bit", "weight_bits": 8, "basis_bits": 4, "cos_threshold": 0.4,
+    "optimizer": "qgalore-adamw8bit", "weight_bits": 8, **own_defaults("qgalore-adamw8bit"),
 }  # fmt: skip
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ HELP: dict[str, str] = {
 }
 """What each method is, in a line, and where it comes from."""
 
-# Settings of the projection that mean nothing without one. Others without meaning are refused by their own sections.
+# Settings of the projection that mean nothing without one, beside those that are then refused whatever asks for them.
 _PROJECTION = ("rank", "gap", "scale", "proj_type", "decomposition", "stagger", "gamma_proj", "queue_size")
 
 
@@ -90,7 +91,8 @@ def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str,
     """A file's settings, overridden by a method and by single flags.
 
     Args:
-        values: the file's settings by name. Its learning rates give way to a method: they suited what the file trains.
+        values: the file's settings by name. Its learning rates and its optimizer's own defaults give way to a method:
+            they suited what the file trains.
         method: a key of `METHODS`, or None.
         flags: single settings by name.
 
@@ -101,7 +103,11 @@ def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str,
     'adamw'
     """
     chosen = method_settings(method)
-    kept = {name: value for name, value in values.items() if not (chosen and name in ("lr", "others_lr"))}
+    own = own_defaults(str(values.get("optimizer")))
+    suited = {
+        name for name, value in values.items() if name in ("lr", "others_lr") or (name in own and own[name] == value)
+    }
+    kept = {name: value for name, value in values.items() if not (chosen and name in suited)}
     return {**kept, **chosen, **flags}
 
 
@@ -111,8 +117,8 @@ def heeds(name: str, optimizer: OptimizerConfig, adapter: AdapterConfig) -> bool
     >>> heeds("gap", OptimizerConfig(optimizer="adamw"), AdapterConfig())
     False
     """
-    if name not in _PROJECTION or is_projected(optimizer.optimizer):
-        return True
+    if name not in (*_PROJECTION, *PROJECTED_ONLY) or is_projected(optimizer.optimizer):
+        return optimizers.heeds(optimizer.optimizer, name)
     return name == "rank" and adapter.adapter != "none"
 
 
@@ -133,6 +139,11 @@ def refuse_unheeded(
     if method is None:
         return
     for name, value in given.items():
+        if name in optimizers.OF_SOME and not heeds(name, optimizer, adapter):
+            raise ValueError(
+                f"{name} = {value!r} has no effect on method = {method!r}, whose optimizer is {optimizer.optimizer}; "
+                "leave it out."
+            )
         if not heeds(name, optimizer, adapter):
             also = ", low-rank, lora or relora" if name == "rank" else ""
             raise ValueError(

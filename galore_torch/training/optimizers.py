@@ -7,8 +7,8 @@ the same groups without the projection's keys, so that "matrices" and "others" m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ MATRICES = ("attn", "mlp")
 """Parts of the names of the modules whose linear weights are meant by matrices; see `galore_torch.param_groups`."""
 
 
+OF_SOME = frozenset({"beta1", "beta2", "eps", "state_dtype"})
+"""Settings that some optimizers have and others do not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One optimizer that ``--optimizer`` can name.
@@ -30,12 +34,16 @@ class Entry:
     Attributes:
         build: makes it from the parameter groups, the settings and the run's seed.
         projected: whether its groups carry the projection's keys.
+        heeds: which of `OF_SOME` have an effect on it.
         prunable: whether its state is plain numbers, one for each of the weight's, so that some can be set to zero.
+        defaults: settings by name that are its own where nobody says otherwise.
     """
 
     build: Callable[[Groups, OptimizerConfig, int], Optimizer]
     projected: bool
+    heeds: frozenset[str]
     prunable: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _adam(config: OptimizerConfig) -> dict[str, Any]:
@@ -48,13 +56,17 @@ def _adam(config: OptimizerConfig) -> dict[str, Any]:
     }
 
 
-def _galore_adamw(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
+def _state_dtype(config: OptimizerConfig) -> dict[str, Any]:
+    """What the moments are stored in, if it is said."""
     import torch
 
+    return {} if config.state_dtype is None else {"state_dtype": getattr(torch, config.state_dtype)}
+
+
+def _galore_adamw(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
     from galore_torch import GaLoreAdamW
 
-    state_dtype = None if config.state_dtype is None else getattr(torch, config.state_dtype)
-    return GaLoreAdamW(groups, **_adam(config), state_dtype=state_dtype, seed=seed)
+    return GaLoreAdamW(groups, **_adam(config), **_state_dtype(config), seed=seed)
 
 
 def _galore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
@@ -66,21 +78,36 @@ def _galore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Opt
 def _qgalore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
     from galore_torch import QGaLoreAdamW8bit
 
-    return QGaLoreAdamW8bit(groups, **_adam(config), seed=seed)
+    # Said here, for its groups take a value that is GaLore's own default for one that nobody said.
+    bits = {"basis_bits": config.basis_bits, "cos_threshold": config.cos_threshold}
+    return QGaLoreAdamW8bit(groups, **_adam(config), **bits, seed=seed)
 
 
 def _galore_adafactor(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
     from galore_torch import GaLoreAdafactor
 
     return GaLoreAdafactor(
-        groups, lr=config.lr, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False, seed=seed
+        groups,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        scale_parameter=False,
+        relative_step=False,
+        seed=seed,
+        **_state_dtype(config),
     )
 
 
 def _galore_sgd(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
     from galore_torch import GaLoreSGD
 
-    return GaLoreSGD(groups, lr=config.lr, momentum=config.beta1, weight_decay=config.weight_decay, seed=seed)
+    return GaLoreSGD(
+        groups,
+        lr=config.lr,
+        momentum=config.beta1,
+        weight_decay=config.weight_decay,
+        seed=seed,
+        **_state_dtype(config),
+    )
 
 
 def _adamw(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
@@ -109,16 +136,25 @@ def _sgd(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, weight_decay=config.weight_decay)
 
 
+_NONE: frozenset[str] = frozenset()
+_ADAM = frozenset({"beta1", "beta2", "eps"})
+_MOMENTUM = frozenset({"beta1"})
+_STATE = frozenset({"state_dtype"})
+
 REGISTRY: dict[str, Entry] = {
-    "galore-adamw": Entry(build=_galore_adamw, projected=True),
-    "galore-adamw8bit": Entry(build=_galore_adamw8bit, projected=True),
-    "qgalore-adamw8bit": Entry(build=_qgalore_adamw8bit, projected=True),
-    "galore-adafactor": Entry(build=_galore_adafactor, projected=True),
-    "galore-sgd": Entry(build=_galore_sgd, projected=True),
-    "adamw": Entry(build=_adamw, projected=False, prunable=True),
-    "adamw8bit": Entry(build=_adamw8bit, projected=False),
-    "adafactor": Entry(build=_adafactor, projected=False),
-    "sgd": Entry(build=_sgd, projected=False, prunable=True),
+    "galore-adamw": Entry(build=_galore_adamw, projected=True, heeds=_ADAM | _STATE),
+    "galore-adamw8bit": Entry(build=_galore_adamw8bit, projected=True, heeds=_ADAM),
+    "qgalore-adamw8bit": Entry(
+        build=_qgalore_adamw8bit, projected=True, heeds=_ADAM, defaults={"basis_bits": 4, "cos_threshold": 0.4}
+    ),
+    "galore-adafactor": Entry(
+        build=_galore_adafactor, projected=True, heeds=_STATE, defaults={"state_dtype": "float32"}
+    ),
+    "galore-sgd": Entry(build=_galore_sgd, projected=True, heeds=_MOMENTUM | _STATE),
+    "adamw": Entry(build=_adamw, projected=False, heeds=_ADAM, prunable=True),
+    "adamw8bit": Entry(build=_adamw8bit, projected=False, heeds=_ADAM),
+    "adafactor": Entry(build=_adafactor, projected=False, heeds=_NONE),
+    "sgd": Entry(build=_sgd, projected=False, heeds=_MOMENTUM, prunable=True),
 }
 """Every optimizer by the name that ``--optimizer`` takes."""
 
@@ -128,6 +164,33 @@ NAMES = tuple(REGISTRY)
 def is_projected(name: str) -> bool:
     """Whether the optimizer of this name projects."""
     return REGISTRY[name].projected
+
+
+def heeds(name: str, setting: str) -> bool:
+    """Whether a setting has an effect on the optimizer of this name, of those that not all optimizers have.
+
+    >>> heeds("galore-sgd", "beta1"), heeds("galore-sgd", "beta2"), heeds("galore-sgd", "lr")
+    (True, False, True)
+    """
+    return setting not in OF_SOME or setting in REGISTRY[name].heeds
+
+
+def heeding(setting: str) -> list[str]:
+    """The optimizers that a setting has an effect on.
+
+    >>> heeding("state_dtype")
+    ['galore-adamw', 'galore-adafactor', 'galore-sgd']
+    """
+    return [name for name in NAMES if heeds(name, setting)]
+
+
+def own_defaults(name: str) -> Mapping[str, Any]:
+    """Settings that are the optimizer's own where nobody says otherwise; none for a name that is not known.
+
+    >>> own_defaults("qgalore-adamw8bit")["basis_bits"]
+    4
+    """
+    return REGISTRY[name].defaults if name in REGISTRY else {}
 
 
 def is_prunable(name: str) -> bool:
@@ -149,7 +212,6 @@ def groups_of(model: Module, config: OptimizerConfig, targets: str | Sequence[st
     from galore_torch import param_groups
     from galore_torch.optim.groups import PROJECTED_DEFAULTS
 
-    chosen: dict[str, Any] = {} if config.decomposition is None else {"decomposition": config.decomposition}
     groups = param_groups(
         model,
         config.rank if is_projected(config.optimizer) else 1,  # which weights are matrices does not depend on it
@@ -157,13 +219,13 @@ def groups_of(model: Module, config: OptimizerConfig, targets: str | Sequence[st
         update_proj_gap=config.gap,
         scale=config.scale,
         proj_type=config.proj_type,
+        decomposition=config.decomposition,
         stagger=config.stagger,
         basis_bits=config.basis_bits,
         cos_threshold=config.cos_threshold,
         gamma_proj=config.gamma_proj,
         queue_size=config.queue_size,
         project_adapters=not is_projected(config.optimizer),  # the matrices of adapters have their learning rate
-        **chosen,
     )
     matrices = [group for group in groups if "rank" in group]
     others = [group for group in groups if "rank" not in group]

@@ -5,7 +5,7 @@ from typing import Any
 
 from galore_torch.training.config import PretrainConfig, from_values, read_values
 from galore_torch.training.methods import over_file, refuse_unheeded
-from galore_torch.training.optimizers import is_projected
+from galore_torch.training.optimizers import is_projected, own_defaults
 
 DEFAULT_PRESET = "llama-tiny"
 
@@ -121,7 +121,7 @@ def configure(
     config = from_values({**PRESETS[preset], **settings})  # judges every value, before others depend on one
     optimizer, adapter = config.optimizer.optimizer, config.adapter.adapter
     by_optimizer = BY_OPTIMIZER.get(preset, {})
-    besides = {**by_optimizer.get(kind_of(optimizer), {}), **by_optimizer.get(optimizer, {})}
+    besides = {**own_defaults(optimizer), **by_optimizer.get(kind_of(optimizer), {}), **by_optimizer.get(optimizer, {})}
     rates = {} if "lr" in settings else learning_rates(preset, optimizer, adapter)
     config = from_values({**PRESETS[preset], **besides, **rates, **settings})
     refuse_unheeded(method, flags, config.optimizer, config.adapter)

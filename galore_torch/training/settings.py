@@ -5,7 +5,7 @@ its help and its limits; `check` enforces them, so a value is judged by the same
 """
 
 import dataclasses
-import json
+import math
 import operator
 import sys
 import types
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,7 +56,8 @@ def setting(
 def check(config: Any) -> None:
     """Hold every field of a configuration to its type and its limits.
 
-    Whole numbers are accepted where a float is asked for and are stored as floats.
+    Whole numbers are accepted where a float is asked for and are stored as floats. No float is infinite: an update, a
+    schedule or a share that is one has no meaning, whatever the field.
 
     Raises:
         ValueError: with the field, the value and what is allowed.
@@ -70,6 +73,7 @@ def check(config: Any) -> None:
         if type(value) is not kind:
             raise ValueError(f"{field.name} = {value!r} is a {type(value).__name__}; give a {kind.__name__}.")
         _check_limits(field.name, value, field.metadata)
+        _check_writable(field.name, value)
 
 
 _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -91,6 +95,17 @@ def _check_limits(name: str, value: Any, limits: typing.Mapping[str, Any]) -> No
         bound = limits[name_of_bound]
         if bound is not None and not holds(value, bound):  # a NaN holds none of them
             raise ValueError(f"{name} = {value!r} is out of range; it must be {words} {bound}.")
+
+
+def _check_writable(name: str, value: Any) -> None:
+    """What no file can hold in such a way that it is read back as what it was."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} = {value!r} is not finite; give a finite number.")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line or of a file's name
+            raise ValueError(f"{name} = {value!r} is no valid UTF-8; rename what it names.") from error
 
 
 def typed_fields(config: type) -> list[tuple[dataclasses.Field[Any], Any]]:
@@ -118,7 +133,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ValueError: when it cannot be read or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file by a mark
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(
             f"config = {str(path)!r} cannot be read as TOML: {error}. Give a readable TOML file."
@@ -134,10 +149,7 @@ def write_toml(sections: dict[str, dict[str, Any]]) -> str:
     data = "stdlib"
     <BLANKLINE>
     """
-    lines = []
-    for name, section in sections.items():
-        lines.append(f"[{name}]")
-        # A JSON number, text or truth value is the same in TOML.
-        lines += [f"{key} = {json.dumps(value)}" for key, value in section.items() if value is not None]
-        lines.append("")
-    return "\n".join(lines)
+    plain = {
+        name: {key: value for key, value in section.items() if value is not None} for name, section in sections.items()
+    }
+    return tomli_w.dumps(plain)

@@ -39,7 +39,7 @@ def test_the_largest_preset_takes_the_least_memory_and_clips_where_there_is_some
     optimizer, schedule = config.optimizer, config.schedule
     assert (optimizer.optimizer, optimizer.gradients, optimizer.update) == ("galore-adamw8bit", "fused", "backward")
     assert (optimizer.clip, schedule.micro_batch, schedule.checkpointing) == (0.0, schedule.batch, True)
-    assert [configure("llama-7b", optimizer=name).optimizer.basis_bits for name in WITH_BASES] == [8, 16, 16]
+    assert [configure("llama-7b", optimizer=name).optimizer.basis_bits for name in WITH_BASES] == [8, 16, 4]
     full_rank = configure("llama-7b", optimizer="adamw").optimizer
     assert (full_rank.gradients, full_rank.update, full_rank.clip, full_rank.lr) == ("full", "step", 1.0, 0.001)
     usual = configure("llama-7b", update="step", clip=1.0, batch=512, micro_batch=4, lr=1e-3)

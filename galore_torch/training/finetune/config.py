@@ -86,7 +86,9 @@ class LengthConfig:
     decay: str = setting(
         "linear", "How the learning rate falls to 0, if it does.", choices=("linear", "cosine", "constant")
     )
-    seed: int = setting(0, "Seed of the head, of the order of the rows and of random bases.", minimum=0)
+    seed: int = setting(
+        0, "Seed of the head, of the order of the rows and of random bases.", minimum=0, maximum=2**32 - 1
+    )
     eval_every: int | None = setting(None, "Steps between two evaluations.", minimum=1, shown="an epoch")
     save_every: int | None = setting(
         None, "Steps between two resumable checkpoints; Ctrl-C saves besides.", minimum=1, shown="an epoch"

@@ -7,6 +7,7 @@ from galore_torch.training import sections
 from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
 from galore_torch.training.finetune.tasks import GLUE
 from galore_torch.training.methods import over_file, refuse_unheeded
+from galore_torch.training.optimizers import own_defaults
 from galore_torch.training.presets import FULL_RANK, PROJECTED, kind_of
 
 _ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
@@ -68,6 +69,7 @@ def configure(
     start = {**PRESETS[preset], **BY_TASK.get(preset, {}).get(task, {})}
     config = made({**start, **settings})  # judges every value, before the learning rate depends on one
     trained = config.adapter.adapter if config.adapter.adapter != "none" else kind_of(config.optimizer.optimizer)
+    start |= own_defaults(config.optimizer.optimizer)
     config = made({**start, "lr": LEARNING_RATES[preset][trained], **settings})
     refuse_unheeded(method, flags, config.optimizer, config.adapter)
     return config
