@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from galore_torch.lowbit.random_bits import random_bits, uniform
+
 BITS = (8, 4)
 SCALES = torch.bfloat16
 """What scales are stored in: their range is wide, and codes are chosen for the scale as it is stored."""
@@ -49,7 +51,7 @@ class Codes:
         group_size: int = 256,
         *,
         symmetric: bool = False,
-        noise: torch.Generator | None = None,
+        key: int | None = None,
     ) -> Codes:
         """A tensor in few bits.
 
@@ -58,8 +60,8 @@ class Codes:
             bits: 8 or 4.
             group_size: numbers in a group, even.
             symmetric: whether codes lie evenly on both sides of zero.
-            noise: where random numbers come from, on the tensor's device: codes are then rounded up or down at random
-                so that they are right on average (symmetric only). None rounds to the nearest.
+            key: of random numbers (`random_bits.key_of`): codes are then rounded up or down at random so that they
+                are right on average (symmetric only). None rounds to the nearest.
 
         Returns:
             The codes.
@@ -74,7 +76,12 @@ class Codes:
         """
         check_bits(bits, group_size)
         groups = _groups(tensor.detach(), group_size)
-        codes, scale, low = _symmetric(groups, bits, noise) if symmetric else _ranged(groups, bits)
+        if symmetric:
+            low = None
+            keyed = None if key is None else torch.tensor(key, dtype=torch.int32, device="cpu")
+            codes, scale = symmetric_codes(groups, bits, keyed)
+        else:
+            codes, scale, low = _ranged(groups, bits)
         if bits == 4:
             codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
         return cls(codes=codes.flatten(), scale=scale, low=low, shape=tuple(tensor.shape), bits=bits)
@@ -98,11 +105,10 @@ class Codes:
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1)
         groups = codes.view(self.scale.numel(), -1)
-        scale = self.scale.to(torch.float32).unsqueeze(-1)
         if self.low is None:
-            top = _top(self.bits)
-            numbers = groups.to(torch.float32).sub_(top + 1).mul_(scale / top)
+            numbers = symmetric_numbers(groups, self.scale, self.bits)
         else:
+            scale = self.scale.to(torch.float32).unsqueeze(-1)
             numbers = torch.addcmul(self.low.to(torch.float32).unsqueeze(-1), groups.to(torch.float32), scale)
         return numbers.to(dtype).flatten()[: math.prod(self.shape)].view(self.shape)
 
@@ -147,24 +153,54 @@ def _ranged(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes.to(torch.uint8), scale.flatten(), low.flatten()
 
 
-def _symmetric(groups: Tensor, bits: int, noise: torch.Generator | None) -> tuple[Tensor, Tensor, None]:
+def symmetric_codes(groups: Tensor, bits: int, key: Tensor | None, first: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+    """Groups of numbers as codes that lie evenly on both sides of zero.
+
+    Args:
+        groups: (groups, group size), float32.
+        bits: 8 or 4.
+        key: of random numbers, int32; None rounds to the nearest.
+        first: place of the first number, where the groups are part of a larger tensor. Whole groups come before it.
+
+    Returns:
+        (groups, group size) uint8, one a number, and the scales, (groups,) bfloat16.
+    """
     top = _top(bits)
     largest = groups.abs().amax(dim=1, keepdim=True)
-    scale = largest.to(SCALES) if noise is None else _rounded_at_random(largest, noise)
-    step = torch.where(scale == 0, 1.0, scale.float()) / top
+    noise = None
+    if key is not None:
+        count, size = groups.shape
+        places = torch.arange(count * size, dtype=torch.int32, device=groups.device).view(count, size) + first
+        noise = random_bits(places, key)
+    # A group's own bits: those of its first number, hashed once more.
+    scale = _rounded(largest, None if noise is None or key is None else random_bits(noise[:, :1], key))
+    step = torch.where(scale == 0, 1.0, scale) / top
     exact = groups / step
-    codes = exact.round() if noise is None else (exact + _uniform(exact, noise)).floor_()
-    codes = torch.where(groups.abs() == largest, groups.sign() * top, codes).clamp_(-top, top)
-    return (codes + (top + 1)).to(torch.uint8), scale.flatten(), None
+    codes = exact.round() if noise is None else (exact + uniform(noise)).floor()
+    codes = torch.where(groups.abs() == largest, groups.sign() * top, codes).clamp(-top, top)
+    return (codes + (top + 1)).to(torch.uint8), scale.flatten().to(SCALES)
 
 
-def _uniform(like: Tensor, noise: torch.Generator) -> Tensor:
-    """Random numbers from 0 to below 1."""
-    return torch.rand(like.shape, generator=noise, device=like.device)
+def symmetric_numbers(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """What symmetric codes stand for.
+
+    Args:
+        codes: (groups, group size) uint8, one a number.
+        scale: (groups,).
+        bits: 8 or 4.
+
+    Returns:
+        (groups, group size) float32.
+    """
+    top = _top(bits)
+    return (codes.to(torch.float32) - (top + 1)) * (scale.to(torch.float32).unsqueeze(-1) / top)
 
 
-def _rounded_at_random(magnitudes: Tensor, noise: torch.Generator) -> Tensor:
-    """float32 magnitudes as bfloat16, up or down at random: bfloat16 is the upper half of the bits of float32."""
-    lower_half = torch.randint(0, 2**16, magnitudes.shape, generator=noise, device=magnitudes.device, dtype=torch.int32)
-    bits = (magnitudes.contiguous().view(torch.int32) + lower_half) & -(2**16)
-    return torch.where(magnitudes.isfinite(), bits.view(torch.float32), magnitudes).to(SCALES)
+def _rounded(magnitudes: Tensor, noise: Tensor | None) -> Tensor:
+    """float32 magnitudes that bfloat16 holds: to the nearest, or with noise up or down at random.
+
+    By their bits, of which bfloat16 keeps the upper half. A cast there and back a compiler may leave out.
+    """
+    bits = magnitudes.contiguous().view(torch.int32)
+    added = 0x7FFF + ((bits >> 16) & 1) if noise is None else noise & 0xFFFF
+    return torch.where(magnitudes.isfinite(), ((bits + added) & -(2**16)).view(torch.float32), magnitudes)

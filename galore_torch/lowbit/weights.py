@@ -21,11 +21,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from galore_torch.lowbit.codes import Codes, check_bits
+from galore_torch.lowbit.moved_codes import fastest
+from galore_torch.lowbit.random_bits import key_of
 
 aten = torch.ops.aten
 
 BLOCK_ELEMENTS = 2**20
-"""Numbers that are decoded or encoded together, about: what is formed of a weight in float32 at one time."""
+"""Numbers that are decoded or encoded together on a CPU, about: what is formed of a weight's update at one time. A GPU
+takes 32 times as many, for it needs as much to be busy."""
 
 
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
@@ -146,7 +149,8 @@ class QuantizedWeight(Tensor):
     ) -> None:
         """In place: weight <- beta * weight + alpha * update, rounded to codes at random if there is a seed.
 
-        The random numbers depend on the seed and on the step alone. Nothing of the weight's size is formed.
+        The random numbers depend on the seed and on the step alone, whatever the device. The update is formed block by
+        block; of a large weight nothing else is (`moved_codes`).
 
         Args:
             update: gives these rows of the update.
@@ -154,20 +158,30 @@ class QuantizedWeight(Tensor):
             alpha: factor of the update.
             beta: factor of the weight.
         """
-        noise = None
-        if self.seed is not None:
-            noise = torch.Generator(device=self.device)
-            noise.manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        # On the CPU, whatever the weight's device: as an argument of a kernel a number costs no copy to a GPU.
+        key = None if self.seed is None else _number(key_of(self.seed, step), torch.int32)
+        factors = _number(alpha, torch.float32), _number(beta, torch.float32)
+        moved = fastest(self.numel())
         for rows in self._blocks():
-            numbers = self._decode(rows).mul_(beta).add_(update(rows), alpha=alpha)
-            self._encode(rows, numbers, noise)
+            codes, scale = self._stored(rows)
+            added, kept = update(rows).reshape(-1), (rows.stop - rows.start) * self.shape[1]
+            filling = codes.numel() - kept
+            if filling:
+                added = torch.cat((added, added[-1:].expand(filling)))
+            first = _number(rows.start * self.shape[1], torch.int32)
+            size = (-1, self.group_size)
+            new_codes, new_scale = moved(codes.view(size), scale, added.view(size), *factors, key, first)
+            codes.copy_(new_codes.view(-1))
+            scale.copy_(new_scale)
+            codes[kept:] = codes[kept - 1 : kept]  # what fills it up knows no chance
         torch.autograd.graph.increment_version(self)
 
     def _blocks(self) -> Iterator[slice]:
         """Rows, block by block, such that each block but the last is a whole number of groups."""
         rows, columns = self.shape
         unit = self.group_size // math.gcd(self.group_size, columns)
-        step = unit * max(1, BLOCK_ELEMENTS // (unit * columns))
+        block = BLOCK_ELEMENTS * (32 if self.device.type == "cuda" else 1)
+        step = unit * max(1, block // (unit * columns))
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 
@@ -182,11 +196,10 @@ class QuantizedWeight(Tensor):
         shape = (rows.stop - rows.start, self.shape[1])
         return Codes(codes=codes, scale=scale, low=None, shape=shape, bits=8).decode()
 
-    def _encode(self, rows: slice, numbers: Tensor, noise: torch.Generator | None = None) -> None:
+    def _encode(self, rows: slice, numbers: Tensor) -> None:
         codes, scale = self._stored(rows)
-        made = Codes.of(numbers, 8, self.group_size, symmetric=True, noise=noise)
+        made = Codes.of(numbers, 8, self.group_size, symmetric=True)
         codes.copy_(made.codes)
-        codes[numbers.numel() :] = codes[numbers.numel() - 1 : numbers.numel()]  # what fills it up knows no chance
         scale.copy_(made.scale)
 
     def take(self, source: Tensor) -> QuantizedWeight:
@@ -259,6 +272,10 @@ class QuantizedWeight(Tensor):
                 "sets it; for all else call dequantize_weights(model) first"
             )
         return func(*decoded(args), **decoded(kwargs))
+
+
+def _number(value: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def decoded(tree: Any) -> Any:
