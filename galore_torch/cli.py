@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -27,9 +28,9 @@ def main() -> None:
     app()
 
 
-def _stop(_number: int, _frame: object) -> None:
-    sys.stderr.write("galore: stopped. Nothing was written.\n")
-    sys.exit(130)
+def _stop(number: int, _frame: object) -> None:
+    os.write(2, b"galore: stopped. Nothing was written.\n")
+    os._exit(128 + number)  # what sys.exit raises, a library that is being imported may swallow
 
 
 def build_app() -> typer.Typer:

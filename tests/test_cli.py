@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from galore_torch.cli import build_app
 from galore_torch.training.config import SECTIONS
 from galore_torch.training.finetune.config import SECTIONS as TUNING
 from galore_torch.training.presets import PRESETS
+from tests.waiting import DEADLINE, wait_for
 
 TEXT = "\n\n".join(
     f"The {index} small words of paragraph {index} are not many, but they are words." for index in range(200)
@@ -144,7 +144,7 @@ def test_a_missing_extra_is_told_with_the_line_that_installs_it():
         "util.find_spec = lambda name, *rest: None if name in ('datasets', 'typer') else find(name, *rest)"
     )
     process = galore("pretrain", python=hide)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
     assert "needs datasets, typer" in error
     assert 'pip install "galore-torch[train]"' in error
@@ -184,14 +184,6 @@ def test_text_can_be_prepared_for_runs_to_come(tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "text.txt"]
 
 
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
@@ -202,7 +194,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     process = galore(*tiny, "--steps", "100000", "--out", str(out), python=terminal)
     wait_for(lambda: lines(out / "metrics.jsonl") >= 3, process)
     os.kill(process.pid, signal.SIGINT)
-    output, error = process.communicate(timeout=120)
+    output, error = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130, error
     stopped = int(re.search(r"Stopped after step ([\d,]+)\.", output)[1].replace(",", ""))
     checkpoint = out / "checkpoints" / f"checkpoint-{stopped}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from galore_torch.training.guard import handled_by
+from galore_torch.training.guard import handled_by, heard
 
 _LOOK_EVERY = 0.25  # seconds
 
@@ -56,7 +56,8 @@ def run_child(
     asked: list[int] = []
     process: subprocess.Popen[str] | None = None
 
-    def pass_on(_number: int, _frame: FrameType | None) -> None:
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        heard(number)
         asked.append(signal.SIGINT)
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.config import PretrainConfig
-from galore_torch.training.guard import STOPPED, RunLeft, stoppable
+from galore_torch.training.guard import RunLeft, exit_status, stoppable
 from galore_torch.training.methods import METHODS, described
 from galore_torch.training.presets import DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run_folder import RunFolder
@@ -132,7 +132,7 @@ def _pretrain(
     else:
         show(result, console)
     if not result.finished:
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(exit_status())
 
 
 def _new(settings: PretrainConfig, out: Path, console: Console, left: RunLeft) -> PretrainRun:

@@ -16,7 +16,7 @@ from galore_torch.training.compare_plan import PlannedRun, make_plan, require_sa
 from galore_torch.training.default_command import FirstByDefault
 from galore_torch.training.files import write_whole
 from galore_torch.training.flags import with_settings
-from galore_torch.training.guard import STOPPED, stoppable
+from galore_torch.training.guard import exit_status, stoppable
 from galore_torch.training.methods import METHODS
 from galore_torch.training.telling import told
 
@@ -174,7 +174,7 @@ def _tell(job: Job, runs: list[PlannedRun], out: Path, console: Console, *, json
         finished = sum(outcome.final is not None for outcome in outcomes)
         line = f"Stopped with {finished} of {len(runs)} runs finished. {out} is saved; the same command goes on."
         Console(stderr=True).print(line, highlight=False, soft_wrap=True)
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(exit_status())
     comparison = compared(job, outcomes)
     results = as_json(comparison)
     write_whole(out / "results.json", json_format.dumps(results, indent=1) + "\n")

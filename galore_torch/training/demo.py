@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from galore_torch.training.child import run_child
-from galore_torch.training.guard import STOPPED, stoppable
+from galore_torch.training.guard import STOPPED, exit_status, stoppable
 from galore_torch.training.plots import plot_losses
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.units import megabytes
@@ -74,7 +74,7 @@ def _pretrain(optimizer: str, out: Path, flags: Sequence[str]) -> dict[str, Any]
     """Run one pre-training in its own process, its progress on our stderr; None if it stopped without a state."""
     arguments = _arguments("--json", "--optimizer", optimizer, "--out", str(out), *flags)
     ended = run_child(arguments)
-    if ended.status == STOPPED or ended.stopped:
+    if ended.status in STOPPED or ended.stopped:
         return json.loads(ended.output) if ended.output.strip() else None
     if ended.status:
         raise subprocess.CalledProcessError(ended.status, arguments)
@@ -124,7 +124,7 @@ def main() -> None:
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
     if picture is None:
-        sys.exit(STOPPED)
+        sys.exit(exit_status())
 
 
 if __name__ == "__main__":

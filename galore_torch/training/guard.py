@@ -27,10 +27,18 @@ from galore_torch.training.run_folder import RunFolder
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a command to stop."""
 
-STOPPED = 130
-"""Exit status of a command that Ctrl-C stopped, as shells have it."""
+STOPPED = tuple(128 + number for number in SIGNALS)
+"""Exit statuses of a command that a signal stopped, as shells have them: 130 after Ctrl-C, 143 after SIGTERM."""
 
 Handler = Callable[[int, FrameType | None], None]
+
+
+class Stop(KeyboardInterrupt):
+    """What a signal raises.
+
+    A class of its own, because Python ends a process by SIGINT, whatever its exit status should be, once a bare
+    KeyboardInterrupt has passed through code that `exec` compiled, as dataclasses do while a library is imported.
+    """
 
 
 @contextmanager
@@ -52,13 +60,25 @@ class _Asked:
 
     def __init__(self) -> None:
         self.now = False
+        self.by: int = signal.SIGINT
 
-    def stop(self, _number: int, _frame: FrameType | None) -> None:
+    def stop(self, number: int, _frame: FrameType | None) -> None:
         self.now = True
-        raise KeyboardInterrupt
+        heard(number)
+        raise Stop
 
 
 _asked = _Asked()
+
+
+def heard(number: int) -> None:
+    """Remember which signal asked the command to stop, for `exit_status`."""
+    _asked.by = number
+
+
+def exit_status() -> int:
+    """The exit status of this command after the signal that stopped it: one of `STOPPED`."""
+    return 128 + _asked.by
 
 
 def stop_if_asked() -> None:
@@ -68,7 +88,7 @@ def stop_if_asked() -> None:
         KeyboardInterrupt: when a signal came.
     """
     if _asked.now:
-        raise KeyboardInterrupt
+        raise Stop
 
 
 @contextmanager
@@ -80,9 +100,10 @@ def stoppable(left: Callable[[], str]) -> Iterator[None]:
             disturbs it.
 
     Raises:
-        typer.Exit: with `STOPPED`, after the sentence was printed to stderr.
+        typer.Exit: with `exit_status`, after the sentence was printed to stderr.
     """
     _asked.now = False
+    heard(signal.SIGINT)
     with handled_by(_asked.stop):
         try:
             yield
@@ -93,7 +114,7 @@ def stoppable(left: Callable[[], str]) -> Iterator[None]:
                 raise
             with handled_by(signal.SIG_IGN):
                 Console(stderr=True).print(left(), highlight=False, soft_wrap=True, markup=False)
-            raise typer.Exit(STOPPED) from None
+            raise typer.Exit(exit_status()) from None
         finally:
             _asked.now = False
 
@@ -108,9 +129,10 @@ def deferred() -> Iterator[None]:
     seen: list[int] = []
 
     def wait(number: int, _frame: FrameType | None) -> None:
+        heard(number)
         seen.append(number)
         if len(seen) > 1:
-            raise KeyboardInterrupt
+            raise Stop
 
     with handled_by(wait):
         yield

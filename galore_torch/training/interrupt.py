@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from galore_torch.training.guard import SIGNALS, stop_if_asked
+from galore_torch.training.guard import SIGNALS, heard, stop_if_asked
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -27,8 +27,9 @@ class SaveOnInterrupt(TrainerCallback):
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
             stop_if_asked()
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
         self.asked = True
+        heard(number)
         self.stop_listening()
 
     def stop_listening(self) -> None:

@@ -4,14 +4,11 @@ import dataclasses
 import io
 import json
 import math
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -21,6 +18,7 @@ from galore_torch.training.compare_plan import make_plan, rates_by_method, requi
 from galore_torch.training.compare_report import in_lines
 from galore_torch.training.compare_results import Outcome, compared, edges, notes, rows, table
 from galore_torch.training.compare_settings import apart_and_shared
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -230,14 +228,6 @@ def losses(out, method):
     return [{name: record.get(name) for name in ("step", "loss", "eval_loss", "final")} for record in history]
 
 
-def wait_for(met, process):
-    end = time.monotonic() + 120
-    while not met():
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
     whole = subprocess.run([*flags(given, tmp_path / "whole")], capture_output=True, text=True, check=False)
     assert whole.returncode == 0, whole.stderr + whole.stdout
@@ -247,9 +237,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
     metrics = out / "galore/lr-0.01/seed-0/metrics.jsonl"
     with subprocess.Popen(flags(given, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
         wait_for(lambda: (records.last(metrics) or {"step": 0})["step"] >= 3, killed)
-        child = max(int(pid) for pid in children(killed.pid))
-        os.kill(child, signal.SIGKILL)
-        killed.kill()
+        kill_with_children(killed)
     again = subprocess.run([*flags(given, out), "--json"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     for method in ("full", "galore"):
@@ -270,8 +258,9 @@ def test_data_that_cannot_be_read_are_told_before_any_run(given, tmp_path):
     assert list(out.iterdir()) == []
 
 
-def children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+def kill_with_children(process):
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
 
 
 def test_rates_for_all_and_for_one():

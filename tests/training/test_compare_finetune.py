@@ -1,7 +1,6 @@
 """Comparisons of fine-tunings: real runs of a tiny encoder that are stopped, killed and go on, and their page."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -16,7 +15,8 @@ from galore_torch.training.compare_display import share_done
 from galore_torch.training.compare_job import FINETUNE
 from galore_torch.training.compare_plan import make_plan
 from galore_torch.training.finetune.run import new_run, resumed_run
-from tests.training.test_compare import children, wait_for
+from tests.training.test_compare import kill_with_children
+from tests.waiting import DEADLINE, wait_for
 
 WORDS = ("good", "fine", "bad", "poor", "film", "book", "it", "is", "was", "the", "a", "not", "very")
 RATE = "lr-0.003"
@@ -82,13 +82,12 @@ def test_a_stopped_and_a_killed_comparison_go_on_to_the_same_result(given, whole
     with subprocess.Popen(compare(given, out), **quiet) as stopped:
         wait_for(lambda: step("full") >= 7, stopped)
         stopped.send_signal(signal.SIGINT)
-        _, error = stopped.communicate(timeout=120)
+        _, error = stopped.communicate(timeout=DEADLINE)
     assert stopped.returncode == 130
     assert f"of 2 runs finished. {out} is saved; the same command goes on." in error
     with subprocess.Popen(compare(given, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
         wait_for(lambda: step("galore") >= 7, killed)
-        os.kill(max(int(pid) for pid in children(killed.pid)), signal.SIGKILL)
-        killed.kill()
+        kill_with_children(killed)
     again = ended(compare(given, out, "--json"))
     assert again.returncode == 0, again.stderr
     for method in ("full", "galore"):

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.finetune.presets import PRESETS, configure
-from galore_torch.training.guard import STOPPED, RunLeft, stoppable
+from galore_torch.training.guard import RunLeft, exit_status, stoppable
 from galore_torch.training.methods import TUNING, described
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.telling import told
@@ -94,7 +94,7 @@ def _finetune(
     else:
         show(result, console)
     if not result.finished:
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(exit_status())
 
 
 def show(result: FinetuneResult, console: Console) -> None:

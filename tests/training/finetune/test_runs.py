@@ -3,9 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import datasets
 import pytest
@@ -19,6 +16,7 @@ from galore_torch.training.finetune.tasks import GLUE
 from galore_torch.training.methods import TUNING
 from galore_torch.training.run_folder import RunFolder
 from tests.training.finetune.conftest import CtrlC, losses, sentences
+from tests.training.signalled import signalled
 
 
 @pytest.fixture(autouse=True)
@@ -75,47 +73,29 @@ def test_what_has_ended_or_never_began_is_refused(classify, tmp_path):
         resumed_run(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("moment", [0.3, 3.0, "folder", "step", "end"])
-def test_a_real_command_leaves_a_state_or_nothing(moment, classify, tmp_path):
-    out = tmp_path / "run"
-    given = tmp_path / "given.toml"
-    given.write_text(classify(steps=60, eval_every=None, method="galore").to_toml(), encoding="utf-8")
-    command = [sys.executable, "-m", "galore_torch", "finetune", "--config", str(given), "--out", str(out)]
-    folder = RunFolder(out)
-    reached = {
-        "folder": folder.config.exists,
-        "step": lambda: (records.last(folder.metrics) or {"step": 0})["step"] >= 5,
-        "end": lambda: "eval_loss" in (records.last(folder.metrics) or {}),
-    }
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        if isinstance(moment, float):
-            time.sleep(moment)
-        else:
-            end = time.monotonic() + 120
-            while not reached[moment]() and time.monotonic() < end and process.poll() is None:
-                time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        output, error = process.communicate(timeout=120)
-    told = output + error
-    if process.returncode == -signal.SIGINT:  # while Python itself was being started
-        assert moment == 0.3
-        assert not out.exists()
-        return
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("libraries", 15), ("folder", 2), ("step", 2), ("step", 15), ("end", 2)],
+)
+def test_a_real_command_leaves_a_state_or_nothing(moment, number, classify, tmp_path):
+    out, given = tmp_path / "run", tmp_path / "given.toml"
+    given.write_text(classify(steps=10, eval_every=None, method="galore").to_toml(), encoding="utf-8")
+    ended = signalled(number, moment, "finetune", "--config", given, "--out", out)
+    told, folder = ended.stdout + ended.stderr, RunFolder(out)
     assert "Traceback" not in told
-    if process.returncode == 0:  # the signal came while the finished run was being written
-        assert records.final(folder.metrics) is not None
+    if moment == "end":  # the finished run is written before the signal counts
+        assert ended.returncode == 0, told
+        assert records.final(folder.metrics)["step"] == 10
         return
-    assert process.returncode == 130, told
+    assert ended.returncode == 128 + number, told
     assert re.search(r"[Ss]topped", told)
-    if folder.last_checkpoint() is None:
-        assert not out.exists()
-    else:
+    if moment == "step":
+        assert 5 <= folder.step_of(folder.last_checkpoint()) < 10
         assert f"galore finetune --resume --out {out}" in told
-        resumed = subprocess.run(
-            [*command[:4], "--resume", "--out", str(out), "--json"], capture_output=True, text=True, check=False
-        )
-        assert resumed.returncode == 0, resumed.stderr
-        assert json.loads(resumed.stdout)["step"] == 60
+        assert resumed_run(out).train().step == 10
+    else:
+        assert not out.exists()
 
 
 # GLUE ----------------------------------------------------------------------------------------------------------------

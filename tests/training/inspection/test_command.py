@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from galore_torch.cli import build_app
 from galore_torch.training.inspection import report
 from tests.training.inspection.looking import FILES, KINDS, SHORT, digests, inspected, of_run
+from tests.waiting import DEADLINE
 
 
-def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_path):
+def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["galore", "inspect", "--run", str(run)])
     before = digests(run)
     out = tmp_path / "new" / "looks"
     result = inspected("--run", run, *SHORT, "--rank", "4", "--out", out)
@@ -45,7 +47,7 @@ def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_p
 
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 6
-    assert "galore inspect" in page or "galore" in page
+    assert f"galore inspect --run {run}" in page  # by what it was made
     again = inspected("--run", run, *SHORT, "--out", out, code=2)
     assert "is no empty folder; choose another --out" in again.stderr
 
@@ -105,11 +107,9 @@ def test_a_real_inspection_that_is_stopped_leaves_nothing(run, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        said = ""
-        while "loss" not in said:
-            said += process.stdout.readline()
+        begun = next(line for line in process.stdout if "loss" in line)
         process.send_signal(signal.SIGINT)
-        said += process.communicate(timeout=120)[0]
+        said = begun + process.communicate(timeout=DEADLINE)[0]
     assert process.returncode == 130
     assert said.endswith("Stopped. Nothing was written.\n")
     assert "Traceback" not in said
