@@ -12,7 +12,7 @@ peer      := .peers/galore-torch-1.0/.installed
 # One thread a test process: two processes on two cores are faster than one process with two threads.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench docs clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ format: $(installed)  ## put imports and layout in order
 
 bench: $(installed)  ## the cost of a step and of a renewal, beside its peers and the physical floor (ARGS="--quick")
 	$(python) -m benchmarks.step $(ARGS)
+
+docs: $(installed)  ## the documentation as a site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 clean:  ## remove everything that set-up and the tools made
 	rm -rf $(VENV) .peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
