@@ -104,9 +104,7 @@ def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str,
     """
     chosen = method_settings(method)
     own = own_defaults(str(values.get("optimizer")))
-    suited = {
-        name for name, value in values.items() if name in ("lr", "others_lr") or (name in own and own[name] == value)
-    }
+    suited = {"lr", "others_lr", *(name for name, value in own.items() if values.get(name) == value)}
     kept = {name: value for name, value in values.items() if not (chosen and name in suited)}
     return {**kept, **chosen, **flags}
 

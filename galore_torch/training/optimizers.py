@@ -79,8 +79,9 @@ def _qgalore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Op
     from galore_torch import QGaLoreAdamW8bit
 
     # Said here, for its groups take a value that is GaLore's own default for one that nobody said.
-    bits = {"basis_bits": config.basis_bits, "cos_threshold": config.cos_threshold}
-    return QGaLoreAdamW8bit(groups, **_adam(config), **bits, seed=seed)
+    return QGaLoreAdamW8bit(
+        groups, **_adam(config), basis_bits=config.basis_bits, cos_threshold=config.cos_threshold, seed=seed
+    )
 
 
 def _galore_adafactor(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:

@@ -7,6 +7,7 @@ import pytest
 
 from galore_torch.training.config import SECTIONS, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, from_values
 from galore_torch.training.presets import PRESETS, configure
+from galore_torch.training.settings import plain_type, typed_fields
 
 # facts of the paper: hidden, intermediate, layers, heads, rank, steps
 PAPER = {
@@ -57,6 +58,33 @@ def test_a_configuration_survives_its_toml(preset, optimizer, tmp_path):
     assert configure(file=file) == config
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["\N{ROCKET}/texts", 'a "quoted" name', "back\\slash", "two\nlines", "\x7f\x01", "日本", "[/bold]", "''quotes''"],
+)
+def test_a_name_survives_its_toml_whatever_its_letters(name, tmp_path):
+    config = configure("llama-tiny", data=name, cache=name)
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    assert configure(file=file) == config
+
+
+def test_a_file_that_begins_with_a_mark_of_its_encoding_is_read(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[optimizer]\nrank = 64\n", encoding="utf-8-sig")
+    assert configure(file=file).optimizer.rank == 64
+
+
+NUMBERS = [field.name for field, hint in typed_fields(OptimizerConfig) if plain_type(hint) is float]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_setting_is_infinite(name, value):
+    with pytest.raises(ValueError, match=rf"{name} = {value}"):
+        OptimizerConfig(**{name: value})
+
+
 def test_flags_override_the_file_and_the_file_overrides_the_preset(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
@@ -98,6 +126,10 @@ def test_configs_are_frozen_and_keyword_only():
         (OptimizerConfig, {"rank": 1.5}, ["rank = 1.5", "give a int"]),
         (OptimizerConfig, {"gap": 0}, ["gap = 0", "at least 1"]),
         (OptimizerConfig, {"lr": float("nan")}, ["lr = nan", "more than 0"]),
+        (OptimizerConfig, {"scale": float("inf")}, ["scale = inf", "give a finite number"]),
+        (OptimizerConfig, {"optimizer": "galore-adamw8bit", "state_dtype": "float32"}, ["no effect", "galore-sgd"]),
+        (DataConfig, {"data": "caf\udce9.txt"}, ["data = 'caf", "UTF-8", "rename"]),
+        (ScheduleConfig, {"seed": 2**32}, ["seed = 4294967296", "at most 4294967295"]),
         (OptimizerConfig, {"beta2": 1.0}, ["beta2 = 1.0", "less than 1"]),
         (OptimizerConfig, {"proj_type": "both"}, ["proj_type = 'both'", "std, reverse_std"]),
         (OptimizerConfig, {"optimizer": "galore-adam"}, ["optimizer = 'galore-adam'", "did you mean 'galore-adamw'"]),

@@ -111,6 +111,9 @@ def test_flags_override_a_method_and_a_method_overrides_the_file(tmp_path):
     lora = configure(file=file, method="lora", adapter_rank=4, optimizer="sgd", lr=0.5)
     assert (lora.adapter.adapter_rank, lora.optimizer.optimizer, lora.optimizer.lr) == (4, "sgd", 0.5)
     assert lora.optimizer.others_lr is None
+    for method in ("qgalore", "galore-adafactor"):  # whose bits and dtypes say nothing to others
+        file.write_text(configure("llama-tiny", method=method).to_toml(), encoding="utf-8")
+        assert configure(file=file, method="full").optimizer == configure("llama-tiny", method="full").optimizer
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,8 @@ def test_flags_override_a_method_and_a_method_overrides_the_file(tmp_path):
         ({"method": "full", "rank": 64}, ["rank = 64", "method = 'full'", "lora"]),
         ({"method": "adam8bit", "gap": 100}, ["gap = 100", "projects nothing", "galore"]),
         ({"method": "lora", "scale": 0.5}, ["scale = 0.5", "method = 'lora'"]),
+        ({"method": "galore-adafactor", "beta2": 0.99}, ["beta2 = 0.99 has no effect", "leave it out"]),
+        ({"method": "galore-8bit", "state_dtype": "bfloat16"}, ["state_dtype = 'bfloat16'", "galore-adamw"]),
         ({"method": "lora", "gradients": "fused"}, ["gradients = 'fused'", "galore-"]),
         ({"method": "low-rank", "weight_bits": 8}, ["weight_bits = 8", "galore-"]),
         ({"method": "relora", "update": "backward"}, ["update = 'backward'", "adapter = 'relora'"]),
