@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import datasets
 
 from galore_torch.training.config import DataConfig
+from galore_torch.training.disk import raise_failed_write
+from galore_torch.training.tables import digest_of, local_path, read_table
 from galore_torch.training.units import sentence
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -51,6 +53,25 @@ class Corpus:
     streamed: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocalFiles:
+    """Files that hold the documents.
+
+    Attributes:
+        kind: text, json or parquet.
+        paths: of each, in order.
+        digest: of what is in them.
+    """
+
+    kind: str
+    paths: list[Path]
+    digest: str
+
+    def folder(self, cache: Path) -> Path:
+        """Where in a cache the tables that are made of them are kept: other files, or other contents, have another."""
+        return cache / "documents" / f"{self.kind}-{self.digest[:32]}"
+
+
 def load(config: DataConfig, seed: int, cache: Path) -> Corpus:
     """Find the documents that ``config.data`` names and hold some out.
 
@@ -62,14 +83,42 @@ def load(config: DataConfig, seed: int, cache: Path) -> Corpus:
     Raises:
         ValueError: when nothing is there, it cannot be read, or it holds too little text.
     """
+    files = local_files(config)
+    return stream(config, seed) if files is None else documents(files, config, files.folder(cache))
+
+
+def local_files(config: DataConfig) -> LocalFiles | None:
+    """The files that ``config.data`` names; None if it names a data set of the Hub.
+
+    Raises:
+        ValueError: when nothing is there or it cannot be read.
+    """
     if config.data == "stdlib":
-        return _split(_text(_standard_library(), cache), config)
-    path = Path(config.data).expanduser()
-    if path.exists():
-        return _split(_local(path, config, cache), config)
-    if config.data.startswith((".", "/", "~")) or config.data.endswith(tuple(chain(*_SUFFIXES.values()))):
-        raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
-    return _stream(config, seed)
+        kind, paths = "text", _standard_library()
+    else:
+        path = local_path("data", config.data)
+        if not path.exists():
+            if config.data.startswith((".", "/", "~")) or config.data.endswith(tuple(chain(*_SUFFIXES.values()))):
+                raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
+            return None
+        kind, paths = _of_one_kind(path, config)
+    return LocalFiles(kind=kind, paths=paths, digest=digest_of(paths))
+
+
+def documents(files: LocalFiles, config: DataConfig, folder: Path) -> Corpus:
+    """The documents of files, some held out.
+
+    Args:
+        files: where they are.
+        config: which column holds them.
+        folder: where tables that are made of them are kept.
+
+    Raises:
+        ValueError: when they cannot be read or are too few.
+    """
+    if files.kind == "text":
+        return _split(_text(files, folder), config)
+    return _split(_table(files, config, folder), config)
 
 
 def _standard_library() -> list[Path]:
@@ -80,7 +129,7 @@ def _standard_library() -> list[Path]:
     return sorted(files)
 
 
-def _local(path: Path, config: DataConfig, cache: Path) -> datasets.Dataset:
+def _of_one_kind(path: Path, config: DataConfig) -> tuple[str, list[Path]]:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     kinds: dict[str, list[Path]] = {}
     for file in files:
@@ -94,7 +143,7 @@ def _local(path: Path, config: DataConfig, cache: Path) -> datasets.Dataset:
         raise ValueError(f"data = {config.data!r} holds {found}; give a folder with files of one kind, or one file.")
     ((kind, chosen),) = kinds.items()
     _require_content(chosen, config)
-    return _text(chosen, cache) if kind == "text" else _table(kind, chosen, config, cache)
+    return kind, chosen
 
 
 def _require_content(files: list[Path], config: DataConfig) -> None:
@@ -105,41 +154,39 @@ def _require_content(files: list[Path], config: DataConfig) -> None:
         raise ValueError(f"data = {config.data!r} is empty; give a file or folder that holds text.")
 
 
-def _text(files: list[Path], cache: Path) -> datasets.Dataset:
-    # Size and time are in the key under which the table is cached: an edited file is read anew.
+def _text(files: LocalFiles, folder: Path) -> datasets.Dataset:
+    # The digest is in the key under which the table is cached: an edited file is read anew.
     # A tuple, for Datasets would take a list for shards and call `_read` once for each.
-    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    given = {"names": tuple(map(str, files.paths)), "digest": files.digest}
     try:
-        return datasets.Dataset.from_generator(
-            _read, gen_kwargs={"stamps": stamps}, cache_dir=str(cache / "documents"), split="train"
-        )
+        return datasets.Dataset.from_generator(_read, gen_kwargs=given, cache_dir=str(folder), split="train")
     except datasets.exceptions.DatasetGenerationError as error:
+        raise_failed_write(error)
         raise ValueError(f"{error.__cause__ or error}") from error
 
 
-def _read(stamps: tuple[tuple[str, int, int], ...]) -> Iterator[dict[str, str]]:
+def _read(names: tuple[str, ...], digest: str) -> Iterator[dict[str, str]]:  # noqa: ARG001
     """Documents of text files: a file is one, unless it is the only file, whose paragraphs are then."""
-    for name, _, _ in stamps:
+    for name in names:
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"data: {name} is no readable UTF-8 text ({error}); convert it or leave it out."
             ) from error
-        for document in text.split("\n\n") if len(stamps) == 1 else [text]:
+        for document in text.split("\n\n") if len(names) == 1 else [text]:
             if document.strip():
                 yield {"text": document}
 
 
-def _table(kind: str, files: list[Path], config: DataConfig, cache: Path) -> datasets.Dataset:
+def _table(files: LocalFiles, config: DataConfig, folder: Path) -> datasets.Dataset:
     try:
-        table = datasets.load_dataset(
-            kind, data_files=[str(file) for file in files], split="train", cache_dir=str(cache / "documents")
-        )
+        table = read_table(files.kind, files.paths, folder)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        raise_failed_write(error)
         raise ValueError(
-            f"data = {config.data!r} cannot be read as {kind}: {sentence(error.__cause__ or error)} "
-            f"Give valid {kind} files."
+            f"data = {config.data!r} cannot be read as {files.kind}: {sentence(error.__cause__ or error)} "
+            f"Give valid {files.kind} files."
         ) from error
     return _only_text(table, config)
 
@@ -173,7 +220,16 @@ def _split(documents: datasets.Dataset, config: DataConfig) -> Corpus:
     return Corpus(train=parts["train"], held_out=parts["test"], streamed=False)
 
 
-def _stream(config: DataConfig, seed: int) -> Corpus:
+def stream(config: DataConfig, seed: int) -> Corpus:
+    """The documents of a data set of the Hub, as they arrive.
+
+    Args:
+        config: its name.
+        seed: of the shuffle.
+
+    Raises:
+        ValueError: when the Hub does not give it.
+    """
     subset = "en" if config.subset is None and config.data == "allenai/c4" else config.subset
     try:
         splits = datasets.load_dataset(config.data, subset, streaming=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from galore_torch.training import packing, sources
+from galore_torch.training.caches import kept
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.progress import quiet
+from galore_torch.training.tables import local_path
 from galore_torch.training.tokenizer import tokenizer_for
+
+_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +39,14 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """A digest that another text, another split or another tokenizer would change."""
-        count = len(self.train) if isinstance(self.train, datasets.Dataset) else None
-        known = [sorted(self.tokenizer.get_vocab().items()), count, self.held_out["input_ids"][:]]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        """A digest of every token that is trained or judged on, and of the tokenizer's entries."""
+        digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        for part in (self.train, self.held_out):
+            if isinstance(part, datasets.Dataset):  # of a stream only what has been seen can be known
+                digest.update(f"{len(part)} sequences".encode())
+                for rows in part.with_format("numpy").iter(_ROWS_AT_ONCE):
+                    digest.update(rows["input_ids"].astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def prepare_text(config: PretrainConfig, console: Console) -> Text:
@@ -49,18 +58,24 @@ def prepare_text(config: PretrainConfig, console: Console) -> Text:
     quiet(console)
     cache = cache_folder(config)
     with console.status("Reading the text"):
-        corpus = sources.load(config.data, config.schedule.seed, cache)
-    with console.status("Preparing the tokenizer"):
-        tokenizer = tokenizer_for(corpus, config.data, cache)
-    with console.status("Packing documents into sequences"):
-        train, held_out = packing.sequences(corpus, tokenizer, config)
+        files = sources.local_files(config.data)
+    with nullcontext() if files is None else kept(files.folder(cache)) as folder:
+        with console.status("Reading the text"):
+            if files is None or folder is None:
+                corpus = sources.stream(config.data, config.schedule.seed)
+            else:
+                corpus = sources.documents(files, config.data, folder)
+        with console.status("Preparing the tokenizer"):
+            tokenizer = tokenizer_for(corpus, config.data, cache)
+        with console.status("Packing documents into sequences"):
+            train, held_out = packing.sequences(corpus, tokenizer, config)
     return Text(train=train, held_out=held_out, tokenizer=tokenizer)
 
 
 def cache_folder(config: PretrainConfig) -> Path:
     """Where tokenizers and tokenized text are kept: the setting, $GALORE_CACHE, or ``~/.cache/galore-torch``."""
     named = config.data.cache or os.environ.get("GALORE_CACHE") or "~/.cache/galore-torch"
-    return Path(named).expanduser()
+    return local_path("cache", named)
 
 
 def amount(text: Text, config: PretrainConfig) -> str:

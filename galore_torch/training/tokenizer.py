@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from galore_torch.training.caches import kept
 from galore_torch.training.config import DataConfig
 from galore_torch.training.sources import Corpus
 from galore_torch.training.units import sentence
@@ -67,10 +66,10 @@ def _ready(name: str) -> PreTrainedTokenizerBase:
 def _trained(corpus: Corpus, vocab: int, cache: Path) -> PreTrainedTokenizerBase:
     texts = list(_sample(corpus))
     key = hashlib.sha256(json.dumps([vocab, END_OF_TEXT, texts]).encode()).hexdigest()[:16]
-    folder = cache / "tokenizers" / key
-    if not folder.exists():
-        _train(texts, vocab, folder)
-    return AutoTokenizer.from_pretrained(folder)
+    with kept(cache / "tokenizers" / key) as folder:
+        if not any(folder.iterdir()):
+            _train(texts, vocab, folder)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def _sample(corpus: Corpus) -> Iterator[str]:
@@ -96,11 +95,4 @@ def _train(texts: list[str], vocab: int, folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-        tokenizer.save_pretrained(unfinished)
-        try:
-            os.replace(unfinished, folder)  # noqa: PTH105
-        except OSError:
-            if not folder.exists():  # otherwise another run has just put the same tokenizer there
-                raise
+    tokenizer.save_pretrained(folder)

@@ -9,11 +9,13 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer, models
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from galore_torch.training import packing, sources
 from galore_torch.training.config import DataConfig
+from galore_torch.training.text import prepare_text
 from galore_torch.training.tokenizer import END_OF_TEXT, entries, tokenizer_for
 
 
@@ -58,6 +60,113 @@ def test_an_edited_file_is_read_anew(cache, tmp_path):
     for word in ("before", "after it was edited"):
         file.write_text(f"one\n\n{word}", encoding="utf-8")
         assert word in all_texts(sources.load(DataConfig(data=str(file)), 0, cache))
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "text"])
+def test_new_rows_under_an_old_name_and_time_are_read(kind, cache, tmp_path):
+    for word in ("before", "after!"):  # of one length, as an unpacked archive may have it
+        if kind == "text":
+            file = tmp_path / "book.txt"
+            file.write_text(f"one\n\n{word}", encoding="utf-8")
+        else:
+            file = written(kind, ["one", word], tmp_path)
+        os.utime(file, (1e9, 1e9))
+        assert word in all_texts(sources.load(DataConfig(data=str(file)), 0, cache))
+
+
+@pytest.mark.parametrize("folder", [".", "a[1]*", "~nobody-has-this-home"])
+@pytest.mark.parametrize(
+    "name",
+    ["g[1].jsonl", "g*.jsonl", "g?.jsonl", "[!g].jsonl", "{a,b}.jsonl", "a#b%41.jsonl", "~g.jsonl", " g\n.jsonl"],
+)
+def test_a_name_is_no_pattern(name, folder, cache, tmp_path, monkeypatch):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for other, word in (("g1.jsonl", "wrong"), ("gg.jsonl", "wrong"), ("a.jsonl", "wrong"), (name, "right")):
+        lines = [json.dumps({"text": f"{word} {number}"}) for number in range(3)]
+        (Path(folder) / other).write_text("\n".join(lines), encoding="utf-8")
+    found = all_texts(sources.load(DataConfig(data=f"{folder}/{name}"), 0, cache))
+    assert sorted(found) == ["right 0", "right 1", "right 2"]
+
+
+def test_a_name_that_datasets_would_take_apart_is_refused(cache, tmp_path):
+    file = tmp_path / "a::b.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "two"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"'::' in it.*rename it"):
+        sources.load(DataConfig(data=str(file)), 0, cache)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_told(name, cache):
+    with pytest.raises(ValueError, match="data"):
+        sources.load(DataConfig(data=name), 0, cache)
+
+
+def passages(count: int = 30) -> list[str]:
+    return [f"Passage {number} is as short as that, and no other is quite like it." for number in range(count)]
+
+
+@pytest.fixture
+def small(tiny, tmp_path):
+    """Make the configuration of a run on a few passages, by a tokenizer that no text changes."""
+
+    def make(documents, **given):
+        data = written("json", documents, tmp_path)
+        return tiny(**{"data": str(data), "cache": str(tmp_path / "cache"), "tokenizer": ready(tmp_path), **given})
+
+    return make
+
+
+@pytest.mark.parametrize("place", [0, 7, 13, 29])
+def test_the_digest_is_of_every_token(place, small):
+    digests = set()
+    for word in ("short", "brief"):  # of one length: no other token moves
+        documents = passages()
+        documents[place] = documents[place].replace("short", word)
+        digests.add(prepare_text(small(documents), Console(quiet=True)).digest)
+    assert len(digests) == 2
+
+
+def ready(folder: Path) -> str:
+    """A tokenizer of bytes, which no text changes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: number for number, letter in enumerate(["</s>", *alphabet])}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(folder / "bytes")
+    return str(folder / "bytes")
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "removed": lambda path: path.unlink(),
+    "flipped": flipped,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_made_again(damage, small, tmp_path):
+    config = small(passages(), tokenizer="train", vocab=300)
+    digest = prepare_text(config, Console(quiet=True)).digest
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert {path.suffix for path in files} == {".arrow", ".json"}
+    for file in files:
+        if file.stat().st_size:
+            DAMAGE[damage](file)
+            assert prepare_text(config, Console(quiet=True)).digest == digest, file
+
+
+def test_a_cache_is_not_filled_by_what_failed(small, tmp_path):
+    with pytest.raises(ValueError, match="fills"):
+        prepare_text(small(passages(), batch=100_000, micro_batch=4), Console(quiet=True))
+    made = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert made == []
 
 
 def test_another_column_can_hold_the_text(texts, cache, tmp_path):
@@ -157,11 +266,11 @@ def test_a_trained_tokenizer_is_cached_exact_and_loads_by_itself(texts, tmp_path
     config = DataConfig(data=str(texts), vocab=400)
     corpus = sources.load(config, 0, tmp_path)
     tokenizer = tokenizer_for(corpus, config, tmp_path)
-    (folder,) = (tmp_path / "tokenizers").iterdir()
+    (folder,) = (path for path in (tmp_path / "tokenizers").iterdir() if path.is_dir())
     made = folder.stat().st_mtime_ns
     again = tokenizer_for(corpus, config, tmp_path)
     assert again.get_vocab() == tokenizer.get_vocab()
-    assert [each.stat().st_mtime_ns for each in (tmp_path / "tokenizers").iterdir()] == [made]
+    assert folder.stat().st_mtime_ns == made
     text = "def naïve(x):\n\treturn  x  # 日本\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from galore_torch.training.disk import raise_failed_write
 from galore_torch.training.finetune.config import RowsConfig
 from galore_torch.training.finetune.tasks import GLUE
+from galore_torch.training.tables import local_path, read_table
 from galore_torch.training.units import sentence
 
 _KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
@@ -62,15 +65,17 @@ def _glue(task: str) -> Rows:
 
 
 def _file(field: str, name: str) -> Any:
-    path = Path(name).expanduser()
+    path = local_path(field, name)
     kind = _KINDS.get(path.suffix.lower())
     if kind is None or not path.is_file():
         raise ValueError(f"{field} = {name!r} is no CSV, JSON lines or Parquet file; give one that exists.")
     if not path.stat().st_size:
         raise ValueError(f"{field} = {name!r} is empty; give a file that holds rows.")
     try:
-        rows: Any = datasets.load_dataset(kind, data_files=str(path), split="train")
+        with tempfile.TemporaryDirectory(prefix="galore-rows-") as scratch:  # for nothing to be read from a cache
+            rows = read_table(kind, [path], Path(scratch), in_memory=True)
     except Exception as error:  # pandas, Arrow and Datasets each have their own
+        raise_failed_write(error)
         raise ValueError(
             f"{field} = {name!r} holds no rows that can be read as {kind}: {sentence(error.__cause__ or error)} "
             "Mend the file, or give another."
