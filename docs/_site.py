@@ -1,4 +1,4 @@
-"""What `mkdocs build` is told besides: the start page is the README, and links out of `docs/` lead nowhere on a site."""
+"""Hooks of `mkdocs build`: the start page is the README, and links out of `docs/` become plain text."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
 README = Path(__file__).parents[1] / "README.md"
 _OUTSIDE = re.compile(
@@ -20,7 +19,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+def on_page_markdown(markdown: str, **_: Any) -> str:
     """Turn links between README and `docs/` into links between pages, and links to code into plain text."""
     markdown = _OUTSIDE.sub(r"\1", markdown)
     return markdown.replace("](docs/", "](").replace("](../README.md", "](index.md")
