@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks
+from galore_torch.optim.fitting import Fits
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
 from galore_torch.optim.places import Place, places
 from galore_torch.optim.probe import traits_of
@@ -28,7 +29,7 @@ from galore_torch.optim.quantize import require_current
 from galore_torch.optim.rule import Rule, Traits, check_dimensions, share_arguments
 from galore_torch.optim.state_size import report_unquantized
 from galore_torch.optim.subspaces import Subspace, subspaces_of
-from galore_torch.optim.work import Clock, Work, count_nonfinite, peaks
+from galore_torch.optim.work import Clock, Work, count_nonfinite, peaks, projected_only
 from galore_torch.projection import turn_offset
 
 LentGroups = dict[tuple[int, bool], dict[str, Any]]
@@ -107,6 +108,7 @@ class GaLore(Optimizer):
     def _build_rules(self) -> None:
         """Builds the rules from the settings, at construction and after unpickling."""
         self._known_places: dict[int, Place] = {}
+        self._fits = Fits()
         self._clock = Clock()
         kept = self._settings
         classes, shares = self._classes_and_shares()
@@ -207,16 +209,23 @@ class GaLore(Optimizer):
         return subspaces_of([self.work_on(weight) for weight in held if "renewals" in self.state.get(weight, {})])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint, keeping every dtype as it was saved.
+        """Loads a checkpoint: by name where all parameters have names on both sides, in the dtypes asked for now.
 
         Args:
-            state_dict: from `state_dict()`, of an optimizer with the same groups.
+            state_dict: from `state_dict()`, of an optimizer with the same weights in the same groups.
 
         Raises:
-            ValueError: another rank, `proj_type` or layout, another number of parameters, or a checkpoint of
-                galore-torch 1.0. The optimizer is unchanged then.
+            ValueError: other shapes, another rank, `proj_type` or layout, other weights, another optimizer's state,
+                or a checkpoint of galore-torch 1.0. The optimizer is unchanged then.
         """
-        load_uncast(self, state_dict, super().load_state_dict)
+        load_uncast(self, state_dict, super().load_state_dict, self._blank_work)
+        self._fits = Fits()
+        for place in places(self.param_groups):
+            self._fits.note(self._work(place, {}))
+
+    def _blank_work(self, groups: list[dict[str, Any]]) -> list[Work]:
+        lent: LentGroups = {}
+        return [self._work(place, lent, {}) for place in places(groups)]
 
     def _check_dimensions(self, group: dict[str, Any]) -> None:
         """Checks that the rule takes tensors of as many dimensions as it would move for this group."""
@@ -244,7 +253,7 @@ class GaLore(Optimizer):
         if place is None:
             raise ValueError(f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}")
         work = self._work(place, {})
-        work.prepare_state()
+        self._fits.prepare([work])
         return work
 
     def apply(self, work: list[Work]) -> None:
@@ -258,8 +267,7 @@ class GaLore(Optimizer):
         """
         for one in work:  # all are checked before anything changes
             one.check_gradient()
-        for one in work:
-            one.prepare_state()
+        self._fits.prepare(work)
         self._renew(work)
         for chunk in chunks(work):
             self._move(chunk)
@@ -270,9 +278,11 @@ class GaLore(Optimizer):
         for index, weight in enumerate(group["params"]):
             yield parameter_name(group, index), math.prod(projection_in(group, weight).image_shape), traits
 
-    def _work(self, place: Place, lent_groups: LentGroups) -> Work:
+    def _work(self, place: Place, lent_groups: LentGroups, state: dict[str, Any] | None = None) -> Work:
         group, weight = place.group, place.weight
         projected, in_codes = is_projected(group), isinstance(weight, QuantizedWeight)
+        if projected and "stagger" not in group:
+            check_group(group)  # a plain group that was given a rank
         rule, traits = (self._rule, self._traits) if projected else (self._others, self._others_traits)
         if in_codes and rule is not self._rule:
             traits = self._traits_of_others()
@@ -287,7 +297,7 @@ class GaLore(Optimizer):
             name=parameter_name(group, place.index),
             group=group,
             lent_group=lent_groups[lent_key],
-            state=self.state[weight],
+            state=self.state[weight] if state is None else state,
             projection=projection_in(group, weight),
             rule=rule,
             traits=traits,
@@ -318,13 +328,14 @@ class GaLore(Optimizer):
             chunk = [chunk[place] for place in kept]
             images = [images[place] for place in kept]
         elif any(one.projection.modes for one in chunk):
-            count_nonfinite(*_projected_only(chunk, images))
+            count_nonfinite(*projected_only(chunk, images))
         if not chunk:
             return
         lent = [one.lend(image) for one, image in zip(chunk, images, strict=True)]
         chunk[0].rule.step([part for _, parts in lent for part in parts])
         for one, (tensor, parts) in zip(chunk, lent, strict=True):
             one.take_back(parts)
+            self._fits.note(one)
             if one.through_coordinates:
                 one.fold(tensor)
 
@@ -333,8 +344,3 @@ def _lent(group: dict[str, Any], traits: Traits) -> dict[str, Any]:
     """A group as the rule of its coordinates sees it: without the decay, which is served from the weight."""
     undecayed = {"weight_decay": 0.0} if "weight_decay" in group else {}
     return {**group, **undecayed, **(traits.given(group) if traits.given else {})}
-
-
-def _projected_only(work: list[Work], images: list[Tensor]) -> tuple[list[Work], list[Tensor]]:
-    pairs = [(one, image) for one, image in zip(work, images, strict=True) if one.projection.modes]
-    return [one for one, _ in pairs], [image for _, image in pairs]

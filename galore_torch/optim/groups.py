@@ -159,10 +159,11 @@ def check_same_geometry(current: Mapping[str, Any], saved: Mapping[str, Any], in
     Raises:
         ValueError: one of `FIXED_KEYS` differs.
     """
+    held = f"{parameter_name(current, 0)} first" if current["params"] else "empty"
     for key in FIXED_KEYS:
         ours, theirs = current.get(key), saved.get(key, PROJECTED_DEFAULTS.get(key) if key in current else None)
         if ours != theirs:
             raise ValueError(
-                f"parameter group {index} has {key}={ours!r}, the checkpoint has {key}={theirs!r}. Build the optimizer "
-                f"with {key}={theirs!r} to resume, or do not load the optimizer's state to start it anew"
+                f"parameter group {index} ({held}) has {key}={ours!r}, the checkpoint has {key}={theirs!r}. Build "
+                f"the optimizer with {key}={theirs!r} to resume, or do not load the optimizer's state to start it anew"
             )

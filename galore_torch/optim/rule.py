@@ -108,12 +108,17 @@ class Rule:
         self, optimizer: type[torch.optim.Optimizer], arguments: Mapping[str, Any], dimensions: int = 2
     ) -> None:
         self.name = f"{optimizer.__module__}.{optimizer.__qualname__}"
+        self._made_from = optimizer, arguments, dimensions
         tiny = torch.nn.Parameter(torch.zeros((2,) * dimensions))
         self._optimizer = optimizer([tiny], **arguments)
         self._template = {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
         # torchao holds the learning rate in a tensor. Ours stays the number that was passed, for schedulers to read.
         self.defaults = {key: _plain(value, arguments.get(key)) for key, value in self._template.items()}
         self._forget()
+
+    def again(self) -> Rule:
+        """The same rule made anew: what it is tried on leaves no trace in this one."""
+        return Rule(*self._made_from)
 
     def step(self, lent: Sequence[Lent]) -> None:
         """Moves each tensor by the rule, and updates its state.

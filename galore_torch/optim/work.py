@@ -319,3 +319,9 @@ def _across(image: Tensor, projection: Projection) -> Tensor:
     for mode in projection.modes:
         image = image.narrow(mode.axis, 0, 1)
     return image
+
+
+def projected_only(work: list[Work], images: list[Tensor]) -> tuple[list[Work], list[Tensor]]:
+    """Those that are projected, and their images."""
+    pairs = [(one, image) for one, image in zip(work, images, strict=True) if one.projection.modes]
+    return [one for one, _ in pairs], [image for _, image in pairs]

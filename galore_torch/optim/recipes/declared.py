@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from galore_torch.optim.fitting import KEPT_BY
 from galore_torch.optim.rule import DECLARED, Decay, Moved, Traits
 
 
@@ -38,3 +39,13 @@ for _name, _decay in _TORCHAO.items():
         DECLARED[f"torchao.optim.adam.{_name}{_bits}"] = Traits(
             decay=_decay, holds_in_few_bits=functools.partial(_is_large_and_divides, _block)
         )
+
+KEPT_BY += [
+    ({"exp_avg", "exp_avg_sq"}, "AdamW (GaLoreAdamW)"),
+    ({"state1", "state2"}, "bitsandbytes' AdamW (GaLoreAdamW8bit, QGaLoreAdamW8bit)"),
+    ({"state1"}, "bitsandbytes' optimizers of one moment"),
+    ({"row_var"}, "Adafactor (GaLoreAdafactor)"),
+    ({"variance"}, "Adafactor (GaLoreAdafactor)"),
+    ({"square_avg"}, "RMSprop"),
+    ({"momentum_buffer"}, "SGD with momentum (GaLoreSGD)"),
+]
