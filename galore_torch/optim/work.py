@@ -153,7 +153,7 @@ class Work:
         The random numbers depend on the seed, on `index` and on the number of the renewal alone.
         """
         start = time.perf_counter()
-        generator = torch.Generator(device=self.grad.device)
+        generator = torch.Generator()  # of the CPU: the same numbers on every device
         generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state["renewals"]) % 2**63)
         old = self.basis if self.state["renewals"] else None
         try:

@@ -74,7 +74,7 @@ def find_bases(
         matrix: (..., m, n), finite and not all zero, of any floating dtype.
         ranks: the number of columns wanted for `left`, for `right`, or for both; at most min(m, n).
         decomposition: one of `DECOMPOSITIONS`.
-        generator: where random numbers come from, on `matrix`'s device.
+        generator: where random numbers come from. One of the CPU gives the same numbers for a matrix on any device.
         old: the bases in use until now. `warm` starts from them, and all but `svd` turn the new basis' signs to agree
             with theirs, so that moments kept in the old coordinates stay meaningful. In a stack, a matrix of zeros
             keeps its old basis.
@@ -125,7 +125,9 @@ def _facing(matrix: Tensor, side: str) -> Tensor:
 def _gaussian(facing_dk: Tensor, columns: int, generator: torch.Generator) -> Tensor:
     shape = (*facing_dk.shape[:-1], columns)
     dtype = torch.promote_types(facing_dk.dtype, torch.float32)
-    return torch.randn(shape, generator=generator, dtype=dtype, device=facing_dk.device)
+    # Drawn where the generator is: what a GPU draws depends on how many multiprocessors it has.
+    drawn = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+    return drawn.to(facing_dk.device, non_blocking=True)
 
 
 def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def find_basis(
         projection: how the weight is projected.
         grad: its full gradient, finite and not all zero, of the weight's shape.
         decomposition: one of `DECOMPOSITIONS`.
-        generator: where random numbers come from, on `grad`'s device.
+        generator: where random numbers come from; one of the CPU gives the same numbers on any device.
         old: the basis in use until now, if any.
 
     Returns:
