@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import accelerate
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from galore_torch import ProjectedGradient
+from tests.device import accelerator
 from tests.gradients.llama import (
     ACCUMULATING,
     BAR,
@@ -138,7 +138,7 @@ def test_an_empty_image_of_a_basis_that_was_replaced_takes_up_nothing(mode):
 
 
 @every_accumulating_mode
-@pytest.mark.parametrize("clip", [clip_grad_norm_, accelerate.Accelerator(cpu=True).clip_grad_norm_])
+@pytest.mark.parametrize("clip", [clip_grad_norm_, lambda *given: accelerator().clip_grad_norm_(*given)])
 def test_clipping_shows_the_norm_of_what_is_applied(mode, clip):
     model, optimizer, _ = attached(mode, one_layer)
     for step in range(GAP + 2):
@@ -178,10 +178,10 @@ def test_clipped_training_agrees_among_modes(mode):
 
 
 @every_accumulating_mode
-def test_a_loss_scaler(mode):
+def test_a_loss_scaler(mode, device):
     """Scaled by a power of two nothing is rounded otherwise; what overflows moves nothing, and its turns stay due."""
     ours, optimizer, _ = attached(mode, one_layer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=1000)
     for step in range(GAP + 2):
         if step in (0, 3):  # first a step that overflows
             scaler.scale(loss_of(ours, batch(step)) * float("inf")).backward()

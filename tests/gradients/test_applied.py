@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable
 
-import accelerate
 import pytest
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from galore_torch import GaLore
 from galore_torch.gradients.applied import AppliedGradient
+from tests.device import accelerator
 from tests.gradients.llama import BAR, MODES, attached, batch, distance, every_mode, llama, loss_of, walk, weights
 from tests.optim.small import assert_same, refusing, snapshot
 
@@ -23,7 +23,7 @@ one_layer = functools.partial(llama, num_hidden_layers=1)
 
 
 def unscale(model: nn.Module, optimizer: GaLore) -> None:
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(optimizer.param_groups[0]["params"][0].device.type)
     scaler.scale(torch.ones(()))
     scaler.unscale_(optimizer)
 
@@ -33,7 +33,7 @@ TOO_LATE: dict[str, Callable[[nn.Module, GaLore], object]] = {
     "clipping": lambda model, optimizer: clip_grad_norm_(model.parameters(), 1e-3),
     "clipping one by one": lambda model, optimizer: clip_grad_norm_(model.parameters(), 1e-3, foreach=False),
     "clipping values": lambda model, optimizer: torch.nn.utils.clip_grad_value_(model.parameters(), 1.0),
-    "accelerate": lambda model, optimizer: accelerate.Accelerator(cpu=True).clip_grad_norm_(model.parameters(), 1e-3),
+    "accelerate": lambda model, optimizer: accelerator().clip_grad_norm_(model.parameters(), 1e-3),
     "unscaling": unscale,
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import accelerate
 import pytest
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from galore_torch import GaLore, GaLoreAdamW, ProjectedGradient, param_groups
 from galore_torch.gradients import attach
 from galore_torch.gradients.applied import AppliedGradient
+from tests.device import accelerator
 from tests.gradients.llama import (
     BAR,
     GAP,
@@ -101,7 +101,7 @@ def test_an_optimizer_of_other_weights():
 
 def test_what_is_no_galore_optimizer():
     model = one_layer()
-    wrapped = accelerate.Accelerator(cpu=True).prepare_optimizer(adamw(model))
+    wrapped = accelerator().prepare_optimizer(adamw(model))
     for other in (wrapped, torch.optim.AdamW(model.parameters())):
         message = refusing(lambda other=other: attach(model, other))
         assert type(other).__name__ in message

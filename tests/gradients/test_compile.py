@@ -12,6 +12,7 @@ from tests.gradients.llama import BAR, MODES, adamw, distance, llama, walk
 FUSED = [mode for mode in MODES.values() if mode[0] == "fused"]
 
 
+@pytest.mark.of_cpu("what puts tensors on another device is not compiled")
 @pytest.mark.parametrize(("mode", "backend", "steps"), [(FUSED[0], "aot_eager", 100), (FUSED[1], "eager", 20)], ids=str)
 def test_a_compiled_model_trains_without_compiling_again(mode, backend, steps):
     torch._dynamo.reset()

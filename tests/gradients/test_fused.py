@@ -83,12 +83,12 @@ def test_a_checkpoint_that_is_loaded_between_two_forwards_of_a_step():
     assert distance(model, other) <= BAR
 
 
-def test_autocast_computes_as_plain_layers_do():
+def test_autocast_computes_as_plain_layers_do(device):
     """Outputs bit for bit; the images to what bf16 products in another order leave."""
     model, optimizer, _ = attached(("fused", "step"))
     walk(model, optimizer, range(2))
     plain = copy.deepcopy(model)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         ours, theirs = (model(input_ids=batch(2)).logits, plain(input_ids=batch(2)).logits)
         losses = [loss_of(one, batch(2)) for one in (model, plain)]
     assert_same(ours, theirs)
@@ -105,12 +105,12 @@ def test_autocast_computes_as_plain_layers_do():
     optimizer.step()
 
 
-def test_autocast_trains():
+def test_autocast_trains(device):
     ends = []
     for mode in (("fused", "step"), ("full", "step")):
         model, optimizer, _ = attached(mode, one_layer)
         for _ in range(2 * GAP):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16):
                 loss = loss_of(model, batch(0))
             loss.backward()
             optimizer.step()

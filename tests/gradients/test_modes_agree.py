@@ -92,7 +92,7 @@ def test_fused_is_as_close_as_rounding_lets_a_recipe_be(recipe, mode):
     generator = torch.Generator().manual_seed(1)
 
     def disturb(grad: Tensor) -> Tensor:
-        return grad * (1 + 1e-7 * torch.randn(grad.shape, generator=generator))
+        return grad * (1 + 1e-7 * torch.randn(grad.shape, generator=generator).to(grad))
 
     for weight in projected_weights(optimizer):
         weight.register_hook(disturb)

@@ -169,10 +169,10 @@ def test_a_layer_computes_as_a_plain_one(dtype, bias, leading):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_autocast_reaches_the_layer():
+def test_autocast_reaches_the_layer(device):
     results = []
     for layer in layers():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             y = layer(numbers(5, 24))
         y.float().square().sum().backward()
         results.append([y, layer.weight.grad, layer.bias.grad])
@@ -211,7 +211,7 @@ def test_reading_sees_the_numbers_and_gradients_flow():
     assert torch.equal(parameter.detach().reshape(-1)[3:5], plain.reshape(-1)[3:5])
     assert torch.equal(F.linear(parameter.detach(), numbers(5, 4)), plain @ numbers(5, 4).T)
     assert parameter.tolist() == plain.tolist()
-    assert (parameter.detach().numpy() == plain.numpy()).all()
+    assert (parameter.detach().cpu().numpy() == plain.cpu().numpy()).all()
     target = torch.zeros(6, 4)
     target[:2] = parameter.detach()[:2]
     target[2:] = torch.Tensor(parameter.detach()[2:])
@@ -258,11 +258,11 @@ def reloaded(thing, *, weights_only: bool):
     return torch.load(file, weights_only=weights_only)
 
 
-def test_moving_a_module_keeps_its_parameter_and_its_hooks():
+def test_moving_a_module_keeps_its_parameter_and_its_hooks(device):
     layer, _ = layers()
     parameter, seen = layer.weight, []
     parameter.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.dtype))
-    layer.to("cpu").bfloat16()
+    layer.to(device).bfloat16()
     assert layer.weight is parameter
     assert (parameter.dtype, parameter.decode().dtype) == (torch.bfloat16, torch.bfloat16)
     layer(numbers(2, 24).bfloat16()).sum().backward()

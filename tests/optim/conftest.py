@@ -17,7 +17,9 @@ def identity_basis(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         sizes = {"left": matrix.shape[-2], "right": matrix.shape[-1]}
         stack = matrix.shape[:-2]
         return {
-            side: torch.eye(sizes[side], rank, dtype=matrix.dtype).expand(*stack, sizes[side], rank)
+            side: torch.eye(sizes[side], rank, dtype=matrix.dtype, device=matrix.device).expand(
+                *stack, sizes[side], rank
+            )
             for side, rank in wanted.ranks.items()
         }
 

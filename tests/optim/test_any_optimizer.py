@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from torchao.optim import AdamW4bit, AdamW8bit
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import tests.device
 from galore_torch import GaLore, param_groups
 from tests.optim.small import assert_same, distance, gradient, refusing, tensors_in, walk, weights
 
@@ -178,6 +179,7 @@ def stored(state: dict[str, Any]) -> list[Tensor]:
     return found
 
 
+@pytest.mark.of_cpu("what puts tensors on another device is not compiled")
 def test_torchao_compiles_its_kernel_on_coordinates(identity_basis, monkeypatch):
     """Traced and guarded as ever; only the generated C++, which takes a minute to build, is left out."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -288,7 +290,7 @@ def llama() -> LlamaForCausalLM:
 
 def batches(count: int) -> Callable[[int], Tensor]:
     text = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()
-    return lambda step: text[: count * 4 * 64].view(count, 4, 64)[step % count]
+    return lambda step: text[: count * 4 * 64].view(count, 4, 64)[step % count].to(tests.device.chosen)
 
 
 @pytest.mark.parametrize("served", SERVED.values(), ids=SERVED)

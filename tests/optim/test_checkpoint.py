@@ -7,7 +7,6 @@ import io
 import pickle
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from galore_torch.projection import DECOMPOSITIONS
+from tests.device import accelerator
 from tests.optim.recipes import RECIPES, every_recipe
 from tests.optim.small import assert_same, groups, mixed, refusing, snapshot, walk, weights
 
@@ -103,16 +103,16 @@ def test_so_it_is_with_every_decomposition(decomposition, proj_type):
 def test_across_accelerate(recipe, made, tmp_path):
     straight = Net()
     optimizer = recipe(straight.groups())
-    accelerator = accelerate.Accelerator(cpu=True)
-    model, wrapped = accelerator.prepare(straight, optimizer)
+    accelerated = accelerator()
+    model, wrapped = accelerated.prepare(straight, optimizer)
     walk(wrapped, model.weights, range(made))
-    accelerator.save_state(str(tmp_path))
+    accelerated.save_state(str(tmp_path))
     expected = run_on(model, wrapped, made)
 
-    accelerator = accelerate.Accelerator(cpu=True)
+    accelerated = accelerator()
     resumed = Net()
-    model, wrapped = accelerator.prepare(resumed, recipe(resumed.groups()))
-    accelerator.load_state(str(tmp_path))
+    model, wrapped = accelerated.prepare(resumed, recipe(resumed.groups()))
+    accelerated.load_state(str(tmp_path))
     assert_same(run_on(model, wrapped, made), expected)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from galore_torch import GaLore, GaLoreAdamW, GaLoreSGD
 from galore_torch.projection import DECOMPOSITIONS, PROJ_TYPES
+from tests.device import accelerator
 from tests.optim.recipes import RECIPES, every_recipe
 from tests.optim.small import assert_same, distance, gradient, groups, mixed, refusing, tensors_in, walk, weights
 
@@ -126,7 +126,7 @@ def test_accelerate_may_take_the_state_through_a_round_trip_at_once(recipe):
     for prepare in (False, True):
         trained, made = mixed()
         optimizer = recipe(made)
-        wrapped = accelerate.Accelerator(cpu=True).prepare(optimizer) if prepare else optimizer
+        wrapped = accelerator().prepare(optimizer) if prepare else optimizer
         walk(wrapped, trained, range(4))
         ends.append((trained, states(optimizer, trained)))
     assert_same(*ends)

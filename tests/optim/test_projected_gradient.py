@@ -150,8 +150,8 @@ def test_a_copy_is_one_of_its_own(projection, copied):
     grad = projected(projection)
     other = copied(grad)
     assert isinstance(other, ProjectedGradient)
-    assert_same(other.image, grad.image)
-    assert_same(other.to_full(), grad.to_full())
+    assert_same(other.image.to(grad.device), grad.image)
+    assert_same(other.to_full().to(grad.device), grad.to_full())
     other.mul_(2)
     assert_same(grad.image, projected(projection).image)
 

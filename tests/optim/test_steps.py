@@ -156,12 +156,12 @@ def test_a_weight_of_other_strides_moves_alike(shape, order, keys):
     torch.testing.assert_close(strided, weight, rtol=1e-5, atol=1e-6)
 
 
-def test_a_loss_scaler_changes_nothing_and_keeps_infinities_out():
+def test_a_loss_scaler_changes_nothing_and_keeps_infinities_out(device):
     ends = []
     for scaled in (True, False):
         trained, made = mixed()
         optimizer = GaLoreAdamW(made, lr=LR)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=scaled)
         for step in range(4):
             if step != 2 or scaled:
                 loss = sum((weight * gradient(weight, step, i)).sum() for i, weight in enumerate(trained))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import accelerate
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from galore_torch import GaLoreAdamW, ProjectedGradient
 from galore_torch.projection import Projection
+from tests.device import accelerator
 from tests.optim.projected import KINDS, basis_of, projected
 from tests.optim.small import assert_same, distance, gradient, groups, refusing, walk, weights
 
@@ -73,22 +73,22 @@ def test_other_norms_are_those_of_the_gradient_it_stands_for(norm_type, foreach)
 def test_accelerate_clips_the_image():
     trained = carriers("left", "right")
     others = twins(trained)
-    accelerator = accelerate.Accelerator(cpu=True)
-    assert_same(accelerator.clip_grad_norm_(trained, 0.5), accelerator.clip_grad_norm_(others, 0.5))
+    accelerated = accelerator()
+    assert_same(accelerated.clip_grad_norm_(trained, 0.5), accelerated.clip_grad_norm_(others, 0.5))
     assert_as_images(trained, others)
-    message = refusing(lambda: accelerator.clip_grad_value_(trained, 0.1))
+    message = refusing(lambda: accelerated.clip_grad_value_(trained, 0.1))
     assert "to_full" in message
 
 
 @pytest.mark.parametrize("spoil", [None, float("inf"), float("nan")])
-def test_a_loss_scaler_unscales_the_image_and_sees_what_is_not_finite(spoil):
+def test_a_loss_scaler_unscales_the_image_and_sees_what_is_not_finite(spoil, device):
     trained = carriers("left", "full", "tucker")
     if spoil is not None:
         trained[1].grad.image.view(-1)[0] = spoil
     others = twins(trained)
     steps = []
     for parameters in (trained, others):
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0)
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         optimizer.register_step_post_hook(lambda *_: steps.append(1))
         scaler.scale(torch.zeros(()))  # makes the scale

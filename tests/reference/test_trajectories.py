@@ -72,6 +72,10 @@ def test_it_is_the_reference(shape, proj_type, dtype, tolerance):
     assert distance(walk_ours(problem, proj_type, **settings), expected) <= tolerance
 
 
+of_lapack = pytest.mark.of_cpu("moments that are kept in a new basis follow LAPACK's signs")
+
+
+@of_lapack
 @every_shape
 @every_proj_type
 def test_it_is_galore_torch_1(galore_1, shape, proj_type):
@@ -81,6 +85,7 @@ def test_it_is_galore_torch_1(galore_1, shape, proj_type):
     assert distance(walk_ours(problem, proj_type, eps=NEGLIGIBLE_EPS), expected) <= 1e-4
 
 
+@of_lapack
 @every_shape
 @every_proj_type
 def test_the_reference_is_galore_torch_1(galore_1, shape, proj_type):
