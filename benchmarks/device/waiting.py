@@ -1,0 +1,50 @@
+"""How often the host waits for the device in a step, and where: ordinary steps ought to, never."""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.device.correctness import IN_FEW_BITS, RECIPES
+from benchmarks.device.session import Figures, Session
+from benchmarks.device.small_net import MODES, Make, Mode, batches, build, train
+from benchmarks.device.syncs import waits
+
+STEPS = 16
+GAPS = {"ordinary": 10**6, "staggered": 6}
+"""Steps between renewals. Of the latter, three layers that take turns: half of the steps renew one."""
+LAZY = {"cos_threshold": 0.4, "queue_size": 2}
+KINDS: dict[str, tuple[Make, Mode, dict[str, Any]]] = {
+    **{f"AdamW, {name}": (RECIPES["AdamW"], mode, {}) for name, mode in MODES.items()},
+    **{f"{name}, step()": (make, (), {}) for name, make in RECIPES.items() if name != "AdamW"},
+    **{f"{name}, fused": (make, MODES["fused"], keys) for name, (make, keys) in IN_FEW_BITS.items()},
+    "AdamW, lazy": (RECIPES["AdamW"], (), LAZY),
+}
+
+
+def measure(session: Session) -> None:
+    """Tell for each recipe and mode in how many of some steps the host waits, how often, and where first."""
+    for name, kind in KINDS.items():
+        session.try_row(name, partial(_waits_of, session.device, *kind))
+
+
+def _waits_of(device: str, make: Make, mode: Mode, keys: dict[str, Any]) -> Figures:
+    figures: Figures = {}
+    for label, gap in GAPS.items():
+        model, optimizer = build(make, device, torch.float32, mode, update_proj_gap=gap, **keys)
+        train(model, optimizer, range(4))
+        places, steps = Counter[str](), 0
+        for x, y in list(batches(model, range(4, 4 + STEPS))):
+            with waits(device) as backward:
+                (model(x) - y).square().mean().backward()
+            with waits(device) as step:
+                optimizer.step()
+            optimizer.zero_grad()
+            places.update(f"backward: {where}" for where in backward)
+            places.update(f"step: {where}" for where in step)
+            steps += bool(backward or step)
+        figures[f"{label}: steps of {STEPS} that wait"] = steps
+        figures[f"{label}: waits"] = places.total()
+        figures[f"{label}: where"] = [f"{place} x{times}" for place, times in places.most_common(4)]
+    return figures
