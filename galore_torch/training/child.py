@@ -11,7 +11,16 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+import galore_torch
 from galore_torch.training.guard import handled_by, heard
+
+# Not by -m, which imports from the working directory first: a datasets.py that lies there would be run. What -c puts
+# there is taken away before anything is imported; where the package is comes last, behind all that it needs itself.
+_HOME = Path(galore_torch.__file__).parents[1]
+_START = """import sys
+sys.path = [place for place in sys.path if place] + [sys.argv.pop(1)]
+from galore_torch.cli import main
+main()"""
 
 _LOOK_EVERY = 0.25  # seconds
 
@@ -52,7 +61,7 @@ def run_child(
     Returns:
         Its status, its output and whether it was asked to stop.
     """
-    command = [sys.executable, "-m", "galore_torch", *arguments]
+    command = [sys.executable, "-c", _START, str(_HOME), *arguments]
     asked: list[int] = []
     process: subprocess.Popen[str] | None = None
 

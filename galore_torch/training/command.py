@@ -15,7 +15,7 @@ from galore_torch.training.guard import RunLeft, exit_status, stoppable
 from galore_torch.training.methods import METHODS, described
 from galore_torch.training.presets import DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.telling import told
+from galore_torch.training.telling import told, writes_told
 from galore_torch.training.units import duration, megabytes
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def _pretrain(
             settings = configure(preset, config, method=method, **given)
             start = preset or (DEFAULT_PRESET if config is None else config.stem)
             run = _new(settings, out or Path("runs") / f"{start}-{method or settings.title}", console, left)
-    result = run.train()
+    with writes_told("galore pretrain", lambda: left_of(RunFolder(run.folder.root), "galore pretrain")):
+        result = run.train()
     if json:
         print(json_format.dumps(dataclasses.asdict(result)))
     else:
@@ -158,6 +159,7 @@ def _prepare(settings: PretrainConfig, console: Console) -> None:
         f"{settings.data.data} is ready: {amount(text, settings)}; cached in {cache_folder(settings)}",
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -165,9 +167,11 @@ def show(result: PretrainResult, console: Console) -> None:
     """Print what a run came to, and what to do with it."""
     if not result.finished:
         console.print(
-            f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; go on with:", soft_wrap=True
+            f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; go on with:",
+            soft_wrap=True,
+            markup=False,
         )
-        console.print(f"  galore pretrain --resume --out {result.out}", soft_wrap=True, highlight=False)
+        console.print(f"  galore pretrain --resume --out {result.out}", soft_wrap=True, highlight=False, markup=False)
         return
     console.print(
         f"perplexity {result.perplexity:,.2f}  {result.tokens_per_second:,.0f} tok/s  "
@@ -176,5 +180,7 @@ def show(result: PretrainResult, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"model {result.out}/model  metrics {result.out}/metrics.jsonl  plot {result.out}/loss.png", soft_wrap=True
+        f"model {result.out}/model  metrics {result.out}/metrics.jsonl  plot {result.out}/loss.png",
+        soft_wrap=True,
+        markup=False,
     )

@@ -143,7 +143,7 @@ def _command(job: Job) -> Callable[..., None]:
 
 def _show_plan(runs: list[PlannedRun], console: Console) -> None:
     for run in runs:
-        console.print(f"{run.label}: {run.amount}", soft_wrap=True, highlight=False)
+        console.print(f"{run.label}: {run.amount}", soft_wrap=True, highlight=False, markup=False)
     whole = Amount(sum(run.amount.count for run in runs), runs[0].amount.unit)
     console.print(f"{len(runs)} runs, {whole} in all", highlight=False)
 
@@ -173,7 +173,7 @@ def _tell(job: Job, runs: list[PlannedRun], out: Path, console: Console, *, json
     if not ended:
         finished = sum(outcome.final is not None for outcome in outcomes)
         line = f"Stopped with {finished} of {len(runs)} runs finished. {out} is saved; the same command goes on."
-        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(exit_status())
     comparison = compared(job, outcomes)
     results = as_json(comparison)
@@ -185,8 +185,8 @@ def _tell(job: Job, runs: list[PlannedRun], out: Path, console: Console, *, json
     else:
         console.print(table(comparison))
         for note in notes(comparison):
-            console.print(note, highlight=False)
-        console.print(f"report {out}/report.html", soft_wrap=True, highlight=False)
+            console.print(note, highlight=False, markup=False)
+        console.print(f"report {out}/report.html", soft_wrap=True, highlight=False, markup=False)
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:
         line = f"galore compare {job.subcommand}: {outcome.run.label} failed: {outcome.error}"

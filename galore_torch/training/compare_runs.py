@@ -41,7 +41,7 @@ def alone_in(out: Path, console: Console) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"A run in {out} is still at work; waiting for its end.", soft_wrap=True)
+            console.print(f"A run in {out} is still at work; waiting for its end.", soft_wrap=True, markup=False)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock
     finally:

@@ -56,17 +56,21 @@ def demo(parent: Path, flags: Sequence[str] = (), console: Console | None = None
         console.rule(f"[bold]{label}", align="left")
         result = _pretrain(optimizer, parent / optimizer, flags)
         if result is None:
-            console.print(f"Stopped. {parent / optimizer} is not there; finished runs are kept.", soft_wrap=True)
+            console.print(
+                f"Stopped. {parent / optimizer} is not there; finished runs are kept.", soft_wrap=True, markup=False
+            )
             return None
         if not result["finished"]:
-            console.print(f"Stopped. Go on with:  galore pretrain --resume --out {result['out']}", soft_wrap=True)
+            console.print(
+                f"Stopped. Go on with:  galore pretrain --resume --out {result['out']}", soft_wrap=True, markup=False
+            )
             return None
         results[label] = result
     picture = parent / "loss.png"
     plot_losses({label: RunFolder(Path(result["out"])).metrics for label, result in results.items()}, picture)
     console.rule(align="left")
     console.print(table(results))
-    console.print(f"losses drawn in {picture}", soft_wrap=True)
+    console.print(f"losses drawn in {picture}", soft_wrap=True, markup=False)
     return picture
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from galore_torch.training import optimizers, packing
@@ -17,7 +18,7 @@ from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.model import build_model
 from galore_torch.training.run import Run, RunResult, callbacks_of, without_printer
 from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.surroundings import on_one_gpu, require_one_process, trackers
+from galore_torch.training.surroundings import ignore_accelerate, on_one_gpu, require_one_process, trackers
 from galore_torch.training.text import Text, amount, prepare_text
 
 
@@ -96,6 +97,7 @@ def _prepare(
 ) -> PretrainRun:
     console = console or Console(quiet=True)
     require_one_process("a pre-training")
+    ignore_accelerate(console)
     reported = trackers(config.schedule.report_to)
     text = prepare_text(config, console)
     set_seed(config.schedule.seed)
@@ -173,7 +175,7 @@ def _arguments(config: PretrainConfig, folder: RunFolder, reported: list[str]) -
 def _announce(config: PretrainConfig, parameters: int, text: Text, console: Console) -> None:
     console.print(
         f"[bold]{config.title}[/] on a LLaMA of {parameters:,} parameters; "
-        f"{config.data.data} ({amount(text, config)}); "
+        f"{escape(config.data.data)} ({amount(text, config)}); "
         f"{config.schedule.steps:,} steps of {config.tokens_per_step:,} tokens",
         highlight=False,
         soft_wrap=True,

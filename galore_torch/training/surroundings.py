@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from rich.console import Console
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -20,6 +21,29 @@ def require_one_process(job: str) -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ValueError(f"WORLD_SIZE = {processes}: {job} runs in one process; start it without a launcher.")
+
+
+_ACCELERATE = "ACCELERATE_"
+_OFF = ("", "0", "1", "no", "false")  # what a launcher of one process says of what is not asked for
+
+
+def ignore_accelerate(console: Console) -> None:
+    """Take away what Accelerate would read from the environment: all that decides a run is in its settings.
+
+    Otherwise ``ACCELERATE_MIXED_PRECISION``, say, which a launcher or a shell has left, trains in another precision.
+
+    Args:
+        console: where what asks for something is told.
+    """
+    found = {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith(_ACCELERATE)}
+    asking = [f"{name} = {value!r}" for name, value in found.items() if value.lower() not in _OFF]
+    if asking:
+        console.print(
+            f"Without effect here, for a run's settings decide: {', '.join(asking)}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
 
 
 def trackers(report_to: str) -> list[str]:

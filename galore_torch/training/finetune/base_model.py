@@ -53,9 +53,32 @@ def load_base(
     fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if fresh:
         told = ", ".join(fresh[:_SHOWN]) + (f" and {len(fresh) - _SHOWN} more" if len(fresh) > _SHOWN else "")
-        console.print(f"Fresh, for {config.model} has none that fit: {told}", soft_wrap=True, highlight=False)
+        console.print(
+            f"Fresh, for {config.model} has none that fit: {told}", soft_wrap=True, highlight=False, markup=False
+        )
+    require_finite("model", config.model, model)
     _fit(config, model, tokenizer, max_length)
     return model, tokenizer
+
+
+def require_finite(field: str, name: str, model: nn.Module) -> None:
+    """Refuse weights of which no training can make anything.
+
+    Args:
+        field: the setting that named the model.
+        name: its value.
+        model: as it was loaded.
+
+    Raises:
+        ValueError: when a number of a weight is not finite.
+    """
+    broken = [one for one, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if broken:
+        shown = ", ".join(broken[:_SHOWN]) + (f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else "")
+        raise ValueError(
+            f"{field} = {name!r} has weights that are not finite: {shown}. Its training has failed, or its files are "
+            "damaged; give another copy or an earlier checkpoint of it."
+        )
 
 
 def _unpacked() -> dict[str, Any]:

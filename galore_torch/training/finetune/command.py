@@ -100,8 +100,10 @@ def _finetune(
 def show(result: FinetuneResult, console: Console) -> None:
     """Print what a run came to, and what to do with it."""
     if not result.finished:
-        console.print(f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; go on with:")
-        console.print(f"  galore finetune --resume --out {result.out}", soft_wrap=True, highlight=False)
+        console.print(
+            f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; go on with:", markup=False
+        )
+        console.print(f"  galore finetune --resume --out {result.out}", soft_wrap=True, highlight=False, markup=False)
         return
     scores = "  ".join(f"{name} {value:.4f}" for name, value in result.scores.items())
     console.print(
@@ -109,4 +111,4 @@ def show(result: FinetuneResult, console: Console) -> None:
         f"peak memory {megabytes(result.peak_memory_bytes)}  {duration(result.seconds)} of training",
         soft_wrap=True,
     )
-    console.print(f"model {result.out}/model  predictions {result.out}/predictions.jsonl", soft_wrap=True)
+    console.print(f"model {result.out}/model  predictions {result.out}/predictions.jsonl", soft_wrap=True, markup=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from galore_torch.optim import quantize_weights
@@ -23,7 +24,7 @@ from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.progress import quiet
 from galore_torch.training.run import Run, RunResult, callbacks_of, without_printer
 from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.surroundings import on_one_gpu, require_one_process, trackers
+from galore_torch.training.surroundings import ignore_accelerate, on_one_gpu, require_one_process, trackers
 
 Kind = Classification | Supervised
 
@@ -122,6 +123,7 @@ def _prepare(
     console = console or Console(quiet=True)
     quiet(console)
     require_one_process("a fine-tuning")
+    ignore_accelerate(console)
     reported = trackers(config.schedule.report_to)
     set_seed(config.schedule.seed)
     rows = load(config.data)
@@ -168,7 +170,7 @@ def _announce(config: FinetuneConfig, rows: Rows, parameters: int, console: Cons
     schedule = config.schedule
     length = f"{schedule.steps:,} steps" if schedule.steps else f"{schedule.epochs:g} epochs"
     console.print(
-        f"[bold]{config.title}[/] on {config.model.model} of {parameters:,} parameters; {len(rows.train):,} rows, "
+        f"[bold]{config.title}[/] on {escape(config.model.model)} of {parameters:,} parameters; {len(rows.train):,} rows, "
         f"{len(rows.held_out):,} more held out; {length} of batches of {schedule.batch}",
         highlight=False,
         soft_wrap=True,

@@ -128,8 +128,9 @@ def _subject(
     require_free(out)
     with console.status(_LOADING):
         from galore_torch.training.inspection import of_model, of_run
-        from galore_torch.training.surroundings import require_one_process
+        from galore_torch.training.surroundings import ignore_accelerate, require_one_process
     require_one_process("an inspection")
+    ignore_accelerate(console)
     if run is not None:
         place = of_run.require_run(run, fresh)
         return of_run.subject_of_run(run, place, config.looks, console)
