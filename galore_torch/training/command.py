@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.config import PretrainConfig
-from galore_torch.training.guard import RunLeft, exit_status, stoppable
+from galore_torch.training.guard import RunLeft, exit_status, left_of, stoppable
 from galore_torch.training.methods import METHODS, described
 from galore_torch.training.presets import DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run_folder import RunFolder
@@ -126,7 +126,7 @@ def _pretrain(
             settings = configure(preset, config, method=method, **given)
             start = preset or (DEFAULT_PRESET if config is None else config.stem)
             run = _new(settings, out or Path("runs") / f"{start}-{method or settings.title}", console, left)
-    with writes_told("galore pretrain", lambda: left_of(RunFolder(run.folder.root), "galore pretrain")):
+    with writes_told("galore pretrain", lambda: left_of(run.folder, "galore pretrain")):
         result = run.train()
     if json:
         print(json_format.dumps(dataclasses.asdict(result)))

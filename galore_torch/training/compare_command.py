@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.compare_job import FINETUNE, PRETRAIN, Amount, Job
-from galore_torch.training.compare_plan import PlannedRun, make_plan, require_same_plan, write_plan
+from galore_torch.training.compare_plan import PlannedRun, make_plan, read_plan, require_same_plan, write_plan
 from galore_torch.training.default_command import FirstByDefault
 from galore_torch.training.files import write_whole
 from galore_torch.training.flags import with_settings
@@ -132,7 +132,8 @@ def _command(job: Job) -> Callable[..., None]:
                     _show_plan(runs, console)
                     return
                 ended = report_only or _make(job, runs, folder, console)
-            _tell(job, runs, folder, console, json=json, ended=ended)
+            with told(f"galore compare {job.subcommand}"):
+                _tell(job, runs, folder, console, json=json, ended=ended)
 
     compare.__doc__ = f"""Compare methods on {job.doing}, at equal data: every learning rate with every seed.
 
@@ -178,7 +179,7 @@ def _tell(job: Job, runs: list[PlannedRun], out: Path, console: Console, *, json
     comparison = compared(job, outcomes)
     results = as_json(comparison)
     write_whole(out / "results.json", json_format.dumps(results, indent=1) + "\n")
-    command = json_format.loads((out / "plan.json").read_text(encoding="utf-8"))["command"]
+    command = read_plan(out / "plan.json")["command"]
     report(comparison, out, command).write(out / "report.html")
     if json:
         print(json_format.dumps(results))

@@ -166,13 +166,35 @@ def require_same_plan(path: Path, job: Job, runs: Sequence[PlannedRun], *, neede
         if folder.exists() and any(name.name != "compare.lock" for name in folder.iterdir()):
             raise ValueError(f"out = {str(folder)!r} holds something else; choose another --out.")
         return
-    kept, now = json.loads(path.read_text(encoding="utf-8")), _described(job, runs)
+    kept, now = read_plan(path), _described(job, runs)
     differences = _differences(kept, now)
     if differences:
         raise ValueError(
             f"out = {str(path.parent)!r} was begun with another plan: {'; '.join(differences[:6])}. Give the same "
             "options, or choose another --out."
         )
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A comparison's plan, with the command by which it was begun.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        sections = [section for run in kept["runs"].values() for section in run.values()]
+        whole = isinstance(kept["job"], str) and isinstance(kept["command"], str)
+        whole = whole and all(isinstance(section, dict) for section in sections)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{path} is damaged, and it says what is compared. Restore it from a copy, or choose another --out; "
+            "finished runs in the folder stay as they are."
+        )
+    plan: dict[str, Any] = kept
+    return plan
 
 
 def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:

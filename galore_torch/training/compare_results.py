@@ -37,8 +37,8 @@ def gather(runs: Sequence[PlannedRun], out: Path) -> list[Outcome]:
     for run in runs:
         folder = RunFolder(out / run.folder)
         failed = error_file(folder.root)
-        error = failed.read_text(encoding="utf-8").strip() if failed.exists() else None
-        digest = folder.text.read_text(encoding="utf-8").strip() if folder.text.exists() else None
+        error = failed.read_text(encoding="utf-8", errors="replace").strip() if failed.exists() else None
+        digest = folder.text_digest() if folder.text.exists() else None
         found.append(Outcome(run, records.final(folder.metrics), error, digest))
     return found
 

@@ -138,6 +138,19 @@ def deferred() -> Iterator[None]:
         yield
 
 
+def left_of(folder: RunFolder, command: str) -> str:
+    """What a run whose process failed has left, and how to go on.
+
+    Args:
+        folder: of the run.
+        command: that trains it.
+    """
+    saved = folder.last_checkpoint()
+    what = "has no checkpoint yet" if saved is None else f"is saved as of step {folder.step_of(saved):,}"
+    again = "start it again with" if saved is None else "go on with"
+    return f"{folder.root} {what}; then {again}:\n  {command} --resume --out {folder.root}"
+
+
 class RunLeft:
     """What a stopped command leaves of the run folder it was at work in: for `stoppable`.
 

@@ -71,6 +71,25 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def require_whole(field: str, name: str, folder: Path) -> None:
+    """Refuse a folder that is not as its manifest says.
+
+    Args:
+        field: the setting that named it.
+        name: its value.
+        folder: with a manifest.
+
+    Raises:
+        ValueError: with the first file that is not as it was written.
+    """
+    wrong = damage(folder)
+    if wrong is not None:
+        raise ValueError(
+            f"{field} = {name!r}: {folder} is damaged: {wrong}. Restore it from a copy; if you have changed it "
+            f"yourself, remove {folder / MANIFEST}."
+        )
+
+
 def digest_of_file(path: Path) -> str:
     """The SHA-256 of what is in a file."""
     digest = hashlib.sha256()

@@ -251,6 +251,26 @@ def build(model: Module, config: OptimizerConfig, seed: int, targets: str | Sequ
     return REGISTRY[name].build(groups_of(model, config, targets), config, seed)
 
 
+def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
+    """What the state of an optimizer will take at least, before it has any.
+
+    Args:
+        optimizer: as `build` makes it.
+        config: by which.
+    """
+    from galore_torch.optim.groups import PROJECTED_DEFAULTS, projection_in
+
+    if not heeds(config.optimizer, "beta2"):  # one moment or a factored one
+        return 0
+    least = 0
+    for group in optimizer.param_groups:
+        whole = {**PROJECTED_DEFAULTS, **group}
+        for weight in group["params"]:
+            numbers = projection_in(whole, weight).state_elements if "rank" in group else 2 * weight.numel()
+            least += numbers * (1 if "8bit" in config.optimizer else weight.element_size())
+    return least
+
+
 class TrainerOptimizer:
     """What ``Trainer(optimizer_cls_and_kwargs=(TrainerOptimizer, {...}))`` calls once it has the model."""
 

@@ -16,7 +16,7 @@ from galore_torch.training.adapters import adapt
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.model import build_model
-from galore_torch.training.run import Run, RunResult, callbacks_of, without_printer
+from galore_torch.training.run import Run, RunResult, callbacks_of, require_room, without_printer
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.surroundings import ignore_accelerate, on_one_gpu, require_one_process, trackers
 from galore_torch.training.text import Text, amount, prepare_text
@@ -105,7 +105,8 @@ def _prepare(
     parameters = model.num_parameters()
     adapt(model, config.adapter, optimizers.MATRICES)
     # Made once to be judged before anything is written; the Trainer makes its own.
-    optimizers.build(model, config.optimizer, config.schedule.seed)
+    judged = optimizers.build(model, config.optimizer, config.schedule.seed)
+    require_room(folder, model, judged, config.optimizer)
     arguments = _arguments(config, folder, reported)
     _announce(config, parameters, text, console)
     if resumed:

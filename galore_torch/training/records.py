@@ -27,11 +27,54 @@ _TAIL = 8192  # bytes; more than two records
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a run, in order; none if the file does not exist. A last line cut short by a crash is left out."""
+    """All records of a run, in order; none if the file does not exist. A last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: when the file is damaged, with the line and the remedy.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found: list[Record] = []
+    step = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        record = _record(line)
+        if record is None or record["step"] < step:
+            raise ValueError(
+                f"{path} is damaged in line {number}, which is no record of a run. Restore the file from a copy, or "
+                "take that line out: a run that is gone on with needs no records of the past."
+            )
+        step = record["step"]
+        found.append(record)
+    return found
+
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    "final": ("step", "state_bytes", "peak_memory_bytes", "trained_parameters", "seconds"),
+    "weight": ("step", "renewals", "gap", "overlap", "captured"),
+    "eval_loss": ("step", "seconds"),
+    "loss": ("step", "seconds", "lr"),
+}
+"""What a record has besides, by the field that tells its kind."""
+
+
+def _record(line: bytes) -> Record | None:
+    """What a line holds; None if that is no record, whatever has become of it."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    kind = next((name for name in _KINDS if isinstance(record, dict) and name in record), None)
+    if kind is None or any(isinstance(value, str) != (name in _TEXTS) for name, value in record.items() if value):
+        return None
+    step = record.get("step")
+    whole = isinstance(step, int) and step >= 0 and all(name in record for name in _KINDS[kind])
+    whole = whole and (kind in ("final", "weight") or "tokens" in record or "examples" in record)
+    return record if whole and (kind == "weight" or isinstance(record["seconds"], (int, float))) else None
+
+
+_TEXTS = frozenset({"weight", "optimizer", "adapter", "task"})
 
 
 def final(path: Path) -> Record | None:
@@ -46,8 +89,8 @@ def last(path: Path) -> Record | None:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
         lines = file.read().decode("utf-8", errors="ignore").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n") and line.startswith("{")]
-    return json.loads(whole[-1]) if whole else None
+    whole = (_record(line.encode()) for line in reversed(lines) if line.endswith("\n"))
+    return next((record for record in whole if record is not None), None)
 
 
 def append(path: Path, record: Record) -> None:

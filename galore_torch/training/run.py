@@ -8,22 +8,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from galore_torch.optim import state_bytes
-from galore_torch.training import records, restarts, subspaces
+from galore_torch.training import optimizers, records, restarts, subspaces
 from galore_torch.training.adapter_config import AdapterConfig
 from galore_torch.training.adapters import merged
 from galore_torch.training.config import OptimizerConfig
+from galore_torch.training.disk import require_space
 from galore_torch.training.guard import deferred
 from galore_torch.training.interrupt import SaveOnInterrupt
+from galore_torch.training.manifest import write_manifest
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.peak_memory import peak_memory_bytes
 from galore_torch.training.plots import plot_losses
 from galore_torch.training.progress import LiveProgress
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.subspaces import SubspaceLog
+from galore_torch.training.units import megabytes
 
 _NOT_RECORDED = ("out", "finished", "checkpoint")
 
@@ -158,9 +162,36 @@ class Run(ABC, Generic[ConfigT, ResultT]):
         self.model.config.use_cache = True  # for generation, by whoever loads it
         merged(self.model).save_pretrained(self.folder.model)
         self.tokenizer.save_pretrained(self.folder.model)
+        write_manifest(self.folder.model)
         plot_losses({self.config.title: self.folder.metrics}, self.folder.plot, self.log.unit)
         record = {name: value for name, value in asdict(result).items() if name not in _NOT_RECORDED}
         records.append(self.folder.metrics, {"final": True, **record})
+
+
+_AT_ONCE = 2
+"""Checkpoints that are there while one is written: it, and the one before it."""
+
+
+def require_room(
+    folder: RunFolder, model: PreTrainedModel, optimizer: torch.optim.Optimizer, config: OptimizerConfig
+) -> None:
+    """Refuse a disk that will be full before the run has ended.
+
+    Args:
+        folder: of the run.
+        model: with its adapters.
+        optimizer: of its weights.
+        config: of the optimizer.
+
+    Raises:
+        ValueError: when less is free than the model and its checkpoints take at least.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    checkpoint = weights + optimizers.least_state_bytes(optimizer, config)
+    there = len(list(folder.checkpoints.glob("checkpoint-*")))
+    needed = weights + max(1, _AT_ONCE - there) * checkpoint
+    what = f"checkpoints of {megabytes(checkpoint)} each and the model of {megabytes(weights)}"
+    require_space(folder.root, needed, what)
 
 
 def callbacks_of(

@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.toml     every setting, as resolved
-  text.sha256     what text it was: a resumed run must find the same
+  text.sha256     digests of the text and of config.toml: a resumed run must find the same
   metrics.jsonl   one record a step and an evaluation, and a last one of the whole run
   subspaces.jsonl one record a renewal of a weight's basis, if the optimizer projects
   checkpoints/    the newest resumable state, as Transformers' Trainer writes it
@@ -13,6 +13,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -24,6 +25,13 @@ from typing import Any, Protocol
 from galore_torch.training import records
 from galore_torch.training.config import PretrainConfig, from_values, read_values
 from galore_torch.training.files import write_whole
+
+_TEXT = "text"
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Configuration(Protocol):
@@ -97,8 +105,10 @@ class RunFolder:
     def create(self, config: Configuration, text_digest: str) -> None:
         """Make the folder and write into it what the run is."""
         self.root.mkdir(parents=True, exist_ok=True)
-        write_whole(self.text, text_digest + "\n")
-        write_whole(self.config, config.to_toml())  # last: a folder that has it is a run's
+        settings = config.to_toml()
+        digests = {_TEXT: text_digest, self.config.name: _digest(settings)}
+        write_whole(self.text, "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+        write_whole(self.config, settings)  # last: a folder that has it is a run's
 
     def require_unfinished(self) -> None:
         """Refuse a folder in which nothing is left to do.
@@ -135,8 +145,50 @@ class RunFolder:
         return out
 
     def read_config(self) -> PretrainConfig:
-        """The configuration that the run was started with."""
+        """The configuration that the run was started with.
+
+        Raises:
+            ValueError: when it is not as it was written.
+        """
+        self.require_settings()
         return from_values(read_values(self.config)[1])
+
+    def require_settings(self) -> None:
+        """Refuse a ``config.toml`` that is not as it was written: what it lacks would be as it is by default.
+
+        Raises:
+            ValueError: when it has been damaged or edited.
+        """
+        try:
+            settings = self.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            settings = ""
+        if _digest(settings) != self._digests()[self.config.name]:
+            raise ValueError(
+                f"{self.config} is not as it was when the run was started: it is damaged, or was edited. Restore it, "
+                "or start anew with another --out."
+            )
+
+    def text_digest(self) -> str:
+        """The digest of what the run is trained on.
+
+        Raises:
+            ValueError: when it is missing or damaged.
+        """
+        return self._digests()[_TEXT]
+
+    def _digests(self) -> dict[str, str]:
+        try:
+            lines = self.text.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            lines = []
+        found = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        if found.keys() != {_TEXT, self.config.name} or not all(map(_HEX.fullmatch, found.values())):
+            raise ValueError(
+                f"{self.text} is missing or damaged, so that nobody can tell whether settings and data are those that "
+                "the run was started with. Restore it from a copy, or start anew with another --out."
+            )
+        return found
 
     def require_text(self, digest: str, data: str) -> None:
         """Refuse to go on with another text than the run was started on.
@@ -144,7 +196,7 @@ class RunFolder:
         Raises:
             ValueError: when the digests differ.
         """
-        if self.text.read_text(encoding="utf-8").strip() != digest:
+        if self.text_digest() != digest:
             raise ValueError(
                 f"data = {data!r} has changed since the run in {str(self.root)!r} was started; "
                 "restore the text, or start anew with another --out."

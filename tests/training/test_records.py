@@ -14,15 +14,37 @@ from galore_torch.training.plots import plot_losses, smooth
 from galore_torch.training.pretrain import new_run
 
 
+def step_record(step, loss):
+    return {"step": step, "tokens": step * 1000, "loss": loss, "lr": 0.1, "seconds": step / 10}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe", b"null", b"[1]", b"{}", b'{"step": 2', b'{"step": 1, "loss": 2.0}', b'{"step": "2", "loss": 2.0}',
+        b'{"step": 2, "lnss": 2.0, "tokens": 9, "lr": 0.1, "seconds": 1.0}', b"",
+        b'{"step": 1, "tokens": 9, "loss": 2.0, "lr": 0.1, "seconds": 1.0}',  # after step 2
+        b'{"step": 3, "tokens": 9, "loss": "2.0", "lr": 0.1, "seconds": 1.0}',
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_told_with_the_remedy(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records.append(path, step_record(2, 1.0))
+    path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged in line 2.*Restore.*take that line out"):
+        records.read(path)
+    assert records.last(path) == step_record(2, 1.0)
+
+
 def test_records_come_back_and_later_ones_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert records.read(path) == []
     for step in (1, 2, 3):
-        records.append(path, {"step": step, "loss": 1 / step})
+        records.append(path, step_record(step, 1 / step))
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     records.keep_until(path, 2)
-    assert records.read(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    assert records.read(path) == [step_record(1, 1.0), step_record(2, 0.5)]
     assert records.final(path) is None
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -40,10 +62,11 @@ def test_smoothing_takes_out_noise_and_lags_behind_nothing():
 
 
 def test_a_plot_of_several_runs_shows_both_in_their_colours(tmp_path):
+    evaluation = {"step": 20, "tokens": 20_000, "eval_loss": None, "perplexity": None, "seconds": 2.0}
     for name, loss in (("one", 5.0), ("two", 4.0)):
         for step in range(1, 20):
-            records.append(tmp_path / name, {"step": step, "tokens": step * 1000, "loss": loss - step / 10})
-        records.append(tmp_path / name, {"step": 20, "tokens": 20_000, "eval_loss": None, "perplexity": None})
+            records.append(tmp_path / name, step_record(step, loss - step / 10))
+        records.append(tmp_path / name, evaluation)
     plot_losses({"one": tmp_path / "one", "two": tmp_path / "two"}, tmp_path / "both.png")
     picture = imread(tmp_path / "both.png")[..., :3]
     for colour in ((0x0B, 0x6E, 0x99), (0xD9, 0x73, 0x0D)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from galore_torch.training.finetune.config import BaseModelConfig
+from galore_torch.training.manifest import MANIFEST, require_whole
 from galore_torch.training.units import sentence
 
 _SHOWN = 4
@@ -36,6 +38,8 @@ def load_base(
     """
     if config.gguf_file is not None and find_spec("gguf") is None:
         raise ImportError(f"gguf_file = {config.gguf_file!r} needs gguf. Install it with:  pip install gguf")
+    if (Path(config.model) / MANIFEST).is_file():  # a run's model, which knows what it was
+        require_whole("model", config.model, Path(config.model))
     gguf = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, **gguf)

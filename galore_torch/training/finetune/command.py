@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.finetune.presets import PRESETS, configure
-from galore_torch.training.guard import RunLeft, exit_status, stoppable
+from galore_torch.training.guard import RunLeft, exit_status, left_of, stoppable
 from galore_torch.training.methods import TUNING, described
 from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.telling import told
+from galore_torch.training.telling import told, writes_told
 from galore_torch.training.units import duration, megabytes
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def _finetune(
         with console.status("Loading Transformers"):
             from galore_torch.training.finetune.run import new_run, resumed_run
         run = resumed_run(folder, console=console) if resume else new_run(settings, folder, console=console)
-    result = run.train()
+    with writes_told("galore finetune", lambda: left_of(run.folder, "galore finetune")):
+        result = run.train()
     if json:
         print(json_format.dumps(dataclasses.asdict(result)))
     else:

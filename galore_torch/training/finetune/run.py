@@ -22,7 +22,7 @@ from galore_torch.training.finetune.presets import made
 from galore_torch.training.finetune.supervised import Supervised
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.progress import quiet
-from galore_torch.training.run import Run, RunResult, callbacks_of, without_printer
+from galore_torch.training.run import Run, RunResult, callbacks_of, require_room, without_printer
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.surroundings import ignore_accelerate, on_one_gpu, require_one_process, trackers
 
@@ -108,6 +108,7 @@ def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequenc
     """
     folder = RunFolder(out)
     folder.require_unfinished()
+    folder.require_settings()
     config = made(sections.read_values(folder.config, SECTIONS)[1])
     return _prepare(config, folder, console, callbacks, resumed=True)
 
@@ -130,7 +131,7 @@ def _prepare(
     arguments = _arguments(config, folder, reported, steps_per_epoch=math.ceil(len(rows.train) / config.schedule.batch))
     kind = (Supervised if config.data.task == "sft" else Classification)(config, rows, console)
     parameters = kind.model.num_parameters()
-    _prepare_weights(config, kind)
+    require_room(folder, kind.model, _prepare_weights(config, kind), config.optimizer)
     log = MetricsLog(folder.metrics, config.schedule.batch, unit="examples", scores=kind.scores_of)
     choice = {"config": config.optimizer, "seed": config.schedule.seed, "targets": config.targets}
     trainer = kind.trainer(
@@ -157,20 +158,21 @@ def _prepare(
     )
 
 
-def _prepare_weights(config: FinetuneConfig, kind: Kind) -> None:
-    """Put adapters or few bits into the model, and let the optimizer judge it before anything is written."""
+def _prepare_weights(config: FinetuneConfig, kind: Kind) -> torch.optim.Optimizer:
+    """Put adapters or few bits into the model, and let an optimizer judge it before anything is written."""
     adapt(kind.model, config.adapter, config.targets, task_type=kind.task_type)
     if config.optimizer.weight_bits == 8:
         stochastic = config.optimizer.weight_rounding == "stochastic"
         quantize_weights(kind.model, config.targets, stochastic_rounding=stochastic, seed=config.schedule.seed)
-    optimizers.build(kind.model, config.optimizer, config.schedule.seed, config.targets)
+    return optimizers.build(kind.model, config.optimizer, config.schedule.seed, config.targets)
 
 
 def _announce(config: FinetuneConfig, rows: Rows, parameters: int, console: Console) -> None:
     schedule = config.schedule
     length = f"{schedule.steps:,} steps" if schedule.steps else f"{schedule.epochs:g} epochs"
     console.print(
-        f"[bold]{config.title}[/] on {escape(config.model.model)} of {parameters:,} parameters; {len(rows.train):,} rows, "
+        f"[bold]{config.title}[/] on {escape(config.model.model)} of {parameters:,} parameters; "
+        f"{len(rows.train):,} rows, "
         f"{len(rows.held_out):,} more held out; {length} of batches of {schedule.batch}",
         highlight=False,
         soft_wrap=True,

@@ -20,6 +20,7 @@ from galore_torch.training.finetune.presets import made
 from galore_torch.training.inspection.config import LookConfig
 from galore_torch.training.inspection.of_model import tuned
 from galore_torch.training.inspection.subject import Subject, whole
+from galore_torch.training.manifest import require_whole
 from galore_torch.training.model import build_model, recompute_activations
 from galore_torch.training.progress import quiet
 from galore_torch.training.run_folder import RunFolder
@@ -60,6 +61,7 @@ def require_run(run: Path, fresh: bool) -> Place:
     if not folder.config.is_file():
         hint = f"give it as --model {run}" if (run / "config.json").is_file() else "give a run folder, or --model"
         raise ValueError(f"run = {str(run)!r} holds no config.toml, so it is no run folder; {hint}.")
+    folder.require_settings()
     adapter = _adapter(folder)
     if adapter != "none":
         remedy = f"inspect what it merged into by --model {folder.model} --data ..."
@@ -71,6 +73,7 @@ def require_run(run: Path, fresh: bool) -> Place:
         return Place(weights=None, step=0)
     final, checkpoint = records.final(folder.metrics), folder.last_checkpoint()
     if final is not None and folder.model.is_dir():
+        require_whole("run", str(run), folder.model)
         return Place(weights=folder.model, step=final["step"])
     if checkpoint is not None:
         return Place(weights=checkpoint, step=folder.step_of(checkpoint))
@@ -125,7 +128,7 @@ def _notes(config: PretrainConfig | FinetuneConfig, changed: bool) -> list[str]:
 
 
 def _digest_differs(folder: RunFolder, digest: str) -> bool:
-    return folder.text.exists() and folder.text.read_text(encoding="utf-8").strip() != digest
+    return folder.text_digest() != digest
 
 
 def _pretrained(folder: RunFolder, place: Place, looks: LookConfig, console: Console) -> Subject:

@@ -1,6 +1,10 @@
 """What is wrong is told in a line, with the field, the value and a remedy, before any training; nothing is left."""
 
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -9,6 +13,7 @@ from galore_torch.cli import build_app
 from galore_torch.training.finetune import tasks
 from galore_torch.training.finetune.presets import configure
 from galore_torch.training.finetune.run import new_run
+from galore_torch.training.manifest import write_manifest
 from tests.training.finetune.conftest import sentences
 
 ROWS = [{"text": text, "label": label} for text, label in sentences()]
@@ -185,3 +190,27 @@ def test_glue_without_a_network_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"task = 'rte' is not given by the Hugging Face Hub: .* Check the network"):
         new_run(configure(task="rte", steps=1), tmp_path / "run")
     assert set(tasks.GLUE) <= set(tasks.TASKS)
+
+
+def test_a_finished_model_that_was_damaged_is_not_tuned(classify, causal, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(Path(classify().model.model), folder)
+    write_manifest(folder)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"model\.safetensors is not as it was written.*Restore"):
+        new_run(classify(model=str(folder)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_tuned(value, classify, tmp_path):
+    model = AutoModelForMaskedLM.from_pretrained(classify().model.model)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[3, 4] = value
+    shutil.copytree(classify().model.model, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model = .*not finite: bert\.encoder\.layer\.1\.output\.dense\.weight.*give"):
+        new_run(classify(model=str(tmp_path / "model")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
