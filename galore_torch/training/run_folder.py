@@ -124,6 +124,7 @@ class RunFolder:
                 f"out = {str(self.root)!r} holds a run that ended after step {final['step']}; "
                 "choose another --out to train anew."
             )
+        records.read(self.subspaces)  # which is read again once the training begins
 
     @staticmethod
     def to_resume(out: Path | None, others: Mapping[str, Any]) -> Path:
