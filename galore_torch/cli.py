@@ -25,6 +25,9 @@ def main() -> None:
         app = build_app()
     except ImportError as missing:
         sys.exit(f"galore: {missing}")
+    from galore_torch.training.child import stop_with_parent
+
+    stop_with_parent()
     app()
 
 

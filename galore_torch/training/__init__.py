@@ -18,7 +18,8 @@
 | `surroundings` | what a run asks of the machine |
 | `command`, `flags`, `telling` | how the command line starts it, and tells what is wrong |
 | `files`, `run_folder`, `records`, `metrics`, `plots`, `peak_memory` | what it leaves behind |
-| `progress`, `interrupt`, `guard`, `units` | what it shows meanwhile, and how it is stopped |
+| `checkpoints`, `saving`, `locks` | how its states stay whole, and each run one process's |
+| `progress`, `interrupt`, `guard`, `signals`, `units` | what it shows meanwhile, and how it is stopped |
 | `compare_job`, `compare_settings`, `compare_plan` | methods beside each other: which runs, at which settings |
 | `compare_runs`, `compare_display`, `child` | each run in a process of its own, and how far it is |
 | `compare_score`, `compare_results`, `compare_figures`, `compare_report` | what they came to, on a page |
@@ -32,7 +33,7 @@ All of it needs the ``train`` extra; importing it without says so.
 
 from importlib.util import find_spec
 
-_NEEDED = ("accelerate", "datasets", "matplotlib", "rich", "tokenizers", "transformers", "typer")
+_NEEDED = ("accelerate", "datasets", "filelock", "matplotlib", "psutil", "rich", "tokenizers", "transformers", "typer")
 
 _missing = [name for name in _NEEDED if find_spec(name) is None]
 if _missing:

@@ -1,18 +1,29 @@
-"""A command of ours in a process of its own, whose memory and whose end are its alone."""
+"""A command of ours in a process of its own, whose memory is its alone.
+
+It stops in order, as at Ctrl-C, when the process that started it is gone: it watches its stdin, a pipe whose other end
+nobody else has.
+"""
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 import galore_torch
-from galore_torch.training.guard import handled_by, heard
+from galore_torch.training.guard import heard
+from galore_torch.training.signals import handled_by
+
+_CHILD = "GALORE_CHILD"
+"""The environment variable that tells a process that it is one."""
 
 # Not by -m, which imports from the working directory first: a datasets.py that lies there would be run. What -c puts
 # there is taken away before anything is imported; where the package is comes last, behind all that it needs itself.
@@ -44,18 +55,16 @@ def run_child(
     arguments: Sequence[str],
     *,
     log: Path | None = None,
-    kept_open: Sequence[int] = (),
     watch: Callable[[], None] | None = None,
 ) -> Ended:
     """Run ``galore ARGUMENTS`` and wait for it.
 
     The child hears no Ctrl-C of the terminal: each signal to us is passed on to it, so that it comes once, and the
-    child saves and ends.
+    child saves and ends. So it does when we are killed.
 
     Args:
         arguments: of the command, such as ``("pretrain", "--json")``.
         log: where all that it prints goes, from the start of the file; if None, stderr is ours and stdout is returned.
-        kept_open: file descriptors that it inherits.
         watch: called a few times a second meanwhile.
 
     Returns:
@@ -72,24 +81,35 @@ def run_child(
             process.send_signal(signal.SIGINT)
 
     with handled_by(pass_on):
-        file: IO[str] | None = None if log is None else log.open("w", encoding="utf-8")
         try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file or subprocess.PIPE,
-                stderr=subprocess.STDOUT if file else None,
-                text=True,
-                start_new_session=True,
-                pass_fds=kept_open,
-            )
+            with _lifeline() as stdin, nullcontext() if log is None else log.open("w", encoding="utf-8") as file:
+                process = subprocess.Popen(
+                    command,
+                    env={**os.environ, _CHILD: "1"},
+                    stdin=stdin,
+                    stdout=file or subprocess.PIPE,
+                    stderr=subprocess.STDOUT if file else None,
+                    text=True,
+                    start_new_session=True,
+                )
+                if asked:  # while it was being started
+                    process.send_signal(signal.SIGINT)
+                output = _wait(process, watch)
         finally:
-            if file is not None:
-                file.close()
-        if asked:  # while it was being started
-            process.send_signal(signal.SIGINT)
-        output = _wait(process, watch)
+            if process is not None:  # it stops, if an error took us here
+                process.wait()
     return Ended(process.returncode, output, bool(asked))
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """A pipe's end to read from, whose other end is ours alone and closes when we leave, or are killed."""
+    theirs, ours = os.pipe()
+    try:
+        yield theirs
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def _wait(process: subprocess.Popen[str], watch: Callable[[], None] | None) -> str:
@@ -101,3 +121,18 @@ def _wait(process: subprocess.Popen[str], watch: Callable[[], None] | None) -> s
                 watch()
         else:
             return output or ""
+
+
+def stop_with_parent() -> None:
+    """If `run_child` started this process, stop it when the process that called that is gone."""
+    if os.environ.pop(_CHILD, None):
+        threading.Thread(target=_stop_at_the_end_of_stdin, daemon=True).start()
+
+
+def _stop_at_the_end_of_stdin() -> None:
+    while os.read(0, 1):
+        pass
+    if os.name == "posix":
+        os.kill(os.getpid(), signal.SIGINT)  # which also ends a wait of the main thread
+    else:
+        _thread.interrupt_main()

@@ -2,7 +2,6 @@
 
 import json as json_format
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.compare_job import FINETUNE, PRETRAIN, Amount, Job
-from galore_torch.training.compare_plan import PlannedRun, make_plan, read_plan, require_same_plan, write_plan
+from galore_torch.training.compare_plan import PLAN, PlannedRun, make_plan, read_plan, require_same_plan
 from galore_torch.training.default_command import FirstByDefault
 from galore_torch.training.files import write_whole
 from galore_torch.training.flags import with_settings
@@ -127,7 +126,7 @@ def _command(job: Job) -> Callable[..., None]:
             with told(f"galore compare {job.subcommand}"):
                 rates = (lr or (), others_lr or (), seed or (0,))
                 runs = make_plan(job, preset, method or job.methods, *rates, settings, sets or ())
-                require_same_plan(folder / "plan.json", job, runs, needed=report_only)
+                require_same_plan(folder / PLAN, job, runs, needed=report_only)
                 if dry_run:
                     _show_plan(runs, console)
                     return
@@ -150,20 +149,9 @@ def _show_plan(runs: list[PlannedRun], console: Console) -> None:
 
 
 def _make(job: Job, runs: list[PlannedRun], out: Path, console: Console) -> bool:
-    """Make the runs. Where the first is refused, the folder is left as it was."""
     from galore_torch.training.compare_runs import make_runs
 
-    was_there, plan = out.exists(), out / "plan.json"
-    begun = plan.exists()
-    write_plan(plan, job, runs, shlex.join(["galore", *sys.argv[1:]]))
-    try:
-        return make_runs(job, runs, out, console)
-    except ValueError:
-        if not begun:
-            shutil.rmtree(out)
-            if was_there:
-                out.mkdir()
-        raise
+    return make_runs(job, runs, out, console, shlex.join(["galore", *sys.argv[1:]]))
 
 
 def _tell(job: Job, runs: list[PlannedRun], out: Path, console: Console, *, json: bool, ended: bool) -> None:
@@ -179,7 +167,7 @@ def _tell(job: Job, runs: list[PlannedRun], out: Path, console: Console, *, json
     comparison = compared(job, outcomes)
     results = as_json(comparison)
     write_whole(out / "results.json", json_format.dumps(results, indent=1) + "\n")
-    command = read_plan(out / "plan.json")["command"]
+    command = read_plan(out / PLAN)["command"]
     report(comparison, out, command).write(out / "report.html")
     if json:
         print(json_format.dumps(results))

@@ -26,6 +26,9 @@ def share_done(run: PlannedRun, newest: Record) -> float | None:
 class Display:
     """Two bars, of the run at work and of all of them, in a terminal; each end as a line, anywhere.
 
+    Attributes:
+        console: where it is shown.
+
     Args:
         console: where.
         todo: the runs that are not finished.
@@ -33,7 +36,7 @@ class Display:
     """
 
     def __init__(self, console: Console, todo: Sequence[PlannedRun], planned: int) -> None:
-        self._console = console
+        self.console = console
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[told]}"),
             TimeRemainingColumn(), console=console, expand=True, transient=True, disable=not console.is_terminal,
@@ -82,4 +85,4 @@ class Display:
         pace = (time.monotonic() - self._started) / self._ended
         left = f", {duration(pace * (self._todo - self._ended))} left" if self._ended < self._todo else ""
         line = f"{self._done}/{self._planned} {run.label}: {how}{left}"
-        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+        self.console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -12,8 +12,17 @@ from typing import Any
 
 from galore_torch.training.compare_job import Amount, Job
 from galore_torch.training.compare_settings import WHAT_DIFFERS, own_settings
-from galore_torch.training.files import write_whole
+from galore_torch.training.files import being_written, write_whole
+from galore_torch.training.locks import Lock
 from galore_torch.training.methods import method_settings, refuse_unheeded
+
+PLAN = "plan.json"
+"""The plan's name in a comparison's folder."""
+
+
+def lock_of(out: Path) -> Lock:
+    """The lock of a comparison's folder."""
+    return Lock(out / "compare.lock")
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,8 @@ def require_same_plan(path: Path, job: Job, runs: Sequence[PlannedRun], *, neede
         folder = path.parent
         if needed:
             raise ValueError(f"out = {str(folder)!r} holds no comparison to report on; leave out --report-only.")
-        if folder.exists() and any(name.name != "compare.lock" for name in folder.iterdir()):
+        begun = {*lock_of(folder).files, path, being_written(path), *map(being_written, lock_of(folder).files)}
+        if folder.exists() and not begun.issuperset(folder.iterdir()):
             raise ValueError(f"out = {str(folder)!r} holds something else; choose another --out.")
         return
     kept, now = read_plan(path), _described(job, runs)
@@ -209,7 +219,9 @@ def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def write_plan(path: Path, job: Job, runs: Sequence[PlannedRun], command: str) -> None:
-    """Keep the plan, and by which command it was begun."""
-    if not path.exists():
-        write_whole(path, json.dumps({**_described(job, runs), "command": command}, indent=1) + "\n")
+def write_plan(path: Path, job: Job, runs: Sequence[PlannedRun], command: str) -> bool:
+    """Keep the plan, and by which command it was begun; False if there is one, which stays."""
+    if path.exists():
+        return False
+    write_whole(path, json.dumps({**_described(job, runs), "command": command}, indent=1) + "\n")
+    return True

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,45 +12,49 @@ from galore_torch.training import records
 from galore_torch.training.child import Ended, run_child
 from galore_torch.training.compare_display import Display
 from galore_torch.training.compare_job import Job
-from galore_torch.training.compare_plan import PlannedRun
+from galore_torch.training.compare_plan import PLAN, PlannedRun, lock_of, require_same_plan, write_plan
 from galore_torch.training.compare_score import shown
-from galore_torch.training.files import write_whole
+from galore_torch.training.files import take_back, write_whole
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.telling import REFUSED
 
 
-@contextmanager
-def alone_in(out: Path, console: Console) -> Iterator[int]:
-    """Hold a comparison's folder for one process and its child, and wait for whoever holds it.
+class FirstRefusedError(ValueError):
+    """The data, or the very first run, was refused for what was asked: so would others be."""
 
-    The child inherits the lock: a run that outlives a killed comparison is waited for, not run into.
+
+@contextmanager
+def alone_in(out: Path, console: Console) -> Iterator[None]:
+    """Hold a comparison's folder for one process, and wait for whoever holds it.
 
     Args:
-        out: the comparison's folder.
+        out: the comparison's folder; if nothing is in it afterwards, and it was not there before, it goes again.
         console: where it is said who is waited for.
-
-    Yields:
-        The lock's file descriptor.
     """
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / "compare.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = lock_of(out)
+    lock.acquire(waiting=_waiting(console, out))
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(f"A run in {out} is still at work; waiting for its end.", soft_wrap=True, markup=False)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
+        yield
     finally:
-        os.close(lock)
+        unused = set(out.iterdir()) <= set(lock.files)
+        lock.release(remove=unused)
+        take_back([], [out] if unused and made else [])
+
+
+def _waiting(console: Console, folder: Path) -> Callable[[str], None]:
+    return lambda holder: console.print(
+        f"{folder} is in use by {holder}; waiting for its end.", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def error_file(folder: Path) -> Path:
     """Where a failed run's reason is kept, beside its folder."""
-    return folder.with_name(f"{folder.name}.error")
+    return _beside(folder, "error")
 
 
-def make_runs(job: Job, runs: Sequence[PlannedRun], out: Path, console: Console) -> bool:
+def make_runs(job: Job, runs: Sequence[PlannedRun], out: Path, console: Console, command: str) -> bool:
     """Make all runs that are not finished yet.
 
     Args:
@@ -61,62 +62,78 @@ def make_runs(job: Job, runs: Sequence[PlannedRun], out: Path, console: Console)
         runs: the plan.
         out: the comparison's folder.
         console: where progress is shown.
+        command: by which the comparison is begun, for its plan.
 
     Returns:
         Whether it came to the end; False when it was asked to stop. A run that failed does not stop it.
 
     Raises:
-        ValueError: when the data, or the very first run, is refused for what was asked: so would others be.
+        ValueError: when the folder is another comparison's by now.
+        FirstRefusedError: when the data, or the very first run, is refused. The folder is then as it was.
     """
-    with alone_in(out, console) as lock:
-        finals = [records.final(RunFolder(out / run.folder).metrics) for run in runs]
-        todo = [run for run, final in zip(runs, finals, strict=True) if final is None]
-        if todo and job.prepares and not _prepare(job, todo[0], out, console, lock):
-            return False
-        begun = any((out / run.folder).parent.exists() for run in runs)
-        with Display(console, todo, len(runs)) as display:
-            for run in todo:
-                if _make_run(job, run, out, display, lock, first=not begun).stopped:
-                    return False
-                begun = True
+    with alone_in(out, console):
+        require_same_plan(out / PLAN, job, runs)
+        began = write_plan(out / PLAN, job, runs, command)
+        try:
+            return _make_all(job, runs, out, console)
+        except FirstRefusedError:
+            if began:
+                take_back([out / PLAN])
+            raise
+
+
+def _make_all(job: Job, runs: Sequence[PlannedRun], out: Path, console: Console) -> bool:
+    finals = [records.final(RunFolder(out / run.folder).metrics) for run in runs]
+    todo = [run for run, final in zip(runs, finals, strict=True) if final is None]
+    if todo and job.prepares and not _prepare(job, todo[0], out, console):
+        return False
+    begun = any((out / run.folder).parent.exists() for run in runs)
+    with Display(console, todo, len(runs)) as display:
+        for run in todo:
+            if _make_run(job, run, out, display, first=not begun).stopped:
+                return False
+            begun = True
     return True
 
 
-def _settings_file(run: PlannedRun, out: Path) -> Path:
-    folder = out / run.folder
-    path = folder.with_name(f"{folder.name}.toml")
-    write_whole(path, run.config.to_toml())
-    return path
+def _beside(folder: Path, kind: str) -> Path:
+    """A file on a run, beside its folder."""
+    return folder.with_name(f"{folder.name}.{kind}")
 
 
-def _prepare(job: Job, run: PlannedRun, out: Path, console: Console, lock: int) -> bool:
+def _prepare(job: Job, run: PlannedRun, out: Path, console: Console) -> bool:
     """Read the data in a process of its own, so that the work counts for no run's memory; True to go on."""
     console.print("Preparing the text")
     settings, log = out / "prepare.toml", out / "prepare.log"
     write_whole(settings, run.config.to_toml())
-    ended = run_child([job.subcommand, "--prepare", "--config", str(settings)], log=log, kept_open=(lock,))
+    ended = run_child([job.subcommand, "--prepare", "--config", str(settings)], log=log)
     if ended.status == REFUSED and not ended.stopped:
-        raise ValueError(_reason(job, log, ended))
+        reason = _reason(job, log, ended)
+        take_back([settings, log])
+        raise FirstRefusedError(reason)
     return not ended.stopped
 
 
-def _make_run(job: Job, run: PlannedRun, out: Path, display: Display, lock: int, *, first: bool) -> Ended:
+def _make_run(job: Job, run: PlannedRun, out: Path, display: Display, *, first: bool) -> Ended:
     folder = RunFolder(out / run.folder)
-    if folder.config.exists() and folder.last_checkpoint() is not None:
+    # Its child ends when a comparison is killed, and needs a moment for that.
+    folder.wait_until_free(_waiting(display.console, folder.root))
+    settings, log = _beside(folder.root, "toml"), _beside(folder.root, "log")
+    if folder.config.exists():
         arguments = ["--resume"]
-    else:  # nothing in it could be gone on from
-        shutil.rmtree(folder.root, ignore_errors=True)
-        arguments = ["--config", str(_settings_file(run, out))]
+    else:
+        write_whole(settings, run.config.to_toml())
+        arguments = ["--config", str(settings)]
     error_file(folder.root).unlink(missing_ok=True)
-    log = folder.root.with_name(f"{folder.root.name}.log")
     display.begins(run, folder.metrics)
-    command = [job.subcommand, "--json", "--out", str(folder.root), *arguments]
-    ended = run_child(command, log=log, kept_open=(lock,), watch=display.look)
+    ended = run_child([job.subcommand, "--json", "--out", str(folder.root), *arguments], log=log, watch=display.look)
     final = records.final(folder.metrics)
     if final is None and not ended.stopped:
         reason = _reason(job, log, ended)
         if first and ended.status == REFUSED:
-            raise ValueError(reason)
+            made = [folder.root.parent, folder.root.parent.parent]
+            take_back([settings, log, out / "prepare.toml", out / "prepare.log"], made)
+            raise FirstRefusedError(reason)
         write_whole(error_file(folder.root), reason + "\n")
         display.ended(run, f"failed: {reason}")
     elif final is not None:

@@ -9,28 +9,22 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import typer
 from rich.console import Console
 
 from galore_torch.training import records
+from galore_torch.training.checkpoints import step_of
 from galore_torch.training.run_folder import RunFolder
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""What asks a command to stop."""
+from galore_torch.training.signals import SIGNALS, handled_by
 
 STOPPED = tuple(128 + number for number in SIGNALS)
 """Exit statuses of a command that a signal stopped, as shells have them: 130 after Ctrl-C, 143 after SIGTERM."""
-
-Handler = Callable[[int, FrameType | None], None]
 
 
 class Stop(KeyboardInterrupt):
@@ -39,20 +33,6 @@ class Stop(KeyboardInterrupt):
     A class of its own, because Python ends a process by SIGINT, whatever its exit status should be, once a bare
     KeyboardInterrupt has passed through code that `exec` compiled, as dataclasses do while a library is imported.
     """
-
-
-@contextmanager
-def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
-    """Let the signals go to a handler for a while. Only the main thread can; in others nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, own in before.items():
-            signal.signal(number, own)
 
 
 class _Asked:
@@ -79,6 +59,11 @@ def heard(number: int) -> None:
 def exit_status() -> int:
     """The exit status of this command after the signal that stopped it: one of `STOPPED`."""
     return 128 + _asked.by
+
+
+def was_asked() -> bool:
+    """Whether a signal came to the command that runs."""
+    return _asked.now
 
 
 def stop_if_asked() -> None:
@@ -145,8 +130,8 @@ def left_of(folder: RunFolder, command: str) -> str:
         folder: of the run.
         command: that trains it.
     """
-    saved = folder.last_checkpoint()
-    what = "has no checkpoint yet" if saved is None else f"is saved as of step {folder.step_of(saved):,}"
+    saved = folder.checkpoints.newest()
+    what = "has no checkpoint yet" if saved is None else f"is saved as of step {step_of(saved):,}"
     again = "start it again with" if saved is None else "go on with"
     return f"{folder.root} {what}; then {again}:\n  {command} --resume --out {folder.root}"
 
@@ -155,7 +140,7 @@ class RunLeft:
     """What a stopped command leaves of the run folder it was at work in: for `stoppable`.
 
     Attributes:
-        folder: the run folder, once it is known; None while nothing can have been written.
+        folder: the run folder, once it is known.
         resumed: whether the run was there before.
     """
 
@@ -163,29 +148,25 @@ class RunLeft:
         self.command = command
         self.folder: RunFolder | None = None
         self.resumed = False
-        self._was_there = False
 
     def at_work_in(self, out: Path, *, resumed: bool) -> None:
-        """Say which folder the command is about to write into; `__call__` judges it by what it holds."""
-        self._was_there = out.exists()
+        """Say which folder the command is about to write into."""
         self.resumed = resumed
         self.folder = RunFolder(out)
 
     def __call__(self) -> str:
         """Leave a saved state or an untouched folder, and say which."""
-        if self.folder is None:
+        folder = self.folder
+        if folder is None or not (self.resumed or folder.was_begun_here):
             return "Stopped. Nothing was written."
-        root = self.folder.root
-        if records.final(self.folder.metrics) is not None:
+        folder.abandon()
+        root, saved = folder.root, folder.checkpoints.newest()
+        if records.final(folder.metrics) is not None:
             return f"Stopped after the end: {root} holds the finished run."
         go_on = f"{self.command} --resume --out {root}"
-        saved = self.folder.last_checkpoint()
         if saved is not None:
-            return f"Stopped. {root} is saved as of step {self.folder.step_of(saved):,}; go on with:\n  {go_on}"
-        if self.resumed:
+            return f"Stopped. {root} is saved as of step {step_of(saved):,}; go on with:\n  {go_on}"
+        if folder.config.exists():
             return f"Stopped. {root} is as it was, before its first checkpoint; start it again with:\n  {go_on}"
-        if root.exists():
-            shutil.rmtree(root)
-        if self._was_there:
-            root.mkdir(parents=True)
-        return f"Stopped before there was anything to save: {root} is {'empty' if self._was_there else 'not there'}."
+        left = "as it was" if root.exists() else "not there"
+        return f"Stopped before there was anything to save: {root} is {left}."

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from galore_torch.training.guard import SIGNALS, heard, stop_if_asked
+from galore_torch.training.guard import heard, stop_if_asked
+from galore_torch.training.signals import SIGNALS
 
 
 class SaveOnInterrupt(TrainerCallback):

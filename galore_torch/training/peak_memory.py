@@ -1,9 +1,9 @@
 """The most memory that a process took, for itself alone."""
 
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -20,5 +20,9 @@ def peak_memory_bytes() -> int:
         # Not ru_maxrss: on Linux that of a new process begins with the memory of the one that started it.
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024  # given in KiB
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Unix alone has it, where psutil knows no peak
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -16,7 +16,7 @@ from galore_torch.training.adapters import adapt
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.model import build_model
-from galore_torch.training.run import Run, RunResult, callbacks_of, require_room, without_printer
+from galore_torch.training.run import Run, RunResult, callbacks_of, require_room, resumable, without_printer
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.surroundings import ignore_accelerate, on_one_gpu, require_one_process, trackers
 from galore_torch.training.text import Text, amount, prepare_text
@@ -68,7 +68,8 @@ def new_run(
     """
     folder = RunFolder(out)
     folder.require_new()
-    return _prepare(config, folder, console, callbacks, resumed=False)
+    with folder.being_prepared():
+        return _prepare(config, folder, console, callbacks, resumed=False)
 
 
 def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> PretrainRun:
@@ -80,11 +81,14 @@ def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequenc
         callbacks: further callbacks for the Trainer.
 
     Raises:
-        ValueError: when the folder holds no run, or one that has ended.
+        ValueError: when the folder holds no run, one that has ended, one that another process works on, or only
+            damaged checkpoints.
     """
     folder = RunFolder(out)
     folder.require_unfinished()
-    return _prepare(folder.read_config(), folder, console, callbacks, resumed=True)
+    folder.hold()
+    with folder.being_prepared():
+        return _prepare(folder.read_config(), folder, console, callbacks, resumed=True)
 
 
 def _prepare(
@@ -109,9 +113,10 @@ def _prepare(
     require_room(folder, model, judged, config.optimizer)
     arguments = _arguments(config, folder, reported)
     _announce(config, parameters, text, console)
+    checkpoint = None
     if resumed:
         folder.require_text(text.digest, config.data.data)
-        folder.drop_torn_checkpoints()
+        checkpoint = resumable(folder, console)
     else:
         folder.create(config, text.digest)
     log = MetricsLog(folder.metrics, config.tokens_per_step)
@@ -137,7 +142,7 @@ def _prepare(
         trainer=without_printer(trainer),
         log=log,
         parameters=parameters,
-        checkpoint=folder.last_checkpoint() if resumed else None,
+        checkpoint=checkpoint,
     )
 
 
@@ -145,7 +150,7 @@ def _arguments(config: PretrainConfig, folder: RunFolder, reported: list[str]) -
     schedule = config.schedule
     return on_one_gpu(
         TrainingArguments(
-            output_dir=str(folder.checkpoints),
+            output_dir=str(folder.checkpoints.tmp),
             max_steps=schedule.steps,
             per_device_train_batch_size=schedule.micro_batch,
             per_device_eval_batch_size=schedule.micro_batch,
@@ -161,7 +166,6 @@ def _arguments(config: PretrainConfig, folder: RunFolder, reported: list[str]) -
             eval_steps=schedule.eval_every or schedule.steps,
             save_strategy="steps",
             save_steps=schedule.save_every or schedule.steps,
-            save_total_limit=1,
             prediction_loss_only=True,
             seed=schedule.seed,
             data_seed=schedule.seed,

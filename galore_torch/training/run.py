@@ -1,7 +1,10 @@
 """A run that is ready to train, and what it comes to: all that a pre-training and a fine-tuning have in common."""
 
+# ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
+
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,15 +13,26 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from galore_torch.optim import state_bytes
 from galore_torch.training import optimizers, records, restarts, subspaces
 from galore_torch.training.adapter_config import AdapterConfig
 from galore_torch.training.adapters import merged
+from galore_torch.training.checkpoints import KEPT
 from galore_torch.training.config import OptimizerConfig
 from galore_torch.training.disk import require_space
-from galore_torch.training.guard import deferred
+from galore_torch.training.files import sync
+from galore_torch.training.guard import deferred, was_asked
 from galore_torch.training.interrupt import SaveOnInterrupt
 from galore_torch.training.manifest import write_manifest
 from galore_torch.training.metrics import MetricsLog
@@ -26,6 +40,7 @@ from galore_torch.training.peak_memory import peak_memory_bytes
 from galore_torch.training.plots import plot_losses
 from galore_torch.training.progress import LiveProgress
 from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.saving import CompleteCheckpoints
 from galore_torch.training.subspaces import SubspaceLog
 from galore_torch.training.units import megabytes
 
@@ -118,12 +133,31 @@ class Run(ABC, Generic[ConfigT, ResultT]):
 
     def train(self) -> ResultT:
         """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record."""
-        self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        with deferred():
-            result = self._result()
-            if result.finished and self.trainer.is_world_process_zero():
-                self._finish(result)
+        try:
+            self._make_steps()
+            with deferred():
+                result = self._result()
+                if result.finished and self.trainer.is_world_process_zero():
+                    self._finish(result)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or was_asked():
+                self.folder.abandon()
+            raise
+        finally:
+            self.folder.release()
         return result
+
+    def _make_steps(self) -> None:
+        """Make those that are left: none, where the process was killed between its last checkpoint and its end."""
+        trainer = self.trainer
+        trainer.add_callback(_NoneBeyondTheLast())  # after all others
+        try:
+            trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        except _NoStepLeftError:
+            trainer.is_in_train = False
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+            if self.log.evaluation.get("step") != trainer.state.global_step:  # its record was lost
+                trainer.evaluate()
 
     @abstractmethod
     def _result(self) -> ResultT:
@@ -134,7 +168,7 @@ class Run(ABC, Generic[ConfigT, ResultT]):
         state, optimizer = self.trainer.state, self.trainer.optimizer
         assert optimizer is not None
         finished = state.global_step >= state.max_steps
-        checkpoint = None if finished else self.folder.last_checkpoint()
+        checkpoint = None if finished else self.folder.checkpoints.newest()
         renewals, overlap = subspaces.summary(optimizer)
         return {
             "out": str(self.folder.root),
@@ -164,12 +198,10 @@ class Run(ABC, Generic[ConfigT, ResultT]):
         self.tokenizer.save_pretrained(self.folder.model)
         write_manifest(self.folder.model)
         plot_losses({self.config.title: self.folder.metrics}, self.folder.plot, self.log.unit)
+        for path in (*self.folder.model.rglob("*"), self.folder.model):
+            sync(path)
         record = {name: value for name, value in asdict(result).items() if name not in _NOT_RECORDED}
         records.append(self.folder.metrics, {"final": True, **record})
-
-
-_AT_ONCE = 2
-"""Checkpoints that are there while one is written: it, and the one before it."""
 
 
 def require_room(
@@ -188,10 +220,49 @@ def require_room(
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     checkpoint = weights + optimizers.least_state_bytes(optimizer, config)
-    there = len(list(folder.checkpoints.glob("checkpoint-*")))
-    needed = weights + max(1, _AT_ONCE - there) * checkpoint
+    there = len(folder.checkpoints.newest_first())
+    needed = weights + max(1, KEPT + 1 - there) * checkpoint  # one more while it is written
     what = f"checkpoints of {megabytes(checkpoint)} each and the model of {megabytes(weights)}"
     require_space(folder.root, needed, what)
+
+
+class _NoStepLeftError(Exception):
+    """Every step had been made when the Trainer was about to begin."""
+
+
+class _NoneBeyondTheLast(TrainerCallback):
+    """Stops a Trainer that was resumed after its last step, which would make one more before it looks at the end."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop if no step is left: model, optimizer and records are as the checkpoint has them by now."""
+        if state.global_step >= state.max_steps:
+            raise _NoStepLeftError
+
+
+def resumable(folder: RunFolder, console: Console) -> Path | None:
+    """What a run goes on from: its newest checkpoint that is whole.
+
+    Args:
+        folder: of the run, which this process holds.
+        console: where it is said if that is not the newest one; if it shows nothing, that is a warning.
+
+    Returns:
+        The checkpoint; None if there is none, and the run starts again.
+
+    Raises:
+        ValueError: when there are checkpoints, and all are damaged.
+    """
+    folder.checkpoints.clear()
+    told: list[str] = []
+    found = folder.checkpoints.newest_whole(told.append)
+    if found is None:
+        told.append(f"{folder.root} has no checkpoint; its run starts again.")
+    for line in told:
+        if console.quiet:
+            warnings.warn(line, stacklevel=4)  # at the call of resumed_run
+        else:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return found
 
 
 def callbacks_of(
@@ -206,7 +277,8 @@ def callbacks_of(
         console: where progress is shown.
         more: further ones, which come last.
     """
-    ours = [log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt()]
+    complete = CompleteCheckpoints(folder.checkpoints, [folder.metrics, folder.subspaces])  # its time is not the log's
+    ours = [complete, log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt()]
     return [*ours, *restarts.callbacks_for(config.adapter), *more]
 
 

@@ -5,26 +5,31 @@ runs/NAME/
   text.sha256     digests of the text and of config.toml: a resumed run must find the same
   metrics.jsonl   one record a step and an evaluation, and a last one of the whole run
   subspaces.jsonl one record a renewal of a weight's basis, if the optimizer projects
-  checkpoints/    the newest resumable state, as Transformers' Trainer writes it
+  checkpoints/    the last resumable states, see `galore_torch.training.checkpoints`
   model/          weights, configuration and tokenizer, for Transformers' Auto classes
   loss.png        the losses
   predictions.jsonl  what a fine-tuned model says of the held-out rows
+  run.lock        locked by the process that works on the run; run.holder says which that is
+
+Only what a process has made itself is removed by it, and a run with a checkpoint never.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from galore_torch.training import records
+from galore_torch.training.checkpoints import Checkpoints
 from galore_torch.training.config import PretrainConfig, from_values, read_values
-from galore_torch.training.files import write_whole
+from galore_torch.training.files import being_written, take_back, write_whole
+from galore_torch.training.locks import Lock
+from galore_torch.training.signals import held_back
 
 _TEXT = "text"
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -40,6 +45,24 @@ class Configuration(Protocol):
     def to_toml(self) -> str:
         """All of them, as resolved."""
         ...
+
+
+@dataclass(frozen=True)
+class _Hold:
+    """A run folder that this process works in, or has worked in.
+
+    Attributes:
+        lock: keeps others out; released when the work has ended.
+        began: whether the run was begun by this process.
+        made: whether the folder was.
+    """
+
+    lock: Lock
+    began: bool
+    made: bool
+
+
+_holds: dict[Path, _Hold] = {}
 
 
 @dataclass(frozen=True)
@@ -69,9 +92,9 @@ class RunFolder:
         return self.root / "subspaces.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
-        """The Trainer's output folder."""
-        return self.root / "checkpoints"
+    def checkpoints(self) -> Checkpoints:
+        """The resumable states."""
+        return Checkpoints(self.root / "checkpoints")
 
     @property
     def model(self) -> Path:
@@ -88,8 +111,55 @@ class RunFolder:
         """The losses drawn."""
         return self.root / "loss.png"
 
+    @property
+    def _lock(self) -> Lock:
+        return Lock(self.root / "run.lock")
+
+    @property
+    def _hold(self) -> _Hold | None:
+        return _holds.get(self.root.resolve())
+
+    def hold(self, *, began: bool = False, made: bool = False) -> None:
+        """Take the folder for this process alone, until `release` or the end of the process.
+
+        Args:
+            began: whether this process begins the run, and may take it back.
+            made: whether it has made the folder.
+
+        Raises:
+            ValueError: when another process, or another run of this one, works in it.
+        """
+        lock, hold = self._lock, self._hold
+        if (hold is not None and hold.lock.is_held) or not lock.acquire():
+            raise ValueError(
+                f"out = {str(self.root)!r} is in use by {lock.holder()}; wait for its end, or choose another --out."
+            )
+        _holds[self.root.resolve()] = _Hold(lock, began, made)
+
+    def release(self) -> None:
+        """Let others work in it."""
+        hold = self._hold
+        if hold is not None:
+            hold.lock.release()
+
+    def wait_until_free(self, waiting: Callable[[str], None]) -> None:
+        """Wait for whoever works in it.
+
+        Args:
+            waiting: called with the holder before a wait.
+        """
+        if self.root.is_dir():
+            lock = self._lock
+            lock.acquire(waiting=waiting)
+            lock.release()
+
+    @property
+    def was_begun_here(self) -> bool:
+        """Whether this process has begun the run."""
+        return self._hold is not None and self._hold.began
+
     def require_new(self) -> None:
-        """Refuse a folder that already holds something.
+        """Refuse a folder that already holds something, other than a start that was killed leaves.
 
         Raises:
             ValueError: when the folder is not empty or is no folder.
@@ -99,16 +169,56 @@ class RunFolder:
                 f"out = {str(self.root)!r} already holds a run; go on with it by --resume --out {self.root}, "
                 "or choose another --out."
             )
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        started = {*self._lock.files, self.text, self.config}
+        started |= {being_written(file) for file in started}
+        if self.root.exists() and not (self.root.is_dir() and started.issuperset(self.root.iterdir())):
             raise ValueError(f"out = {str(self.root)!r} exists and is no empty folder; choose another --out.")
 
     def create(self, config: Configuration, text_digest: str) -> None:
-        """Make the folder and write into it what the run is."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Make the folder, hold it, and write into it what the run is.
+
+        Raises:
+            ValueError: when the folder holds something by now, or another process works in it.
+        """
+        self.require_new()
         settings = config.to_toml()
         digests = {_TEXT: text_digest, self.config.name: _digest(settings)}
-        write_whole(self.text, "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
-        write_whole(self.config, settings)  # last: a folder that has it is a run's
+        with held_back():
+            made = not self.root.exists()
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.hold(began=True, made=made)
+            try:
+                self.require_new()  # for good: no other process of ours writes into it any more
+                write_whole(self.text, "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+                write_whole(self.config, settings)  # last: a folder that has it is a run's
+            except BaseException:
+                self.abandon()
+                raise
+
+    def abandon(self) -> None:
+        """Take back what this process has made of a run that it began, unless there is a checkpoint; let others work.
+
+        What others have put into the folder stays.
+        """
+        hold = self._hold
+        if hold is None or not hold.lock.is_held:
+            return
+        unsaved = hold.began and self.checkpoints.newest() is None
+        if unsaved:
+            self.checkpoints.clear()
+            take_back([self.config, self.text, self.metrics, self.subspaces], [self.checkpoints.root])
+        hold.lock.release(remove=unsaved)
+        if unsaved and hold.made:
+            take_back([], [self.root])
+
+    @contextmanager
+    def being_prepared(self) -> Iterator[None]:
+        """Around what may still fail before a run is ready: if it does, the folder is as it was, and free."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
 
     def require_unfinished(self) -> None:
         """Refuse a folder in which nothing is left to do.
@@ -202,29 +312,3 @@ class RunFolder:
                 f"data = {data!r} has changed since the run in {str(self.root)!r} was started; "
                 "restore the text, or start anew with another --out."
             )
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest resumable state, if there is one."""
-        return max((path for path in self._checkpoints() if _is_whole(path)), key=self.step_of, default=None)
-
-    def drop_torn_checkpoints(self) -> None:
-        """Remove half-written checkpoints of a killed process, which the Trainer would take for whole ones."""
-        for path in self._checkpoints():
-            if not _is_whole(path):
-                shutil.rmtree(path)
-
-    def step_of(self, checkpoint: Path) -> int:
-        """The step after which a checkpoint was written."""
-        return int(checkpoint.name.rpartition("-")[2])
-
-    def _checkpoints(self) -> list[Path]:
-        return [path for path in self.checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its own state last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

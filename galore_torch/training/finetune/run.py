@@ -22,7 +22,7 @@ from galore_torch.training.finetune.presets import made
 from galore_torch.training.finetune.supervised import Supervised
 from galore_torch.training.metrics import MetricsLog
 from galore_torch.training.progress import quiet
-from galore_torch.training.run import Run, RunResult, callbacks_of, require_room, without_printer
+from galore_torch.training.run import Run, RunResult, callbacks_of, require_room, resumable, without_printer
 from galore_torch.training.run_folder import RunFolder
 from galore_torch.training.surroundings import ignore_accelerate, on_one_gpu, require_one_process, trackers
 
@@ -92,7 +92,8 @@ def new_run(
     """
     folder = RunFolder(out)
     folder.require_new()
-    return _prepare(config, folder, console, callbacks, resumed=False)
+    with folder.being_prepared():
+        return _prepare(config, folder, console, callbacks, resumed=False)
 
 
 def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> FinetuneRun:
@@ -104,13 +105,16 @@ def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequenc
         callbacks: further callbacks for the Trainer.
 
     Raises:
-        ValueError: when the folder holds no run, or one that has ended, or its rows have changed.
+        ValueError: when the folder holds no run, one that has ended, one that another process works on, or only
+            damaged checkpoints, or its rows have changed.
     """
     folder = RunFolder(out)
     folder.require_unfinished()
-    folder.require_settings()
-    config = made(sections.read_values(folder.config, SECTIONS)[1])
-    return _prepare(config, folder, console, callbacks, resumed=True)
+    folder.hold()
+    with folder.being_prepared():
+        folder.require_settings()
+        config = made(sections.read_values(folder.config, SECTIONS)[1])
+        return _prepare(config, folder, console, callbacks, resumed=True)
 
 
 def _prepare(
@@ -132,6 +136,13 @@ def _prepare(
     kind = (Supervised if config.data.task == "sft" else Classification)(config, rows, console)
     parameters = kind.model.num_parameters()
     require_room(folder, kind.model, _prepare_weights(config, kind), config.optimizer)
+    _announce(config, rows, parameters, console)
+    checkpoint = None
+    if resumed:
+        folder.require_text(rows.digest, config.data.data or config.data.task)
+        checkpoint = resumable(folder, console)
+    else:
+        folder.create(config, rows.digest)
     log = MetricsLog(folder.metrics, config.schedule.batch, unit="examples", scores=kind.scores_of)
     choice = {"config": config.optimizer, "seed": config.schedule.seed, "targets": config.targets}
     trainer = kind.trainer(
@@ -139,12 +150,6 @@ def _prepare(
         callbacks=callbacks_of(config, folder, log, console, callbacks),
         optimizer_cls_and_kwargs=(optimizers.TrainerOptimizer, choice),
     )
-    _announce(config, rows, parameters, console)
-    if resumed:
-        folder.require_text(rows.digest, config.data.data or config.data.task)
-        folder.drop_torn_checkpoints()
-    else:
-        folder.create(config, rows.digest)
     return FinetuneRun(
         config=config,
         folder=folder,
@@ -154,7 +159,7 @@ def _prepare(
         trainer=without_printer(trainer),
         log=log,
         parameters=parameters,
-        checkpoint=folder.last_checkpoint() if resumed else None,
+        checkpoint=checkpoint,
     )
 
 
@@ -185,7 +190,7 @@ def _arguments(
     schedule = config.schedule
     return on_one_gpu(
         TrainingArguments(
-            output_dir=str(folder.checkpoints),
+            output_dir=str(folder.checkpoints.tmp),
             max_steps=schedule.steps or -1,
             num_train_epochs=schedule.epochs,
             per_device_train_batch_size=config.micro_batch,
@@ -197,7 +202,6 @@ def _arguments(
             max_grad_norm=config.optimizer.clip,
             logging_steps=1,  # a loss averaged over steps on both sides of an interruption would not be the same
             logging_nan_inf_filter=False,
-            save_total_limit=1,
             seed=schedule.seed,
             data_seed=schedule.seed,
             report_to=reported,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, set_seed
 
 from galore_torch.training import optimizers, packing, records, sections
 from galore_torch.training.adapter_config import AdapterConfig
+from galore_torch.training.checkpoints import step_of
 from galore_torch.training.config import PretrainConfig
 from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
 from galore_torch.training.finetune.data import load
@@ -71,12 +73,12 @@ def require_run(run: Path, fresh: bool) -> Place:
         )
     if fresh:
         return Place(weights=None, step=0)
-    final, checkpoint = records.final(folder.metrics), folder.last_checkpoint()
+    final, checkpoint = records.final(folder.metrics), folder.checkpoints.newest_whole(warnings.warn)
     if final is not None and folder.model.is_dir():
         require_whole("run", str(run), folder.model)
         return Place(weights=folder.model, step=final["step"])
     if checkpoint is not None:
-        return Place(weights=checkpoint, step=folder.step_of(checkpoint))
+        return Place(weights=checkpoint, step=step_of(checkpoint))
     raise ValueError(f"run = {str(run)!r} holds neither a finished model nor a checkpoint; give --fresh with it.")
 
 

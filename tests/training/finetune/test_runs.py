@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training import records
+from galore_torch.training.checkpoints import step_of
 from galore_torch.training.finetune.presets import BY_TASK, PRESETS, configure
 from galore_torch.training.finetune.run import new_run, resumed_run
 from galore_torch.training.finetune.tasks import GLUE
@@ -91,7 +92,7 @@ def test_a_real_command_leaves_a_state_or_nothing(moment, number, classify, tmp_
     assert ended.returncode == 128 + number, told
     assert re.search(r"[Ss]topped", told)
     if moment == "step":
-        assert 5 <= folder.step_of(folder.last_checkpoint()) < 10
+        assert 5 <= step_of(folder.checkpoints.newest()) < 10
         assert f"galore finetune --resume --out {out}" in told
         assert resumed_run(out).train().step == 10
     else:

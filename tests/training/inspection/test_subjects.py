@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from galore_torch.training import records
+from galore_torch.training.checkpoints import step_of
 from galore_torch.training.inspection.config import configure
 from galore_torch.training.inspection.observing import Observer
 from galore_torch.training.inspection.of_run import require_run, subject_of_run
@@ -66,7 +67,7 @@ def test_a_stopped_run_is_inspected_from_its_checkpoint(tiny, tmp_path):
 
     new_run(tiny(eval_every=0), tmp_path / "run", callbacks=[Stop()]).train()
     before, folder = digests(tmp_path / "run"), RunFolder(tmp_path / "run")
-    stopped = folder.step_of(folder.last_checkpoint())
+    stopped = step_of(folder.checkpoints.newest())
     told = of_run(tmp_path / "run")
     assert f"after its step {stopped}" in told["subject"]
     assert told["facts"]["weights"].endswith(f"checkpoint-{stopped}")
