@@ -13,6 +13,7 @@ from galore_torch.training.units import megabytes
 _FAILED_WRITES = frozenset(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO") if hasattr(errno, name)
 )
+_TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+|file write failed")
 # What safetensors, tokenizers, Arrow and torch say, whose errors are not the system's.
 _WORDS = re.compile(
     r"no space left|disk quota exceeded|read-only file system|file too large|os error (28|122|30|27|5)\b"
@@ -35,7 +36,8 @@ def failed_write(error: BaseException) -> str | None:
             return f"{each.strerror}: {each.filename}" if each.filename else str(each.strerror)
         found = _WORDS.search(str(each))
         if found and not isinstance(each, ValueError):  # which is about what was asked for, and says more
-            return str(each).strip().splitlines()[0].rstrip(".")
+            words = str(each).strip().splitlines()[0].rstrip(".")
+            return f"no more could be written, as to a full disk ({words})" if _TORCH.search(words) else words
     return None
 
 
