@@ -46,6 +46,8 @@ def traits_of(optimizer: type[torch.optim.Optimizer], arguments: Mapping[str, An
     declared = DECLARED.get(f"{optimizer.__module__}.{optimizer.__qualname__}")
     if declared is not None:
         return declared
+    # The few numbers of the probe are on the CPU, and so must be a learning rate that is a tensor on a GPU.
+    arguments = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in arguments.items()}
     try:
         # A class is hashable whatever its instances are.
         return _probed(optimizer, frozenset(arguments.items()))  # type: ignore[arg-type]

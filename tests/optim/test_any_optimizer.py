@@ -239,7 +239,7 @@ def test_muon_on_coordinates_moves_as_far_as_muon_on_the_weight(shape, proj_type
         plain.step()
     moved, expected = (ours - start).detach(), (theirs - start).detach()
     # It orthogonalizes in bfloat16, whose noise Muon on the weight amplifies outside the subspace: look along ours.
-    assert (moved * expected).sum() / moved.square().sum() == pytest.approx(1, abs=0.03)
+    assert float((moved * expected).sum() / moved.square().sum()) == pytest.approx(1, abs=0.03)
     assert (moved * expected).sum() > 0.9 * moved.norm() * expected.norm()
 
 
