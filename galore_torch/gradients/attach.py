@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from galore_torch.gradients.applied import AppliedGradient
 from galore_torch.gradients.hooks import apply_when_complete, make_room, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
+from galore_torch.gradients.moved import MovedWeights
 from galore_torch.lowbit import BITS
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
@@ -201,13 +202,15 @@ def _hook(attachment: Attachment, weight: Tensor, hook: Callable[[Tensor], None]
 
 
 def _apply_in_backward(model: nn.Module, optimizer: GaLore, attachment: Attachment) -> None:
-    hook = apply_when_complete(optimizer)
+    moved = MovedWeights()
+    hook = apply_when_complete(optimizer, moved)
     for weight in model.parameters():
         if weight.requires_grad:
             _hook(attachment, weight, hook)
 
     def free() -> None:
         """The gradients that were applied are gone; `step()` finds nothing left to do."""
+        moved.close()
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 if isinstance(weight.grad, AppliedGradient):

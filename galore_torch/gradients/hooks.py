@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.moved import MovedWeights
 from galore_torch.lowbit import Codes
 from galore_torch.optim.galore import GaLore
+from galore_torch.optim.nonfinite import peaks
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work, peaks
+from galore_torch.optim.work import Work
 
 Hook = Callable[[Tensor], None]
 
@@ -28,8 +30,9 @@ Hook = Callable[[Tensor], None]
 def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, image_bits: int = 16) -> Hook:
     """A hook that turns a full gradient into a projected one, and so frees it.
 
-    A weight without a basis finds its first from this gradient, so that no more than one full gradient of such
-    weights lives at a time. A weight whose turn to renew has come keeps its full gradient for `step()`.
+    A weight without a basis finds its first from this gradient, and one whose basis lacks directions more of them, so
+    that no more than one full gradient of such weights lives at a time. The basis comes with the projected gradient,
+    and is the weight's from `step()` on. A weight whose turn to renew has come keeps its full gradient for `step()`.
 
     Args:
         optimizer: holds the weights.
@@ -44,8 +47,8 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, im
     @torch.no_grad()
     def project(weight: Tensor) -> None:
         ours = held()
-        if ours is None or weight.grad is None:
-            return
+        if ours is None or weight.grad is None or weight.grad.requires_grad:
+            return  # of create_graph=True: it is still to be differentiated, as it is
         work = ours.work_on(weight)
         try:
             projected = _projected(work, work.grad)
@@ -64,13 +67,10 @@ def _projected(work: Work, grad: Tensor) -> ProjectedGradient | None:
     """The projection of a gradient; None if the full one is wanted, for `step()` to renew the basis from."""
     if isinstance(grad, ProjectedGradient):
         return grad
-    if work.turn_has_come:
-        if work.state["renewals"] or not _is_usable(grad):
-            return None
-        work.renew()
-        if work.turn_has_come:  # the decomposition failed
-            return None
-    return ProjectedGradient.of(grad, work.projection, work.basis)
+    if not work.turn_has_come:
+        return ProjectedGradient.of(grad, work.projection, work.basis)
+    basis = work.find_basis() if work.is_filled_up and _is_usable(grad) else None
+    return None if basis is None else ProjectedGradient.of(grad, work.projection, basis)
 
 
 def _stored_in(gradient: ProjectedGradient, dtype: torch.dtype | None, bits: int) -> ProjectedGradient:
@@ -109,11 +109,12 @@ def make_room(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
     return let_go
 
 
-def apply_when_complete(optimizer: GaLore) -> Hook:
+def apply_when_complete(optimizer: GaLore, moved: MovedWeights) -> Hook:
     """A hook that makes a weight's whole step the moment its gradient is complete, and frees the gradient.
 
     Args:
         optimizer: holds the weights.
+        moved: the weights that have moved since its last step.
 
     Returns:
         The hook. Should the step raise, the error names the weight.
@@ -125,6 +126,12 @@ def apply_when_complete(optimizer: GaLore) -> Hook:
         ours = held()
         if ours is None:
             return
+        if weight.grad is not None and weight.grad.requires_grad:
+            raise ValueError(
+                "update='backward' moves weights inside the backward pass, so that it cannot be differentiated twice "
+                "(create_graph=True); use attach(..., update='step')"
+            )
+        moved.expect()
         work = ours.work_on(weight)
         try:
             norm = torch.linalg.vector_norm(work.grad)
@@ -135,6 +142,7 @@ def apply_when_complete(optimizer: GaLore) -> Hook:
                 "have been updated; this one and those after it have not"
             ) from error
         weight.grad = AppliedGradient(weight, work.name, norm)
+        moved.add(weight, work.name)
 
     return apply
 

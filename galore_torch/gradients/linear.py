@@ -158,15 +158,39 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
+        # With create_graph=True the gradients will be differentiated themselves, which images cannot be.
+        differentiable = torch.is_grad_enabled()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ _plain(weight, grad_y.dtype)
+            if differentiable and isinstance(weight, QuantizedWeight):
+                grad_x = _Once.apply(grad_x, grad_y, weight)  # type: ignore[no-untyped-call]
         grad_y_nm = _rows(grad_y)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(ctx, grad_y_nm, _rows(kept), weight.dtype)
+            basis = None if differentiable and not ctx.saves_image else ctx.basis
+            with torch.set_grad_enabled(differentiable and not ctx.saves_image):
+                grad_weight = _weight_gradient(ctx, basis, grad_y_nm, _rows(kept), weight.dtype)
+            if differentiable and ctx.saves_image:
+                grad_weight = _Once.apply(grad_weight, grad_y, weight)  # type: ignore[no-untyped-call]
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y_nm.sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on others in a way that is not known any more: differentiating it is an error."""
+
+    @staticmethod
+    def forward(_: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:  # noqa: ARG004
+        return gradient.detach().clone()
+
+    @staticmethod
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(
+            "a linear layer under attach(..., gradients='fused') has kept the image of its input alone, so that it "
+            "cannot be differentiated twice (create_graph=True: gradient penalties, Hessian-vector products); use "
+            "gradients='projected' or 'full'"
+        )
 
 
 def _plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,18 +203,18 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _weight_gradient(ctx: Any, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient dW = dY^T X, or its image."""
-    if ctx.basis is None:
+def _weight_gradient(ctx: Any, basis: Basis | None, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient dW = dY^T X, or with a basis its image."""
+    if basis is None:
         return (grad_y_nm.mT @ kept_nn).to(dtype)
     for mode in ctx.projection.modes:
-        factor = ctx.basis[mode.name].to(grad_y_nm.dtype)
+        factor = basis[mode.name].to(grad_y_nm.dtype)
         if mode.name == "left":
             grad_y_nm = grad_y_nm @ factor
         elif not ctx.saves_image:
             kept_nn = kept_nn @ factor
     image = grad_y_nm.mT @ kept_nn
-    return ProjectedGradient(image.to(dtype), ctx.projection, ctx.basis, dtype)
+    return ProjectedGradient(image.to(dtype), ctx.projection, basis, dtype)
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -39,6 +39,8 @@ class Storage:
         Returns:
             By mode, the factor itself or its codes and scales.
         """
+        if isinstance(basis, StoredBasis) and basis.bits == self.bits:
+            return dict(basis.stored)
         if self.bits == 16:
             return dict(basis)
         return {name: self._packed(factor) for name, factor in basis.items()}
@@ -81,12 +83,12 @@ class StoredBasis(Mapping[str, Tensor]):
     ) -> None:
         self.stored = stored
         self._shapes = shapes
-        self._bits = bits
+        self.bits = bits
         self._dtype = dtype
 
     def __getitem__(self, name: str) -> Tensor:
         """The factor of a mode, decoded anew."""
-        return Codes(**self.stored[name], shape=self._shapes[name], bits=self._bits).decode(self._dtype)
+        return Codes(**self.stored[name], shape=self._shapes[name], bits=self.bits).decode(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

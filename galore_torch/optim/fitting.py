@@ -18,7 +18,7 @@ from torch import Tensor
 from galore_torch.optim.groups import FIXED_KEYS, is_projected
 from galore_torch.optim.work import Work
 
-MADE_ANEW = {"gap", "overlaps", "captured"}
+MADE_ANEW = {"gap", "overlaps", "captured", "lacking"}
 """What checkpoints of older versions do not have."""
 
 KEPT_BY: list[tuple[set[str], str]] = []

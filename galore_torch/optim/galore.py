@@ -23,13 +23,15 @@ from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks
 from galore_torch.optim.fitting import Fits
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
+from galore_torch.optim.nonfinite import count_nonfinite, peaks, projected_only
 from galore_torch.optim.places import Place, places
 from galore_torch.optim.probe import traits_of
+from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.quantize import require_current
 from galore_torch.optim.rule import Rule, Traits, check_dimensions, share_arguments
 from galore_torch.optim.state_size import report_unquantized
 from galore_torch.optim.subspaces import Subspace, subspaces_of
-from galore_torch.optim.work import Clock, Work, count_nonfinite, peaks, projected_only
+from galore_torch.optim.work import Clock, Work
 from galore_torch.projection import turn_offset
 
 LentGroups = dict[tuple[int, bool], dict[str, Any]]
@@ -159,6 +161,9 @@ class GaLore(Optimizer):
         self._check_dimensions(group)
         super().add_param_group(group)
 
+    # A compiler would look into the bookkeeping, and into gradients that are no plain tensors. torch.compiler.disable
+    # would do the same, and import the compiler with it.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step of every parameter that has a gradient.
@@ -253,7 +258,7 @@ class GaLore(Optimizer):
         if place is None:
             raise ValueError(f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}")
         work = self._work(place, {})
-        self._fits.prepare([work])
+        self._fits.prepare([work])  # the gradient may still be thrown away: `apply` alone keeps a new state
         return work
 
     def apply(self, work: list[Work]) -> None:
@@ -267,6 +272,8 @@ class GaLore(Optimizer):
         """
         for one in work:  # all are checked before anything changes
             one.check_gradient()
+        for one in work:
+            self.state.setdefault(one.weight, one.state)
         self._fits.prepare(work)
         self._renew(work)
         for chunk in chunks(work):
@@ -297,7 +304,7 @@ class GaLore(Optimizer):
             name=parameter_name(group, place.index),
             group=group,
             lent_group=lent_groups[lent_key],
-            state=self.state[weight] if state is None else state,
+            state=self.state.get(weight, {}) if state is None else state,
             projection=projection_in(group, weight),
             rule=rule,
             traits=traits,
@@ -314,7 +321,7 @@ class GaLore(Optimizer):
         due = [one for one in work if one.is_due]
         if not due:
             return
-        grads = [one.grad for one in due]
+        grads = [one.grad.image if isinstance(one.grad, ProjectedGradient) else one.grad for one in due]
         for one, peak in zip(due, peaks(grads).tolist(), strict=True):
             if 0 < peak < float("inf"):
                 one.renew()
@@ -323,7 +330,7 @@ class GaLore(Optimizer):
         """The rule moves the coordinates (or parameters) of a chunk, and they are folded into the weights."""
         images = [one.image() for one in chunk]
         if self._settings["skip_nonfinite"]:
-            flags = count_nonfinite(chunk, images).tolist()
+            flags = count_nonfinite(chunk, images, everywhere=True).tolist()
             kept = [place for place, bad in enumerate(flags) if not bad]
             chunk = [chunk[place] for place in kept]
             images = [images[place] for place in kept]

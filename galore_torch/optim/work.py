@@ -3,13 +3,13 @@
 State of a projected weight: `step` (how many it has made), `renewals` (how many bases it has had), `renewed_step` (the
 step of the last), `gap` (steps to the next, of a lazy layer), `overlaps` (of the last renewals, each with the basis
 before it; newest last, zero where there were not as many), `captured` (share of the gradient's energy at the last
-renewal that the basis before it held; zero before there were two), `nonfinite` (gradients met that were not finite),
-`basis` (factors by mode, as `lowbit` stores them) and `inner` (the rule's own).
+renewal that the basis before it held; zero before there were two), `lacking` (columns of the basis that are zeros, for
+no gradient has told them; negative if they wait for the next turn, since the last gradient told none), `nonfinite`
+(gradients met that were not finite), `basis` (factors by mode, as `lowbit` stores them) and `inner` (the rule's own).
 """
 
 from __future__ import annotations
 
-import functools
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.groups import is_projected, storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Lent, Moved, Rule, Traits
-from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, overlap
+from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
 
 
 @dataclass(slots=True)
@@ -86,9 +86,11 @@ class Work:
 
     @property
     def turn_has_come(self) -> bool:
-        """Whether the basis is to be renewed in this step. Nothing but a step changes it."""
-        if not self.projection.modes:
-            return False
+        """Whether the basis is to be renewed or filled up in this step. Nothing but a step changes it."""
+        return bool(self.projection.modes) and (self._is_due_anew or self.state["lacking"] > 0)
+
+    @property
+    def _is_due_anew(self) -> bool:
         step, renewed_step = self.state["step"], self.state["renewed_step"]
         # Gaps that differ keep no common places: after its first turn a lazy layer counts from its last.
         counts_on = self.is_lazy and self.state["renewals"] > 1
@@ -106,9 +108,21 @@ class Work:
         return max(least, self.state["gap"]) if self.is_lazy else least
 
     @property
+    def is_filled_up(self) -> bool:
+        """Whether what is due in this step are directions that no gradient has told yet: all of them at first."""
+        return self.turn_has_come and not (self.state["renewals"] and self._is_due_anew)
+
+    @property
     def is_due(self) -> bool:
-        """Whether the basis is to be renewed from the gradient there is. A projected gradient holds too little."""
-        return self.turn_has_come and not isinstance(self.weight.grad, ProjectedGradient)
+        """Whether the basis is to be renewed with the gradient there is.
+
+        A projected gradient holds too little to find one from. But it may bring the basis that was found from it inside
+        the backward, which counts from this step on: with a gradient that is thrown away it goes.
+        """
+        grad = self.weight.grad
+        if not isinstance(grad, ProjectedGradient):
+            return self.turn_has_come
+        return self.is_filled_up and grad.projection == self.projection and not grad.is_in(self.basis)
 
     def check_gradient(self) -> None:
         """Checks that the gradient is of a kind that is served.
@@ -129,10 +143,12 @@ class Work:
         if self.projection.modes and "captured" not in self.state:
             self.state["captured"] = torch.zeros((), device=self.weight.device)
         if "step" in self.state or not self.through_coordinates:
+            if self.projection.modes:
+                self.state.setdefault("lacking", 0)
             return
         self.state["step"] = 0
         if self.projection.modes:
-            self.state["renewals"], self.state["renewed_step"] = 0, -1
+            self.state["renewals"], self.state["renewed_step"], self.state["lacking"] = 0, -1, 0
             self.state["nonfinite"] = torch.zeros((), dtype=torch.int64, device=self.weight.device)
             dtype, device = self.weight.dtype, self.weight.device
             shapes = self.projection.factor_shapes
@@ -147,26 +163,58 @@ class Work:
     def _keep(self, basis: Basis) -> None:
         self.state["basis"] = storage_in(self.group).store(basis)
 
-    def renew(self) -> None:
-        """Finds a new basis from the gradient, which must be full, finite and not zero.
+    def find_basis(self) -> Basis | None:
+        """The basis that the gradient tells, which must be full, finite and not zero. It changes nothing.
 
         The random numbers depend on the seed, on `index` and on the number of the renewal alone.
+
+        Returns:
+            The factors by mode, stored as the state would hold them; None if the decomposition failed.
         """
         start = time.perf_counter()
         generator = torch.Generator()  # of the CPU: the same numbers on every device
         generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state["renewals"]) % 2**63)
-        old = self.basis if self.state["renewals"] else None
         try:
-            basis = find_basis(self.projection, self.grad, self.group["decomposition"], generator=generator, old=old)
+            basis = find_basis(
+                self.projection,
+                self.grad,
+                self.group["decomposition"],
+                generator=generator,
+                old=self.basis if self.state["renewals"] else None,
+                fills=self.is_filled_up,
+            )
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warnings.warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})", stacklevel=4)
-            return
-        if old is not None:
-            self._compare(basis, old)
-        self._keep({name: factor.to(self.weight.dtype) for name, factor in basis.items()})
-        self.state["renewals"] += 1
-        self.state["renewed_step"] = self.state["step"]
+            return None
+        storage, dtype = storage_in(self.group), self.weight.dtype
+        stored = storage.store({name: factor.to(dtype) for name, factor in basis.items()})
         self.clock.seconds += time.perf_counter() - start
+        return storage.read(stored, self.projection.factor_shapes, dtype)
+
+    def renew(self) -> None:
+        """Takes the basis that the gradient brings or, in full, tells."""
+        grad = self.grad
+        basis = grad.basis if isinstance(grad, ProjectedGradient) else self.find_basis()
+        if basis is not None:
+            self._take(basis)
+
+    def _take(self, basis: Basis) -> None:
+        """Puts a new basis in the old one's place, and notes what of it is still to be found.
+
+        A basis that lacks directions is filled up from the next gradients, as long as they bring any; a matrix of a
+        stack that has none at all waits for its first gradient, however long.
+        """
+        state, is_filled_up, old = self.state, self.is_filled_up, self.basis
+        if state["renewals"] and not is_filled_up:
+            self._compare(basis, old)
+        if not state["renewals"] or state["lacking"]:  # what is whole stays so, and is not read back
+            before = abs(state["lacking"]) if state["renewals"] else self.projection.basis_columns
+            missing, some_lack_all = lacking(basis)
+            state["lacking"] = missing if missing < before or some_lack_all else -missing
+        self._keep(basis)
+        if not (state["renewals"] and is_filled_up):
+            state["renewals"] += 1
+            state["renewed_step"] = state["step"]
 
     def _compare(self, basis: Basis, old: Basis) -> None:
         """Notes how much of the subspace is left in the next, and adapts a lazy layer's gap to it.
@@ -271,57 +319,3 @@ class Work:
             alpha=alpha,
             beta=beta,
         )
-
-
-def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor]) -> Tensor:
-    """Finds the images that are not finite, and counts them in the state of the projected weights.
-
-    A number that is not finite spoils a whole slice of the image across its projected axes, so the first entries along
-    these are looked at; nothing is read back from the device.
-
-    Args:
-        work: the weights, at least one.
-        images: their images (or gradients, where they are not projected).
-
-    Returns:
-        One boolean for each, on the first one's device.
-    """
-    bad = (
-        peaks([_across(image, one.projection) for one, image in zip(work, images, strict=True)])
-        .isfinite()
-        .logical_not_()
-    )
-    counted = [
-        (one.state["nonfinite"], mark) for one, mark in zip(work, bad.unbind(), strict=True) if one.projection.modes
-    ]
-    if counted:
-        counters, marks = zip(*counted, strict=True)
-        torch._foreach_add_(counters, marks)
-    return bad
-
-
-def peaks(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest absolute entries of tensors, as one vector on the first one's device.
-
-    Args:
-        tensors: at least one, of any floating dtypes.
-
-    Returns:
-        (number of tensors,); not finite where an entry is not finite, 0 only where all entries are 0.
-    """
-    device = tensors[0].device
-    largest = [peak.to(device) for peak in torch._foreach_norm(list(tensors), float("inf"))]
-    dtype = functools.reduce(torch.promote_types, (peak.dtype for peak in largest))
-    return torch.stack([peak.to(dtype) for peak in largest])
-
-
-def _across(image: Tensor, projection: Projection) -> Tensor:
-    for mode in projection.modes:
-        image = image.narrow(mode.axis, 0, 1)
-    return image
-
-
-def projected_only(work: list[Work], images: list[Tensor]) -> tuple[list[Work], list[Tensor]]:
-    """Those that are projected, and their images."""
-    pairs = [(one, image) for one, image in zip(work, images, strict=True) if one.projection.modes]
-    return [one for one, _ in pairs], [image for _, image in pairs]

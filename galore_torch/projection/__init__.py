@@ -1,12 +1,14 @@
 """Floor 1: the mathematics of the projection, on tensors only.
 
 It knows no optimizer, no module and no process group. Four questions: what a projection does to a tensor
-(`geometry`), which subspace it uses (`decompositions`, `subspace`), when that is renewed (`renewal`), and how much of
-the old one is left in the new (`overlap`). Beside them, how much of a gradient a subspace holds (`spectra`).
+(`geometry`), which subspace it uses (`decompositions`, `numerical_rank`, `subspace`), when that is renewed (`renewal`),
+and how much of the old one is left in the new (`overlap`). Beside them, how much of a gradient a subspace holds
+(`spectra`).
 """
 
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Side, find_bases
 from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, Projection
+from galore_torch.projection.numerical_rank import lacking
 from galore_torch.projection.overlap import overlap
 from galore_torch.projection.renewal import adapt_gap, is_due, turn_offset
 from galore_torch.projection.spectra import captured_energy
@@ -25,6 +27,7 @@ __all__ = [
     "find_bases",
     "find_basis",
     "is_due",
+    "lacking",
     "overlap",
     "turn_offset",
 ]

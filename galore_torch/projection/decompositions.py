@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from galore_torch.projection.numerical_rank import is_lacking, keep_told, told_columns
+
 Side = Literal["left", "right"]
 
 OVERSAMPLING = 16
@@ -76,12 +78,13 @@ def find_bases(
         decomposition: one of `DECOMPOSITIONS`.
         generator: where random numbers come from. One of the CPU gives the same numbers for a matrix on any device.
         old: the bases in use until now. `warm` starts from them, and all but `svd` turn the new basis' signs to agree
-            with theirs, so that moments kept in the old coordinates stay meaningful. In a stack, a matrix of zeros
-            keeps its old basis.
+            with theirs, so that moments kept in the old coordinates stay meaningful. They stay in the place of
+            directions that the matrix does not tell, and a matrix of zeros keeps its old basis.
 
     Returns:
         Contiguous (..., m, r) and (..., n, r) by side, in float64 for a float64 matrix and else in float32. They hold
-        no memory but their own elements.
+        no memory but their own elements. Orthonormal, but for columns of zeros where neither the matrix nor an old
+        basis tells a direction (`random` draws all of them).
 
     Raises:
         ValueError: an unknown decomposition.
@@ -93,10 +96,13 @@ def find_bases(
     found = DECOMPOSITIONS[decomposition](matrix, Wanted(ranks=ranks, old=old, generator=generator))
     if decomposition != "svd":
         found = {side: align_signs(basis, old.get(side)) for side, basis in found.items()}
-    if matrix.dim() > 2 and old:
-        # An expert that met no token tells no subspace; another basis would only scramble its moments.
+    if decomposition == "random":
         idle = matrix.abs().amax(dim=(-2, -1), keepdim=True) == 0
-        found = {side: torch.where(idle, old[side], basis) for side, basis in found.items()}
+        found = {side: torch.where(idle, old.get(side, basis), basis) for side, basis in found.items()}
+    else:
+        for side, basis in found.items():
+            told = told_columns(_facing(_multiplied(matrix), side), basis, matrix.dtype)
+            found[side] = keep_told(basis, told, old.get(side))
     # A slice of the whole factor would keep all of it alive.
     return {side: basis.clone(memory_format=torch.contiguous_format) for side, basis in found.items()}
 
@@ -132,8 +138,7 @@ def _gaussian(facing_dk: Tensor, columns: int, generator: torch.Generator) -> Te
 
 def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     """Subspace iteration for one side; the other side, if wanted, follows from it."""
-    # bf16 is multiplied as it is: it loses no energy and takes a third of the time. fp16 has too short a range.
-    matrix = matrix if matrix.dtype == torch.bfloat16 else _exact(matrix)
+    matrix = _multiplied(matrix)
     first, *others = wanted.ranks
     facing_dk = _facing(matrix, first)
     start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.generator)
@@ -145,12 +150,16 @@ def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 
 
 def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Where an iteration starts: the old basis, if there is one, filled up with Gaussian columns."""
+    """Where an iteration starts: the old basis, if there is one, filled up with Gaussian columns.
+
+    They are in the place of columns of zeros too, which no iteration would leave.
+    """
     size = min(rank + OVERSAMPLING, *facing_dk.shape[-2:])
     if old_dr is None or old_dr.shape[-1] > size:
         return _gaussian(facing_dk, size, generator)
     more = _gaussian(facing_dk, size - old_dr.shape[-1], generator)
-    return torch.cat((old_dr, more), dim=-1)
+    others = _gaussian(facing_dk, old_dr.shape[-1], generator)
+    return torch.cat((torch.where(is_lacking(old_dr).unsqueeze(-2), others, old_dr), more), dim=-1)
 
 
 def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int) -> Tensor:
@@ -182,6 +191,14 @@ def _unit(matrix: Tensor) -> Tensor:
 def _product(matrix: Tensor, columns: Tensor) -> Tensor:
     """A product in the matrix' own precision, the result in the columns'."""
     return (matrix @ columns.to(matrix.dtype)).to(columns.dtype)
+
+
+def _multiplied(matrix: Tensor) -> Tensor:
+    """The matrix as it is multiplied.
+
+    bf16 as it is: it loses no energy and takes a third of the time. fp16 has too short a range.
+    """
+    return matrix if matrix.dtype == torch.bfloat16 else _exact(matrix)
 
 
 def _exact(matrix: Tensor) -> Tensor:

@@ -144,8 +144,13 @@ class Projection:
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the basis' factors, by mode."""
-        stack = () if self._is_tucker else self.view_shape[:-2]
+        stack = () if self.is_tucker else self.view_shape[:-2]
         return {mode.name: (*stack, mode.size, mode.rank) for mode in self.modes}
+
+    @property
+    def basis_columns(self) -> int:
+        """How many directions the basis has, over all modes and stacked matrices."""
+        return sum(math.prod((*shape[:-2], shape[-1])) for shape in self.factor_shapes.values())
 
     @property
     def state_elements(self) -> int:
@@ -159,7 +164,8 @@ class Projection:
         return self.state_elements >= 2 * math.prod(self.shape)
 
     @property
-    def _is_tucker(self) -> bool:
+    def is_tucker(self) -> bool:
+        """Whether axes are projected one by one, not as sides of matrices."""
         return any(mode.name.startswith("mode") for mode in self.modes)
 
     def project(self, full: Tensor, basis: Basis) -> Tensor:
@@ -221,7 +227,7 @@ class Projection:
         """
         coordinates = coordinates.to(weight.dtype)
         scattered = weight.dim() > 3 and not weight.is_contiguous()  # its leading axes may not be one
-        if not self.modes or self._is_tucker or self.view_shape != self.shape or scattered:
+        if not self.modes or self.is_tucker or self.view_shape != self.shape or scattered:
             if beta != 1.0:
                 weight.mul_(beta)
             weight.add_(self.project_back(coordinates, basis), alpha=alpha)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from galore_torch.projection.decompositions import find_bases
 from galore_torch.projection.geometry import Basis, Mode, Projection, multiply_mode
+from galore_torch.projection.numerical_rank import is_lacking
 
 TUCKER_SWEEPS = 4
 """Sweeps over the axes after the first pass, which already finds each axis' own best subspace. Enough to miss no more
@@ -25,6 +26,7 @@ def find_basis(
     *,
     generator: torch.Generator,
     old: Basis | None = None,
+    fills: bool = False,
 ) -> dict[str, Tensor]:
     """A basis for a weight from its gradient.
 
@@ -34,9 +36,11 @@ def find_basis(
         decomposition: one of `DECOMPOSITIONS`.
         generator: where random numbers come from; one of the CPU gives the same numbers on any device.
         old: the basis in use until now, if any.
+        fills: whether only matrices of a stack whose old basis lacks directions get another.
 
     Returns:
-        The factors by mode, contiguous, in `grad`'s dtype; none for a projection without modes.
+        The factors by mode, contiguous, in `grad`'s dtype; none for a projection without modes. Columns that neither
+        the gradient nor an old basis tells are zeros.
 
     Raises:
         ValueError: an unknown decomposition.
@@ -51,12 +55,32 @@ def find_basis(
     if not projection.modes:
         return {}
     view = grad.reshape(projection.view_shape)
-    if any(mode.name.startswith("mode") for mode in projection.modes):
+    if fills and old and view.dim() > 2 and not projection.is_tucker:
+        found = _filled(projection, view, decomposition, generator, old)
+    elif projection.is_tucker:
         found = _tucker(projection, view, decomposition, generator, old or {})
     else:
-        ranks = {mode.name: mode.rank for mode in projection.modes}
-        found = find_bases(view, ranks, decomposition, generator=generator, old=old)
+        found = find_bases(view, _ranks(projection), decomposition, generator=generator, old=old)
     return {name: factor.to(grad.dtype) for name, factor in found.items()}
+
+
+def _ranks(projection: Projection) -> dict[str, int]:
+    return {mode.name: mode.rank for mode in projection.modes}
+
+
+def _filled(
+    projection: Projection, stack: Tensor, decomposition: str, generator: torch.Generator, old: Basis
+) -> dict[str, Tensor]:
+    """The old bases of a stack, but for those that lack directions and whose matrix is not zero."""
+    filled = {name: old[name].clone() for name in old}
+    wanted = torch.linalg.vector_norm(stack, float("inf"), dim=(-2, -1)) > 0
+    wanted &= torch.stack([is_lacking(factor).any(-1) for factor in filled.values()]).any(0)
+    if wanted.any():
+        known = {name: factor[wanted] for name, factor in filled.items()}
+        found = find_bases(stack[wanted], _ranks(projection), decomposition, generator=generator, old=known)
+        for name, factor in found.items():
+            filled[name][wanted] = factor.to(filled[name].dtype)
+    return filled
 
 
 def _tucker(

@@ -40,20 +40,23 @@ def test_four_micro_batches_of_one_are_a_batch_of_four(mode):
 
 @every_projecting_mode
 def test_the_first_basis_is_that_of_the_first_micro_batch(mode):
+    """It comes with the gradient, and is the weight's once the step is made."""
     first, *others = batch(0).chunk(4)
     model, optimizer, _ = attached(mode, one_layer)
     loss_of(model, first).backward()
-    found = [optimizer.state[weight]["basis"] for weight in projected_weights(optimizer)]
-    assert len(images(optimizer)) == len(found)
+    found = [weight.grad.basis for weight in projected_weights(optimizer)]
+    assert not optimizer.state
     for ids in others:
         loss_of(model, ids).backward()
+    optimizer.step()
     alone = one_layer()
     other = adamw(alone)
     loss_of(alone, first).backward()
     other.step()
     for weight, basis, alike in zip(projected_weights(optimizer), found, projected_weights(other), strict=True):
-        assert optimizer.state[weight]["basis"] is basis
-        torch.testing.assert_close(basis, other.state[alike]["basis"], rtol=1e-3, atol=1e-4)
+        (name,) = basis
+        assert optimizer.state[weight]["basis"][name] is basis[name]
+        torch.testing.assert_close(dict(basis), other.state[alike]["basis"], rtol=1e-3, atol=1e-4)
 
 
 @every_projecting_mode

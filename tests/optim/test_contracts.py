@@ -58,7 +58,7 @@ def test_state_is_as_documented():
     optimizer = GaLoreAdamW(made)
     walk(optimizer, trained, range(3))
     projected, plain = optimizer.state[trained[0]], optimizer.state[trained[-1]]
-    counters = {"step", "renewals", "renewed_step", "gap", "overlaps", "captured", "nonfinite"}
+    counters = {"step", "renewals", "renewed_step", "gap", "overlaps", "captured", "lacking", "nonfinite"}
     assert set(projected) == {*counters, "basis", "inner"}
     assert (projected["step"], projected["renewals"]) == (3, 2)  # the first step's, and its turn in the third
     assert (projected["gap"], projected["overlaps"].shape) == (3, (5,))

@@ -1,0 +1,87 @@
+"""Which weights have moved inside a backward pass since the last `step()`, and what that forbids.
+
+With `update="backward"` a gradient acts when it is complete. A second one before `step()`, of another backward or of
+another re-entrant segment of the same, would act on a weight that is not the one it was computed for, and a gradient
+that is thrown away by `zero_grad()` has acted already. Both are found when the first gradient of a backward arrives,
+before anything moves. A backward that ends in an error leaves some weights moved and others not; that is told.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from torch import Tensor
+
+from galore_torch.gradients.applied import AppliedGradient
+
+# The engine's own questions, which torch.autograd.graph asks as well.
+_current_backward = torch._C._current_graph_task_id
+_will_compute = torch._C._will_engine_execute_node
+
+
+class MovedWeights:
+    """The weights that have moved since the last `step()`."""
+
+    def __init__(self) -> None:
+        self._names: dict[weakref.ref[Tensor], str] = {}
+        self._unfinished: set[int] = set()
+
+    def expect(self) -> None:
+        """To be called before a weight is moved: checks the first time in a backward that none will move twice.
+
+        Raises:
+            ValueError: one will; nothing has moved in this backward then.
+        """
+        backward = _current_backward()
+        if backward in self._unfinished:
+            return
+        twice = [name for name, weight in self._alive() if _arrives(weight)]
+        if twice:
+            emptied = not any(isinstance(weight.grad, AppliedGradient) for _, weight in self._alive())
+            if not (emptied and self._unfinished):
+                raise ValueError(
+                    f"the gradient of {twice[0]} arrives a second time before step(), and the first has moved the "
+                    "weight already (update='backward'); zero_grad() does not undo that, and a weight that is used in "
+                    "several re-entrant checkpoints gets a gradient from each. Call step() after every backward pass "
+                    "(checkpoint with use_reentrant=False); to accumulate gradients or to throw one away use "
+                    "attach(..., update='step')"
+                )
+            self.close()
+        self._unfinished.add(backward)
+        unfinished = self._unfinished
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: unfinished.discard(backward))
+
+    def add(self, weight: Tensor, name: str) -> None:
+        """Notes a weight that has moved.
+
+        Args:
+            weight: the weight.
+            name: what messages call it.
+        """
+        self._names[weakref.ref(weight)] = name
+
+    def close(self) -> None:
+        """Ends the step: all may move again. Warns if its backward pass ended in an error."""
+        names, interrupted = [name for name, _ in self._alive()], bool(self._unfinished)
+        self._names = {}
+        self._unfinished.clear()
+        if names and interrupted:
+            warnings.warn(
+                f"a backward pass ended in an error after it had moved {len(names)} weights ({names[0]} first; "
+                "update='backward' applies each gradient at once): they have made a step that the others have not. "
+                "To be exact load a checkpoint, or use update='step'",
+                stacklevel=2,
+            )
+
+    def _alive(self) -> list[tuple[str, Tensor]]:
+        found = ((name, weight()) for weight, name in self._names.items())
+        return [(name, weight) for name, weight in found if weight is not None]
+
+
+def _arrives(weight: Tensor) -> bool:
+    """Whether the backward pass that is running accumulates a gradient of a weight."""
+    if not weight.requires_grad:
+        return False
+    return _will_compute(torch.autograd.graph.get_gradient_edge(weight).node)

@@ -1,0 +1,69 @@
+"""Which gradients are not finite: found on the device, without waiting for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.work import Work
+from galore_torch.projection import Projection
+
+
+def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor], *, everywhere: bool = False) -> Tensor:
+    """Finds the images that are not finite, and counts them in the state of the projected weights.
+
+    A number that is not finite in a full gradient spoils a whole slice of the image across its projected axes, so the
+    first entries along these are looked at. A gradient that came projected may have overflowed anywhere since, and is
+    looked at as a whole. Nothing is read back from the device.
+
+    Args:
+        work: the weights, at least one.
+        images: their images (or gradients, where they are not projected).
+        everywhere: whether all images are looked at as a whole: projecting itself may overflow.
+
+    Returns:
+        One boolean for each, on the first one's device.
+    """
+    seen = [
+        image if everywhere or isinstance(one.grad, ProjectedGradient) else _across(image, one.projection)
+        for one, image in zip(work, images, strict=True)
+    ]
+    bad = peaks(seen).isfinite().logical_not_()
+    counted = [
+        (one.state["nonfinite"], mark) for one, mark in zip(work, bad.unbind(), strict=True) if one.projection.modes
+    ]
+    if counted:
+        counters, marks = zip(*counted, strict=True)
+        torch._foreach_add_(counters, marks)
+    return bad
+
+
+def peaks(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute entries of tensors, as one vector on the first one's device.
+
+    Args:
+        tensors: at least one, of any floating dtypes.
+
+    Returns:
+        (number of tensors,); not finite where an entry is not finite, 0 only where all entries are 0.
+    """
+    device = tensors[0].device
+    largest = [peak.to(device) for peak in torch._foreach_norm(list(tensors), float("inf"))]
+    dtype = functools.reduce(torch.promote_types, (peak.dtype for peak in largest))
+    return torch.stack([peak.to(dtype) for peak in largest])
+
+
+def _across(image: Tensor, projection: Projection) -> Tensor:
+    for mode in projection.modes:
+        image = image.narrow(mode.axis, 0, 1)
+    return image
+
+
+def projected_only(work: list[Work], images: list[Tensor]) -> tuple[list[Work], list[Tensor]]:
+    """Those that are projected, and their images."""
+    pairs = [(one, image) for one, image in zip(work, images, strict=True) if one.projection.modes]
+    return [one for one, _ in pairs], [image for _, image in pairs]

@@ -1,0 +1,111 @@
+"""Which directions of a basis its gradient tells, and what takes the place of the others.
+
+A gradient of fewer tokens than the rank, or an expert's that met none, has fewer directions than a basis has columns;
+a decomposition fills up with whatever rounding leaves. Such columns say nothing: the old basis' directions stay in
+their place, and where there is no old one a column of zeros, which projects to nothing, until a gradient tells more.
+
+Shape suffixes: d x k the matrix seen from the side of the basis, r the rank, q the columns of another basis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from galore_torch.projection.geometry import Basis
+
+LEAST_SINE = 0.1
+"""The sine of the angle between an old direction and the new ones from which on it is one more direction. Rounding a
+basis to bfloat16 turns its columns by less."""
+
+
+def told_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dtype) -> Tensor:
+    """Which columns of a basis stand for more of a matrix than its rounding.
+
+    Args:
+        facing_dk: (..., d, k), in the precision of the computation.
+        basis_dr: (..., d, r), orthonormal.
+        rounded_to: the dtype that the matrix had before.
+
+    Returns:
+        (..., r), of booleans; all False for a matrix of zeros.
+    """
+    image_kr = (facing_dk.mT @ basis_dr.to(facing_dk.dtype)).to(basis_dr.dtype)
+    largest = torch.linalg.vector_norm(image_kr, float("inf"), dim=(-2, -1), keepdim=True)
+    lengths = torch.linalg.vector_norm(image_kr / torch.where(largest > 0, largest, 1), dim=-2)
+    # Rounding each of m x n numbers on its own leaves singular values of eps (sqrt(m) + sqrt(n)) / sqrt(m n) of the
+    # norm at most, and so many eps of the computation are lost in finding the directions themselves.
+    rounding = 2 * torch.finfo(rounded_to).eps * sum(size**-0.5 for size in facing_dk.shape[-2:])
+    least = rounding + 64 * torch.finfo(basis_dr.dtype).eps
+    told: Tensor = lengths > least * torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
+    return told
+
+
+def is_lacking(basis_dr: Tensor) -> Tensor:
+    """Which columns of a basis are zeros: no gradient has told them yet.
+
+    Args:
+        basis_dr: (..., d, r), also as it comes back from few bits.
+
+    Returns:
+        (..., r), of booleans.
+    """
+    zero: Tensor = torch.linalg.vector_norm(basis_dr, dim=-2) < 0.5
+    return zero
+
+
+def lacking(basis: Basis) -> tuple[int, bool]:
+    """How many columns of a basis no gradient has told yet. Synchronizes.
+
+    Args:
+        basis: factors by mode.
+
+    Returns:
+        The number over all factors, and whether any matrix of any factor has none but such.
+    """
+    missing = [is_lacking(factor) for factor in basis.values()]
+    read = torch.stack([torch.stack((one.sum(), one.all(-1).sum())) for one in missing]).sum(0).tolist()
+    return read[0], read[1] > 0
+
+
+def keep_told(found_dr: Tensor, told_r: Tensor, old_dr: Tensor | None) -> Tensor:
+    """A basis of the directions that are told, and beside them what it can keep of the old one. Synchronizes.
+
+    Args:
+        found_dr: (..., d, r), orthonormal.
+        told_r: (..., r), as `told_columns` gives them.
+        old_dr: (..., d, r), the basis in use until now, of `found_dr`'s dtype; None at first.
+
+    Returns:
+        (..., d, r): of each matrix first the told columns, then as many directions of the old basis that are
+        orthogonal to them as there is room for, then zeros. Where nothing is told, the old basis as it is.
+    """
+    if bool(told_r.all()):
+        return found_dr
+    old_dr = torch.zeros_like(found_dr) if old_dr is None else old_dr
+    found, old = (one.reshape(-1, *one.shape[-2:]) for one in (found_dr, old_dr))
+    each = zip(found, old, told_r.reshape(-1, told_r.shape[-1]), strict=True)
+    return torch.stack([_completed(*one) for one in each]).view(found_dr.shape)
+
+
+def _completed(found_dr: Tensor, old_dr: Tensor, told_r: Tensor) -> Tensor:
+    told_dk = found_dr[:, told_r]
+    if not told_dk.shape[1]:
+        return old_dr
+    kept = _orthogonal_to(told_dk, old_dr[:, ~is_lacking(old_dr)], found_dr.shape[1] - told_dk.shape[1])
+    columns = torch.cat((told_dk, kept), dim=1)
+    return torch.nn.functional.pad(columns, (0, found_dr.shape[1] - columns.shape[1]))
+
+
+def _orthogonal_to(basis_dr: Tensor, other_dq: Tensor, most: int) -> Tensor:
+    """Directions of another basis' subspace that are orthogonal to a basis, turned to that one's last columns.
+
+    In the order of columns the first are the strongest, so the first that are replaced; moments of the others keep
+    their meaning as far as their columns keep their place.
+    """
+    outside_dq = other_dq - basis_dr @ (basis_dr.mT @ other_dq)
+    directions, sines, _ = torch.linalg.svd(outside_dq, full_matrices=False)
+    directions = directions[:, :most][:, sines[:most] > LEAST_SINE]
+    left, _, right = torch.linalg.svd(directions.mT @ other_dq[:, other_dq.shape[1] - directions.shape[1] :])
+    turned: Tensor = directions @ (left @ right)
+    return turned
