@@ -1,0 +1,103 @@
+"""Directions that a gradient does not tell: the old basis' stay, or columns of zeros where there is none."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from galore_torch.projection import Projection, find_basis, lacking
+from tests.projection.bases import orthonormal, random_basis
+from tests.projection.test_properties import projections, seeds
+
+TELLING = ("svd", "randomized", "warm")
+
+
+def find(projection, grad, decomposition, old=None, **keys):
+    return find_basis(projection, grad, decomposition, generator=torch.Generator(), old=old, **keys)
+
+
+def of_rank(shape, rank):
+    *stack, rows, columns = shape
+    left, right = (torch.randn(*stack, *of, dtype=torch.float64) for of in ((rows, rank), (rank, columns)))
+    return left @ right
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(TELLING), st.sampled_from(["left", "right", "full"]), st.integers(0, 8), seeds)
+def test_what_a_gradient_tells_is_held_and_what_is_orthogonal_to_it_is_kept(decomposition, proj_type, tokens, seed):
+    """The new subspace holds all of the gradient, and those directions of the old one that it says nothing about."""
+    torch.manual_seed(seed)
+    projection = Projection.of((24, 20), 8, proj_type)
+    old, grad = random_basis(projection), of_rank((24, 20), tokens)
+    basis = find(projection, grad, decomposition, old)
+    assert lacking(basis) == (0, False)
+    held = projection.project_back(projection.project(grad, basis), basis)
+    torch.testing.assert_close(held, grad, atol=1e-8, rtol=0)
+    for name, factor in basis.items():
+        torch.testing.assert_close(factor.mT @ factor, torch.eye(8, dtype=factor.dtype), atol=1e-9, rtol=0)
+        kept = torch.linalg.svdvals(factor.mT @ old[name])
+        assert (kept[: 8 - tokens] > 1 - 1e-9).all()
+        if not tokens:
+            assert torch.equal(factor, old[name])
+
+
+@settings(max_examples=40)
+@given(projections(), st.sampled_from(TELLING), seeds)
+def test_a_gradient_of_one_direction_renews_no_more_than_one_whatever_the_layout(projection, decomposition, seed):
+    torch.manual_seed(seed)
+    old, grad = random_basis(projection), torch.ones((), dtype=torch.float64)
+    for size in projection.view_shape:
+        grad = grad.unsqueeze(-1) * torch.randn(size, dtype=torch.float64)
+    grad = grad.reshape(projection.shape)
+    basis = find(projection, grad, decomposition, old)
+    held = projection.project_back(projection.project(grad, basis), basis)
+    torch.testing.assert_close(held, grad, atol=1e-8, rtol=1e-8)
+    for mode in projection.modes:
+        kept = torch.linalg.svdvals(basis[mode.name].mT @ old[mode.name])
+        assert (kept[..., : mode.rank - 1] > 1 - 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 40), (40, 300)], ids=str)
+@pytest.mark.parametrize("decomposition", TELLING)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
+def test_the_rank_is_seen_through_the_rounding_of_every_dtype(decomposition, shape, dtype, scale):
+    torch.manual_seed(0)
+    for rank in (1, 3, 12):
+        grad = of_rank(shape, rank) * scale
+        basis = find(Projection.of(shape, 12), grad.to(dtype), decomposition)
+        assert lacking(basis) == (12 - rank, False)
+
+
+@pytest.mark.parametrize("decomposition", TELLING)
+def test_a_stack_is_filled_up_where_it_lacks_and_nowhere_else(decomposition):
+    torch.manual_seed(0)
+    projection = Projection.of((4, 24, 20), 6, layout="stack")
+    first = of_rank((4, 24, 20), 6)
+    first[1] = 0
+    first[2] = of_rank((24, 20), 2)
+    basis = find(projection, first, decomposition)
+    assert lacking(basis) == (6 + 4, True)
+    again = of_rank((4, 24, 20), 6)
+    again[3] = 0
+    filled = find(projection, again, decomposition, basis, fills=True)
+    assert lacking(filled) == (0, False)
+    same = (filled["right"] == basis["right"]).flatten(1).all(1)
+    assert same.tolist() == [True, False, False, True]
+    for expert in (1, 2):
+        captured = (again[expert] @ filled["right"][expert]).norm() / again[expert].norm()
+        assert captured > 1 - 1e-6
+
+
+def test_a_random_basis_is_whole_whatever_the_gradient():
+    projection = Projection.of((3, 24, 20), 6, layout="stack")
+    assert lacking(find(projection, torch.zeros(3, 24, 20), "random")) == (0, False)
+
+
+def test_columns_that_stay_keep_their_place():
+    """Where the strongest direction is found again, the others are where they were, so that moments mean the same."""
+    torch.manual_seed(0)
+    old = orthonormal(30, 5)
+    grad = old[:, :1] @ torch.randn(1, 12, dtype=torch.float64)
+    basis = find(Projection.of((30, 12), 5, "left"), grad, "warm", {"left": old})["left"]
+    torch.testing.assert_close(basis, old, atol=1e-8, rtol=0)
