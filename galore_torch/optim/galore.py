@@ -161,8 +161,7 @@ class GaLore(Optimizer):
         self._check_dimensions(group)
         super().add_param_group(group)
 
-    # A compiler would look into the bookkeeping, and into gradients that are no plain tensors. torch.compiler.disable
-    # would do the same, and import the compiler with it.
+    # A compiler would look into gradients that are no plain tensors. torch.compiler.disable would import it at once.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -319,10 +318,8 @@ class GaLore(Optimizer):
     def _renew(self, work: list[Work]) -> None:
         """Finds a new basis for the weights whose turn it is, from gradients that are finite and not zero."""
         due = [one for one in work if one.is_due]
-        if not due:
-            return
         grads = [one.grad.image if isinstance(one.grad, ProjectedGradient) else one.grad for one in due]
-        for one, peak in zip(due, peaks(grads).tolist(), strict=True):
+        for one, peak in zip(due, peaks(grads).tolist() if due else (), strict=True):
             if 0 < peak < float("inf"):
                 one.renew()
 
