@@ -8,6 +8,9 @@ GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) around any torch optimiz
 """
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,6 +56,38 @@ def __getattr__(name: str) -> Any:
     home = "gradients" if name == "attach" else "optim"
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     return value
+
+
+def _make_known() -> None:
+    """Tells `torch.load` of our tensors, as `weights_only` wants it: importing what defines them does."""
+    importlib.import_module(f"{__name__}.optim")
+
+
+class _AfterTorch(importlib.abc.MetaPathFinder):
+    """Does so when torch is imported after us; once, and without any part in how torch is found."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        del path, target
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            loader = spec.loader
+            run = loader.exec_module
+
+            def run_and_tell(module: Any) -> None:
+                run(module)
+                _make_known()
+
+            loader.exec_module = run_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+if "torch" in sys.modules:
+    _make_known()
+else:
+    sys.meta_path.insert(0, _AfterTorch())
 
 
 def __dir__() -> list[str]:

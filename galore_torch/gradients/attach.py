@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.data_parallel import refuse_data_parallel
 from galore_torch.gradients.hooks import apply_when_complete, make_room, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
 from galore_torch.gradients.moved import MovedWeights
@@ -116,6 +117,8 @@ def attach(
             "update='step'"
         )
     attachment = Attachment(gradients, update)
+    if gradients != "full" or update != "step":
+        attachment._undo.append(refuse_data_parallel(model, _ATTACHED).remove)
     if gradients == "fused":
         _fuse_linears(model, optimizer, projected, attachment)
     if update == "backward":

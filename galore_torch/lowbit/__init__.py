@@ -4,10 +4,11 @@ from galore_torch.lowbit import operations  # noqa: F401 (serves torch's operati
 from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, orthonormality_loss
 from galore_torch.lowbit.codes import BITS, Codes, check_bits
 from galore_torch.lowbit.linear import linear
-from galore_torch.lowbit.weights import QuantizedWeight
+from galore_torch.lowbit.weights import COLLECTIVES, QuantizedWeight
 
 __all__ = [
     "BITS",
+    "COLLECTIVES",
     "Codes",
     "QuantizedWeight",
     "Storage",

@@ -26,10 +26,23 @@ from galore_torch.lowbit.random_bits import key_of
 
 aten = torch.ops.aten
 
+AVERAGES = (
+    "To average weights (EMA, SWA), call dequantize_weights(averaged_model) once, when the averaged copy has been made"
+)
+
+_ARITHMETIC = {
+    *(aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.lerp, aten.addcmul, aten.addcdiv),
+    *(aten._foreach_add, aten._foreach_sub, aten._foreach_mul, aten._foreach_lerp, aten._foreach_div),
+}
+"""What updates and averages are computed with."""
+
 BLOCK_ELEMENTS = 2**20
 """Numbers that are decoded or encoded together on a CPU, about: what is formed of a weight's update at one time. A GPU
 takes 32 times as many, for it needs as much to be busy."""
 
+
+COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+"""Namespaces of operations between processes. Their schemas do not say what they write to."""
 
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 """What is done in place of an operation of torch's dispatcher; called with it and its arguments."""
@@ -174,6 +187,7 @@ class QuantizedWeight(Tensor):
             codes.copy_(new_codes.view(-1))
             scale.copy_(new_scale)
             codes[kept:] = codes[kept - 1 : kept]  # what fills it up knows no chance
+        self.codes.entered_arithmetic = False  # type: ignore[attr-defined]
         torch.autograd.graph.increment_version(self)
 
     def _blocks(self) -> Iterator[slice]:
@@ -212,7 +226,9 @@ class QuantizedWeight(Tensor):
             Itself.
 
         Raises:
-            ValueError: a number that is not finite; nothing has changed then.
+            ValueError: a number that is not finite, or numbers computed from the weight itself that codes cannot hold:
+                what is less than half a code would be lost each time, and an average stand still. Nothing has changed
+                then.
         """
         if isinstance(source, QuantizedWeight) and (source.shape, source.group_size) == (self.shape, self.group_size):
             self.codes.copy_(source.codes)
@@ -224,9 +240,24 @@ class QuantizedWeight(Tensor):
                 f"a weight of shape {tuple(source.shape)}, to be kept in INT8, holds numbers that are not finite; "
                 "repair it, or leave it out of quantize_weights"
             )
+        if getattr(self.codes, "entered_arithmetic", False) and not self._can_hold(source):
+            raise ValueError(
+                f"a weight of shape {tuple(self.shape)} that is kept in INT8 would be set to numbers computed from "
+                f"itself, and what is less than half a code would be lost each time. {AVERAGES}"
+            )
+        self.codes.entered_arithmetic = False  # type: ignore[attr-defined]
         for rows in self._blocks():
             self._encode(rows, source[rows].to(self.device))
         return self
+
+    def _can_hold(self, source: Tensor) -> bool:
+        """Whether numbers are those of some codes, but for what bfloat16 rounds off."""
+        for rows in self._blocks():
+            numbers = source[rows].to(self.device, torch.float32)
+            held = Codes.of(numbers, 8, self.group_size, symmetric=True).decode()
+            if not bool(((held - numbers).abs() <= 2**-8 * numbers.abs()).all()):
+                return False
+        return True
 
     def like(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> QuantizedWeight:
         """One of the same shape and seed with other codes, and perhaps another dtype."""
@@ -269,9 +300,27 @@ class QuantizedWeight(Tensor):
         if any(isinstance(tensor, cls) for tensor in tree_leaves(_changed(func, args, kwargs))):
             raise ValueError(
                 f"{func} would change a weight in place that is kept in INT8. GaLore's optimizers move it, and copy_ "
-                "sets it; for all else call dequantize_weights(model) first"
+                f"sets it; for all else call dequantize_weights(model) first. {AVERAGES}"
             )
+        if func.namespace in COLLECTIVES:
+            raise ValueError(
+                f"{func} cannot send a weight that is kept in INT8, or receive it: it would act on a decoded copy. "
+                "Pass its .codes and then its .scale in its place; both are plain tensors"
+            )
+        if getattr(func, "overloadpacket", None) in _ARITHMETIC:
+            for one in tree_leaves((args, kwargs)):
+                if isinstance(one, cls):
+                    one.codes.entered_arithmetic = True  # type: ignore[attr-defined]
         return func(*decoded(args), **decoded(kwargs))
+
+    @property
+    def _fsdp_orig_uid(self) -> int:
+        """What `fully_shard` asks of each parameter that it takes over; it would keep a plain shard, unquantized."""
+        raise ValueError(
+            f"fully_shard cannot shard a weight of shape {tuple(self.shape)} that is kept in INT8: it would become a "
+            "plain one, of two to four times the memory. Call dequantize_weights(model) first, or train with INT8 "
+            "weights in one process or under DDP"
+        )
 
 
 def _number(value: float | Tensor, dtype: torch.dtype) -> Tensor:

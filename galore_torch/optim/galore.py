@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_torch.lowbit import QuantizedWeight
+from galore_torch.optim.agreement import Agreement
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks
 from galore_torch.optim.fitting import Fits
@@ -111,6 +112,7 @@ class GaLore(Optimizer):
         """Builds the rules from the settings, at construction and after unpickling."""
         self._known_places: dict[int, Place] = {}
         self._fits = Fits()
+        self._agreement = Agreement()
         self._clock = Clock()
         kept = self._settings
         classes, shares = self._classes_and_shares()
@@ -269,6 +271,7 @@ class GaLore(Optimizer):
         Raises:
             ValueError: a sparse or complex gradient, named; no weight has been moved then.
         """
+        self._agreement.require(self._settings["seed"])
         for one in work:  # all are checked before anything changes
             one.check_gradient()
         for one in work:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from galore_torch.lowbit import Codes, is_same_basis
+from galore_torch.lowbit import COLLECTIVES, Codes, is_same_basis
 from galore_torch.projection import Mode, Projection
 
 aten = torch.ops.aten
@@ -200,6 +200,11 @@ class ProjectedGradient(Tensor):
             raise ValueError(
                 f"{func} would change a projected gradient in place, which it cannot do within the subspace; read the "
                 'full gradient with .to_full(), or use attach(..., gradients="full")'
+            )
+        if func.namespace in COLLECTIVES:
+            raise ValueError(
+                f"{func} cannot act on a projected gradient: the processes' bases may differ, and it would change a "
+                'copy. To average gradients over processes use attach(..., gradients="full"), or no attach at all'
             )
         return func(*_full(args), **_full(kwargs))
 

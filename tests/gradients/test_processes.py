@@ -1,0 +1,194 @@
+"""Two processes: what is not served yet is refused, with the remedy, before a step is made."""
+
+from __future__ import annotations
+
+import os
+import queue
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from galore_torch import GaLoreAdamW, attach, param_groups, quantize_weights
+
+pytestmark = pytest.mark.slow  # two more processes import torch
+DEADLINE = 120
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+
+
+def optimizer_of(net: nn.Module, seed: int = 0) -> GaLoreAdamW:
+    return GaLoreAdamW(param_groups(net, rank=4, target_modules="all-linear"), lr=0.1, seed=seed)
+
+
+def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    net(torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+
+
+def refused(action: Any) -> str:
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+# What is tried, by name; each gives what was said --------------------------------------------------------------------
+
+
+def ddp(bucket_view: bool, gradients: Any, update: Any = "step", attach_first: bool = True) -> str:
+    net = model()
+    optimizer = optimizer_of(net)
+    before = [weight.detach().clone() for weight in net.parameters()]
+    if attach_first:
+        attach(net, optimizer, gradients=gradients, update=update)
+    wrapped = DistributedDataParallel(net, gradient_as_bucket_view=bucket_view)
+    if not attach_first:
+        return refused(lambda: attach(wrapped, optimizer, gradients=gradients, update=update))
+    said = refused(lambda: step(wrapped, optimizer))
+    return said if all(map(torch.equal, net.parameters(), before)) else f"moved: {said}"
+
+
+def ddp_in_full() -> str:
+    net = model()
+    optimizer = optimizer_of(net)
+    with attach(net, optimizer, gradients="full"):
+        wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        for _ in range(3):
+            torch.manual_seed(dist.get_rank())
+            step(wrapped, optimizer)
+            optimizer.zero_grad()
+    weight = net[0].weight.detach().clone()
+    dist.broadcast(weight, src=0)
+    return "equal" if torch.equal(weight, net[0].weight) else "apart"
+
+
+def reduced_by_hand(operation: str) -> str:
+    net = model()
+    attach(net, optimizer_of(net))
+    net(torch.randn(8, 16)).square().mean().backward()
+    grad = net[0].weight.grad
+    before = grad.image.clone()
+    act = {"all_reduce": lambda: dist.all_reduce(grad), "broadcast": lambda: dist.broadcast(grad, src=0)}[operation]
+    said = refused(act)
+    return said if torch.equal(grad.image, before) else f"changed: {said}"
+
+
+def broadcast_in_int8() -> str:
+    net = model()
+    quantize_weights(net, "all-linear")
+    return refused(lambda: dist.broadcast(net[0].weight.data, src=0))
+
+
+def codes_broadcast() -> str:
+    torch.manual_seed(dist.get_rank())
+    net = nn.Sequential(nn.Linear(16, 24))
+    quantize_weights(net, "all-linear")
+    weight = net[0].weight
+    dist.broadcast(weight.codes, src=0)
+    dist.broadcast(weight.scale, src=0)
+    sums = [torch.zeros(()) for _ in range(2)]
+    dist.all_gather(sums, weight.decode().double().sum().float())
+    return "equal" if torch.equal(*sums) else "apart"
+
+
+def seeds() -> str:
+    net = model()
+    optimizer = optimizer_of(net, seed=dist.get_rank())
+    before = [weight.detach().clone() for weight in net.parameters()]
+    said = refused(lambda: step(net, optimizer))
+    return (
+        said if said == "nothing was refused" or all(map(torch.equal, net.parameters(), before)) else f"moved: {said}"
+    )
+
+
+def sharded(when: str) -> str:
+    net = model()
+    optimizer = optimizer_of(net) if when == "after the optimizer" else None
+    if when == "in INT8":
+        quantize_weights(net, "all-linear")
+        return refused(lambda: fully_shard(net, mesh=init_device_mesh("cpu", (2,))))
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    return refused(lambda: step(net, optimizer) if optimizer else optimizer_of(net))
+
+
+TRIALS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
+    **{
+        f"DDP, {gradients}, {'views' if view else 'copies'}": (ddp, (view, gradients), 'gradients="full"')
+        for gradients in ("projected", "fused")
+        for view in (True, False)
+    },
+    "DDP, applied in the backward": (ddp, (False, "fused", "backward"), 'update="step"'),
+    "attached to DDP": (ddp, (False, "projected", "step", False), 'gradients="full"'),
+    "DDP, in full": (ddp_in_full, (), "equal"),
+    "all_reduce of a projected gradient": (reduced_by_hand, ("all_reduce",), 'gradients="full"'),
+    "broadcast of a projected gradient": (reduced_by_hand, ("broadcast",), 'gradients="full"'),
+    "broadcast of a weight in INT8": (broadcast_in_int8, (), ".codes and then its .scale"),
+    "broadcast of its codes": (codes_broadcast, (), "equal"),
+    "fully_shard, then the optimizer": (sharded, ("before",), "is a DTensor"),
+    "the optimizer, then fully_shard": (sharded, ("after the optimizer",), "fully_shard has replaced it"),
+    "fully_shard of weights in INT8": (sharded, ("in INT8",), "dequantize_weights(model) first"),
+    "seed=rank": (seeds, (), "Give all processes the same seed"),
+}
+
+
+def run(rank: int, store: str, answers: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for name, (trial, arguments, _) in TRIALS.items():
+        try:
+            said = trial(*arguments)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        answers.put((rank, name, said))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, list[str]]:
+    """What each trial said in each of two processes, by its name."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    context = mp.get_context("spawn")
+    answers = context.Queue()
+    store = Path(tmp_path_factory.mktemp("job")) / "store"
+    processes = [context.Process(target=run, args=(rank, str(store), answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    heard: dict[str, list[str]] = {name: ["", ""] for name in TRIALS}
+    try:
+        for _ in range(2 * len(TRIALS)):
+            rank, name, answer = answers.get(timeout=DEADLINE)
+            heard[name][rank] = answer
+    except queue.Empty:
+        pass  # the tests tell what was not heard
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    return heard
+
+
+@pytest.mark.parametrize("name", [name for name in TRIALS if name != "seed=rank"])
+def test_every_process_is_told(said, name):
+    assert all(TRIALS[name][2] in answer for answer in said[name]), said[name]
+
+
+def test_processes_of_another_seed_are_told(said):
+    """The first to come cannot know; each other one can, and the job ends."""
+    first, told = sorted(said["seed=rank"], key=len)
+    assert TRIALS["seed=rank"][2] in told
+    assert first == "nothing was refused"
