@@ -78,7 +78,7 @@ class Codes:
         groups = _groups(tensor.detach(), group_size)
         if symmetric:
             low = None
-            keyed = None if key is None else torch.tensor(key, dtype=torch.int32, device="cpu")
+            keyed = None if key is None else torch.full((), key, dtype=torch.int32, device=tensor.device)
             codes, scale = symmetric_codes(groups, bits, keyed)
         else:
             codes, scale, low = _ranged(groups, bits)

@@ -171,9 +171,8 @@ class QuantizedWeight(Tensor):
             alpha: factor of the update.
             beta: factor of the weight.
         """
-        # On the CPU, whatever the weight's device: as an argument of a kernel a number costs no copy to a GPU.
-        key = None if self.seed is None else _number(key_of(self.seed, step), torch.int32)
-        factors = _number(alpha, torch.float32), _number(beta, torch.float32)
+        key = None if self.seed is None else self._number(key_of(self.seed, step), torch.int32)
+        factors = self._number(alpha, torch.float32), self._number(beta, torch.float32)
         moved = fastest(self.numel())
         for rows in self._blocks():
             codes, scale = self._stored(rows)
@@ -181,7 +180,7 @@ class QuantizedWeight(Tensor):
             filling = codes.numel() - kept
             if filling:
                 added = torch.cat((added, added[-1:].expand(filling)))
-            first = _number(rows.start * self.shape[1], torch.int32)
+            first = self._number(rows.start * self.shape[1], torch.int32)
             size = (-1, self.group_size)
             new_codes, new_scale = moved(codes.view(size), scale, added.view(size), *factors, key, first)
             codes.copy_(new_codes.view(-1))
@@ -189,6 +188,12 @@ class QuantizedWeight(Tensor):
             codes[kept:] = codes[kept - 1 : kept]  # what fills it up knows no chance
         self.codes.entered_arithmetic = False  # type: ignore[attr-defined]
         torch.autograd.graph.increment_version(self)
+
+    def _number(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
+        """A number where the codes are, by a fill: a copy from the CPU would wait for the device."""
+        if isinstance(value, Tensor):
+            return value.to(self.device, dtype)
+        return torch.full((), value, dtype=dtype, device=self.device)
 
     def _blocks(self) -> Iterator[slice]:
         """Rows, block by block, such that each block but the last is a whole number of groups."""
@@ -321,10 +326,6 @@ class QuantizedWeight(Tensor):
             "plain one, of two to four times the memory. Call dequantize_weights(model) first, or train with INT8 "
             "weights in one process or under DDP"
         )
-
-
-def _number(value: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def decoded(tree: Any) -> Any:
