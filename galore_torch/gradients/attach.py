@@ -6,7 +6,6 @@ dict, its parameters and the optimizer's state are the same under all of them.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -23,6 +22,7 @@ from galore_torch.gradients.moved import MovedWeights
 from galore_torch.lowbit import BITS
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
+from galore_torch.optim.warn import warn
 
 Gradients = Literal["full", "projected", "fused"]
 Update = Literal["step", "backward"]
@@ -144,6 +144,8 @@ def _check(model: nn.Module, optimizer: GaLore, gradients: str, update: str) -> 
             "gradients='projected' keeps images until step(), and update='backward' keeps nothing until then; use "
             "'full' or 'fused' with it"
         )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; pass the nn.Module whose parameters the optimizer holds")
     if not isinstance(optimizer, GaLore):
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__}; pass the GaLore optimizer itself (inside a wrapper, such as "
@@ -192,10 +194,9 @@ def _fuse_linears(model: nn.Module, optimizer: GaLore, projected: dict[str, Tens
     attachment.formed_in_full = left = [name for key, name in names.items() if key not in fused]
     if left:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        warnings.warn(
+        warn(
             f"{len(left)} projected weights are not of an nn.Linear with its own forward ({shown}): their full "
-            "gradient is formed and projected at once",
-            stacklevel=3,
+            "gradient is formed and projected at once"
         )
 
 

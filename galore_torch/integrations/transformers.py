@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from galore_torch.gradients.attach import Gradients, Update, attach
 from galore_torch.optim import GaLore, GaLoreAdamW, param_groups
-from galore_torch.optim.groups import PROJECTED_DEFAULTS
+from galore_torch.optim.keys import PROJECTED_DEFAULTS
 
 
 class GaLoreFactory:

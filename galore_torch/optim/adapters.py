@@ -6,11 +6,10 @@ them saves nothing. PEFT marks the layers it wraps; they are told by that mark, 
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Sequence
-
 from torch import Tensor, nn
+
+from galore_torch.optim.targets import Targets, what_holds
+from galore_torch.optim.warn import kinds, warn
 
 
 def brought_by_adapters(model: nn.Module) -> set[int]:
@@ -32,9 +31,7 @@ def brought_by_adapters(model: nn.Module) -> set[int]:
     return brought
 
 
-def leave_out_adapters(
-    model: nn.Module, targets: dict[str, Tensor], target_modules: str | Sequence[str]
-) -> dict[str, Tensor]:
+def leave_out_adapters(model: nn.Module, targets: dict[str, Tensor], target_modules: Targets) -> dict[str, Tensor]:
     """The targets that no adapter has brought; those that are left out though they are trained are told once.
 
     Args:
@@ -52,7 +49,7 @@ def leave_out_adapters(
     kept = {name: weight for name, weight in targets.items() if id(weight) not in brought}
     if brought and not any(weight.requires_grad for weight in kept.values()):
         raise ValueError(
-            f"target_modules {target_modules!r} match weights that an adapter has frozen, and the adapter's own "
+            f"{what_holds(target_modules)} weights that an adapter has frozen, and the adapter's own "
             "matrices have a low rank already. GaLore trains the weights themselves: give it the model "
             "without adapters (PEFT: model.unload(), or model.merge_and_unload() to keep what they have "
             "learnt), set requires_grad on the weights to train them beside the adapters, or train the "
@@ -60,7 +57,5 @@ def leave_out_adapters(
         )
     left = [name for name, weight in targets.items() if name not in kept and weight.requires_grad]
     if left:
-        kinds = sorted({re.sub(r"\d+", "*", name) for name in left})
-        shown = ", ".join(kinds[:3]) + (", ..." if len(kinds) > 3 else "")
-        warnings.warn(f"trained, but not projected: {len(left)} matrices of adapters ({shown})", stacklevel=3)
+        warn(f"trained, but not projected: {len(left)} matrices of adapters ({kinds(left, 3)})")
     return kept

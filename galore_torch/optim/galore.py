@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from torch.optim import Optimizer
 
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.agreement import Agreement
+from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks
 from galore_torch.optim.fitting import Fits
+from galore_torch.optim.group_report import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
 from galore_torch.optim.nonfinite import count_nonfinite, peaks, projected_only
 from galore_torch.optim.places import Place, places
@@ -82,6 +84,9 @@ class GaLore(Optimizer):
         torch.Size([64, 4])
     """
 
+    further_keys: ClassVar[frozenset[str]] = frozenset()  # that a recipe reads of a projected group
+    _is_built: bool = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -95,18 +100,22 @@ class GaLore(Optimizer):
         traits: Traits | None = None,
         **arguments: Any,
     ) -> None:
-        self._settings: dict[str, Any] = {
-            "optimizer": optimizer,
-            "others": others,
-            "state_dtype": state_dtype,
-            "skip_nonfinite": skip_nonfinite,
-            "seed": seed,
-            "traits": traits,
-            "arguments": arguments,
-        }
+        params = listed(params)
+        self._settings = checked_settings(
+            optimizer=optimizer,
+            others=others,
+            state_dtype=state_dtype,
+            skip_nonfinite=skip_nonfinite,
+            seed=seed,
+            traits=traits,
+            arguments=arguments,
+        )
         self._build_rules()
+        self._is_built = False  # so that what is told of all groups is told once
         super().__init__(params, {**self._rule.defaults, **(group_defaults or {})})
-        report_unquantized([sized for group in self.param_groups for sized in self._sizes(group)])
+        self._is_built = True
+        report_all(self.param_groups)
+        self._report(self.param_groups)
 
     def _build_rules(self) -> None:
         """Builds the rules from the settings, at construction and after unpickling."""
@@ -149,19 +158,21 @@ class GaLore(Optimizer):
         Raises:
             ValueError: a value that cannot be served. The optimizer is unchanged then.
         """
-        given = param_group["params"]
-        group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
-        named = [entry for entry in group["params"] if isinstance(entry, tuple)]
-        if named:
-            group["params"] = [tensor for _, tensor in named]
-            group["param_names"] = [name for name, _ in named]
-        check_group(group)
+        group = prepared(param_group, self.param_groups)
         if not is_projected(group):
             group = {**self._others.defaults, **group}
             if self._others is not self._rule and any(isinstance(one, QuantizedWeight) for one in group["params"]):
                 self._traits_of_others()  # codes move through coordinates: refuse here what cannot, before any step
+        check_hyperparameters(group, self.defaults, " in a parameter group")
         self._check_dimensions(group)
+        if "param_names" in group:
+            name_all(self.param_groups)
         super().add_param_group(group)
+        self._report([group] if self._is_built else [])
+
+    def _report(self, groups: list[dict[str, Any]]) -> None:
+        report_each(groups, {*self.defaults, *self._others.defaults, *self.further_keys}, self._classes_and_shares()[0])
+        report_unquantized([sized for group in groups for sized in self._sizes(group)])
 
     # A compiler would look into gradients that are no plain tensors. torch.compiler.disable would import it at once.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -235,8 +246,7 @@ class GaLore(Optimizer):
 
     def _check_dimensions(self, group: dict[str, Any]) -> None:
         """Checks that the rule takes tensors of as many dimensions as it would move for this group."""
-        classes, shares = self._classes_and_shares()
-        place = 0 if is_projected(group) else -1
+        place, (classes, shares) = 0 if is_projected(group) else -1, self._classes_and_shares()
         for dimensions in sorted({len(projection_in(group, weight).image_shape) for weight in group["params"]}):
             check_dimensions(classes[place], shares[place], dimensions)
 

@@ -6,103 +6,92 @@ attention and MLP; embeddings, head, norms and biases are not projected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from galore_torch.optim.adapters import leave_out_adapters
-from galore_torch.optim.groups import PROJECTED_DEFAULTS, check_group, is_projected, projection_in
-from galore_torch.optim.targets import find_targets
+from galore_torch.optim.arguments import check_hyperparameters
+from galore_torch.optim.groups import check_group, is_projected, is_trainable, projection_in
+from galore_torch.optim.keys import PROJECTED_DEFAULTS, checked_key, is_number, plain
+from galore_torch.optim.targets import Suits, Targets, find_targets, owned, what_holds
+from galore_torch.optim.warn import kinds
 
 
-def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
+def param_groups(
     model: nn.Module,
     rank: int,
-    target_modules: str | Sequence[str] = ("attn", "mlp"),
+    target_modules: Targets = None,
     *,
-    update_proj_gap: int = PROJECTED_DEFAULTS["update_proj_gap"],
-    scale: float = PROJECTED_DEFAULTS["scale"],
-    proj_type: str = PROJECTED_DEFAULTS["proj_type"],
-    decomposition: str = PROJECTED_DEFAULTS["decomposition"],
-    stagger: bool = PROJECTED_DEFAULTS["stagger"],
-    basis_bits: int = PROJECTED_DEFAULTS["basis_bits"],
-    cos_threshold: float | None = PROJECTED_DEFAULTS["cos_threshold"],
-    gamma_proj: float = PROJECTED_DEFAULTS["gamma_proj"],
-    queue_size: int = PROJECTED_DEFAULTS["queue_size"],
     weight_decay: float | None = None,
+    others_lr: float | None = None,
     project_adapters: bool = False,
     summary: bool = False,
+    **keys: Any,
 ) -> list[dict[str, Any]]:
     """Splits a model's trainable parameters into groups that are projected and groups that are not.
 
     Every trainable parameter is in exactly one group; frozen ones are left out; a tied weight counts once, and is not
     projected if a module other than a target uses it too (an embedding, say). Projected are `nn.Linear`, GPT-2's
-    `Conv1D`, and three-dimensional expert weights, one basis per expert.
+    `Conv1D`, the input projections of `nn.MultiheadAttention`, and weights of three dimensions: of experts, one basis
+    per expert, and of attention (d_model, heads, size of a head), each as one matrix.
 
     Args:
         model: the model.
         rank: rank of the projection, at least 1.
         target_modules: which modules: a list matches names by substring, then by full regular expression; a string is a
-            regular expression for the whole name, or "all-linear".
-        update_proj_gap: steps between two renewals of a basis.
-        scale: factor of the projected update.
-        proj_type: `std`, `reverse_std`, `left`, `right` or `full`.
-        decomposition: `svd`, `randomized`, `warm` or `random`.
-        stagger: let the layers take turns to renew.
-        basis_bits: 16 for bases in the weight's dtype, 8 or 4 for codes.
-        cos_threshold: renew lazily: a layer's gap grows while successive subspaces overlap by this much on average,
-            from 0 (as random ones do) to 1. None: every `update_proj_gap` steps.
-        gamma_proj: factor by which a lazy layer's gap grows, and shrinks again where its subspace moves.
-        queue_size: how many of the last overlaps are averaged.
+            regular expression for the whole name, or "all-linear". None: those of the model's repeated blocks (its
+            layers, whatever the architecture calls them), and those with `attn` or `mlp` in their names; so embeddings,
+            heads and what stands before or after the blocks are left out.
         weight_decay: decay of matrices. Norms, biases and other vectors then go to a group without decay. None leaves
             decay to the optimizer's own argument, for all.
+        others_lr: learning rate of what is not projected. None leaves it to the optimizer's own argument.
         project_adapters: treat the matrices of adapters (PEFT's LoRA) as any others. By default they are trained, but
             not projected, for their rank is low already; and a model whose targets adapters have frozen is refused.
         summary: print what is projected, and the optimizer state against plain AdamW's.
+        **keys: further keys of the projected groups: `update_proj_gap`, `scale`, `proj_type` and all others that
+            `GaLore` explains. A `layout` is for all weights of three dimensions among the targets but convolutions.
 
     Returns:
         Parameter groups with `params` and `param_names`, the projected ones first.
 
     Raises:
         ValueError: no module matches (the message lists what could), all that match are frozen, by adapters or
-            otherwise, or a value out of range.
+            otherwise, an unknown key, or a value out of range.
 
     Example:
         >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "head": nn.Linear(64, 8)})
-        >>> [(group["param_names"], group.get("rank")) for group in param_groups(model, rank=4)]
+        >>> [(group["param_names"], group.get("rank")) for group in param_groups(model, rank=4, target_modules=["mlp"])]
         [(['mlp.weight'], 4), (['mlp.bias', 'head.weight', 'head.bias'], None)]
     """
-    keys = {
-        "rank": rank,
-        "update_proj_gap": update_proj_gap,
-        "scale": scale,
-        "proj_type": proj_type,
-        "decomposition": decomposition,
-        "stagger": stagger,
-        "basis_bits": basis_bits,
-        "cos_threshold": cos_threshold,
-        "gamma_proj": gamma_proj,
-        "queue_size": queue_size,
-    }
-    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    targets = find_targets(model, target_modules, _is_projectable, "projected")
+    layouts = _layouts(model, keys.get("layout"))
+    keys = {name: checked_key(name, value) for name, value in {"rank": rank, **PROJECTED_DEFAULTS, **keys}.items()}
+    weight_decay, others_lr = plain(weight_decay), plain(others_lr)
+    _check_choices(weight_decay, others_lr, project_adapters=project_adapters, summary=summary)
+
+    def suits(module: nn.Module, attribute: str, weight: Tensor) -> bool:
+        return _is_linear(module, attribute, weight) or id(weight) in layouts
+
+    targets = find_targets(model, target_modules, suits, "projected")
     if not project_adapters:
         targets = leave_out_adapters(model, targets, target_modules)
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not targets.keys() & trainable.keys():
-        raise ValueError(
-            f"target_modules {target_modules!r} match frozen weights only; set requires_grad, or choose others"
-        )
+        raise ValueError(_all_frozen(target_modules, list(targets.values())))
 
-    buckets: dict[tuple[bool, bool, bool], list[str]] = {}
+    buckets: dict[tuple[bool, str, bool], list[str]] = {}
     for name, weight in trainable.items():
         decays = weight_decay is None or _is_matrix(model, name, weight)
-        buckets.setdefault((name not in targets, weight.dim() > 2, not decays), []).append(name)
+        buckets.setdefault((name not in targets, layouts.get(id(weight), ""), not decays), []).append(name)
     groups = []
-    for (plain, stacked, undecayed), names in sorted(buckets.items()):
+    for (plainly, layout, undecayed), names in sorted(buckets.items()):
         group: dict[str, Any] = {"params": [trainable[name] for name in names], "param_names": names}
-        if not plain:
-            group |= {**keys, "layout": "stack"} if stacked else keys
+        if not plainly:
+            group |= {**keys, "layout": layout or keys["layout"]}
+        elif others_lr is not None:
+            group["lr"] = others_lr
         if weight_decay is not None:
             group["weight_decay"] = 0.0 if undecayed else weight_decay
         check_group(group)
@@ -110,7 +99,22 @@ def param_groups(  # noqa: PLR0913 (a group's keys, spelled out)
     groups = _merge_plain(groups)
     if summary:
         print(summarize(groups))
+        _print_left(model, suits, targets)
     return groups
+
+
+def _show_keys() -> None:
+    """Gives `param_groups` a signature that shows the declared keys by their names and defaults."""
+    shown = inspect.signature(param_groups)
+    fixed = [one for one in shown.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    further = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in PROJECTED_DEFAULTS.items()
+    ]
+    param_groups.__signature__ = shown.replace(parameters=[*fixed, *further])  # type: ignore[attr-defined]
+
+
+_show_keys()
 
 
 def summarize(groups: Sequence[dict[str, Any]]) -> str:
@@ -149,13 +153,60 @@ def _readable(count: int) -> str:
     return f"{size:.1f} {unit}"
 
 
-def _is_projectable(module: nn.Module, attribute: str, weight: Tensor) -> bool:
-    is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # Transformers', without its import
-    if is_linear:
+def _print_left(model: nn.Module, suits: Suits, targets: Mapping[str, Tensor]) -> None:
+    served = {id(weight) for weight in targets.values()}
+    trained = [one for one in owned(model) if one[3].requires_grad and id(one[3]) not in served]
+    left = [name for name, module, attribute, weight in trained if suits(module, attribute, weight)]
+    if left:
+        print(f"Linear layers that are not projected: {kinds(left, 20)}")
+
+
+def _check_choices(weight_decay: Any, others_lr: Any, **switches: Any) -> None:
+    check_hyperparameters({"weight_decay": weight_decay}, {"weight_decay": None})
+    if others_lr is not None and not (is_number(others_lr) and others_lr >= 0):
+        raise ValueError(f"others_lr is {others_lr!r}; use a learning rate of at least 0, such as 0.001")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; use True or False")
+
+
+def _all_frozen(target_modules: Targets, weights: Sequence[Tensor]) -> str:
+    found = f"{what_holds(target_modules)} frozen weights only"
+    if any(map(is_trainable, weights)):
+        return f"{found}; set requires_grad, or choose others"
+    return (
+        f"{found}, codes of quantized layers ({weights[0].dtype}), which cannot be trained. Load the model without "
+        "quantization (quantize_weights keeps INT8 weights that can be trained), or choose others"
+    )
+
+
+def _is_linear(module: nn.Module, attribute: str, weight: Tensor) -> bool:
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # Transformers', without its import
         return attribute == "weight" and weight.dim() == 2
-    # A stack of experts; a tensor of one row or one matrix is a token or a table of positions.
-    is_convolution = isinstance(module, nn.modules.conv._ConvNd)
-    return weight.dim() == 3 and 1 not in weight.shape and not is_convolution
+    return isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight") and weight.dim() == 2
+
+
+def _layouts(model: nn.Module, given: Any) -> dict[int, str]:
+    """The layout of each weight of three dimensions that can be projected, by identity: `given`, or by what it is."""
+    found = {}
+    for name, module, attribute, weight in owned(model):
+        # A tensor of one row or one matrix is a token or a table of positions.
+        if weight.dim() != 3 or 1 in weight.shape or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        if given is not None:
+            found[id(weight)] = given
+        elif _is_of_experts(name, module, attribute, weight):
+            found[id(weight)] = "stack"
+        elif "attention" in type(module).__name__.lower() and weight.shape[0] > max(weight.shape[1:]):
+            found[id(weight)] = "reshape"  # (model, heads, size of a head), as in XLNet: one matrix
+    return found
+
+
+def _is_of_experts(name: str, module: nn.Module, attribute: str, weight: Tensor) -> bool:
+    """Whether a stack of matrices is one matrix for each expert: its names say so, or its module counts them."""
+    counts = {value for key, value in vars(module).items() if "expert" in key and isinstance(value, int)}
+    is_named_so = any("expert" in word.lower() for word in (name, attribute, type(module).__name__))
+    return is_named_so or weight.shape[0] in counts
 
 
 def _is_matrix(model: nn.Module, name: str, weight: Tensor) -> bool:

@@ -5,18 +5,19 @@ The codes are trained themselves: there is no copy of the weights in more bits (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from galore_torch.lowbit import QuantizedWeight, check_bits
-from galore_torch.optim.targets import find_targets, owned
+from galore_torch.optim.keys import is_whole, plain
+from galore_torch.optim.targets import Targets, find_targets, owned
 
 
 def quantize_weights(
     model: nn.Module,
-    target_modules: str | Sequence[str] = ("attn", "mlp"),
+    target_modules: Targets = None,
     *,
     group_size: int = 256,
     stochastic_rounding: bool = True,
@@ -51,9 +52,12 @@ def quantize_weights(
         >>> model["mlp"].weight.codes.dtype, model["mlp"].weight.dtype
         (torch.uint8, torch.float32)
     """
+    group_size, seed = plain(group_size), plain(seed)
     check_bits(8, group_size)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_whole(seed, -(2**63)):
         raise ValueError(f"seed is {seed!r}; use a whole number")
+    if not isinstance(stochastic_rounding, bool):
+        raise ValueError(f"stochastic_rounding is {stochastic_rounding!r}; use True or False")
     targets = find_targets(model, target_modules, _is_quantizable, "quantized")
     for name, weight in targets.items():
         _check(name, weight)

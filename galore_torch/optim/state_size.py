@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from galore_torch.optim.rule import Traits
+from galore_torch.optim.warn import warn
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -54,10 +54,9 @@ def report_unquantized(tensors: Sequence[tuple[str, int, Traits]]) -> None:
         return
     numbers, total = sum(size for _, size in left), sum(size for _, size, _ in quantizing)
     shown = ", ".join(name for name, _ in left[:3]) + (", ..." if len(left) > 3 else "")
-    warnings.warn(
+    warn(
         f"{len(left)} of {len(quantizing)} tensors are too small for state in few bits, or no multiple of its blocks "
-        f"({shown}): {numbers:,} of {total:,} numbers keep theirs in float32, {8 * numbers:,} bytes for two moments",
-        stacklevel=4,
+        f"({shown}): {numbers:,} of {total:,} numbers keep theirs in float32, {8 * numbers:,} bytes for two moments"
     )
 
 

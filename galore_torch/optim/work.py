@@ -11,7 +11,6 @@ no gradient has told them; negative if they wait for the next turn, since the la
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.groups import is_projected, storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Lent, Moved, Rule, Traits
+from galore_torch.optim.warn import warn
 from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
 
 
@@ -184,7 +184,7 @@ class Work:
                 fills=self.is_filled_up,
             )
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            warnings.warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})", stacklevel=4)
+            warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})")
             return None
         storage, dtype = storage_in(self.group), self.weight.dtype
         stored = storage.store({name: factor.to(dtype) for name, factor in basis.items()})

@@ -211,7 +211,7 @@ def groups_of(model: Module, config: OptimizerConfig, targets: str | Sequence[st
         Groups for a torch optimizer; they carry the projection's keys if the optimizer projects.
     """
     from galore_torch import param_groups
-    from galore_torch.optim.groups import PROJECTED_DEFAULTS
+    from galore_torch.optim.keys import PROJECTED_DEFAULTS
 
     groups = param_groups(
         model,

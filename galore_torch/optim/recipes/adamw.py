@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from galore_torch.optim.arguments import listed
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.rule import Moved, Traits
 
@@ -63,7 +64,7 @@ class GaLoreAdamW(GaLore):
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
-        params = list(params)
+        params = listed(params)
         super().__init__(
             params,
             optimizer=torch.optim.AdamW,
@@ -83,15 +84,8 @@ class GaLoreAdamW(GaLore):
 
 def _can_fuse(params: list[Any]) -> bool | None:
     """Whether torch's fused kernels take all of these parameters; None leaves the choice to torch."""
-    tensors: list[Any] = []
-    for entry in params:
-        tensors.extend([entry["params"]] if isinstance(entry, dict) and isinstance(entry["params"], Tensor) else [])
-        if isinstance(entry, dict) and not isinstance(entry["params"], Tensor):
-            entry["params"] = list(entry["params"])
-            tensors.extend(entry["params"])
-        elif not isinstance(entry, dict):
-            tensors.append(entry)
-    tensors = [one[1] if isinstance(one, tuple) else one for one in tensors]
+    entries = [one for entry in params for one in (entry["params"] if isinstance(entry, dict) else [entry])]
+    tensors = [one[1] if isinstance(one, tuple) else one for one in entries]
     devices = _get_fused_kernels_supported_devices()
     fits = (isinstance(t, Tensor) and t.is_floating_point() and t.device.type in devices for t in tensors)
     return True if all(fits) else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.groups import PROJECTED_DEFAULTS, is_projected
+from galore_torch.optim.groups import is_projected
+from galore_torch.optim.keys import PROJECTED_DEFAULTS
 from galore_torch.optim.rule import Traits
 
 _SLICE_ELEMENTS = 2**20
@@ -107,6 +108,8 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
         ImportError: bitsandbytes is missing.
         ValueError: an argument or a group that cannot be served.
     """
+
+    further_keys: ClassVar[frozenset[str]] = frozenset({"quant", "quant_n_bit", "quant_group_size"})
 
     def __init__(
         self,
