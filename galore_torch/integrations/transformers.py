@@ -4,25 +4,42 @@
 all of its arguments, `attach` and so gradients that are projected or never formed, with accumulation, clipping,
 schedules and checkpoints of one real optimizer.
 
-    Trainer(..., optimizer_cls_and_kwargs=(GaLoreFactory, {"rank": 128, "lr": 0.01, "gradients": "fused"}))
+    Trainer(..., optimizer_cls_and_kwargs=(GaLoreFactory, {"rank": 128, "gradients": "fused"}))
 
 Trainers that do not hand that argument on (TRL's, but for SFTTrainer and RewardTrainer) take the mixin:
 
     class GaLoreDPOTrainer(GaLoreTrainerMixin, DPOTrainer):
-        galore = {"rank": 128, "lr": 0.01, "gradients": "fused"}
+        galore = {"rank": 128, "gradients": "fused"}
+
+Both take the learning rate, decay, betas and epsilon from the training arguments where they are not given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from galore_torch.gradients.attach import Gradients, Update, attach
 from galore_torch.optim import GaLore, GaLoreAdamW, param_groups
-from galore_torch.optim.keys import PROJECTED_DEFAULTS
+from galore_torch.optim.warn import meant, warn
+
+_OF_GROUPS = frozenset(inspect.signature(param_groups).parameters) - {"model", "rank", "weight_decay"}
+_OF_ATTACH = frozenset(inspect.signature(attach).parameters) - {"model", "optimizer", "gradients", "update"}
+
+_SEARCHED = {
+    "learning_rate": "lr",
+    "weight_decay": "weight_decay",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "eps",
+}
+"""What training arguments say of an optimizer, and what it is called here."""
 
 
 class GaLoreFactory:
@@ -31,7 +48,7 @@ class GaLoreFactory:
     Trainer makes one without arguments and calls it with the model.
 
     Example:
-        >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64)})
+        >>> model = nn.ModuleDict({"attn": nn.Linear(32, 32), "mlp": nn.Linear(32, 64)})
         >>> optimizer = GaLoreFactory()(model, rank=4, lr=0.01, gradients="projected", update_proj_gap=100)
         >>> optimizer.param_groups[0]["update_proj_gap"]
         100
@@ -43,7 +60,6 @@ class GaLoreFactory:
         *,
         rank: int,
         optimizer: Callable[..., GaLore] = GaLoreAdamW,
-        target_modules: str | Sequence[str] = ("attn", "mlp"),
         gradients: Gradients = "full",
         update: Update = "step",
         group_weight_decay: float | None = None,
@@ -51,26 +67,51 @@ class GaLoreFactory:
     ) -> GaLore:
         """Makes the optimizer.
 
+        Called by a trainer, it takes from the training arguments what is not given here: `lr` (`learning_rate`),
+        `weight_decay`, `betas` and `eps`, as far as the recipe has them; so a search over them reaches each trial. And
+        it trains the parameters of a trainer's `loss` that the model does not have, without projection.
+
         Args:
             model: where it will be trained.
             rank: rank of the projection.
             optimizer: a recipe, or `GaLore` with `optimizer=` bound.
-            target_modules: which modules are projected; see `param_groups`.
             gradients: how they are formed; see `attach`.
             update: when they are applied; see `attach`.
             group_weight_decay: decay of matrices alone; see `param_groups`' `weight_decay`.
-            **arguments: keys of the projected groups (`update_proj_gap`, `scale`, ...), and the recipe's own arguments.
+            **arguments: all others of `param_groups` (`target_modules`, `others_lr`, `summary` and the keys of the
+                projected groups), of `attach`, and the recipe's own.
 
         Returns:
             The optimizer, attached to the model.
 
         Raises:
-            ValueError: as `param_groups`, the recipe and `attach` say.
+            ValueError: no `lr`, an argument that nothing takes, or what `param_groups`, the recipe and `attach` say.
         """
-        of_groups = {key: arguments.pop(key) for key in PROJECTED_DEFAULTS if key in arguments and key != "layout"}
-        groups = param_groups(model, rank, target_modules, weight_decay=group_weight_decay, **of_groups)
+        trainer = _calling_trainer()
+        known = _arguments_of(optimizer)
+        if trainer is not None:
+            _report_ignored(trainer, arguments)
+            if update == "backward":
+                _check_applicable(trainer.args)
+            arguments = {**_from_training_arguments(trainer.args, known, group_weight_decay), **arguments}
+        if "lr" not in arguments:
+            raise ValueError(
+                "GaLoreFactory got no lr, and finds no training arguments to take it from; give one, such as "
+                '{"rank": 128, "lr": 0.01}'
+            )
+        taken = {*_OF_GROUPS, *_OF_ATTACH, *known}
+        for name, value in arguments.items():
+            if name not in taken and None not in known:
+                names = sorted(str(one) for one in taken)
+                raise ValueError(f"{name}={value!r}: GaLoreFactory takes no argument named so; {meant(name, names)}")
+        of_groups = {name: arguments.pop(name) for name in _OF_GROUPS & arguments.keys()}
+        of_attach = {name: arguments.pop(name) for name in _OF_ATTACH & arguments.keys()}
+        groups = param_groups(model, rank, weight_decay=group_weight_decay, **of_groups)
+        outside = {} if trainer is None else _outside(trainer, model)
+        if outside:
+            groups.append({"params": list(outside.values()), "param_names": list(outside)})
         made = optimizer(groups, **arguments)
-        attach(model, made, gradients, update)
+        attach(model, made, gradients, update, **of_attach)
         return made
 
 
@@ -78,10 +119,20 @@ class GaLoreTrainerMixin:
     """Gives any subclass of Transformers' Trainer a GaLore optimizer. Name it before the trainer among the bases.
 
     Attributes:
-        galore: arguments of `GaLoreFactory`; `lr` is the training arguments' `learning_rate` when left out.
+        galore: arguments of `GaLoreFactory`; what the training arguments say is taken where it is left out.
     """
 
     galore: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Refuses a class whose trainer stands before the mixin, and so would train without GaLore."""
+        super().__init_subclass__(**arguments)
+        for base in cls.__mro__[: cls.__mro__.index(GaLoreTrainerMixin)]:
+            if "create_optimizer" in vars(base) and not issubclass(base, GaLoreTrainerMixin):
+                raise ValueError(
+                    f"class {cls.__name__} names {base.__name__} before GaLoreTrainerMixin, so that its optimizer is "
+                    f"not GaLore's; write class {cls.__name__}(GaLoreTrainerMixin, ...)"
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Makes the optimizer, once; called by the trainer.
@@ -97,14 +148,80 @@ class GaLoreTrainerMixin:
         """
         trainer: Any = self
         if trainer.optimizer is None:
-            arguments = {"lr": trainer.args.learning_rate, **self.galore}
-            if "rank" not in arguments:
-                raise ValueError("the trainer's `galore` has no rank; set galore = {'rank': 128, ...} on the class")
-            if arguments.get("update") == "backward":
-                _check_applicable(trainer.args)
-            trainer.optimizer = GaLoreFactory()(trainer.model if model is None else model, **arguments)
+            if not isinstance(self.galore, Mapping) or "rank" not in self.galore:
+                raise ValueError(
+                    f"the trainer's `galore` is {self.galore!r} and has no rank; set galore = {{'rank': 128, ...}} on "
+                    "the class"
+                )
+            trainer.optimizer = GaLoreFactory()(trainer.model if model is None else model, **self.galore)
         made: Optimizer = trainer.optimizer
         return made
+
+
+def _calling_trainer() -> Any:
+    """The trainer that called the factory, or None: Trainer hands a factory the model and its keywords alone."""
+    caller = sys._getframe(2).f_locals.get("self")
+    has_arguments = hasattr(getattr(caller, "args", None), "learning_rate")
+    return caller if has_arguments and hasattr(caller, "create_optimizer") else None
+
+
+def _arguments_of(optimizer: Callable[..., GaLore]) -> dict[str | None, Any]:
+    """The arguments of a recipe by name, with their defaults; under None if it takes others that cannot be known."""
+    signature = inspect.signature(optimizer).parameters
+    known: dict[str | None, Any] = {name: one.default for name, one in signature.items() if name != "params"}
+    if any(one.kind is one.VAR_KEYWORD for one in signature.values()):
+        known[None] = None
+        bound = optimizer.keywords if isinstance(optimizer, functools.partial) else {}
+        for name in ("optimizer", "others"):
+            inside = bound.get(name, known.get(name))
+            if isinstance(inside, type):
+                further = inspect.signature(inside).parameters.items()
+                known = {**{key: one.default for key, one in further if key not in ("self", "params")}, **known}
+    return known
+
+
+def _from_training_arguments(
+    args: Any, known: Mapping[str | None, Any], matrices_decay: float | None
+) -> dict[str, Any]:
+    """What training arguments say, of what a recipe has by the same meaning: an Adafactor's eps is another."""
+    said = {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay if matrices_decay is None else 0.0,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    return {
+        name: value
+        for name, value in said.items()
+        if name in known and (name == "lr" or isinstance(known[name], tuple) == isinstance(value, tuple))
+    }
+
+
+def _report_ignored(trainer: Any, arguments: Mapping[str, Any]) -> None:
+    """Warns of what training arguments or a search say and what is given here stands against."""
+    trial = getattr(trainer, "_trial", None)
+    searched = getattr(trial, "params", trial) if getattr(trainer, "hp_search_backend", None) is not None else None
+    for name, ours in _SEARCHED.items():
+        if isinstance(searched, Mapping) and name in searched and ours in arguments:
+            warn(f"the search over {name} has no effect, for {ours}={arguments[ours]!r} is given; leave out {ours}")
+    for name in ("optim_args", "optim_target_modules"):
+        value = getattr(trainer.args, name, None)
+        if value is not None:
+            warn(f"{name}={value!r} of the training arguments has no effect here; give it to GaLore by keywords")
+
+
+def _outside(trainer: Any, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a trainer's loss that the model does not have, such as the heads of sentence-transformers."""
+    loss = getattr(trainer, "loss", None)
+    losses = loss if isinstance(loss, Mapping) else {"loss": loss}
+    held = {id(weight) for weight in model.parameters()}
+    return {
+        f"{key}.{name}": weight
+        for key, module in losses.items()
+        if isinstance(module, nn.Module)
+        for name, weight in module.named_parameters()
+        if weight.requires_grad and id(weight) not in held
+    }
 
 
 def _check_applicable(args: Any) -> None:

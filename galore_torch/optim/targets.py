@@ -47,8 +47,6 @@ def find_targets(model: nn.Module, target_modules: Targets, suits: Suits, done: 
     Raises:
         ValueError: no module matches, a pattern is no regular expression, or the model is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; pass the nn.Module itself, whose layers have names")
     target_modules = _checked(target_modules)
     matches = _matcher(model, target_modules)
     users: dict[int, list[nn.Module]] = {}
@@ -84,7 +82,12 @@ def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
 
     Yields:
         The module's name, the module, the attribute and the parameter.
+
+    Raises:
+        ValueError: the model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; pass the nn.Module itself, whose layers have names")
     for module_name, module in model.named_modules():
         for attribute, weight in module.named_parameters(recurse=False):
             yield module_name, module, attribute, weight
