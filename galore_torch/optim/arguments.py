@@ -164,7 +164,7 @@ def checked_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments:
     for name, value in made.items():
         if name not in known and not takes_any:
             both = " and ".join(one.__name__ for one in classes)
-            raise ValueError(f"{name}={value!r}: {both} takes no argument named so; {meant(name, known)}")
+            raise ValueError(f"{name}={value!r} is no argument of {both}; {meant(name, known)}")
     check_hyperparameters(made, known)
     return made
 

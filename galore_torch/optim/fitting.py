@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from galore_torch.optim.groups import FIXED_KEYS, is_projected
+from galore_torch.optim.groups import is_projected
+from galore_torch.optim.keys import FIXED_KEYS
 from galore_torch.optim.work import Work
 
 MADE_ANEW = {"gap", "overlaps", "captured", "lacking"}

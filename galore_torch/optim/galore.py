@@ -44,14 +44,8 @@ LentGroups = dict[tuple[int, bool], dict[str, Any]]
 class GaLore(Optimizer):
     """Trains weights of full rank with optimizer state of low rank, with any optimizer inside.
 
-    Parameter groups with a `rank` are projected; `param_groups` makes them from a model. Their keys: `rank`;
-    `update_proj_gap` (steps between two renewals of a basis, 200); `scale` (factor of the update, 0.25); `proj_type`
-    (`std`, `reverse_std`, `left`, `right`, `full`); `decomposition` (`svd`, `randomized`, `warm`, `random`);
-    `stagger` (layers take turns to renew, True); `layout` (of weights of more than two dimensions: `tucker`,
-    `stack`, `reshape`); `basis_bits` (16: bases have the weight's dtype; 8, 4: codes, with a range for each
-    `basis_group_size` numbers, 256); and for lazy renewal `cos_threshold` (overlap of successive subspaces from which
-    on a layer's gap grows, from 0 to 1; None renews at the fixed gap), `gamma_proj` (factor of the growth, 2),
-    `queue_size` (how many of the last overlaps are averaged, 5).
+    Parameter groups with a `rank` are projected; `param_groups` makes them from a model. Their other keys are those of
+    `KEYS` in `optim/keys.py`: `update_proj_gap`, `scale`, `proj_type` and more, with their defaults.
 
     Decay acts on the weight itself, as the optimizer inside would apply it there: L2 or decoupled, before the update.
 
@@ -85,7 +79,7 @@ class GaLore(Optimizer):
     """
 
     further_keys: ClassVar[frozenset[str]] = frozenset()  # that a recipe reads of a projected group
-    _is_built: bool = True
+    _is_built = True
 
     def __init__(
         self,
@@ -101,20 +95,13 @@ class GaLore(Optimizer):
         **arguments: Any,
     ) -> None:
         params = listed(params)
-        self._settings = checked_settings(
-            optimizer=optimizer,
-            others=others,
-            state_dtype=state_dtype,
-            skip_nonfinite=skip_nonfinite,
-            seed=seed,
-            traits=traits,
-            arguments=arguments,
-        )
+        choices = {"state_dtype": state_dtype, "skip_nonfinite": skip_nonfinite, "seed": seed, "traits": traits}
+        self._settings = checked_settings(optimizer=optimizer, others=others, arguments=arguments, **choices)
         self._build_rules()
         self._is_built = False  # so that what is told of all groups is told once
         super().__init__(params, {**self._rule.defaults, **(group_defaults or {})})
-        self._is_built = True
         report_all(self.param_groups)
+        self._is_built = True
         self._report(self.param_groups)
 
     def _build_rules(self) -> None:

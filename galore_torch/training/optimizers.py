@@ -258,7 +258,8 @@ def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
         optimizer: as `build` makes it.
         config: by which.
     """
-    from galore_torch.optim.groups import PROJECTED_DEFAULTS, projection_in
+    from galore_torch.optim.groups import projection_in
+    from galore_torch.optim.keys import PROJECTED_DEFAULTS
 
     if not heeds(config.optimizer, "beta2"):  # one moment or a factored one
         return 0
