@@ -83,12 +83,24 @@ def fit(state: Mapping[str, Any], work: Work, known: Known) -> dict[str, Any]:
         ValueError: another shape, another optimizer's state, or a value of a kind that cannot be meant.
         TrialError: the rule cannot step such a weight.
     """
+    try:
+        return _fit(state, work, known, 1.0)
+    except ValueError as error:
+        if work.through_coordinates:
+            raise
+        try:  # what some rules keep of a weight that began as zeros has another shape
+            return _fit(state, work, known, 0.0)
+        except ValueError:
+            raise error from None
+
+
+def _fit(state: Mapping[str, Any], work: Work, known: Known, start: float) -> dict[str, Any]:
     if not state:
         return {}
     blank = replace(work, state={})
     blank.prepare_state()
     ours = {key: _layout(value) for key, value in blank.state.items()}
-    inner = _inner_layout(work, known)
+    inner = _inner_layout(work, known, start)
     given = dict(state)
     if "step" not in ours:
         given.pop("step", None)  # of coordinates, and the weight is moved without them now
@@ -190,27 +202,27 @@ def _shapes(inner: Any) -> tuple[Any, ...]:
     )
 
 
-def _inner_layout(work: Work, known: Known) -> dict[str, Any]:
+def _inner_layout(work: Work, known: Known, start: float) -> dict[str, Any]:
     """What the rule keeps of a weight, as leaves."""
     weight, shape = work.weight, work.projection.image_shape
     through = work.through_coordinates
-    key = (id(work.lent_group), id(work.rule), through, shape, work.dtype, weight.device, weight.is_contiguous())
+    key = (id(work.lent_group), id(work.rule), through, shape, work.dtype, weight.device, weight.is_contiguous(), start)
     if key not in known:
         devices = [weight.device] if weight.device.type not in ("cpu", "meta") else []
         with torch.random.fork_rng(devices, device_type=weight.device.type if devices else "cuda"), torch.no_grad():
             try:
-                known[key] = _tried(work)
+                known[key] = _tried(work, start)
             except Exception as error:  # whatever a foreign optimizer raises
                 raise TrialError(f"{work.rule.name} cannot step {work.name}: {error}") from error
     return known[key]  # type: ignore[no-any-return]
 
 
-def _tried(work: Work) -> dict[str, Any]:
+def _tried(work: Work, start: float) -> dict[str, Any]:
     weight = work.weight
     if work.through_coordinates:
         image = torch.ones(work.projection.image_shape, dtype=work.dtype, device=weight.device)
     else:
-        weight = torch.zeros_like(weight, requires_grad=False)
+        weight = torch.full_like(weight, start, requires_grad=False)
         image = torch.ones_like(weight)
     _, lent = replace(work, weight=weight, state={}).lend(image)
     rule, layouts = work.rule.again(), {}
