@@ -10,12 +10,12 @@ installed := $(VENV)/.installed
 peer      := .peers/galore-torch-1.0/.installed
 
 # One thread a test process: two processes on two cores are faster than one process with two threads.
-test: export OMP_NUM_THREADS = 1
+test test-fast: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo test check format bench docs clean
+.PHONY: help setup demo test test-fast check format bench docs clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(installed) $(peer)  ## make .venv and install what was tested (constraints.txt)
 
@@ -24,6 +24,9 @@ demo: $(installed)  ## the main job: pre-train a tiny LLaMA with GaLore, then wi
 
 test: $(installed) $(peer)  ## the whole test suite
 	$(python) -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
+
+test-fast: $(installed) $(peer)  ## the test suite without what takes more than a few seconds
+	$(python) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 check: $(installed)  ## lint, format and types
 	$(python) -m ruff check

@@ -1,6 +1,6 @@
 """Train every weight of a small network with GaLore in a plain PyTorch loop.
 
-    pip install galore-torch
+    pip install .  # in the folder of galore-torch 2
     python examples/plain_pytorch.py
 
 The network reads 32 bytes of Python source and predicts the next one; the text is the standard library's own sources.

@@ -1,6 +1,6 @@
 """Pre-train a small Mistral with GaLore through TRL's SFTTrainer, which needs to know nothing but two names.
 
-    pip install "galore-torch[train]" trl
+    pip install ".[train]"  # in the folder of galore-torch 2
     python examples/transformers_trainer.py
 
 Nothing is downloaded: the text is the Python standard library's own sources, and the tokenizer is trained on the spot.

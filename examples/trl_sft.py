@@ -1,6 +1,6 @@
 """Fine-tune with TRL's SFTTrainer and gradients that are never formed: a small Mistral learns to document functions.
 
-    pip install "galore-torch[train]" trl
+    pip install ".[train]"  # in the folder of galore-torch 2
     python examples/trl_sft.py
 
 Nothing is downloaded: prompts are the standard library's function signatures, completions the first lines of their

@@ -1,4 +1,4 @@
-"""galore-torch: train every weight of a large model in the memory that low-rank adapters need.
+"""galore-torch: train every weight of a large model, with low-rank optimizer state for its matrices.
 
 GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) around any torch optimizer:
 

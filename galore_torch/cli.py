@@ -64,4 +64,4 @@ def build_app() -> typer.Typer:
 
 
 def _galore() -> None:
-    """Train every weight of a large language model in the optimizer memory of low-rank adapters."""
+    """Train every weight of a large language model, with low-rank optimizer state for its matrices."""

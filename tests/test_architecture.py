@@ -21,6 +21,7 @@ FLOORS = {
     "projection": 1,
     "lowbit": 1,
     "galore_projector": 1,
+    "extras": 1,
     "optim": 2,
     "gradients": 3,
     "distributed": 4,

@@ -33,11 +33,12 @@ All of it needs the ``train`` extra; importing it without says so.
 
 from importlib.util import find_spec
 
+from galore_torch.extras import install
+
 _NEEDED = ("accelerate", "datasets", "filelock", "matplotlib", "psutil", "rich", "tokenizers", "transformers", "typer")
 
 _missing = [name for name in _NEEDED if find_spec(name) is None]
 if _missing:
     raise ImportError(
-        f"galore_torch.training needs {', '.join(_missing)}, which this environment does not have. "
-        'Install it with:  pip install "galore-torch[train]"'
+        f"galore_torch.training needs {', '.join(_missing)}, which this environment does not have. {install('train')}"
     )

@@ -8,7 +8,6 @@ import pytest
 import torch
 from rich.console import Console
 
-import galore_torch
 from benchmarks import llama_7b, llama_7b_floor, llama_7b_report
 from benchmarks.footprint import Footprint
 from benchmarks.llama_7b_floor import Floor
@@ -44,10 +43,7 @@ SEVEN_B = Case.of_preset(
         {},
         {"gradients": "full", "basis_bits": 16},
         {"basis_bits": 4, "checkpointing": True},
-        pytest.param(
-            {"basis_bits": 4, "weight_bits": 8, "checkpointing": True},
-            marks=pytest.mark.skipif(not hasattr(galore_torch, "quantize_weights"), reason="weights keep 16 bits yet"),
-        ),
+        {"basis_bits": 4, "weight_bits": 8, "checkpointing": True},
     ],
 )
 def test_steps_are_taken_and_every_figure_has_its_place(changes):

@@ -43,6 +43,7 @@ IMAGES = 4 * 8 * 32 + 3 * 8 * 48
 BASES = 7 * 8 * 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_every_byte_of_a_step_has_its_kind(name):
     process = TrainingProcess(replace(TINY, method=name))
@@ -154,6 +155,7 @@ def test_methods_come_in_groups_beside_the_reference_when_memory_is_short(monkey
     assert not Imagined.alive
 
 
+@pytest.mark.slow
 def test_a_real_process_is_measured():
     steps = []
     results = one_by_one([replace(TINY, method="projected/step")], 1, steps.append, memory.THRIFTY)

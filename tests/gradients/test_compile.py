@@ -9,6 +9,8 @@ from torch._dynamo.utils import counters
 from galore_torch.gradients import attach
 from tests.gradients.llama import BAR, MODES, adamw, distance, llama, walk
 
+pytestmark = pytest.mark.slow
+
 FUSED = [mode for mode in MODES.values() if mode[0] == "fused"]
 
 

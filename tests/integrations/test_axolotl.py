@@ -7,6 +7,8 @@ from transformers import Trainer, TrainingArguments
 from galore_torch import QGaLoreAdamW8bit, quantize_weights
 from tests.integrations.small_mistral import blocks, mistral
 
+pytestmark = pytest.mark.slow
+
 GROUP = {"rank": 8, "update_proj_gap": 2, "scale": 0.25, "proj_type": "std"}
 LAZY = {"cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 5}
 KEYS = {

@@ -14,6 +14,8 @@ from galore_torch import GaLoreAdamW
 from galore_torch.integrations.transformers import GaLoreFactory, GaLoreTrainerMixin
 from tests.integrations.small_mistral import blocks, mistral
 
+pytestmark = pytest.mark.slow
+
 TRIALS = [
     {"learning_rate": 1e-3, "optim_args": "rank=4,update_proj_gap=2"},
     {"learning_rate": 2e-2, "optim_args": "rank=8,update_proj_gap=3"},

@@ -12,6 +12,8 @@ from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
 from galore_torch.integrations.transformers import GaLoreFactory, GaLoreTrainerMixin
 from tests.integrations.small_mistral import SEQUENCE, documents, mistral, text, tokenizer
 
+pytestmark = pytest.mark.slow
+
 GALORE = {"rank": 8, "update_proj_gap": 4, "lr": 0.01}
 STEPS = 10
 FORMS = [("full", "step"), ("projected", "step"), ("fused", "step"), ("full", "backward"), ("fused", "backward")]

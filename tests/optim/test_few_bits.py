@@ -8,6 +8,7 @@ import warnings
 import bitsandbytes
 import pytest
 import torch
+import torchao.optim
 
 from galore_torch import GaLore, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit, param_groups
 from galore_torch.optim import state_bytes
@@ -206,10 +207,9 @@ def test_nothing_is_reported_where_all_states_have_few_bits_or_none():
 
 
 def test_torchaos_blocks_are_known():
-    torchao = pytest.importorskip("torchao.optim")
     trained = weights((64, 64), (64, 65))
     with pytest.warns(UserWarning, match=r"1 of 2 tensors"):
-        GaLore(trained, optimizer=torchao.AdamW8bit, lr=1e-2)
+        GaLore(trained, optimizer=torchao.optim.AdamW8bit, lr=1e-2)
 
 
 @FEW

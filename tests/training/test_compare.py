@@ -228,6 +228,7 @@ def losses(out, method):
     return [{name: record.get(name) for name in ("step", "loss", "eval_loss", "final")} for record in history]
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
     whole = subprocess.run([*flags(given, tmp_path / "whole")], capture_output=True, text=True, check=False)
     assert whole.returncode == 0, whole.stderr + whole.stdout
@@ -247,6 +248,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
     assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_read_are_told_before_any_run(given, tmp_path):
     out = tmp_path / "there"
     out.mkdir()

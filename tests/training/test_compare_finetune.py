@@ -72,6 +72,7 @@ def measured(out, method):
     return [{name: value for name, value in record.items() if name not in timed} for record in history]
 
 
+@pytest.mark.slow
 def test_a_stopped_and_a_killed_comparison_go_on_to_the_same_result(given, whole, tmp_path):
     out = tmp_path / "parts"
 
@@ -97,6 +98,7 @@ def test_a_stopped_and_a_killed_comparison_go_on_to_the_same_result(given, whole
     assert [run["error"] for run in result["runs"]] == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [7, 8])
 def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_exactly(at, whole, tmp_path):
     class Stop(TrainerCallback):
@@ -110,6 +112,7 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_exactly(at, whole, tmp_pat
     assert [record.get("loss") for record in history] == [record.get("loss") for record in measured(whole[0], "galore")]
 
 
+@pytest.mark.slow
 def test_the_end_is_told_with_the_score_and_what_is_behind_it(whole):
     out, printed = whole
     final = measured(out, "galore")[-1]
@@ -124,6 +127,7 @@ def test_the_end_is_told_with_the_score_and_what_is_behind_it(whole):
     assert steps[-1]["epoch"] == 6
 
 
+@pytest.mark.slow
 def test_a_browser_shows_the_page_on_a_phone_and_in_the_dark(whole, browser):
     path = whole[0] / "report.html"
     for width, scheme in ((375, "dark"), (1200, "light")):
@@ -156,6 +160,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_in_the_dark(whole, browser):
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "instead", "words"),
     [

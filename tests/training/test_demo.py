@@ -11,6 +11,7 @@ from galore_torch.training import records
 from galore_torch.training.demo import RUNS, demo, table
 
 
+@pytest.mark.slow
 def test_the_demo_compares_both_at_equal_tokens_and_draws_them(texts, cache, tmp_path):
     flags = (
         f"--data {texts} --cache {cache} --vocab 400 --seq 32 --eval-tokens 640 --hidden 32 --intermediate 64 "

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from galore_torch.extras import install
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.keys import PROJECTED_DEFAULTS
@@ -62,7 +63,7 @@ class GaLoreAdamW8bit(GaLore):
         try:
             import bitsandbytes
         except ImportError as error:
-            raise ImportError('GaLoreAdamW8bit needs bitsandbytes: pip install "galore-torch[bnb]"') from error
+            raise ImportError(f"GaLoreAdamW8bit needs bitsandbytes. {install('bnb')}") from error
         super().__init__(
             params,
             traits=Traits(

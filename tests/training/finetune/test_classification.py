@@ -13,22 +13,24 @@ from galore_torch.training.finetune.run import new_run
 from galore_torch.training.finetune.scores import METRICS, score
 from galore_torch.training.methods import TUNING
 from tests.training.finetune.conftest import losses, sentences
+from tests.training.learning import learns
 
 
+@pytest.mark.slow
+@pytest.mark.learning
 @pytest.mark.parametrize("method", TUNING)
 def test_every_method_learns(classify, tmp_path, method):
     given = {"rank": 8} if "galore" in method or "lora" in method else {}
     if "galore" in method:
         given["gap"] = 10
+    if method == "relora":  # the steps after a restart are large until the new moments know the gradients
+        given |= {"restart_every": 40, "restart_warmup": 0.9}
     # An adapter's product begins at zero, and a random frozen encoder gives it little to work with.
-    steps, falls = (80, 0.95) if "lora" in method else (40, 0.8)
+    steps, share = (80, 0.9) if "lora" in method else (40, 0.7)
     config = classify(method=method, steps=steps, lr=2e-2 if "adafactor" in method else 3e-3, eval_every=None, **given)
-    result = new_run(config, tmp_path / "run").train()
-    history = losses(tmp_path / "run")
+    result = learns(new_run(config, tmp_path / "run"), share)
     assert result.finished
-    assert len(history) == steps
-    assert sum(history[-8:]) < falls * sum(history[:8])
-    assert result.scores["accuracy"] > 0.6
+    assert len(losses(tmp_path / "run")) == steps
     assert (result.renewals > 0) is ("galore" in method)
     assert (result.trained_parameters < result.parameters) is ("lora" in method)
 
@@ -83,13 +85,13 @@ def test_targets_can_be_named(classify, tmp_path, targets, count):
     assert count == len(param_groups(run.model, 4, target_modules=run.config.targets)[0]["params"])
 
 
+@pytest.mark.learning
 def test_numbers_are_met(classify, write, tmp_path):
     rows = [{"text": text, "label": len(text) / 70} for text, _ in sentences()]
     config = classify(data=write("lengths.csv", rows), method="galore", steps=60, lr=5e-3, eval_every=60)
-    result = new_run(config, tmp_path / "run").train()
+    result = learns(new_run(config, tmp_path / "run"), 0.5)
     assert list(result.scores) == ["pearson", "spearman"]
     assert result.scores["pearson"] > 0.5
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] / 2
     said = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert all(isinstance(row["prediction"], float) for row in said)
 

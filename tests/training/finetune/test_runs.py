@@ -47,11 +47,13 @@ def gone_on_exactly(config, tmp_path, step):
     assert predictions[0] == predictions[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["galore", "lora", "galore-8bit-per-layer"])
 def test_a_classification_goes_on_exactly(classify, tmp_path, method):
     gone_on_exactly(classify(method=method), tmp_path, 5)
 
 
+@pytest.mark.slow
 def test_a_supervised_one_goes_on_exactly_in_the_middle_of_an_epoch(supervise, tmp_path):
     config = supervise(method="galore", rank=8, gap=3, gradients="fused", steps=None, epochs=2.0)
     gone_on_exactly(config, tmp_path, 7)

@@ -11,6 +11,7 @@ from galore_torch.training import records
 from galore_torch.training.finetune.run import new_run
 from galore_torch.training.methods import TUNING
 from tests.training.finetune.conftest import losses, sentences
+from tests.training.learning import learns
 
 
 def chats():
@@ -29,16 +30,19 @@ def learnt(run) -> list[str]:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.learning
 @pytest.mark.parametrize("method", TUNING)
 def test_every_method_learns(supervise, tmp_path, method):
     given = {"rank": 8} if "galore" in method or "lora" in method else {}
     if "galore" in method:
         given["gap"] = 5
-    steps = 48 if "lora" in method else 16  # an adapter's product begins at zero
-    result = new_run(supervise(method=method, steps=steps, answers=0, **given), tmp_path / "run").train()
-    history = losses(tmp_path / "run")
+    if method == "relora":  # the steps after a restart are large until the new moments know the gradients
+        given |= {"restart_every": 24, "restart_warmup": 0.9}
+    # An adapter's product begins at zero, and a random frozen model gives it little to work with.
+    steps, lr, share = (48, 3e-3, 0.95) if "lora" in method else (16, 1e-2, 0.7)
+    result = learns(new_run(supervise(method=method, steps=steps, lr=lr, answers=0, **given), tmp_path / "run"), share)
     assert result.finished
-    assert history[-1] < 0.96 * history[0]
     final = records.final(tmp_path / "run" / "metrics.jsonl")
     assert final["scores"] == {"perplexity": pytest.approx(records.perplexity(result.eval_loss))}
 

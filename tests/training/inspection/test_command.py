@@ -98,6 +98,7 @@ def test_what_is_wrong_is_told_in_a_line_and_leaves_nothing(arguments, words, ru
     assert digests(run) == before
 
 
+@pytest.mark.slow
 def test_a_real_inspection_that_is_stopped_leaves_nothing(run, tmp_path):
     command = [sys.executable, "-u", "-m", "galore_torch", "inspect", "--run", str(run), "--out", str(tmp_path / "out")]
     before = digests(run)
@@ -155,6 +156,7 @@ def test_help_teaches():
     assert "galore inspect --run runs/60m --fresh" in text
 
 
+@pytest.mark.slow
 def test_a_browser_shows_the_page(browser, run, tmp_path):
     inspected("--run", run, *SHORT, "--out", tmp_path / "out")
     for scheme in ("light", "dark"):

@@ -17,6 +17,8 @@ from galore_torch.training.pretrain import new_run
 from galore_torch.training.run_folder import RunFolder
 from tests.training.inspection.looking import KINDS, digests, inspected, of_model, of_run
 
+pytestmark = pytest.mark.slow
+
 
 def losses(folder):
     made = records.read(RunFolder(folder).metrics)
