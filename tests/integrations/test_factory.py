@@ -1,0 +1,64 @@
+"""What the factory takes from a trainer that calls it, and what it and the mixin refuse."""
+
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from galore_torch.integrations.transformers import GaLoreFactory, GaLoreTrainerMixin
+
+ARGUMENTS = {
+    "learning_rate": 0.3,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-6,
+}
+
+
+class Calling:
+    """Calls the factory as Trainer does."""
+
+    def __init__(self, **attributes):
+        self.args = SimpleNamespace(**ARGUMENTS)
+        vars(self).update(attributes)
+
+    def create_optimizer(self, **keywords):
+        return GaLoreFactory()(model(), rank=4, **keywords)
+
+
+def model():
+    return nn.ModuleDict({"attn": nn.Linear(16, 16), "mlp": nn.Linear(16, 24)})
+
+
+def test_what_training_arguments_say_arrives_unless_it_is_given():
+    group = Calling().create_optimizer(eps=1e-4).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.3, 0.1, (0.8, 0.95), 1e-4)
+
+
+def test_the_head_of_a_loss_is_trained_without_projection():
+    made = Calling(loss=nn.ModuleDict({"head": nn.Linear(8, 2)})).create_optimizer()
+    (group,) = (one for one in made.param_groups if "loss.head.weight" in one["param_names"])
+    assert "rank" not in group
+
+
+def test_a_rate_that_a_search_cannot_change_is_told():
+    trainer = Calling(hp_search_backend="any", _trial={"learning_rate": 0.1})
+    with pytest.warns(UserWarning, match=r"search over learning_rate has no effect, for lr=0\.2"):
+        trainer.create_optimizer(lr=0.2)
+
+
+def test_without_a_rate_nothing_is_made():
+    with pytest.raises(ValueError, match="got no lr"):
+        GaLoreFactory()(model(), rank=4)
+
+
+def test_an_unknown_argument_is_told_with_the_nearest_name():
+    with pytest.raises(ValueError, match=r"update_gap=5: .*did you mean update_proj_gap\?"):
+        GaLoreFactory()(model(), rank=4, lr=0.1, update_gap=5)
+
+
+def test_a_trainer_before_the_mixin_is_refused():
+    with pytest.raises(ValueError, match="names Calling before GaLoreTrainerMixin"):
+        type("Wrong", (Calling, GaLoreTrainerMixin), {})
+    type("Right", (GaLoreTrainerMixin, Calling), {})
