@@ -4,17 +4,23 @@ from galore_torch.lowbit import operations  # noqa: F401 (serves torch's operati
 from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, orthonormality_loss
 from galore_torch.lowbit.codes import BITS, Codes, check_bits
 from galore_torch.lowbit.linear import linear
+from galore_torch.lowbit.random_bits import key_of
+from galore_torch.lowbit.rounding import ROUNDINGS, Rounding, add_rounded
 from galore_torch.lowbit.weights import COLLECTIVES, QuantizedWeight
 
 __all__ = [
     "BITS",
     "COLLECTIVES",
+    "ROUNDINGS",
     "Codes",
     "QuantizedWeight",
+    "Rounding",
     "Storage",
     "StoredBasis",
+    "add_rounded",
     "check_bits",
     "is_same_basis",
+    "key_of",
     "linear",
     "orthonormality_loss",
 ]

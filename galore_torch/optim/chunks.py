@@ -21,9 +21,9 @@ def chunks(work: list[Work]) -> Iterator[list[Work]]:
     Yields:
         Some of them, each once.
     """
-    kinds: dict[tuple[int, torch.device], list[Work]] = {}
+    kinds: dict[tuple[int, torch.device | None], list[Work]] = {}
     for one in work:
-        kinds.setdefault((id(one.rule), one.weight.device), []).append(one)
+        kinds.setdefault((id(one.rule), one.weight.device if one.traits.many_calls else None), []).append(one)
     for alike in kinds.values():
         chunk: list[Work] = []
         elements = 0

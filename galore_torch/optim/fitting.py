@@ -19,8 +19,8 @@ from galore_torch.optim.groups import is_projected
 from galore_torch.optim.keys import FIXED_KEYS
 from galore_torch.optim.work import Work
 
-MADE_ANEW = {"gap", "overlaps", "captured", "lacking"}
-"""What checkpoints of older versions do not have."""
+MADE_ANEW = {"gap", "overlaps", "captured", "lacking", "compensation"}
+"""What checkpoints of older versions do not have, and of other roundings."""
 
 KEPT_BY: list[tuple[set[str], str]] = []
 """Names of optimizers by what their state holds, for messages; the first that fits counts. `recipes` fills it."""
@@ -102,6 +102,8 @@ def _fit(state: Mapping[str, Any], work: Work, known: Known, start: float) -> di
     ours = {key: _layout(value) for key, value in blank.state.items()}
     inner = _inner_layout(work, known, start)
     given = dict(state)
+    if "compensation" not in ours:
+        given.pop("compensation", None)  # of another rounding
     if "step" not in ours:
         given.pop("step", None)  # of coordinates, and the weight is moved without them now
     elif "step" not in given and not work.projection.modes:

@@ -18,20 +18,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from galore_torch.lowbit import QuantizedWeight
+from galore_torch.lowbit import Rounding
 from galore_torch.optim.agreement import Agreement
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks
 from galore_torch.optim.fitting import Fits
+from galore_torch.optim.folding import fold
 from galore_torch.optim.group_report import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
+from galore_torch.optim.lending import Written, lent_group
 from galore_torch.optim.nonfinite import count_nonfinite, peaks, projected_only
 from galore_torch.optim.places import Place, places
-from galore_torch.optim.probe import traits_of
+from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.quantize import require_current
-from galore_torch.optim.rule import Rule, Traits, check_dimensions, share_arguments
+from galore_torch.optim.rule import Traits
+from galore_torch.optim.rules import Rules
 from galore_torch.optim.state_size import report_unquantized
 from galore_torch.optim.subspaces import Subspace, subspaces_of
 from galore_torch.optim.work import Clock, Work
@@ -57,6 +60,11 @@ class GaLore(Optimizer):
             classes get those of the arguments that they name.
         state_dtype: dtype of the coordinates, and so of the state inside; the weight's own when None. With bf16
             weights, bf16 second moments stick at beta 0.999: float32 here costs two bytes more a number.
+        rounding: how updates are rounded into weights of 16 bits. `nearest` loses what is less than half of a weight's
+            last digit; `stochastic` goes up or down at random, right on average, by draws that depend on the seed, the
+            weight's place and the number of its step alone; `compensated` keeps what was cut off, two bytes a number.
+            The latter two make all weights of 16 bits move through coordinates. None: as the settings of `optimizer`
+            ask (`bf16_stochastic_round`, `kahan_sum`), to the nearest without one.
         skip_nonfinite: leave out a weight whose gradient is not finite, state and all. Costs a device synchronization
             a step. Without it the update is what the optimizer inside makes of such a gradient; a renewal is never
             made from one, and `nonfinite_counts` tells how many there were.
@@ -81,13 +89,14 @@ class GaLore(Optimizer):
     further_keys: ClassVar[frozenset[str]] = frozenset()  # that a recipe reads of a projected group
     _is_built = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is one choice, and all but the first are named)
         self,
         params: Iterable[Any],
         optimizer: type[Optimizer] = torch.optim.AdamW,
         others: type[Optimizer] | None = None,
         *,
         state_dtype: torch.dtype | None = None,
+        rounding: Rounding | None = None,
         skip_nonfinite: bool = False,
         seed: int = 0,
         group_defaults: Mapping[str, Any] | None = None,
@@ -95,12 +104,23 @@ class GaLore(Optimizer):
         **arguments: Any,
     ) -> None:
         params = listed(params)
-        choices = {"state_dtype": state_dtype, "skip_nonfinite": skip_nonfinite, "seed": seed, "traits": traits}
+        choices: dict[str, Any] = {
+            "rounding": rounding,
+            "state_dtype": state_dtype,
+            "skip_nonfinite": skip_nonfinite,
+            "seed": seed,
+            "traits": traits,
+        }
+        check_rounding(rounding)
         self._settings = checked_settings(optimizer=optimizer, others=others, arguments=arguments, **choices)
         self._build_rules()
         self._is_built = False  # so that what is told of all groups is told once
-        super().__init__(params, {**self._rule.defaults, **(group_defaults or {})})
+        super().__init__(params, {**self._rules.rule.defaults, **(group_defaults or {})})
         report_all(self.param_groups)
+        report_rounding(rounding, [place.weight for place in places(self.param_groups)])
+        if state_dtype in (None, torch.float16):
+            held = (place for place in places(self.param_groups) if place.weight.dtype is torch.float16)
+            report_float16(self._rules.rule, [parameter_name(place.group, place.index) for place in held])
         self._is_built = True
         self._report(self.param_groups)
 
@@ -109,24 +129,9 @@ class GaLore(Optimizer):
         self._known_places: dict[int, Place] = {}
         self._fits = Fits()
         self._agreement = Agreement()
+        self._written = Written()
         self._clock = Clock()
-        kept = self._settings
-        classes, shares = self._classes_and_shares()
-        self._rule = Rule(classes[0], shares[0])
-        self._traits: Traits = kept["traits"] or traits_of(classes[0], shares[0])
-        self._others, self._others_traits = self._rule, self._traits
-        if kept["others"] is not None:
-            self._others, self._others_traits = Rule(classes[-1], shares[-1]), Traits()
-            if kept["state_dtype"] is not None:  # then its parameters move through coordinates too
-                self._others_traits = self._traits_of_others()
-
-    def _traits_of_others(self) -> Traits:
-        classes, shares = self._classes_and_shares()
-        return traits_of(classes[-1], shares[-1])
-
-    def _classes_and_shares(self) -> tuple[list[type[Optimizer]], list[dict[str, Any]]]:
-        classes = [one for one in (self._settings["optimizer"], self._settings["others"]) if one is not None]
-        return classes, share_arguments(classes, self._settings["arguments"])
+        self._rules = Rules(self._settings)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings}
@@ -147,18 +152,16 @@ class GaLore(Optimizer):
         """
         group = prepared(param_group, self.param_groups)
         if not is_projected(group):
-            group = {**self._others.defaults, **group}
-            if self._others is not self._rule and any(isinstance(one, QuantizedWeight) for one in group["params"]):
-                self._traits_of_others()  # codes move through coordinates: refuse here what cannot, before any step
+            group = {**self._rules.others.defaults, **group}
         check_hyperparameters(group, self.defaults, " in a parameter group")
-        self._check_dimensions(group)
+        self._rules.check(group, group["params"])
         if "param_names" in group:
             name_all(self.param_groups)
         super().add_param_group(group)
         self._report([group] if self._is_built else [])
 
     def _report(self, groups: list[dict[str, Any]]) -> None:
-        report_each(groups, {*self.defaults, *self._others.defaults, *self.further_keys}, self._classes_and_shares()[0])
+        report_each(groups, {*self.defaults, *self._rules.others.defaults, *self.further_keys}, self._rules.classes)
         report_unquantized([sized for group in groups for sized in self._sizes(group)])
 
     # A compiler would look into gradients that are no plain tensors. torch.compiler.disable would import it at once.
@@ -186,6 +189,7 @@ class GaLore(Optimizer):
         for place in held:
             require_current(place.weight)
         self.apply([self._work(place, lent_groups) for place in held if place.weight.grad is not None])
+        self._written.close(self.param_groups, self._rules.of)
         return loss
 
     def nonfinite_counts(self) -> dict[str, int]:
@@ -223,19 +227,13 @@ class GaLore(Optimizer):
                 or a checkpoint of galore-torch 1.0. The optimizer is unchanged then.
         """
         load_uncast(self, state_dict, super().load_state_dict, self._blank_work)
-        self._fits = Fits()
+        self._fits, self._written = Fits(), Written()
         for place in places(self.param_groups):
             self._fits.note(self._work(place, {}))
 
     def _blank_work(self, groups: list[dict[str, Any]]) -> list[Work]:
         lent: LentGroups = {}
         return [self._work(place, lent, {}) for place in places(groups)]
-
-    def _check_dimensions(self, group: dict[str, Any]) -> None:
-        """Checks that the rule takes tensors of as many dimensions as it would move for this group."""
-        place, (classes, shares) = 0 if is_projected(group) else -1, self._classes_and_shares()
-        for dimensions in sorted({len(projection_in(group, weight).image_shape) for weight in group["params"]}):
-            check_dimensions(classes[place], shares[place], dimensions)
 
     def work_on(self, weight: Tensor) -> Work:
         """One weight as the next step would see it; for those who form or apply a gradient before `step()`.
@@ -260,7 +258,7 @@ class GaLore(Optimizer):
         return work
 
     def apply(self, work: list[Work]) -> None:
-        """Renews the bases that are due, and moves the weights by their gradients.
+        """Renews the bases that are due, and moves the weights by their gradients. `step` closes the step.
 
         Args:
             work: weights that have a gradient.
@@ -280,23 +278,19 @@ class GaLore(Optimizer):
 
     def _sizes(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Traits]]:
         """Of each weight in a group its name, how many numbers the rule moves for it, and the rule's traits."""
-        traits = self._traits if is_projected(group) else self._others_traits
+        _, traits = self._rules.of(group)
         for index, weight in enumerate(group["params"]):
             yield parameter_name(group, index), math.prod(projection_in(group, weight).image_shape), traits
 
     def _work(self, place: Place, lent_groups: LentGroups, state: dict[str, Any] | None = None) -> Work:
         group, weight = place.group, place.weight
-        projected, in_codes = is_projected(group), isinstance(weight, QuantizedWeight)
+        projected = is_projected(group)
         if projected and "stagger" not in group:
             check_group(group)  # a plain group that was given a rank
-        rule, traits = (self._rule, self._traits) if projected else (self._others, self._others_traits)
-        if in_codes and rule is not self._rule:
-            traits = self._traits_of_others()
-        # Without projection, coordinates serve a rule that needs help from the weight, a dtype of their own, or codes.
-        through_coordinates = projected or traits.reads_weight or self._settings["state_dtype"] is not None or in_codes
+        rule, traits, through_coordinates = self._rules.of_weight(weight, group)
         lent_key = id(group), through_coordinates
         if lent_key not in lent_groups:
-            lent_groups[lent_key] = _lent(group, traits) if through_coordinates else group
+            lent_groups[lent_key] = lent_group(group, traits) if through_coordinates else group
         staggered = projected and group["stagger"]
         return Work(
             weight=weight,
@@ -309,7 +303,9 @@ class GaLore(Optimizer):
             traits=traits,
             through_coordinates=through_coordinates,
             dtype=self._settings["state_dtype"] or weight.dtype,
+            rounding=self._rules.rounding(weight, group) if through_coordinates else "nearest",
             seed=self._settings["seed"],
+            place=place.among_all,
             index=place.among_projected,
             clock=self._clock,
             turn=turn_offset(place.among_projected, place.projected, group["update_proj_gap"]) if staggered else 0,
@@ -336,15 +332,10 @@ class GaLore(Optimizer):
         if not chunk:
             return
         lent = [one.lend(image) for one, image in zip(chunk, images, strict=True)]
-        chunk[0].rule.step([part for _, parts in lent for part in parts])
+        written = chunk[0].rule.step([part for _, parts in lent for part in parts])
         for one, (tensor, parts) in zip(chunk, lent, strict=True):
+            self._written.note(one.group, written[id(one.lent_group)])
             one.take_back(parts)
             self._fits.note(one)
             if one.through_coordinates:
-                one.fold(tensor)
-
-
-def _lent(group: dict[str, Any], traits: Traits) -> dict[str, Any]:
-    """A group as the rule of its coordinates sees it: without the decay, which is served from the weight."""
-    undecayed = {"weight_decay": 0.0} if "weight_decay" in group else {}
-    return {**group, **undecayed, **(traits.given(group) if traits.given else {})}
+                fold(one, tensor)

@@ -20,6 +20,7 @@ class Place:
         groups: the optimizer's groups.
         group_index: which of them holds it.
         index: its index there.
+        among_all: how many parameters stand before it.
         among_projected: how many projected parameters stand before it.
         projected: how many there are.
     """
@@ -28,6 +29,7 @@ class Place:
     groups: tuple[dict[str, Any], ...]
     group_index: int
     index: int
+    among_all: int
     among_projected: int
     projected: int
 
@@ -60,8 +62,9 @@ def places(groups: Sequence[dict[str, Any]]) -> Iterator[Place]:
         One place for each parameter, in order.
     """
     count = sum(len(group["params"]) for group in groups if is_projected(group))
-    kept, before = tuple(groups), 0
+    kept, before, among_all = tuple(groups), 0, 0
     for group_index, group in enumerate(kept):
         for index, weight in enumerate(group["params"]):
-            yield Place(weight, kept, group_index, index, before, count)
+            yield Place(weight, kept, group_index, index, among_all, before, count)
             before += is_projected(group)
+            among_all += 1

@@ -4,6 +4,10 @@ The optimizer is built once, on a tiny parameter, so that wrong arguments are to
 For each call it is lent the tensors to move, their gradients, their state and their hyperparameters, and it keeps
 none of them afterwards. So nothing is keyed on the identity of a parameter, nothing is copied when a checkpoint is
 taken, and it never notices that what it moves are coordinates.
+
+Many optimizers write into their parameter group: how many steps they have made, sums over all parameters, choices of
+the first step. A call returns what it has written. A step may take several calls, all of which see the group as it was
+before the step; what they have written is put there once, when the step is closed.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Decay = Literal["none", "l2", "decoupled"]
+Decay = Literal["none", "l2", "decoupled", "unserved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,13 @@ class Traits:
 
     Attributes:
         decay: where its `weight_decay` acts: on the gradient (`l2`), on the weight before the update (`decoupled`),
-            or there is none.
+            there is none, or it is one that cannot be served from the weight (`unserved`).
         many_calls: whether stepping the parameters in several calls equals stepping them in one.
+        writes_group: whether it writes into its parameter group, also where none of its parameters has a gradient.
         learning_rate: the rate that decay takes, where that depends on the weight; the group's `lr` when left out.
-        factor: a correction of the displacement, where that depends on the weight.
+        factor: a correction of the displacement of coordinates, where that depends on the weight.
+        is_another: whether `factor` makes another rule of the optimizer, so that parameters that are not projected go
+            through coordinates too. Without it the optimizer itself moves them.
         given: hyperparameters that the rule gets instead of the group's, because `factor` takes their place.
         slice_elements: how many numbers of one tensor the rule may be lent at a time: slices that it moves as it would
             the whole, where it makes copies of what it is lent. All at once when None.
@@ -56,16 +63,13 @@ class Traits:
 
     decay: Decay = "none"
     many_calls: bool = True
+    writes_group: bool = False
     learning_rate: Callable[[Moved], float | Tensor] | None = None
     factor: Callable[[Moved], float | Tensor] | None = None
+    is_another: bool = False
     given: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     slice_elements: int | None = None
     holds_in_few_bits: Callable[[int], bool] | None = None
-
-    @property
-    def reads_weight(self) -> bool:
-        """Whether every parameter, projected or not, must go through coordinates, because `factor` serves it."""
-        return self.factor is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +78,26 @@ class Lent:
 
     Attributes:
         tensor: moved in place.
-        grad: its gradient, of the same shape and dtype.
+        grad: its gradient, of the same shape and dtype; None for one that is not moved.
         state: the rule's own state of it, changed in place.
-        group: the hyperparameters; what it lacks is as at construction.
+        group: the hyperparameters; what it lacks is as at construction. The rule gets copies of its tensors.
+        weight: whose coordinates the tensor is, or which it is; for optimizers that hold settings of single weights.
     """
 
     tensor: Tensor
-    grad: Tensor
+    grad: Tensor | None
     state: dict[str, Any]
     group: Mapping[str, Any]
+    weight: Tensor | None = None
 
 
 DECLARED: dict[str, Traits] = {}
 """Traits by qualified class name, for optimizers that a probe cannot tell about. `recipes` fills it."""
+
+ADAPTED: dict[str, Callable[[torch.optim.Optimizer, Mapping[int, Tensor]], None]] = {}
+"""What is done to a rule's optimizer that knows single weights by their identity, by the library that it comes from:
+called once with the optimizer and with the weights behind what it is lent, by the identity of that. `recipes` fills it.
+"""
 
 
 class Rule:
@@ -98,62 +109,158 @@ class Rule:
         dimensions: how many dimensions the tiny parameter has on which it is built.
 
     Attributes:
+        name: its qualified name.
         defaults: its hyperparameters by name, as a parameter group holds them.
 
     Raises:
-        TypeError, ValueError: the class' own complaints about its arguments.
+        TypeError, ValueError: the class' own complaints about its arguments, or no class of an optimizer.
     """
 
     def __init__(
         self, optimizer: type[torch.optim.Optimizer], arguments: Mapping[str, Any], dimensions: int = 2
     ) -> None:
+        if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+            raise ValueError(
+                f"optimizer is {optimizer!r}; give a class of torch.optim.Optimizer, and its arguments by name"
+            )
         self.name = f"{optimizer.__module__}.{optimizer.__qualname__}"
-        self._made_from = optimizer, arguments, dimensions
-        tiny = torch.nn.Parameter(torch.zeros((2,) * dimensions))
-        self._optimizer = optimizer([tiny], **arguments)
-        self._template = {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
+        self._class, self._arguments, self._dimensions = optimizer, dict(arguments), dimensions
+        self._optimizer = self.alone([self._tiny()])
+        if isinstance(getattr(type(self._optimizer), "state", None), property):
+            raise ValueError(
+                f"{self.name} cannot run inside GaLore: it holds another optimizer, whose state it cannot be lent. Use "
+                "that optimizer itself"
+            )
+        self._template = {key: value for key, value in self._optimizer.param_groups[0].items() if key not in _NOT_LENT}
         # torchao holds the learning rate in a tensor. Ours stays the number that was passed, for schedulers to read.
         self.defaults = {key: _plain(value, arguments.get(key)) for key, value in self._template.items()}
+        self._weights: dict[int, Tensor] = {}
+        for library in {base.__module__.partition(".")[0] for base in optimizer.__mro__} & ADAPTED.keys():
+            ADAPTED[library](self._optimizer, self._weights)
         self._forget()
 
-    def again(self) -> Rule:
-        """The same rule made anew: what it is tried on leaves no trace in this one."""
-        return Rule(*self._made_from)
+    def alone(self, parameters: Sequence[Any]) -> torch.optim.Optimizer:
+        """A new optimizer of the same class and arguments, that holds parameters as any does.
 
-    def step(self, lent: Sequence[Lent]) -> None:
+        Args:
+            parameters: what it moves, or groups of it.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        try:
+            made = self._class(parameters, **self._arguments)
+            if callable(train := getattr(made, "train", None)):  # those that average have two modes
+                train()
+            return made
+        except TypeError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.name} does not take its arguments: {error}") from error
+        except Exception as error:  # whatever a foreign class raises
+            raise ValueError(
+                f"{self.name} cannot run inside GaLore: it cannot be made for a list of parameters "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def again(self) -> Rule:
+        """The same rule as it is in another process: with nothing that the optimizer noted in itself."""
+        return Rule(self._class, self._arguments, self._dimensions)
+
+    def setting(self, name: str, group: Mapping[str, Any]) -> Any:
+        """A setting of the optimizer by its name, wherever it keeps it; False where it has none of this name.
+
+        Args:
+            name: of the setting.
+            group: a parameter group, which says it first.
+        """
+        return group[name] if name in group else self.defaults.get(name, getattr(self._optimizer, name, False))
+
+    def step(self, lent: Sequence[Lent]) -> dict[int, dict[str, Any]]:
         """Moves each tensor by the rule, and updates its state.
 
         Args:
             lent: the tensors with their gradients, states and groups. Those that share a group share the object.
+
+        Returns:
+            What the rule has written into each group, by the group's identity; the groups themselves do not change.
         """
         parameters = [torch.nn.Parameter(one.tensor) for one in lent]
-        by_group: dict[int, dict[str, Any]] = {}
+        groups: dict[int, dict[str, Any]] = {}
         try:
             for one, parameter in zip(lent, parameters, strict=True):
                 parameter.grad = one.grad
+                if one.weight is not None:
+                    self._weights[id(parameter)] = one.weight
                 if one.state:
                     self._optimizer.state[parameter] = one.state
-                group = by_group.get(id(one.group))
+                group = groups.get(id(one.group))
                 if group is None:
-                    group = by_group[id(one.group)] = self._hyperparameters(one.group)
+                    group = groups[id(one.group)] = self._hyperparameters(one.group)
                 group["params"].append(parameter)
-            self._optimizer.param_groups = list(by_group.values())
-            self._optimizer.step()
+            before = {key: _noted(group) for key, group in groups.items()}
+            self._optimizer.param_groups = list(groups.values())
+            try:
+                self._optimizer.step()
+            except Exception:  # some complain that nothing is to be moved, after they have counted the step
+                if any(one.grad is not None for one in lent):
+                    raise
             for one, parameter in zip(lent, parameters, strict=True):
                 state = self._optimizer.state.get(parameter, {})
                 if state is not one.state:
                     one.state.clear()
                     one.state.update(state)
+            return {key: _written(group, before[key]) for key, group in groups.items()}
         finally:
             self._forget()
 
+    def rest(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What the rule writes into a group in a step in which no parameter of it has a gradient.
+
+        Args:
+            group: the hyperparameters.
+
+        Returns:
+            What it has written.
+        """
+        return self.step([Lent(tensor=self._tiny().data, grad=None, state={}, group=group)])[id(group)]
+
+    def _tiny(self) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.zeros((2,) * self._dimensions))
+
     def _hyperparameters(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        values = {key: _as_template(group.get(key, value), value) for key, value in self._template.items()}
+        given = {**self._template, **group}
+        values = {
+            key: _as_template(value, self._template.get(key)) for key, value in given.items() if key not in _NOT_LENT
+        }
         return {**values, "params": []}
 
     def _forget(self) -> None:
+        self._weights.clear()
         self._optimizer.state = defaultdict(dict)
         self._optimizer.param_groups = []
+
+
+_NOT_LENT = ("params", "param_names")
+"""Keys of a group that tell of its parameters, of which a rule may be lent some."""
+
+
+def _noted(group: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:
+    """The values of a group, and how often those that are tensors have been changed in place."""
+    return {key: (value, value._version if isinstance(value, Tensor) else 0) for key, value in group.items()}
+
+
+def _written(group: Mapping[str, Any], before: Mapping[str, tuple[Any, int]]) -> dict[str, Any]:
+    """What is another value than before, or a tensor that has been changed in place."""
+    missing = (object(), 0)
+    return {
+        key: value
+        for key, value in group.items()
+        if value is not before.get(key, missing)[0] or (isinstance(value, Tensor) and value._version != before[key][1])
+    }
 
 
 def share_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -211,7 +318,9 @@ def _plain(value: Any, passed: Any) -> Any:
 
 
 def _as_template(value: Any, template: Any) -> Any:
-    """A hyperparameter in the form that the optimizer wants: in a tensor of its own if it made one at construction."""
-    if isinstance(template, Tensor) and not isinstance(value, Tensor):
+    """A hyperparameter as the optimizer wants it: a tensor if it made one, and then one of its own to write into."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(template, Tensor):
         return template.clone().fill_(value)
     return value

@@ -5,7 +5,8 @@ step of the last), `gap` (steps to the next, of a lazy layer), `overlaps` (of th
 before it; newest last, zero where there were not as many), `captured` (share of the gradient's energy at the last
 renewal that the basis before it held; zero before there were two), `lacking` (columns of the basis that are zeros, for
 no gradient has told them; negative if they wait for the next turn, since the last gradient told none), `nonfinite`
-(gradients met that were not finite), `basis` (factors by mode, as `lowbit` stores them) and `inner` (the rule's own).
+(gradients met that were not finite), `basis` (factors by mode, as `lowbit` stores them), `compensation` (what rounding
+has cut off of the weight, where that is kept) and `inner` (the rule's own).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch.lowbit import QuantizedWeight
-from galore_torch.optim.groups import is_projected, storage_in
+from galore_torch.lowbit import Rounding
+from galore_torch.optim.groups import storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.rule import Lent, Moved, Rule, Traits
+from galore_torch.optim.rule import Lent, Rule, Traits
 from galore_torch.optim.warn import warn
 from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
 
@@ -52,7 +53,9 @@ class Work:
         traits: what is known of the rule.
         through_coordinates: whether the rule moves coordinates, not the weight itself.
         dtype: of the coordinates.
+        rounding: how its update is rounded into it.
         seed: of the optimizer's random numbers.
+        place: its place among all weights.
         index: its place among the projected weights.
         turn: its offset within the gap.
         clock: where the time of renewals is added up.
@@ -68,7 +71,9 @@ class Work:
     traits: Traits
     through_coordinates: bool
     dtype: torch.dtype
+    rounding: Rounding
     seed: int
+    place: int
     index: int
     turn: int
     clock: Clock = field(default_factory=Clock)
@@ -142,6 +147,8 @@ class Work:
             self.state["overlaps"] = torch.zeros(self.group["queue_size"], device=self.weight.device)
         if self.projection.modes and "captured" not in self.state:
             self.state["captured"] = torch.zeros((), device=self.weight.device)
+        if self.rounding == "compensated" and "compensation" not in self.state:
+            self.state["compensation"] = torch.zeros_like(self.weight)
         if "step" in self.state or not self.through_coordinates:
             if self.projection.modes:
                 self.state.setdefault("lacking", 0)
@@ -263,11 +270,17 @@ class Work:
         tensor = torch.zeros_like(image) if self.through_coordinates else self.weight
         inner, size = self.state.get("inner", {}), self.traits.slice_elements
         if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous():
-            return tensor, [Lent(tensor=tensor, grad=image, state=inner, group=self.lent_group)]
+            return tensor, [Lent(tensor=tensor, grad=image, state=inner, group=self.lent_group, weight=self.weight)]
         ends = list(range(size, tensor.numel() - size + 1, size))  # the last takes the rest: none is too small
         slices = zip(tensor.view(-1).tensor_split(ends), image.reshape(-1).tensor_split(ends), strict=True)
         lent = [
-            Lent(tensor=part, grad=grad, state=inner.get(f"slice{number}", {}), group=self.lent_group)
+            Lent(
+                tensor=part,
+                grad=grad,
+                state=inner.get(f"slice{number}", {}),
+                group=self.lent_group,
+                weight=self.weight,
+            )
             for number, (part, grad) in enumerate(slices)
         ]
         return tensor, lent
@@ -282,40 +295,3 @@ class Work:
             self.state["inner"] = {f"slice{number}": one.state for number, one in enumerate(lent)}
         elif lent[0].state:
             self.state["inner"] = lent[0].state
-
-    def fold(self, coordinates: Tensor) -> None:
-        """W <- (1 - lr * decay) * W + scale * project_back(c). The decay only if the rule's is decoupled."""
-        self.state["step"] += 1
-        group, traits = self.group, self.traits
-        moved = Moved(
-            weight=self.weight, group=group, step=self.state["step"], coordinates_shape=tuple(coordinates.shape)
-        )
-        alpha: Any = group["scale"] if is_projected(group) else 1.0
-        beta: Any = 1.0
-        if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
-            lr = traits.learning_rate(moved) if traits.learning_rate else group["lr"]
-            beta = 1 - lr * group["weight_decay"]
-        if traits.factor:
-            alpha = alpha * traits.factor(moved)
-        if isinstance(alpha, Tensor):
-            coordinates.mul_(alpha)
-            alpha = 1.0
-        if isinstance(self.weight, QuantizedWeight):
-            self._fold_into_codes(self.weight, coordinates, alpha, beta)
-            return
-        if isinstance(beta, Tensor):
-            self.weight.mul_(beta)
-            beta = 1.0
-        self.projection.fold(self.weight, coordinates, self.basis, alpha=alpha, beta=beta)
-
-    def _fold_into_codes(
-        self, weight: QuantizedWeight, coordinates: Tensor, alpha: float, beta: float | Tensor
-    ) -> None:
-        """The same for a weight in INT8: the update is formed some rows at a time."""
-        basis, coordinates = dict(self.basis), coordinates.to(weight.dtype)
-        weight.move(
-            lambda rows: self.projection.project_back_rows(coordinates, basis, rows),
-            step=self.state["step"],
-            alpha=alpha,
-            beta=beta,
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch.lowbit import Rounding
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.rule import DECLARED, Moved, Traits
 
@@ -32,6 +34,7 @@ class GaLoreAdafactor(GaLore):
         warmup_init: the relative step starts at 1e-6 t.
         maximize: go up instead of down.
         state_dtype: dtype of the coordinates and the factored moment; the weight's own when None.
+        rounding: of updates into weights of 16 bits: `nearest`, `stochastic` or `compensated` (see `GaLore`).
         skip_nonfinite: leave out weights whose gradient is not finite.
         seed: of the decompositions' random numbers.
 
@@ -54,6 +57,7 @@ class GaLoreAdafactor(GaLore):
         *,
         maximize: bool = False,
         state_dtype: torch.dtype | None = torch.float32,
+        rounding: Rounding = "nearest",
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
@@ -66,12 +70,16 @@ class GaLoreAdafactor(GaLore):
             raise ValueError(f"lr is {lr!r} and relative_step is True; leave out one of them")
         if warmup_init and not relative:
             raise ValueError("warmup_init is True and relative_step is False; the warm-up is of the relative step")
+        if len(eps) != 2 or not all(0 <= one < float("inf") for one in eps):
+            raise ValueError(f"eps is {eps!r}; use two finite numbers of at least 0, as (1e-30, 1e-3)")
         if clip_threshold < 1:
             raise ValueError(f"clip_threshold is {clip_threshold!r}; use at least 1")
         super().__init__(
             params,
             optimizer=torch.optim.Adafactor,
+            traits=dataclasses.replace(_ADAFACTOR, is_another=True),
             state_dtype=state_dtype,
+            rounding=rounding,
             skip_nonfinite=skip_nonfinite,
             seed=seed,
             group_defaults={
@@ -120,6 +128,7 @@ def _adafactor_given(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"lr": _UNIT_RATE, "eps": (group["eps"][0], 1.0)}
 
 
-DECLARED[f"{torch.optim.Adafactor.__module__}.Adafactor"] = Traits(
+_ADAFACTOR = Traits(
     decay="decoupled", learning_rate=_adafactor_decay_rate, factor=_adafactor_factor, given=_adafactor_given
 )
+DECLARED[f"{torch.optim.Adafactor.__module__}.Adafactor"] = _ADAFACTOR

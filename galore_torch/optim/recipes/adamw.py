@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import listed
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.rule import Moved, Traits
@@ -31,6 +32,7 @@ class GaLoreAdamW(GaLore):
         correct_bias: False leaves out the bias correction of the moments.
         no_deprecation_warning: understood for callers of galore-torch 1.0; there is no such warning.
         state_dtype: dtype of the moments; the weight's own when None.
+        rounding: of updates into weights of 16 bits: `nearest`, `stochastic` or `compensated` (see `GaLore`).
         skip_nonfinite: leave out weights whose gradient is not finite.
         seed: of the decompositions' random numbers.
 
@@ -61,6 +63,7 @@ class GaLoreAdamW(GaLore):
         correct_bias: bool = True,
         no_deprecation_warning: bool = True,  # noqa: ARG002 (for old callers)
         state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
@@ -68,8 +71,9 @@ class GaLoreAdamW(GaLore):
         super().__init__(
             params,
             optimizer=torch.optim.AdamW,
-            traits=None if correct_bias else Traits(decay="decoupled", factor=_undo_bias_correction),
+            traits=None if correct_bias else Traits(decay="decoupled", factor=_undo_bias_correction, is_another=True),
             state_dtype=state_dtype,
+            rounding=rounding,
             skip_nonfinite=skip_nonfinite,
             seed=seed,
             lr=lr,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from galore_torch.optim.fitting import KEPT_BY
-from galore_torch.optim.rule import DECLARED, Decay, Moved, Traits
+from galore_torch.optim.rule import ADAPTED, DECLARED, Decay, Moved, Traits
 
 
 def _muon_shape_ratio(moved: Moved) -> float:
@@ -31,6 +34,32 @@ def _is_large_and_divides(block: int, size: int) -> bool:
 
 
 DECLARED[f"{torch.optim.Muon.__module__}.Muon"] = Traits(decay="decoupled", factor=_muon_shape_ratio)
+
+
+def _serve_single_weights(optimizer: torch.optim.Optimizer, weights: Mapping[int, Tensor]) -> None:
+    """Lets bitsandbytes' settings of single weights (`GlobalOptimManager`) hold for what is lent of these weights."""
+    manager: Any = getattr(optimizer, "mng", None)
+    plain: Any = getattr(optimizer, "get_config", None)
+    if manager is None or plain is None:
+        return
+
+    def get_config(group_index: int, index: int, group: dict[str, Any]) -> dict[str, Any]:
+        weight = weights.get(id(optimizer.param_groups[group_index]["params"][index]))
+        by_place, by_weight = manager.index2config, manager.pid2config
+        manager.index2config, manager.pid2config = {}, {}  # places are others here
+        try:
+            config: dict[str, Any] = plain(group_index, index, group)
+        finally:
+            manager.index2config, manager.pid2config = by_place, by_weight
+        for module, name, own in manager.module_weight_config_triple:
+            if getattr(module, name) is weight:
+                config.update(own)
+        return {**config, **by_weight.get(id(weight), {})}
+
+    optimizer.get_config = get_config  # type: ignore[attr-defined]
+
+
+ADAPTED["bitsandbytes"] = _serve_single_weights
 # torchao's compile a kernel when first tried, which takes seconds.
 _TORCHAO: dict[str, Decay] = {"AdamW": "decoupled", "Adam": "l2"}
 _BLOCKS = {"8bit": 256, "4bit": 128, "Fp8": 256}

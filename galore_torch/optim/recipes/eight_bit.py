@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from galore_torch.extras import install
+from galore_torch.lowbit import Rounding
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.keys import PROJECTED_DEFAULTS
@@ -35,6 +36,7 @@ class GaLoreAdamW8bit(GaLore):
         min_8bit_size: fewer elements than this stay in 32 bits.
         is_paged: let the states move to the host when device memory runs out.
         state_dtype: dtype of the coordinates (the states have 8 bits whatever it is); the weight's own when None.
+        rounding: of updates into weights of 16 bits: `nearest`, `stochastic` or `compensated` (see `GaLore`).
         skip_nonfinite: leave out weights whose gradient is not finite.
         seed: of the decompositions' random numbers.
 
@@ -55,6 +57,7 @@ class GaLoreAdamW8bit(GaLore):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
         state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
@@ -73,6 +76,7 @@ class GaLoreAdamW8bit(GaLore):
             ),
             optimizer=getattr(bitsandbytes.optim, "PagedAdamW8bit" if is_paged else "AdamW8bit"),
             state_dtype=state_dtype,
+            rounding=rounding,
             skip_nonfinite=skip_nonfinite,
             seed=seed,
             lr=lr,
@@ -102,6 +106,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
         min_8bit_size: fewer elements than this stay in 32 bits.
         is_paged: let the states move to the host when device memory runs out.
         state_dtype: dtype of the coordinates; the weight's own when None.
+        rounding: of updates into weights of 16 bits: `nearest`, `stochastic` or `compensated` (see `GaLore`).
         skip_nonfinite: leave out weights whose gradient is not finite.
         seed: of the decompositions' random numbers.
 
@@ -126,6 +131,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
         state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
@@ -140,6 +146,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
             min_8bit_size=min_8bit_size,
             is_paged=is_paged,
             state_dtype=state_dtype,
+            rounding=rounding,
             skip_nonfinite=skip_nonfinite,
             seed=seed,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch.lowbit import Rounding
 from galore_torch.optim.galore import GaLore
 
 
@@ -26,6 +27,7 @@ class GaLoreSGD(GaLore):
         maximize: go up instead of down.
         fused: torch's fused kernel.
         state_dtype: dtype of the momentum; the weight's own when None.
+        rounding: of updates into weights of 16 bits: `nearest`, `stochastic` or `compensated` (see `GaLore`).
         skip_nonfinite: leave out weights whose gradient is not finite.
         seed: of the decompositions' random numbers.
 
@@ -45,6 +47,7 @@ class GaLoreSGD(GaLore):
         maximize: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
@@ -52,6 +55,7 @@ class GaLoreSGD(GaLore):
             params,
             optimizer=torch.optim.SGD,
             state_dtype=state_dtype,
+            rounding=rounding,
             skip_nonfinite=skip_nonfinite,
             seed=seed,
             lr=lr,

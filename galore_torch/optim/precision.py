@@ -1,0 +1,108 @@
+"""How updates are rounded into weights of 16 bits, and what is lost where moments have 16 bits themselves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_torch.lowbit import ROUNDINGS, QuantizedWeight, Rounding
+from galore_torch.optim.rule import Lent, Rule
+
+ASKED: dict[str, Rounding] = {
+    "bf16_stochastic_round": "stochastic",
+    "bf16_sr": "stochastic",
+    "kahan_sum": "compensated",
+}
+"""Settings by which optimizers ask for more than rounding to the nearest of weights of 16 bits; None means yes, too."""
+
+
+def is_16_bit(weight: Tensor) -> bool:
+    """Whether it matters how an update is rounded into a weight."""
+    return weight.element_size() == 2 and not isinstance(weight, QuantizedWeight)
+
+
+def check_rounding(rounding: Any) -> None:
+    """Checks the name of a rounding.
+
+    Args:
+        rounding: None, or one of `ROUNDINGS`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise ValueError(f"rounding is {rounding!r}; use one of {', '.join(ROUNDINGS)}")
+
+
+def asked_rounding(rule: Rule, group: Mapping[str, Any]) -> Rounding:
+    """How an optimizer's own settings ask that updates be rounded into weights of 16 bits.
+
+    Args:
+        rule: the optimizer.
+        group: a parameter group.
+
+    Returns:
+        To the nearest, where it says nothing.
+    """
+    for name, rounding in ASKED.items():
+        value = rule.setting(name, group)
+        if value is None or value:
+            return rounding
+    return "nearest"
+
+
+def report_rounding(rounding: Rounding | None, weights: Sequence[Tensor]) -> None:
+    """Warns once where a rounding was asked for that has no effect.
+
+    Args:
+        rounding: as it was given.
+        weights: all weights of an optimizer.
+    """
+    if rounding in (None, "nearest") or any(is_16_bit(weight) for weight in weights):
+        return
+    dtypes = sorted({str(weight.dtype) for weight in weights})
+    warnings.warn(
+        f"rounding={rounding!r} has no effect: no weight has 16 bits (they are {', '.join(dtypes)}). Leave it out",
+        stacklevel=4,
+    )
+
+
+def report_float16(rule: Rule, names: Sequence[str]) -> None:
+    """Warns once of an optimizer whose updates come out wrong where its state is of float16.
+
+    Args:
+        rule: the optimizer.
+        names: of the weights for which its state would be.
+    """
+    if not names:
+        return
+    factor = _too_large_in_float16(rule)
+    if not 0.9 < factor < 1.1:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        warnings.warn(
+            f"the state of {len(names)} weights of float16 ({shown}) is kept in float16, where the squares of small "
+            f"gradients vanish: at gradients of 1e-4 the updates of {rule.name} come out {factor:.2g} times as large "
+            "as they should. Pass state_dtype=torch.float32, or use weights of bfloat16 or float32",
+            stacklevel=4,
+        )
+
+
+def _too_large_in_float16(rule: Rule) -> float:
+    """How much farther small gradients move a tensor of float16 than one of float32."""
+    grad = 1e-4 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    lengths = []
+    for dtype in (torch.float16, torch.float32):
+        trial, moved, state, group = rule.again(), torch.zeros(64, 64), dict[str, Any](), dict(rule.defaults)
+        for _ in range(3):
+            tensor = torch.zeros(64, 64, dtype=dtype)
+            lent = Lent(tensor=tensor, grad=grad.to(dtype), state=state, group=group)
+            with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")
+                group.update(trial.step([lent])[id(group)])
+            moved += tensor.float()
+        lengths.append(float(moved.norm()))
+    return lengths[0] / lengths[1] if lengths[1] else 1.0
