@@ -175,10 +175,10 @@ def test_a_rule_is_tried_without_a_trace():
     optimizer = GaLore(made, optimizer=Counting, lr=0.1, momentum=0.9)
     walk(optimizer, trained, range(2))
     random = torch.get_rng_state()
-    steps = optimizer._rule._optimizer.steps
+    steps = optimizer._rules.rule._optimizer.steps
     optimizer.load_state_dict(optimizer.state_dict())
     assert torch.equal(torch.get_rng_state(), random)
-    assert optimizer._rule._optimizer.steps == steps
+    assert optimizer._rules.rule._optimizer.steps == steps
 
 
 # Changed by hand between steps ---------------------------------------------------------------------------------------
