@@ -211,7 +211,10 @@ class _Trial:
         if apart and "lr" in self.group:
             groups[1]["lr"] /= 2
         optimizer = self.rule.alone(
-            [{"params": [weight], **group} for weight, group in zip(weights, groups, strict=True)]
+            [
+                {**self.rule.hyperparameters(group), "params": [weight]}
+                for weight, group in zip(weights, groups, strict=True)
+            ]
         )
         for grad in self.grads:
             for weight in weights:

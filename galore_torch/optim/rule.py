@@ -199,7 +199,7 @@ class Rule:
                     self._optimizer.state[parameter] = one.state
                 group = groups.get(id(one.group))
                 if group is None:
-                    group = groups[id(one.group)] = self._hyperparameters(one.group)
+                    group = groups[id(one.group)] = self.hyperparameters(one.group)
                 group["params"].append(parameter)
             before = {key: _noted(group) for key, group in groups.items()}
             self._optimizer.param_groups = list(groups.values())
@@ -231,7 +231,15 @@ class Rule:
     def _tiny(self) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.zeros((2,) * self._dimensions))
 
-    def _hyperparameters(self, group: Mapping[str, Any]) -> dict[str, Any]:
+    def hyperparameters(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group as the optimizer wants it, without parameters: its tensors are copies, and numbers may be in tensors.
+
+        Args:
+            group: the hyperparameters; what it lacks is as at construction.
+
+        Returns:
+            Another group.
+        """
         given = {**self._template, **group}
         values = {
             key: _as_template(value, self._template.get(key)) for key, value in given.items() if key not in _NOT_LENT
