@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import io
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,10 +133,20 @@ class _RefusedError(Exception):
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """No warnings, and torch's random numbers as they were."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        yield
+    """No warnings, and torch's and Python's random numbers as they were."""
+    state = random.getstate()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(state)
+
+
+def _seed() -> None:
+    """Lets every way begin with the same random numbers."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 def _first_that_moves(rule: Rule, weight: Tensor, grads: Sequence[Tensor]) -> _Trial:
@@ -171,7 +182,7 @@ class _Trial:
 
     def _moved_alone(self, closure: Callable[[int], Any] | None = None, **overrides: Any) -> Tensor:
         """The weight after the steps of the optimizer itself, each with its own closure if there is one."""
-        torch.manual_seed(0)
+        _seed()
         parameter = torch.nn.Parameter(self.weight.clone())
         optimizer = self.rule.alone([parameter])
         group = optimizer.param_groups[0]
@@ -189,7 +200,7 @@ class _Trial:
         Returns:
             Whether the rule has written into its group.
         """
-        torch.manual_seed(0)
+        _seed()
         rule, weight, group, wrote = self.rule.again(), self.weight.clone(), dict(self.group), False
         state: dict[str, Any] = {}
         for step, grad in enumerate(self.grads):
@@ -205,7 +216,7 @@ class _Trial:
 
     def refuse_what_is_kept_of_groups(self, apart: bool = True) -> None:
         """A rule is made on one group, and lent as many as there are, each with its own rate if they are `apart`."""
-        torch.manual_seed(0)
+        _seed()
         weights = [torch.nn.Parameter(self.weight.clone()) for _ in range(2)]
         groups = [dict(self.group), dict(self.group)]
         if apart and "lr" in self.group:
@@ -220,7 +231,7 @@ class _Trial:
             for weight in weights:
                 weight.grad = grad.clone()
             optimizer.step()
-        torch.manual_seed(0)
+        _seed()
         rule, lent = self.rule.again(), [self.weight.clone() for _ in range(2)]
         states: list[dict[str, Any]] = [{}, {}]
         for grad in self.grads:
@@ -245,7 +256,7 @@ class _Trial:
 
     def _moved_by_coordinates(self, decay: Decay = "none", pad: Sequence[int] = ()) -> Tensor:
         """The weight after the steps, moved through coordinates that are zero before each, with the decay served."""
-        torch.manual_seed(0)
+        _seed()
         rule, group = self.rule.again(), dict(self.group)
         weight = torch.nn.functional.pad(self.weight, pad)
         state: dict[str, Any] = {}
@@ -295,7 +306,7 @@ class _Trial:
         """Whether two tensors that are moved in two calls end where they end in one."""
         ends = []
         for in_one_call in (True, False):
-            torch.manual_seed(0)
+            _seed()
             rule, group = self.rule.again(), dict(self.group)
             weights = [self.weight.clone(), self.weight.clone()]
             states: list[dict[str, Any]] = [{}, {}]
