@@ -126,6 +126,7 @@ class Fits:
 
     def __init__(self) -> None:
         self._forms: dict[int, tuple[_Form, tuple[Any, ...]]] = {}
+        self._seen: dict[int, tuple[Any, ...]] = {}
 
     def note(self, work: Work) -> None:
         """Notes that a weight and its state fit, as they are.
@@ -133,7 +134,10 @@ class Fits:
         Args:
             work: the weight.
         """
-        self._forms[id(work.weight)] = _form(work), _shapes(work.state.get("inner"))
+        seen = _identity(work)
+        if self._seen.get(id(work.weight)) != seen:
+            self._forms[id(work.weight)] = _form(work), _shapes(work.state.get("inner"))
+            self._seen[id(work.weight)] = seen
 
     def prepare(self, work: Sequence[Work]) -> None:
         """Creates the state of weights where there is none, and casts it where a weight has another dtype or device.
@@ -145,14 +149,14 @@ class Fits:
             ValueError: a state does not fit, or a group was changed in a way that a state cannot follow; nothing has
                 changed then.
         """
+        work = [one for one in work if self._seen.get(id(one.weight)) != _identity(one)]
         fitting = [self._fitting(one) for one in work]
         for one, state in zip(work, fitting, strict=True):
             if state is not None:
                 one.state.clear()
                 one.state.update(state)
             one.prepare_state()
-            if state is not None or id(one.weight) not in self._forms:
-                self.note(one)
+            self.note(one)
 
     def _fitting(self, work: Work) -> dict[str, Any] | None:
         """What must take the place of a state; None, as in every ordinary step, where it fits as it is."""
@@ -165,6 +169,13 @@ class Fits:
                 _refuse_change(work, before[0].geometry, form.geometry)
             return {}  # nothing has been found yet
         return fit(work.state, work, {})
+
+
+def _identity(work: Work) -> tuple[Any, ...]:
+    """What cannot change without another object in its place; as long as it is the same nothing need be compared."""
+    weight, inner = work.weight, work.state.get("inner")
+    kept = () if inner is None else tuple(map(id, inner.values()))
+    return id(work), id(inner), kept, weight.dtype, weight.shape, weight.device, len(work.state)
 
 
 class _Form(NamedTuple):

@@ -23,14 +23,13 @@ def fold(work: Work, coordinates: Tensor) -> None:
     """
     work.state["step"] += 1
     group, traits, weight = work.group, work.traits, work.weight
-    moved = Moved(weight=weight, group=group, step=work.state["step"], coordinates_shape=tuple(coordinates.shape))
     alpha: Any = group["scale"] if is_projected(group) else 1.0
     beta: Any = 1.0
     if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
-        lr = traits.learning_rate(moved) if traits.learning_rate else group["lr"]
+        lr = traits.learning_rate(_moved(work, coordinates)) if traits.learning_rate else group["lr"]
         beta = 1 - lr * group["weight_decay"]
     if traits.factor:
-        alpha = alpha * traits.factor(moved)
+        alpha = alpha * traits.factor(_moved(work, coordinates))
     if isinstance(alpha, Tensor):
         coordinates.mul_(alpha)
         alpha = 1.0
@@ -42,12 +41,21 @@ def fold(work: Work, coordinates: Tensor) -> None:
         if isinstance(beta, Tensor):
             weight.mul_(beta)
             beta = 1.0
-        work.projection.fold(weight, coordinates, work.basis, alpha=alpha, beta=beta)
+        work.projection.fold(weight, coordinates, work.factors, alpha=alpha, beta=beta)
+
+
+def _moved(work: Work, coordinates: Tensor) -> Moved:
+    return Moved(
+        weight=work.weight,
+        group=work.group,
+        step=work.state["step"],
+        coordinates_shape=tuple(coordinates.shape),
+    )
 
 
 def _fold_rounded(work: Work, coordinates: Tensor, alpha: float, beta: float | Tensor) -> None:
     """The same for a weight of 16 bits whose last digit matters: formed in float32, some rows at a time."""
-    basis, projection = work.basis, work.projection
+    basis, projection = work.factors, work.projection
     if projection.modes:
         coordinates = coordinates.to(work.weight.dtype)
     update: Callable[[slice], Tensor]
@@ -69,7 +77,7 @@ def _fold_into_codes(
     work: Work, weight: QuantizedWeight, coordinates: Tensor, alpha: float, beta: float | Tensor
 ) -> None:
     """The same for a weight in INT8: the update is formed some rows at a time."""
-    basis, coordinates = dict(work.basis), coordinates.to(weight.dtype)
+    basis, coordinates = work.factors, coordinates.to(weight.dtype)
     weight.move(
         lambda rows: work.projection.project_back_rows(coordinates, basis, rows),
         step=work.state["step"],

@@ -22,11 +22,12 @@ from galore_torch.lowbit import Rounding
 from galore_torch.optim.agreement import Agreement
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
-from galore_torch.optim.chunks import chunks
+from galore_torch.optim.chunks import chunks, coordinates_of
 from galore_torch.optim.fitting import Fits
 from galore_torch.optim.folding import fold
 from galore_torch.optim.group_report import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
+from galore_torch.optim.known import Known
 from galore_torch.optim.lending import Written, lent_group
 from galore_torch.optim.nonfinite import count_nonfinite, peaks, projected_only
 from galore_torch.optim.places import Place, places
@@ -39,9 +40,6 @@ from galore_torch.optim.state_size import report_unquantized
 from galore_torch.optim.subspaces import Subspace, subspaces_of
 from galore_torch.optim.work import Clock, Work
 from galore_torch.projection import turn_offset
-
-LentGroups = dict[tuple[int, bool], dict[str, Any]]
-"""Parameter groups as rules see them, by their identity and by whether coordinates are moved."""
 
 
 class GaLore(Optimizer):
@@ -126,7 +124,7 @@ class GaLore(Optimizer):
 
     def _build_rules(self) -> None:
         """Builds the rules from the settings, at construction and after unpickling."""
-        self._known_places: dict[int, Place] = {}
+        self._known = Known()
         self._fits = Fits()
         self._agreement = Agreement()
         self._written = Written()
@@ -184,11 +182,10 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        lent_groups: LentGroups = {}
-        held = list(places(self.param_groups))
-        for place in held:
-            require_current(place.weight)
-        self.apply([self._work(place, lent_groups) for place in held if place.weight.grad is not None])
+        works = self._known.all(self.param_groups, self.state, self._work)
+        for one in works:
+            require_current(one.weight)
+        self.apply([one for one in works if one.weight.grad is not None])
         self._written.close(self.param_groups, self._rules.of)
         return loss
 
@@ -227,13 +224,13 @@ class GaLore(Optimizer):
                 or a checkpoint of galore-torch 1.0. The optimizer is unchanged then.
         """
         load_uncast(self, state_dict, super().load_state_dict, self._blank_work)
-        self._fits, self._written = Fits(), Written()
-        for place in places(self.param_groups):
-            self._fits.note(self._work(place, {}))
+        self._fits, self._written, self._known = Fits(), Written(), Known()
+        for one in self._known.all(self.param_groups, self.state, self._work):
+            if one.state:
+                self._fits.note(one)
 
     def _blank_work(self, groups: list[dict[str, Any]]) -> list[Work]:
-        lent: LentGroups = {}
-        return [self._work(place, lent, {}) for place in places(groups)]
+        return [self._work(place, {}) for place in places(groups)]
 
     def work_on(self, weight: Tensor) -> Work:
         """One weight as the next step would see it; for those who form or apply a gradient before `step()`.
@@ -247,13 +244,9 @@ class GaLore(Optimizer):
         Raises:
             ValueError: the optimizer does not hold the weight.
         """
-        place = self._known_places.get(id(weight))
-        if place is None or not place.still_holds(weight, self.param_groups):
-            self._known_places = {id(place.weight): place for place in places(self.param_groups)}
-            place = self._known_places.get(id(weight))
-        if place is None:
+        work = self._known.on(weight, self.param_groups, self.state, self._work)
+        if work is None:
             raise ValueError(f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}")
-        work = self._work(place, {})
         self._fits.prepare([work])  # the gradient may still be thrown away: `apply` alone keeps a new state
         return work
 
@@ -270,11 +263,22 @@ class GaLore(Optimizer):
         for one in work:  # all are checked before anything changes
             one.check_gradient()
         for one in work:
-            self.state.setdefault(one.weight, one.state)
+            if not one.is_kept:
+                self.state[one.weight], one.is_kept = one.state, True
+        self._lend_groups(work)
         self._fits.prepare(work)
         self._renew(work)
         for chunk in chunks(work):
             self._move(chunk)
+
+    def _lend_groups(self, work: list[Work]) -> None:
+        """Lets each weight have its group as the rule is to see it in this step."""
+        lent: dict[tuple[int, bool], dict[str, Any]] = {}
+        for one in work:
+            key = id(one.group), one.through_coordinates
+            if key not in lent:
+                lent[key] = lent_group(one.group, one.traits) if one.through_coordinates else one.group
+            one.lent_group = lent[key]
 
     def _sizes(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Traits]]:
         """Of each weight in a group its name, how many numbers the rule moves for it, and the rule's traits."""
@@ -282,22 +286,21 @@ class GaLore(Optimizer):
         for index, weight in enumerate(group["params"]):
             yield parameter_name(group, index), math.prod(projection_in(group, weight).image_shape), traits
 
-    def _work(self, place: Place, lent_groups: LentGroups, state: dict[str, Any] | None = None) -> Work:
+    def _work(self, place: Place, state: dict[str, Any] | None = None) -> Work:
         group, weight = place.group, place.weight
         projected = is_projected(group)
         if projected and "stagger" not in group:
             check_group(group)  # a plain group that was given a rank
         rule, traits, through_coordinates = self._rules.of_weight(weight, group)
-        lent_key = id(group), through_coordinates
-        if lent_key not in lent_groups:
-            lent_groups[lent_key] = lent_group(group, traits) if through_coordinates else group
+        held = self.state.get(weight) if state is None else state
         staggered = projected and group["stagger"]
         return Work(
             weight=weight,
             name=parameter_name(group, place.index),
             group=group,
-            lent_group=lent_groups[lent_key],
-            state=self.state.get(weight, {}) if state is None else state,
+            state={} if held is None else held,
+            is_kept=held is not None,
+            lent_group=lent_group(group, traits) if through_coordinates else group,
             projection=projection_in(group, weight),
             rule=rule,
             traits=traits,
@@ -324,6 +327,9 @@ class GaLore(Optimizer):
         images = [one.image() for one in chunk]
         if self._settings["skip_nonfinite"]:
             flags = count_nonfinite(chunk, images, everywhere=True).tolist()
+            for one, bad in zip(chunk, flags, strict=True):
+                if bad:
+                    one.let_go()
             kept = [place for place, bad in enumerate(flags) if not bad]
             chunk = [chunk[place] for place in kept]
             images = [images[place] for place in kept]
@@ -331,11 +337,14 @@ class GaLore(Optimizer):
             count_nonfinite(*projected_only(chunk, images))
         if not chunk:
             return
-        lent = [one.lend(image) for one, image in zip(chunk, images, strict=True)]
+        zeros = coordinates_of(chunk, images)
+        lent = [one.lend(image, zero) for one, image, zero in zip(chunk, images, zeros, strict=True)]
         written = chunk[0].rule.step([part for _, parts in lent for part in parts])
+        for group, lent_as in {id(one.lent_group): (one.group, one.lent_group) for one in chunk}.values():
+            self._written.note(group, written[id(lent_as)])
         for one, (tensor, parts) in zip(chunk, lent, strict=True):
-            self._written.note(one.group, written[id(one.lent_group)])
             one.take_back(parts)
             self._fits.note(one)
             if one.through_coordinates:
                 fold(one, tensor)
+            one.let_go()

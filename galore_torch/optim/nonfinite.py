@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,14 +32,24 @@ def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor], *, everywher
         image if everywhere or isinstance(one.grad, ProjectedGradient) else _across(image, one.projection)
         for one, image in zip(work, images, strict=True)
     ]
-    bad = peaks(seen).isfinite().logical_not_()
-    counted = [
-        (one.state["nonfinite"], mark) for one, mark in zip(work, bad.unbind(), strict=True) if one.projection.modes
-    ]
-    if counted:
-        counters, marks = zip(*counted, strict=True)
-        torch._foreach_add_(counters, marks)
+    bad = peaks(seen).lt(float("inf")).logical_not_()  # a NaN is not less either
+    for start, stop in _runs(work):
+        first = work[start]
+        assert first.counters is not None
+        first.counters[first.slot : first.slot + stop - start].add_(bad[start:stop])
     return bad
+
+
+def _runs(work: Sequence[Work]) -> Iterator[tuple[int, int]]:
+    """Where weights follow each other as their counters do: one run in an ordinary step."""
+    start = 0
+    for stop in range(1, len(work) + 1):
+        before = work[stop - 1]
+        follows = stop < len(work) and work[stop].counters is before.counters and work[stop].slot == before.slot + 1
+        if not follows:
+            if work[start].counters is not None:
+                yield start, stop
+            start = stop
 
 
 def peaks(tensors: Sequence[Tensor]) -> Tensor:
@@ -52,9 +62,14 @@ def peaks(tensors: Sequence[Tensor]) -> Tensor:
         (number of tensors,); not finite where an entry is not finite, 0 only where all entries are 0.
     """
     device = tensors[0].device
-    largest = [peak.to(device) for peak in torch._foreach_norm(list(tensors), float("inf"))]
-    dtype = functools.reduce(torch.promote_types, (peak.dtype for peak in largest))
-    return torch.stack([peak.to(dtype) for peak in largest])
+    largest = list(torch._foreach_norm(list(tensors), float("inf")))
+    if any(peak.device != device for peak in largest):
+        largest = [peak.to(device) for peak in largest]
+    dtypes = {peak.dtype for peak in largest}
+    if len(dtypes) > 1:
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        largest = [peak.to(dtype) for peak in largest]
+    return torch.stack(largest)
 
 
 def _across(image: Tensor, projection: Projection) -> Tensor:

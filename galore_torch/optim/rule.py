@@ -72,7 +72,7 @@ class Traits:
     holds_in_few_bits: Callable[[int], bool] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Lent:
     """What a rule is lent for one tensor.
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch.lowbit import Rounding
+from galore_torch.lowbit import Rounding, Storage
 from galore_torch.optim.groups import storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Lent, Rule, Traits
@@ -46,7 +46,7 @@ class Work:
         weight: what is trained; its `grad` is full or projected.
         name: what messages call it.
         group: its parameter group.
-        lent_group: the same as the rule sees it.
+        lent_group: the same as the rule sees it, in the step that is being made.
         state: its state in the optimizer.
         projection: how it is projected; the identity if it is not.
         rule: what moves its coordinates, or itself.
@@ -59,12 +59,14 @@ class Work:
         index: its place among the projected weights.
         turn: its offset within the gap.
         clock: where the time of renewals is added up.
+        is_kept: whether the optimizer holds the state; until its first step a weight's is nobody's but its own.
+        counters: of all projected weights on the device, one for each: how many gradients were not finite.
+        slot: which of them is the weight's.
     """
 
     weight: Tensor
     name: str
     group: dict[str, Any]
-    lent_group: dict[str, Any]
     state: dict[str, Any]
     projection: Projection
     rule: Rule
@@ -77,6 +79,26 @@ class Work:
     index: int
     turn: int
     clock: Clock = field(default_factory=Clock)
+    lent_group: dict[str, Any] = field(default_factory=dict)
+    is_kept: bool = False
+    counters: Tensor | None = None
+    slot: int = 0
+    storage: Storage = field(init=False)
+    coordinate_count: int = field(init=False)
+    _read: tuple[Any, Basis] = field(init=False, default=(None, {}))
+    _factors: Basis | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.storage = storage_in(self.group)
+        self.coordinate_count = torch.Size(self.projection.image_shape).numel()
+
+    def is_current(self, state: Any) -> bool:
+        """Whether what the optimizer holds of the weight is still this state.
+
+        Args:
+            state: what it holds; None for nothing.
+        """
+        return state is self.state or (state is None and not self.is_kept)
 
     @property
     def grad(self) -> Tensor:
@@ -85,20 +107,16 @@ class Work:
         return self.weight.grad
 
     @property
-    def coordinate_count(self) -> int:
-        """How many numbers the rule moves."""
-        return torch.Size(self.projection.image_shape).numel()
-
-    @property
     def turn_has_come(self) -> bool:
         """Whether the basis is to be renewed or filled up in this step. Nothing but a step changes it."""
         return bool(self.projection.modes) and (self._is_due_anew or self.state["lacking"] > 0)
 
     @property
     def _is_due_anew(self) -> bool:
-        step, renewed_step = self.state["step"], self.state["renewed_step"]
+        state = self.state
+        step, renewed_step = state["step"], state["renewed_step"]
         # Gaps that differ keep no common places: after its first turn a lazy layer counts from its last.
-        counts_on = self.is_lazy and self.state["renewals"] > 1
+        counts_on = state["renewals"] > 1 and self.is_lazy
         return is_due(step, renewed_step, self.gap, renewed_step if counts_on else self.turn)
 
     @property
@@ -135,9 +153,10 @@ class Work:
         Raises:
             ValueError: it is sparse or complex; the message names the weight.
         """
-        if self.grad.layout is not torch.strided:
+        grad = self.grad
+        if grad.layout is not torch.strided:
             raise ValueError(f"the gradient of {self.name} is sparse; use dense gradients (sparse=False in embeddings)")
-        if self.grad.is_complex():
+        if grad.is_complex():
             raise ValueError(f"the gradient of {self.name} is complex; GaLore trains real weights")
 
     def prepare_state(self) -> None:
@@ -156,19 +175,40 @@ class Work:
         self.state["step"] = 0
         if self.projection.modes:
             self.state["renewals"], self.state["renewed_step"], self.state["lacking"] = 0, -1, 0
-            self.state["nonfinite"] = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+            counters = self.counters
+            if counters is None:
+                counters = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+            self.state["nonfinite"] = counters[self.slot]
             dtype, device = self.weight.dtype, self.weight.device
             shapes = self.projection.factor_shapes
             self._keep({name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
 
     @property
     def basis(self) -> Basis:
-        """The factors by mode, of the weight's dtype; none without a projection, zeros before the first renewal."""
-        storage, shapes = storage_in(self.group), self.projection.factor_shapes
-        return storage.read(self.state.get("basis", {}), shapes, self.weight.dtype)
+        """The factors by mode, of the weight's dtype; none without a projection, zeros before the first renewal.
+
+        The same object as long as the basis is the same. In few bits it is decoded each time it is asked for a factor.
+        """
+        stored = self.state.get("basis")
+        if stored is not self._read[0]:
+            shapes = self.projection.factor_shapes
+            self._read = stored, {} if stored is None else self.storage.read(stored, shapes, self.weight.dtype)
+        return self._read[1]
+
+    @property
+    def factors(self) -> Basis:
+        """The basis as plain tensors, which are kept from the projection of a gradient until its update is folded."""
+        if self._factors is None:
+            basis = self.basis
+            self._factors = basis if isinstance(basis, dict) else dict(basis.items())
+        return self._factors
+
+    def let_go(self) -> None:
+        """Forgets the factors: in few bits they take more memory than what is stored."""
+        self._factors = None
 
     def _keep(self, basis: Basis) -> None:
-        self.state["basis"] = storage_in(self.group).store(basis)
+        self.state["basis"] = self.storage.store(basis)
 
     def find_basis(self) -> Basis | None:
         """The basis that the gradient tells, which must be full, finite and not zero. It changes nothing.
@@ -193,7 +233,7 @@ class Work:
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})")
             return None
-        storage, dtype = storage_in(self.group), self.weight.dtype
+        storage, dtype = self.storage, self.weight.dtype
         stored = storage.store({name: factor.to(dtype) for name, factor in basis.items()})
         self.clock.seconds += time.perf_counter() - start
         return storage.read(stored, self.projection.factor_shapes, dtype)
@@ -244,32 +284,37 @@ class Work:
 
     def image(self) -> Tensor:
         """What the rule gets as gradient: R = P^T G, with L2 decay R = P^T (G + decay * W); G itself without one."""
+        grad = self.grad
         if not self.through_coordinates:
-            return self.grad
-        basis = self.basis
-        if isinstance(self.grad, ProjectedGradient):
-            image = self.grad.image_in(self.projection, basis)
+            return grad
+        if isinstance(grad, ProjectedGradient):
+            image = grad.image_in(self.projection, self.basis)
         else:
-            image = self.projection.project(self.grad, basis)
-        image = image.to(self.dtype)
+            image = self.projection.project(grad, self.factors)
+        if image.dtype is not self.dtype:
+            image = image.to(self.dtype)
         decay = self.group.get("weight_decay", 0)
         if self.traits.decay == "l2" and decay != 0:
             sign = -1 if self.group.get("maximize") else 1
-            image = image.add(self.projection.project(self.weight, basis), alpha=sign * decay)
+            image = image.add(self.projection.project(self.weight, self.factors), alpha=sign * decay)
         return image
 
-    def lend(self, image: Tensor) -> tuple[Tensor, list[Lent]]:
+    def lend(self, image: Tensor, coordinates: Tensor | None = None) -> tuple[Tensor, list[Lent]]:
         """What the rule is lent for this weight: its coordinates, or itself, whole or in slices.
 
         Args:
             image: what the rule gets as gradient.
+            coordinates: zeros of its shape, where there are any; made if there are none.
 
         Returns:
             The tensor that the rule moves, and what it is lent of it. The rule's state of a slice is under its name.
         """
-        tensor = torch.zeros_like(image) if self.through_coordinates else self.weight
+        if not self.through_coordinates:
+            tensor = self.weight
+        else:
+            tensor = torch.zeros_like(image) if coordinates is None else coordinates
         inner, size = self.state.get("inner", {}), self.traits.slice_elements
-        if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous():
+        if size is None or self.coordinate_count < 2 * size or not tensor.is_contiguous():
             return tensor, [Lent(tensor=tensor, grad=image, state=inner, group=self.lent_group, weight=self.weight)]
         ends = list(range(size, tensor.numel() - size + 1, size))  # the last takes the rest: none is too small
         slices = zip(tensor.view(-1).tensor_split(ends), image.reshape(-1).tensor_split(ends), strict=True)

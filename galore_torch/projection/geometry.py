@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ class Projection:
         """The projection of a weight that is not projected: the image is the weight's own gradient."""
         return cls(tuple(shape), tuple(shape), ())
 
-    @property
+    @cached_property
     def image_shape(self) -> tuple[int, ...]:
         """The shape of an image, and of the coordinates."""
         image = list(self.view_shape)
@@ -141,7 +142,7 @@ class Projection:
             image[mode.axis] = mode.rank
         return tuple(image)
 
-    @property
+    @cached_property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the basis' factors, by mode."""
         stack = () if self.is_tucker else self.view_shape[:-2]
@@ -163,10 +164,16 @@ class Projection:
         """Whether basis and two images are as large as two weights: the rank is too high to save memory."""
         return self.state_elements >= 2 * math.prod(self.shape)
 
-    @property
+    @cached_property
     def is_tucker(self) -> bool:
         """Whether axes are projected one by one, not as sides of matrices."""
         return any(mode.name.startswith("mode") for mode in self.modes)
+
+    @cached_property
+    def _one_side(self) -> str | None:
+        """The projected side of a plain matrix that has one: what nearly all weights are, and what must be fast."""
+        is_plain = len(self.modes) == 1 and len(self.shape) == 2 and self.view_shape == self.shape
+        return self.modes[0].name if is_plain and not self.is_tucker else None
 
     def project(self, full: Tensor, basis: Basis) -> Tensor:
         """The image of a full-size tensor: R = P^T G, R = G Q, or P^T G Q.
@@ -178,6 +185,11 @@ class Projection:
         Returns:
             The image, of `image_shape`, contiguous.
         """
+        side = self._one_side
+        if side == "left":
+            return basis[side].mT @ full
+        if side == "right":
+            return full @ basis[side]
         image = full.reshape(self.view_shape)
         for mode in self.modes:
             image = multiply_mode(image, basis[mode.name], mode.axis)
@@ -225,7 +237,15 @@ class Projection:
             alpha: factor of what is added.
             beta: factor of the weight, where decay goes.
         """
-        coordinates = coordinates.to(weight.dtype)
+        if coordinates.dtype is not weight.dtype:
+            coordinates = coordinates.to(weight.dtype)
+        side = self._one_side
+        if side == "left":
+            weight.addmm_(basis[side], coordinates, beta=beta, alpha=alpha)
+            return
+        if side == "right":
+            weight.addmm_(coordinates, basis[side].mT, beta=beta, alpha=alpha)
+            return
         scattered = weight.dim() > 3 and not weight.is_contiguous()  # its leading axes may not be one
         if not self.modes or self.is_tucker or self.view_shape != self.shape or scattered:
             if beta != 1.0:

@@ -1,0 +1,133 @@
+"""`Known`: what is known of every weight between steps, made once, and made anew when something was replaced.
+
+Groups are added, and replaced when a checkpoint is loaded; FSDP2 and Accelerate swap the parameters inside them; a user
+changes a group's rank or takes a weight's state away. Nothing tells the optimizer, so it compares identities.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from galore_torch.optim.keys import FIXED_KEYS
+from galore_torch.optim.places import Place, places
+from galore_torch.optim.precision import ASKED
+from galore_torch.optim.work import Work
+
+DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", *ASKED)
+"""Keys of a group that a weight's work is made from. All other values are read from the group when they are used."""
+
+Make = Callable[[Place], Work]
+
+
+class _Seen(NamedTuple):
+    """A group as it was when works were made from it."""
+
+    group: dict[str, Any]
+    weights: list[Tensor]
+    values: list[Any]
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> _Seen:
+        return cls(group, list(group["params"]), _values(group))
+
+    def is_current(self, group: dict[str, Any]) -> bool:
+        weights = group["params"]
+        return (
+            group is self.group
+            and len(weights) == len(self.weights)
+            and all(map(operator.is_, weights, self.weights))
+            and _values(group) == self.values
+        )
+
+
+def _values(group: Mapping[str, Any]) -> list[Any]:
+    return [id(group.get("param_names")), *map(group.get, DECIDING)]
+
+
+class Known:
+    """The works of an optimizer's weights."""
+
+    def __init__(self) -> None:
+        self._works: list[Work] = []
+        self._of_weight: dict[int, tuple[Work, int, int]] = {}
+        self._seen: list[_Seen] = []
+
+    def all(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make) -> list[Work]:
+        """The works of all weights, in order.
+
+        Args:
+            groups: the optimizer's groups now.
+            state: its state now.
+            make: makes one.
+
+        Returns:
+            The same ones as before, unless a group, a parameter or a state is another.
+        """
+        if not self._are_current(groups, state):
+            self._make(groups, make)
+        return self._works
+
+    def on(self, weight: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make) -> Work | None:
+        """The work of one weight; for those who act on many one by one.
+
+        Args:
+            weight: a parameter.
+            groups: the optimizer's groups now.
+            state: its state now.
+            make: makes one.
+
+        Returns:
+            None if the optimizer does not hold it.
+        """
+        found = self._found(weight, groups, state)
+        if found is None:
+            self._make(groups, make)
+            found = self._found(weight, groups, state)
+        return found
+
+    def _found(self, weight: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> Work | None:
+        if id(weight) not in self._of_weight or len(groups) != len(self._seen):
+            return None
+        work, at, index = self._of_weight[id(weight)]
+        group, seen = groups[at], self._seen[at]
+        is_held = group is seen.group and len(group["params"]) == len(seen.weights) and group["params"][index] is weight
+        return work if is_held and _values(group) == seen.values and work.is_current(state.get(weight)) else None
+
+    def _are_current(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
+        return (
+            len(groups) == len(self._seen)
+            and all(seen.is_current(group) for seen, group in zip(self._seen, groups, strict=True))
+            and all(work.is_current(state.get(work.weight)) for work in self._works)
+        )
+
+    def _make(self, groups: Sequence[dict[str, Any]], make: Make) -> None:
+        held = list(places(groups))
+        self._works = [make(place) for place in held]
+        self._of_weight = {
+            id(place.weight): (work, place.group_index, place.index)
+            for place, work in zip(held, self._works, strict=True)
+        }
+        self._seen = [_Seen.of(group) for group in groups]
+        _count_together(self._works)
+
+
+def _count_together(works: Sequence[Work]) -> None:
+    """Lets the counters of all weights on a device be views of one tensor, so that one operation adds to many."""
+    by_device: dict[torch.device, list[Work]] = {}
+    for work in works:
+        if work.projection.modes:
+            by_device.setdefault(work.weight.device, []).append(work)
+    for device, alike in by_device.items():
+        counters = torch.zeros(len(alike), dtype=torch.int64, device=device)
+        known = [(slot, work) for slot, work in enumerate(alike) if isinstance(work.state.get("nonfinite"), Tensor)]
+        for slot, work in known:
+            counters[slot].copy_(work.state["nonfinite"])
+        for slot, work in enumerate(alike):
+            work.counters, work.slot = counters, slot
+            if "nonfinite" in work.state:
+                work.state["nonfinite"] = counters[slot]
