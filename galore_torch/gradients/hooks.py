@@ -49,6 +49,9 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, im
         ours = held()
         if ours is None or weight.grad is None or weight.grad.requires_grad:
             return  # of create_graph=True: it is still to be differentiated, as it is
+        if isinstance(weight.grad, ProjectedGradient):
+            weight.grad = _stored_in(weight.grad, image_dtype, image_bits)
+            return
         work = ours.work_on(weight)
         try:
             projected = _projected(work, work.grad)
@@ -65,8 +68,6 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, im
 
 def _projected(work: Work, grad: Tensor) -> ProjectedGradient | None:
     """The projection of a gradient; None if the full one is wanted, for `step()` to renew the basis from."""
-    if isinstance(grad, ProjectedGradient):
-        return grad
     if not work.turn_has_come:
         return ProjectedGradient.of(grad, work.projection, work.basis)
     basis = work.find_basis() if work.is_filled_up and _is_usable(grad) else None

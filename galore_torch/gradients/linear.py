@@ -80,32 +80,32 @@ class FusedLinear:
         work = self.work
         return not work.turn_has_come and [mode.name for mode in work.projection.modes] == ["right"]
 
-    def saves_image(self) -> bool:
+    def saves_image(self, work: Work) -> bool:
         """Whether this step's backward gets X Q. Decided once a step, so that a recomputed forward decides the same."""
-        step = self.work.state["step"]
+        step = work.state["step"]
         if self._decided is None or self._decided[0] != step:
             self._decided = step, self.shared.saves_images()
         return self._decided[1]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's forward."""
-        y: Tensor = self._forward(x)
+        y: Tensor = self._forward(x) if torch.compiler.is_compiling() else self._form(x)
         return y
 
     def _form(self, x: Tensor) -> Tensor:
         weight, bias = self.module.weight, self.module.bias
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return F.linear(x, weight, bias)
-        decided = self.saves_image()  # by what the steps before have shown
+        work = self.work
+        decided = self.saves_image(work)  # by what the steps before have shown
         self.neighbours.meet(self, x)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
-                return self._apply(x.to(dtype), None if bias is None else bias.to(dtype), decided)
-        return self._apply(x, bias, decided)
+                return self._apply(work, x.to(dtype), None if bias is None else bias.to(dtype), decided)
+        return self._apply(work, x, bias, decided)
 
-    def _apply(self, x: Tensor, bias: Tensor | None, saves_image: bool) -> Tensor:
-        work = self.work
+    def _apply(self, work: Work, x: Tensor, bias: Tensor | None, saves_image: bool) -> Tensor:
         # Without a basis the full gradient is formed: to renew, or for want of one. A checkpoint loaded since it was
         # decided what to save may have taken the basis away.
         basis = None if work.turn_has_come else work.basis

@@ -7,16 +7,13 @@ state has been changed by hand. An ordinary step only compares shapes with those
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import zip_longest
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from galore_torch.optim.groups import is_projected
-from galore_torch.optim.keys import FIXED_KEYS
 from galore_torch.optim.work import Work
 
 MADE_ANEW = {"gap", "overlaps", "captured", "lacking", "compensation"}
@@ -119,100 +116,6 @@ def _fit(state: Mapping[str, Any], work: Work, known: Known, start: float) -> di
         given["overlaps"] = given["overlaps"][-size:]
     fitted: dict[str, Any] = _fitted(given, expected, "", work)
     return fitted
-
-
-class Fits:
-    """In which form each weight and its state have fitted last."""
-
-    def __init__(self) -> None:
-        self._forms: dict[int, tuple[_Form, tuple[Any, ...]]] = {}
-        self._seen: dict[int, tuple[Any, ...]] = {}
-
-    def note(self, work: Work) -> None:
-        """Notes that a weight and its state fit, as they are.
-
-        Args:
-            work: the weight.
-        """
-        seen = _identity(work)
-        if self._seen.get(id(work.weight)) != seen:
-            self._forms[id(work.weight)] = _form(work), _shapes(work.state.get("inner"))
-            self._seen[id(work.weight)] = seen
-
-    def prepare(self, work: Sequence[Work]) -> None:
-        """Creates the state of weights where there is none, and casts it where a weight has another dtype or device.
-
-        Args:
-            work: the weights, as the next step would see them.
-
-        Raises:
-            ValueError: a state does not fit, or a group was changed in a way that a state cannot follow; nothing has
-                changed then.
-        """
-        work = [one for one in work if self._seen.get(id(one.weight)) != _identity(one)]
-        fitting = [self._fitting(one) for one in work]
-        for one, state in zip(work, fitting, strict=True):
-            if state is not None:
-                one.state.clear()
-                one.state.update(state)
-            one.prepare_state()
-            self.note(one)
-
-    def _fitting(self, work: Work) -> dict[str, Any] | None:
-        """What must take the place of a state; None, as in every ordinary step, where it fits as it is."""
-        form, shapes = _form(work), _shapes(work.state.get("inner"))
-        before = self._forms.get(id(work.weight))
-        if before == (form, shapes) or not work.state:
-            return None
-        if before is not None and before[0].geometry != form.geometry:
-            if shapes or work.state.get("renewals"):
-                _refuse_change(work, before[0].geometry, form.geometry)
-            return {}  # nothing has been found yet
-        return fit(work.state, work, {})
-
-
-def _identity(work: Work) -> tuple[Any, ...]:
-    """What cannot change without another object in its place; as long as it is the same nothing need be compared."""
-    weight, inner = work.weight, work.state.get("inner")
-    kept = () if inner is None else tuple(map(id, inner.values()))
-    return id(work), id(inner), kept, weight.dtype, weight.shape, weight.device, len(work.state)
-
-
-class _Form(NamedTuple):
-    """What decides the shapes and dtypes in a weight's state."""
-
-    geometry: tuple[Any, ...]
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    coordinates: torch.dtype
-
-
-def _form(work: Work) -> _Form:
-    group, weight = work.group, work.weight
-    geometry = tuple([group.get(key) for key in FIXED_KEYS]) if is_projected(group) else (None,)
-    return _Form(geometry, weight.shape, weight.dtype, weight.device, work.dtype)
-
-
-def _refuse_change(work: Work, before: Sequence[Any], now: Sequence[Any]) -> NoReturn:
-    pairs = [pair for pair in zip_longest(FIXED_KEYS, before, now) if pair[1] != pair[2]]
-    if len(before) != len(now):
-        pairs = pairs[:1]  # it has a rank, or has none any more: the other keys follow from that
-    changed = ", ".join(f"{key} from {old!r} to {new!r}" for key, old, new in pairs)
-    raise ValueError(
-        f"the group of {work.name} was changed, {changed}, and the state of its weights has the old shape. Set it "
-        "back; or, to go on with the new value, begin their state anew: "
-        "for weight in group['params']: optimizer.state.pop(weight, None)"
-    )
-
-
-def _shapes(inner: Any) -> tuple[Any, ...]:
-    if inner is None:
-        return ()
-    return tuple(
-        value.shape if isinstance(value, Tensor) else _shapes(value) if isinstance(value, dict) else None
-        for value in inner.values()
-    )
 
 
 def _inner_layout(work: Work, known: Known, start: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from galore_torch.optim.agreement import Agreement
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks, coordinates_of
-from galore_torch.optim.fitting import Fits
+from galore_torch.optim.fits import Fits
 from galore_torch.optim.folding import fold
 from galore_torch.optim.group_report import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in

@@ -152,12 +152,12 @@ class ProjectedGradient(Tensor):
         Returns:
             A tensor of `projection.image_shape`.
         """
-        same = projection == self.projection and self.is_in(basis)
+        same = self.is_in(basis) and (projection is self.projection or projection == self.projection)
         return self.image if same else projection.project(self.to_full(), basis)
 
     def is_in(self, basis: Mapping[str, Tensor]) -> bool:
         """Whether the image was made with these factors."""
-        return is_same_basis(basis, self.basis)
+        return basis is self.basis or is_same_basis(basis, self.basis)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ProjectedGradient(shape={tuple(self.shape)}, image={self.image!r})"
@@ -187,6 +187,8 @@ class ProjectedGradient(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is aten.detach.default:  # what the engine does with each gradient that it accumulates
+            return args[0]._like(args[0].image)
         kwargs = kwargs or {}
         if func in _NORMS and _is_euclidean(args, kwargs):
             return func(*_unwrap(args), **kwargs)
