@@ -53,4 +53,4 @@ $(installed): pyproject.toml constraints.txt
 
 # galore-torch 1.0, whose trajectories ours must equal, lies in a folder of its own: both are imported as galore_torch.
 $(peer): | $(installed)
-	$(python) -m benchmarks.peers galore-torch-1.0
+	$(python) -m benchmarks.common.peers galore-torch-1.0

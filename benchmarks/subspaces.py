@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.common.bars import limits
+from benchmarks.common.console import table as table_of
 from galore_torch.projection import decompositions
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Wanted
 from galore_torch.training.presets import configure
@@ -28,21 +30,17 @@ from galore_torch.training.pretrain import new_run
 
 Finder = Callable[[Tensor, Wanted], dict[str, Tensor]]
 
-BAR = 0.99
+BAR = 1 - limits("subspaces")["energy missed"]
 """Energy that a basis must capture, of the exact one's."""
 
 
 @dataclass
 class Record:
-    """What one candidate came to.
+    """What one candidate came to."""
 
-    Attributes:
-        energies: captured energy over the exact basis' own, one for each layer and renewal.
-        seconds: time of the processor, all renewals together.
-    """
-
+    # captured energy over the exact basis' own, one for each layer and renewal
     energies: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # time of the processor, all renewals together
 
 
 def energy(matrix: Tensor, side: str, basis: Tensor) -> float:
@@ -99,17 +97,19 @@ def recorder(records: dict[tuple[str, ...], Record], default: Finder) -> Finder:
 
 
 def table(records: dict[tuple[str, ...], Record]) -> Table:
-    """Lay the records out, fastest first."""
-    grid = Table(title=f"energy captured, of the exact basis' (bar at the worst: {BAR})")
-    for heading in ("start", "power", "extra", "precision"):
-        grid.add_column(heading)
-    for heading in ("worst", "mean", "renewals", "ms each"):
-        grid.add_column(heading, justify="right")
+    """Lay the records out, fastest first; what misses the bar is dim."""
+    rows = []
     for name, record in sorted(records.items(), key=lambda item: item[1].seconds):
         worst, count = min(record.energies), len(record.energies)
-        figures = (f"{worst:.4f}", f"{sum(record.energies) / count:.4f}", str(count))
-        grid.add_row(*name, *figures, f"{1e3 * record.seconds / count:.2f}", style=None if worst >= BAR else "dim")
-    return grid
+        figures = (
+            f"{worst:.4f}",
+            f"{sum(record.energies) / count:.4f}",
+            f"{count}",
+            f"{1e3 * record.seconds / count:.2f}",
+        )
+        rows.append([cell if worst >= BAR else f"[dim]{cell}[/]" for cell in (*name, *figures)])
+    headings = ("start", "power", "extra", "precision", "worst", "mean", "renewals", "ms each")
+    return table_of(f"energy captured, of the exact basis' (bar at the worst: {BAR})", headings, rows)
 
 
 def main(

@@ -20,15 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One question that is put to the device.
+    """One question that is put to the device."""
 
-    Attributes:
-        measure: Tells what it finds.
-        share: Of all the time, how much it may take at most.
-    """
-
-    measure: Callable[[Session], None]
-    share: float
+    measure: Callable[[Session], None]  # tells what it finds
+    share: float  # of all the time, how much it may take at most
 
 
 PARTS: dict[str, Part] = {

@@ -4,8 +4,8 @@ import sys
 
 import torch
 
+from benchmarks.common.timing import timed
 from benchmarks.device.session import Figures, Session
-from benchmarks.device.timing import timed
 
 
 def _copied(elements: int, device: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.bars import limits
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.small_net import MODES, Make, Mode, Net, batches, build, flat, train
 from galore_torch import (
@@ -37,29 +38,27 @@ IN_FEW_BITS: dict[str, tuple[Make, dict[str, Any]]] = {
     "AdamW, bases in 8 bits": (RECIPES["AdamW"], {"basis_bits": 8}),
     "AdamW, INT8 weights": (RECIPES["AdamW"], {"in_int8": True}),
 }
-FIXED, RENEWED, SINGLE, ROUNDED = 1e-9, 1e-6, 1e-2, 0.5
-"""The largest errors that are right: of float64 with one basis, and with bases found on the device; of float32; and of
-what is rounded to few bits, where it is enough that the training goes the same way."""
+LIMITS = limits("correctness")
 
 
 def measure(session: Session) -> None:
     """Tell the relative error of each recipe and mode after some steps, and of what else must hold."""
     for name, make in RECIPES.items():
-        session.try_row(f"{name}, float64, one basis", partial(_all_modes, session, make, _onwards, FIXED))
-        session.try_row(f"{name}, float64, renewing", partial(_all_modes, session, make, _renewing, RENEWED))
-    session.try_row("AdamW, float32, renewing", partial(_all_modes, session, RECIPES["AdamW"], _single, SINGLE))
+        session.try_row(f"{name}, float64, one basis", partial(_all_modes, session, make, _onwards, "one basis"))
+        session.try_row(f"{name}, float64, renewing", partial(_all_modes, session, make, _renewing, "renewing"))
+    session.try_row("AdamW, float32, renewing", partial(_all_modes, session, RECIPES["AdamW"], _single, "float32"))
     for name, (make, keys) in IN_FEW_BITS.items():
         session.try_row(name, partial(_in_few_bits, session, make, keys))
     for name, check in CHECKS.items():
         session.try_row(name, partial(check, session.device))
 
 
-def _all_modes(session: Session, make: Make, walk: Callable[..., Tensor], bar: float) -> Figures:
+def _all_modes(session: Session, make: Make, walk: Callable[..., Tensor], limit: str) -> Figures:
     expected, start = _renewing(make, (), "cpu"), flat(Net().double())
     if walk is _onwards:
         expected = _onwards(make, (), "cpu")
     errors = {name: _error(walk(make, mode, session.device), expected, start) for name, mode in MODES.items()}
-    return {"right": max(errors.values()) <= bar, **errors}
+    return {"right": max(errors.values()) <= LIMITS[limit], **errors}
 
 
 def _error(got: Tensor, expected: Tensor, start: Tensor) -> float:
@@ -97,7 +96,7 @@ def _in_few_bits(session: Session, make: Make, keys: dict[str, Any]) -> Figures:
         model, optimizer = build(make, session.device, torch.float32, mode, update_proj_gap=4, **keys)
         train(model, optimizer, range(STEPS))
         errors[name] = _error(flat(model), expected, start)
-    return {"right": max(errors.values()) <= ROUNDED, **errors}
+    return {"right": max(errors.values()) <= LIMITS["few bits"], **errors}
 
 
 # What else must hold --------------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def _scaled(device: str) -> Figures:
         ends[name] = flat(model)
     start, expected = flat(Net().double()), _renewing(RECIPES["AdamW"], (), "cpu")
     errors = {name: _error(end, expected, start) for name, end in ends.items()}
-    return {"right": max(errors.values()) <= ROUNDED, **errors}
+    return {"right": max(errors.values()) <= LIMITS["few bits"], **errors}
 
 
 def _same_draws(device: str) -> Figures:

@@ -6,10 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.common.memory import clear
+from benchmarks.common.timing import timed
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.sizes import sizes
 from benchmarks.device.syncs import waits
-from benchmarks.device.timing import clear, timed
 from galore_torch.projection import find_bases
 
 OVERSAMPLED = 16
@@ -41,11 +42,10 @@ def cholesky_qr(columns_dl: Tensor, rounds: int = ROUNDS, shift: float = SHIFT) 
 def measure(session: Session) -> None:
     """Tell the time of each piece on the shapes of the models, and how orthonormal and how good its bases are."""
     for name, size in sizes(session.small).items():
-        shapes = size.shapes
         if name.startswith("tiny"):
             continue  # there is nothing to compute
-        for rows, columns in sorted({(min(shape), max(shape)) for shape in shapes.weights}):
-            _pieces(session, f"{name} {rows} x {columns} rank {shapes.rank}", rows, columns, shapes.rank)
+        for rows, columns in sorted({(min(shape), max(shape)) for shape in size.weights}):
+            _pieces(session, f"{name} {rows} x {columns} rank {size.rank}", rows, columns, size.rank)
 
 
 def _pieces(session: Session, name: str, rows: int, columns: int, rank: int) -> None:

@@ -12,25 +12,15 @@ Figures = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Session:
-    """What a part is given.
+    """What a part is given."""
 
-    Attributes:
-        device: Where it runs: "cuda" or "cpu".
-        small: Whether all of it is to take seconds on a CPU.
-        out: The folder of the JSON files.
-        peers: The folder that holds published optimizers, each in a folder of its own.
-        deadline: When the part must have ended, by `time.monotonic`.
-        part: The part that runs.
-        rows: What was measured, by part and row.
-    """
-
-    device: str
-    small: bool
-    out: Path
-    peers: Path
-    deadline: float = float("inf")
-    part: str = ""
-    rows: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    device: str  # where it runs: "cuda" or "cpu"
+    small: bool  # whether all of it is to take seconds on a CPU
+    out: Path  # the folder of the JSON files
+    peers: Path  # the folder that holds published optimizers, each in a folder of its own
+    deadline: float = float("inf")  # when the part must have ended, by `time.monotonic`
+    part: str = ""  # the part that runs
+    rows: dict[str, dict[str, Figures]] = field(default_factory=dict)  # what was measured, by part and row
 
     @property
     def left_s(self) -> float:

@@ -1,55 +1,27 @@
-"""The LLaMA models of the paper whose weights are stepped and which are trained, and small ones to rehearse with."""
+"""The LLaMA models whose weights are stepped and which are trained, and small ones to rehearse with."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
-from benchmarks.shapes import LlamaShapes
+from benchmarks.common.sizes import LLAMA, REHEARSAL, Llama
 
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """One LLaMA.
-
-    Attributes:
-        shapes: The weights that are projected, and their rank.
-        heads: Attention heads.
-        vocabulary: Tokens that there are.
-        tokens: Tokens of a training step.
-        sequence: Of them, how many make a sequence.
-    """
-
-    shapes: LlamaShapes
-    heads: int
-    vocabulary: int = 32_000
-    tokens: int = 8192
-    sequence: int = 1024
-
-
-def _size(hidden: int, intermediate: int, layers: int, heads: int, rank: int, **more: int) -> Size:
-    return Size(
-        shapes=LlamaShapes(hidden=hidden, intermediate=intermediate, layers=layers, rank=rank), heads=heads, **more
-    )
-
-
+TINY = Llama(hidden=64, intermediate=172, layers=24, heads=4, rank=8)
 SIZES = {
-    "tiny 168": _size(64, 172, 24, 4, 8),
-    "tiny 224": _size(64, 172, 32, 4, 8),
-    "350m": _size(1024, 2736, 24, 16, 256),
-    "1b": _size(2048, 5461, 24, 32, 512),
-    "7b": _size(4096, 11008, 32, 32, 1024, tokens=2048, sequence=2048),
+    "tiny 168": TINY,
+    "tiny 224": replace(TINY, layers=32),
+    "350m": replace(LLAMA["350m"], sequence=1024),
+    "1b": replace(LLAMA["1b"], sequence=1024),
+    "7b": replace(LLAMA["7b"], sequence=2048, gap=200),
 }
 """Tiny ones have as many weights as 350M and 7B, and nothing to compute: what they cost is the host's time."""
 
-SMALL = {
-    "350m": _size(32, 80, 1, 4, 8, vocabulary=64, tokens=32, sequence=16),
-    "7b": _size(48, 128, 2, 4, 16, vocabulary=64, tokens=32, sequence=16),
-}
+SMALL = {"350m": REHEARSAL, "7b": replace(REHEARSAL, hidden=48, intermediate=128, layers=2, rank=16)}
 """Two of the names for `--small`."""
 
 
-def sizes(small: bool) -> dict[str, Size]:
+def sizes(small: bool) -> dict[str, Llama]:
     """The models by name.
 
-    >>> len(sizes(small=False)["7b"].shapes.weights)
+    >>> len(sizes(small=False)["7b"].weights)
     224
     """
     return SMALL if small else SIZES

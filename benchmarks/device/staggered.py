@@ -3,13 +3,14 @@
 from functools import partial
 from statistics import median
 
-from benchmarks.device.contenders import weights_with_gradients
+from benchmarks.common.memory import clear
+from benchmarks.common.optimizers import weights_with_gradients
+from benchmarks.common.sizes import Llama
+from benchmarks.common.timing import seconds_of
 from benchmarks.device.session import Figures, Session
-from benchmarks.device.sizes import Size, sizes
-from benchmarks.device.timing import clear, seconds_of
+from benchmarks.device.sizes import sizes
 from galore_torch import GaLoreAdamW
 
-GAP = 200
 STEPS = 400
 
 
@@ -20,10 +21,10 @@ def measure(session: Session) -> None:
             session.try_row(name, partial(_steps_of, session, size), needs_s=15)
 
 
-def _steps_of(session: Session, size: Size) -> Figures:
+def _steps_of(session: Session, size: Llama) -> Figures:
     clear(session.device)
-    weights = weights_with_gradients(size.shapes.weights, session.device)
-    optimizer = GaLoreAdamW([{"params": weights, "rank": size.shapes.rank, "update_proj_gap": GAP}], lr=1e-3)
+    weights = weights_with_gradients(size.weights, device=session.device)
+    optimizer = GaLoreAdamW([{"params": weights, "rank": size.rank, "update_proj_gap": size.gap}], lr=1e-3)
     for _ in range(3):
         optimizer.step()
     seconds: list[float] = []

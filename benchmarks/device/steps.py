@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from torch.optim import Optimizer
 
-from benchmarks.device.contenders import CONTENDERS, OURS, Contender, weights_with_gradients
+from benchmarks.common.memory import clear, peak_gib
+from benchmarks.common.optimizers import CONTENDERS, RARELY, Contender, weights_with_gradients
+from benchmarks.common.peers import importing_from
+from benchmarks.common.sizes import Llama
+from benchmarks.common.timing import kernels, seconds_of, timed
+from benchmarks.common.worker import Worker
 from benchmarks.device.session import Figures, Session
-from benchmarks.device.sizes import Size, sizes
-from benchmarks.device.timing import clear, kernels, peak_gib, seconds_of, timed
+from benchmarks.device.sizes import sizes
 
-ROOT = Path(__file__).resolve().parents[2]
 NEEDS_S = {"7b": 30.0, "1b": 10.0}
 """Seconds that a row takes, about; others take 5."""
-CHILD_S = 90.0
-"""The most that a child process may take."""
+WORKER_S = 90.0
+"""The most that a process of a published optimizer may take."""
 
 
 def measure(session: Session) -> None:
@@ -31,11 +30,11 @@ def measure(session: Session) -> None:
                 continue  # its slices are the point, and there are none
             one = partial(figures_of, which, size, session.device)
             if contender.peer is not None:
-                one = partial(_in_child, session, which, contender, name)
+                one = partial(_in_worker, session, which, contender, size)
             session.try_row(f"{name}, {which}", one, needs_s=NEEDS_S.get(name, 5.0))
 
 
-def figures_of(which: str, size: Size, device: str) -> Figures:
+def figures_of(which: str, size: Llama, device: str) -> Figures:
     """Measure one optimizer on one model.
 
     Args:
@@ -47,14 +46,14 @@ def figures_of(which: str, size: Size, device: str) -> Figures:
         `first_s` (of the step that makes state and bases), `renewal_s` (of ours, of all weights from the bases that
         they have), an ordinary step's times, its kernels, and the memory at its highest, weights and gradients too.
     """
-    contender, shapes = CONTENDERS[which], size.shapes
+    contender = CONTENDERS[which]
     clear(device)
-    weights = weights_with_gradients(shapes.weights, device, in_int8=contender.in_int8)
-    optimizer = contender.build(weights, shapes.rank)
+    weights = weights_with_gradients(size.weights, device=device, in_int8=contender.in_int8)
+    optimizer = contender.build(weights, rank=size.rank, gap=RARELY, stagger=False)
     figures: Figures = {"first_s": seconds_of(optimizer.step, device)}
     figures |= timed(optimizer.step, device)
     figures["host_us_a_weight"] = 1e3 * figures["host_ms"] / len(weights)
-    if which in OURS:
+    if contender.ours:
         figures["renewal_s"] = seconds_of(partial(_renewing_step, optimizer), device)
     figures["peak_GiB"] = peak_gib(device)
     traced = kernels(optimizer.step, device)
@@ -73,23 +72,12 @@ def _renewing_step(optimizer: Optimizer) -> None:
         group["update_proj_gap"] = gap
 
 
-def _in_child(session: Session, which: str, contender: Contender, name: str) -> Figures:
+def _in_worker(session: Session, which: str, contender: Contender, size: Llama) -> Figures:
     """The figures of a published optimizer, from a process that imports it in place of ours."""
     assert contender.peer is not None
     folder = session.peers / contender.peer
     if not folder.is_dir():
         return {"left out": f"no folder {contender.peer}"}
-    request = {"which": which, "size": name, "small": session.small, "device": session.device}
-    paths = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    child = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("peer_child.py")), json.dumps(request)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=min(CHILD_S, max(session.left_s, 1)),
-    )
-    if child.returncode != 0:
-        return {"failed": child.stderr.strip()[-300:]}
-    figures: Figures = json.loads(child.stdout.strip().splitlines()[-1])
-    return figures
+    request = {"which": which, "size": asdict(size), "device": session.device}
+    with Worker(which, "benchmarks.device.peer", request, importing_from(folder)) as worker:
+        return worker.ask("figures", within_s=min(WORKER_S, max(session.left_s, 1)))

@@ -21,9 +21,9 @@ def table(title: str, rows: dict[str, Figures]) -> str:
     Example:
         >>> print(table("steps", {"one": {"ms": 1.5}, "other": {"ms": 20, "note": None}}))
         steps
-               ms    note
+               ms   note
         one    1.5
-        other  20    -
+        other  20   -
     """
     columns = list(dict.fromkeys(name for figures in rows.values() for name in _short(figures)))
     lines = [["", *columns]]

@@ -1,16 +1,23 @@
 """The benchmark measures what it says: every byte that is kept, every contender in turn, every figure by its bar."""
 
+from dataclasses import asdict
 from io import StringIO
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import peers, report
-from benchmarks.contender import CONTENDERS, Request, floor, held_bytes, tensors_alive, timed, weights_with_gradients
-from benchmarks.measure import ADAMW, FLOOR, GALORE, OURS, Case, Outcome, Timing, in_turn
-from benchmarks.peers import Peer
-from benchmarks.shapes import LLAMA, LlamaShapes
+from benchmarks.common import bars, console, peers
+from benchmarks.common.memory import held_bytes, tensors_alive
+from benchmarks.common.optimizers import CONTENDERS, weights_with_gradients
+from benchmarks.common.peers import Peer
+from benchmarks.common.sizes import LLAMA, Llama
+from benchmarks.common.timing import in_turn
+from benchmarks.common.worker import Worker
+from benchmarks.step import report
+from benchmarks.step.measure import ADAMW, FLOOR, GALORE, OURS, STEPPED, Case, Outcome, Timing
+from benchmarks.step.worker import floor, timed
+from galore_torch.training.presets import PRESETS, configure
 
 CASE = Case(shapes="60m", dtype="bfloat16", rounds=2, stagger_steps=3, threads=1)
 
@@ -18,9 +25,7 @@ CASE = Case(shapes="60m", dtype="bfloat16", rounds=2, stagger_steps=3, threads=1
 @pytest.fixture
 def outcome() -> Outcome:
     """A case in which every bar is met exactly."""
-    timings = {
-        name: Timing(rounds_s={"step": [0.5, 0.1, 0.2]}, renewals_s=[8.0]) for name in CONTENDERS if name != FLOOR
-    }
+    timings = {name: Timing(rounds_s={"step": [0.5, 0.1, 0.2]}, renewals_s=[8.0]) for name in STEPPED if name != FLOOR}
     timings[OURS].renewals_s = [0.5, 1.0]
     timings[OURS].state_bytes = LLAMA["60m"].state_elements() * 2
     timings[FLOOR] = Timing(rounds_s={"products": [0.1, 0.1], "inner": [0.04, 0.04], "weights": [0.02, 0.02]})
@@ -51,12 +56,40 @@ def test_a_view_weighs_the_storage_that_it_keeps():
     assert counter.item() == 1
 
 
-def test_the_floor_times_its_three_parts(monkeypatch):
-    monkeypatch.setitem(LLAMA, "tiny", LlamaShapes(hidden=8, intermediate=12, layers=1, rank=2))
-    request = Request(contender=FLOOR, shapes="tiny", dtype="float32")
-    weights = weights_with_gradients(request.llama.weights, torch.float32)
+@pytest.mark.parametrize("name", PRESETS)
+def test_sizes_are_those_of_the_presets(name):
+    config, size = configure(name), LLAMA[name.removeprefix("llama-")]
+    model = config.model
+    assert (size.hidden, size.intermediate, size.layers) == (model.hidden, model.intermediate, model.layers)
+    assert (size.heads, size.vocabulary, size.sequence) == (model.heads, config.data.vocab, config.data.seq)
+    assert (size.rank, size.gap) == (config.optimizer.rank, config.optimizer.gap)
+
+
+def test_a_worker_that_dies_is_told_with_its_last_words():
+    request = {"contender": "none", "size": asdict(LLAMA["tiny"]), "dtype": "float32", "stagger": False, "threads": 1}
+    words = r"one died while asked for 'step':[\s\S]*KeyError: 'none'"
+    worker = Worker("one", "benchmarks.step.worker", request, peers.environment(None))
+    with worker, pytest.raises(RuntimeError, match=words):
+        worker.ask("step")
+
+
+def test_a_worker_whose_time_is_up_is_ended():
+    worker = Worker("one", "benchmarks.step.worker", {}, peers.environment(None))
+    with worker, pytest.raises(RuntimeError, match="one died"):
+        worker.ask("step", within_s=0.01)
+
+
+def test_bars_belong_to_their_cases():
+    assert bars.limits("mlp_block", {"hidden": 1}) == {}
+    assert bars.limits("correctness") == {"one basis": 1e-9, "renewing": 1e-6, "float32": 1e-2, "few bits": 0.5}
+    assert set(STEPPED) - {FLOOR} <= set(CONTENDERS)
+
+
+def test_the_floor_times_its_three_parts():
+    size = Llama(hidden=8, intermediate=12, layers=1, heads=1, rank=2)
+    weights = weights_with_gradients(size.weights, torch.float32)
     with torch.no_grad():
-        seconds = timed(floor(weights, request))
+        seconds = timed(floor(weights, size.rank))
     assert list(seconds) == ["products", "inner", "weights"]
     assert min(seconds.values()) > 0
 
@@ -90,11 +123,12 @@ def test_a_worse_figure_misses_its_bar(outcome, spoil, missed):
 
 
 def test_the_report_shows_every_contender(outcome, tmp_path):
-    console = Console(width=80, file=StringIO())
-    console.print(report.tables(outcome))
-    text = console.file.getvalue()
+    terminal = Console(width=80, file=StringIO())
+    terminal.print(report.costs(outcome), console.bar_table(report.bars(outcome)))
+    text = terminal.file.getvalue()
     assert all(name in text for name in (OURS, GALORE, ADAMW, "physical floor"))
     assert "…" not in text
     assert report.record(outcome)["contenders"][OURS]["step_s"] == pytest.approx(0.2)
-    report.draw([outcome], tmp_path / "step.png")
+    shown = console.Report(title="", record={}, tables=[], bars=[], panels=[report.panel(outcome)])
+    console.draw(shown, tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")

@@ -8,33 +8,30 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import llama_7b, llama_7b_floor, llama_7b_report
-from benchmarks.footprint import Footprint
-from benchmarks.llama_7b_floor import Floor
-from benchmarks.llama_7b_model import Case, build_model, build_optimizer, real_text
-from benchmarks.llama_7b_report import GIB, HELD, Outcome, State
-from benchmarks.llama_7b_steps import Step, Steps, watched
+from benchmarks.common.console import GIB, Report, draw
+from benchmarks.common.memory import Footprint
+from benchmarks.common.methods import Method, build_optimizer
+from benchmarks.common.sizes import LLAMA, Llama
+from benchmarks.llama_7b import __main__ as command
+from benchmarks.llama_7b import floor, report
+from benchmarks.llama_7b.floor import Floor
+from benchmarks.llama_7b.model import Case, build_model, real_text
+from benchmarks.llama_7b.report import HELD, Outcome, State
+from benchmarks.llama_7b.steps import Step, Steps, watched
 from galore_torch.optim import state_bytes
 
-TINY = Case(
-    hidden=64,
-    intermediate=128,
-    layers=2,
-    heads=4,
-    vocabulary=256,
-    rank=32,
-    gap=500,
-    tokens=48,
-    gradients="fused",
-    basis_bits=8,
-    weight_bits=16,
-    checkpointing=False,
-    learning_rate=1e-3,
-)
+EIGHT = Method(gradients="fused", update="backward", state_bits=8, basis_bits=8)
+LITTLE = Llama(hidden=64, intermediate=128, layers=2, heads=4, vocabulary=256, rank=32, gap=500, sequence=48)
+TINY = Case(size=LITTLE, method=EIGHT, learning_rate=1e-3)
 SILENT = Console(quiet=True)
-SEVEN_B = Case.of_preset(
-    tokens=256, gradients="fused", basis_bits=8, weight_bits=16, checkpointing=False, learning_rate=1e-3
-)
+SEVEN_B = Case(size=LLAMA["7b"], method=EIGHT, learning_rate=1e-3)
+
+
+def changed(case: Case, **changes) -> Case:
+    """The case with other fields of its size or its method."""
+    of_size = {name: value for name, value in changes.items() if hasattr(case.size, name)}
+    of_method = {name: value for name, value in changes.items() if name not in of_size}
+    return replace(case, size=replace(case.size, **of_size), method=replace(case.method, **of_method))
 
 
 @pytest.mark.parametrize(
@@ -42,13 +39,13 @@ SEVEN_B = Case.of_preset(
     [
         {},
         {"gradients": "full", "basis_bits": 16},
-        {"basis_bits": 4, "checkpointing": True},
-        {"basis_bits": 4, "weight_bits": 8, "checkpointing": True},
+        {"basis_bits": 4, "recomputes": True},
+        {"basis_bits": 4, "weight_bits": 8, "recomputes": True},
     ],
 )
 def test_steps_are_taken_and_every_figure_has_its_place(changes):
-    case = replace(TINY, **changes)
-    outcome = llama_7b.run(case, 3, 1, SILENT)
+    case = changed(TINY, rank=8, **changes)  # no more than the first gradients tell: none renews again
+    outcome = command.measure(case, 3, 1, SILENT)
     losses = [step.loss for step in outcome.steps]
     assert losses == sorted(losses, reverse=True)
     assert [step.renewed for step in outcome.steps] == [14, 0, 0]
@@ -59,7 +56,7 @@ def test_steps_are_taken_and_every_figure_has_its_place(changes):
     assert outcome.steps[0].renewal_s > 0 == outcome.steps[1].renewal_s
     assert sum(outcome.kinds_bytes().values()) == outcome.highest.peak_bytes
     assert outcome.state.held > outcome.state.codes > outcome.state.basis_codes
-    assert llama_7b_report.bars(outcome) == []
+    assert report.bars(outcome) == []
     assert min(asdict(outcome.floor).values()) > 0
 
 
@@ -77,7 +74,7 @@ def test_the_state_is_counted_from_its_tensors():
 
 def steps_of(case: Case, advance=lambda: None):
     model = build_model(case)
-    optimizer = build_optimizer(model, case)
+    optimizer = build_optimizer(model, case.size, case.method, lr=case.learning_rate)
     return Steps(model, optimizer, case, Footprint("cpu"), advance), optimizer
 
 
@@ -85,19 +82,19 @@ def test_every_weight_advances_a_step_and_the_model_is_left_as_it_was():
     counted = []
     steps, _ = steps_of(TINY, lambda: counted.append(1))
     steps.step()
-    model = steps._model
-    assert len(counted) == TINY.weight_count == len(list(model.parameters()))
+    model = steps.model
+    assert len(counted) == TINY.parameter_count == len(list(model.parameters()))
     steps.close()
-    ids = real_text(TINY)
+    ids = real_text(LITTLE)
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(type(weight.grad) is torch.Tensor for weight in model.parameters())
-    assert len(counted) == TINY.weight_count
+    assert len(counted) == TINY.parameter_count
 
 
 def test_the_text_is_real_and_long_enough():
-    assert bytes(real_text(SEVEN_B)[0].tolist()).decode().startswith("# Author:")
+    assert bytes(real_text(SEVEN_B.size)[0].tolist()).decode().startswith("# Author:")
     with pytest.raises(ValueError, match="tokens is 1000000"):
-        real_text(replace(TINY, tokens=1_000_000))
+        real_text(replace(LITTLE, sequence=1_000_000))
 
 
 def test_a_method_is_watched_for_a_time():
@@ -115,9 +112,9 @@ def test_a_method_is_watched_for_a_time():
 @pytest.mark.parametrize("bits", [16, 8])
 def test_the_floor_of_few_bits_is_that_of_bfloat16(bits):
     counted = []
-    case = replace(TINY, weight_bits=bits, gradients="full")
-    llama_7b_floor.measure(build_model(TINY), case, 2, lambda: counted.append(1))
-    assert len(counted) == 2 * llama_7b_floor.parts(case)
+    case = changed(TINY, weight_bits=bits, gradients="full")
+    floor.measure(build_model(TINY), case, 2, lambda: counted.append(1))
+    assert len(counted) == 2 * floor.parts(case)
 
 
 @pytest.fixture
@@ -149,15 +146,15 @@ def outcome() -> Outcome:
 
 
 def test_bars_are_kept_and_missed_and_belong_to_their_cases(outcome):
-    kept = llama_7b_report.bars(outcome)
+    kept = report.bars(outcome)
     assert [round(bar.value, 3) for bar in kept] == [20.5, 1.3, 15.0, 0.349, 0.212, 0.178]
     assert all(bar.kept for bar in kept)
     slower = [outcome.steps[0], *[replace(outcome.steps[1], forward_s=31.0, peak_bytes=round(20.6 * GIB))] * 2]
-    assert [bar.kept for bar in llama_7b_report.bars(replace(outcome, steps=slower))][:3] == [False, False, True]
-    least = replace(outcome, case=replace(SEVEN_B, basis_bits=4, weight_bits=8, checkpointing=True))
-    assert [bar.at_most for bar in llama_7b_report.bars(least)] == [13.0, 15.0, 0.35, 0.215]
-    for other in ({"layers": 2}, {"rank": 512}, {"tokens": 128}, {"gradients": "full"}):
-        assert llama_7b_report.bars(replace(outcome, case=replace(SEVEN_B, **other))) == []
+    assert [bar.kept for bar in report.bars(replace(outcome, steps=slower))][:3] == [False, False, True]
+    least = replace(outcome, case=changed(SEVEN_B, basis_bits=4, weight_bits=8, recomputes=True))
+    assert [bar.at_most for bar in report.bars(least)] == [13.0, 15.0, 0.35, 0.215]
+    for other in ({"layers": 2}, {"rank": 512}, {"sequence": 128}, {"gradients": "full"}):
+        assert report.bars(replace(outcome, case=changed(SEVEN_B, **other))) == []
 
 
 def test_the_state_of_seven_billion_is_that_of_the_paper(outcome):
@@ -170,21 +167,23 @@ def test_the_state_of_seven_billion_is_that_of_the_paper(outcome):
 
 def test_the_tables_fit_a_terminal(outcome, tmp_path):
     console = Console(width=80, file=StringIO())
-    console.print(llama_7b_report.tables(outcome))
+    console.print(*report.tables(outcome))
     text = console.file.getvalue()
     assert "…" not in text
     assert all(words in text for words in ("82.2%", "the whole process", "1.30 of the floor"))
-    llama_7b_report.draw(outcome, tmp_path / "steps.png")
+    shown = Report(title=SEVEN_B.title, record={}, tables=[], bars=[], panels=report.panels(outcome))
+    draw(shown, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_prints_json_and_draws(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(llama_7b.Case, "of_preset", lambda **_: TINY)
-    llama_7b.main(steps=2, floor_rounds=0, threads=1, as_json=True, quiet=True, plot=tmp_path / "steps.png")
+    monkeypatch.setitem(LLAMA, "7b", LITTLE)
+    small = ["--tokens", "48", "--rank", "8", "--threads", "1", "--quiet"]
+    command.main([*small, "--steps", "2", "--floor-rounds", "0", "--json", "--plot", str(tmp_path / "steps.png")])
     told = json.loads(capsys.readouterr().out)
-    assert told["case"] == asdict(TINY)
+    assert told["case"] == changed(TINY, rank=8).told()
     assert [step["renewed"] for step in told["steps"]] == [14, 0]
     assert (told["floor"], told["bars"]) == (None, [])
     assert (tmp_path / "steps.png").exists()
-    llama_7b.main(steps=1, floor_rounds=1, threads=1, quiet=True)
+    command.main([*small, "--steps", "1", "--floor-rounds", "1"])
     assert "Memory at the peak" in capsys.readouterr().out

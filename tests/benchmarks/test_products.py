@@ -2,11 +2,11 @@ import subprocess
 import sys
 import textwrap
 
-from benchmarks import products
+from benchmarks.common import products
 
 CHECK = """
     import torch
-    from benchmarks import products
+    from benchmarks.common import products
 
     products._install()  # also where the CPU multiplies bfloat16 itself
     generator = torch.Generator().manual_seed(0)

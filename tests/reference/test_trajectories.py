@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.peers import GALORE_1, environment
+from benchmarks.common.peers import GALORE_1, environment
 from galore_torch import GaLoreAdamW
 from reference.galore import GaLoreAdam
 from tests.reference.problem import GAP, LR, PROJ_TYPES, RANK, SCALE, SHAPES, Problem, distance

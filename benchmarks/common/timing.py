@@ -1,15 +1,15 @@
-"""Time and memory on a device, by its own clock and by the host's; on a CPU both are one."""
+"""Time on a device, by its own clock and by the host's; on a CPU both are one."""
 
-import gc
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Call = Callable[[], object]
+Running = TypeVar("Running")
 
 
 def drain(device: str) -> None:
@@ -18,31 +18,24 @@ def drain(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def clear(device: str) -> None:
-    """Free what nobody holds, and forget the highest memory until now."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib(device: str) -> float | None:
-    """The most GiB that tensors took since `clear`; None on a CPU."""
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-
-
-def held_gib(device: str) -> float | None:
-    """The GiB that tensors take now; None on a CPU."""
-    return torch.cuda.memory_allocated() / 2**30 if device == "cuda" else None
+def now_s(device: str) -> float:
+    """The time when the device has done all that it was told."""
+    drain(device)
+    return time.perf_counter()
 
 
 def seconds_of(call: Call, device: str) -> float:
     """Seconds of one call, the device drained before and after."""
-    drain(device)
-    start = time.perf_counter()
+    start = now_s(device)
     call()
-    drain(device)
-    return time.perf_counter() - start
+    return now_s(device) - start
+
+
+def in_turn(those: list[Running], rounds: int) -> Iterator[Running]:
+    """Yield everyone once a round, each round started by another."""
+    for number in range(rounds):
+        start = number % len(those)
+        yield from those[start:] + those[:start]
 
 
 def timed(call: Call, device: str, *, times: int = 5, warm: int = 1) -> dict[str, float]:

@@ -3,7 +3,7 @@
 galore-torch 1.0 is imported under the name of this package, so a peer never goes into the environment: pip puts it
 under `.peers/<name>`, and a child process that has that folder first on its path imports it in place of ours.
 
-    python -m benchmarks.peers galore-torch-1.0     # install one by hand
+    python -m benchmarks.common.peers galore-torch-1.0     # install one by hand
 """
 
 import os
@@ -13,20 +13,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A published distribution at one version.
+    """A published distribution at one version."""
 
-    Attributes:
-        name: What the peer is called in folders, tables and on the command line.
-        requirement: What pip is asked for. Its dependencies are ours already and are not installed again.
-    """
-
-    name: str
-    requirement: str
+    name: str  # what the peer is called in folders, tables and on the command line
+    requirement: str  # what pip is asked for. Its dependencies are ours already and are not installed again
 
     @property
     def folder(self) -> Path:
@@ -65,25 +60,26 @@ def install(peer: Peer) -> None:
 def environment(peer: Peer | None) -> dict[str, str]:
     """Return the environment of a child process in which `peer` is imported in place of ours (None: ours).
 
-    The checkout comes after the peer, so that the child also finds `benchmarks` and `reference`. Run it as a script
-    (`python folder/script.py`), not with `-m`: that would put the checkout before the peer.
-
     Raises:
         RuntimeError: the peer is not installed.
     """
     if peer is not None and not peer.stamp.exists():
         raise RuntimeError(f"{peer.name} is not installed in {peer.folder}: run `make setup`")
-    path = [str(ROOT)] if peer is None else [str(peer.folder), str(ROOT)]
+    return importing_from(None if peer is None else peer.folder)
+
+
+def importing_from(folder: Path | None) -> dict[str, str]:
+    """Return the environment of a child process that looks for modules in a folder, and then in the checkout.
+
+    So it also finds `benchmarks` and `reference`. Run it as a script (`python folder/script.py`), not with `-m`: that
+    would put the checkout before the peer.
+    """
+    path = [*([str(folder)] if folder else []), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def main() -> None:
-    """Install the peers named on the command line."""
+if __name__ == "__main__":
     for name in sys.argv[1:]:
         if name not in PEERS:
             raise SystemExit(f"unknown peer {name!r}: choose from {', '.join(PEERS)}")
         install(PEERS[name])
-
-
-if __name__ == "__main__":
-    main()

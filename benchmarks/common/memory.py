@@ -18,6 +18,9 @@ _STATUS, _FORGET, _MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_re
 AT_ONCE_BYTES = 2**16
 """Pieces of memory that are given back singly."""
 
+THRIFTY = {"MALLOC_MMAP_THRESHOLD_": str(AT_ONCE_BYTES), "MALLOC_TRIM_THRESHOLD_": str(AT_ONCE_BYTES)}
+"""Environment variables that make glibc return freed memory at once."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -52,11 +55,11 @@ class Footprint:
             _FORGET.write_text("5")
 
     def taken_bytes(self) -> int:
-        """Return what is taken now, above what was taken at the start."""
+        """Return what is taken now, above `base_bytes`."""
         return (torch.cuda.memory_allocated() if self._cuda else _kernel_says("VmRSS")) - self.base_bytes
 
     def peak_bytes(self) -> int:
-        """Return the most that was taken since `forget`, above what was taken at the start."""
+        """Return the most that was taken since `forget`, above `base_bytes`."""
         peak = torch.cuda.max_memory_allocated() if self._cuda else _kernel_says("VmHWM")
         return peak - self.base_bytes
 
@@ -106,3 +109,40 @@ def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
             names, _ = tensor.__tensor_flatten__()
             total += stored_bytes(getattr(tensor, name) for name in names)
     return total
+
+
+def tensors_alive() -> list[Tensor]:
+    """Return every tensor that Python holds anywhere in this process."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+
+
+def held_bytes(known: list[Tensor]) -> dict[str, float]:
+    """Return the bytes of all storages alive in this process but those of the `known` tensors.
+
+    Storages are counted, not tensors: a view that keeps a larger tensor alive weighs what it keeps. Step counters and
+    other single numbers (8 bytes and less) are told apart as "counters".
+    """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_alive()}
+    for tensor in known:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    counters = sum(nbytes for nbytes in storages.values() if nbytes <= 8)
+    return {"state": sum(storages.values()) - counters, "counters": counters}
+
+
+def clear(device: str) -> None:
+    """Free what nobody holds, and forget the highest memory of a GPU until now."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: str) -> float | None:
+    """The most GiB that tensors took since `clear`; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+
+
+def held_gib(device: str) -> float | None:
+    """The GiB that tensors take now; None on a CPU."""
+    return torch.cuda.memory_allocated() / 2**30 if device == "cuda" else None

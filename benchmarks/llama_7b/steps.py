@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,43 +11,30 @@ from unittest import mock
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.footprint import Footprint, stored_bytes
-from benchmarks.llama_7b_model import Advance, Case, real_text
+from benchmarks.common.memory import Footprint, stored_bytes
+from benchmarks.llama_7b.model import Advance, Case, real_text
 from galore_torch import GaLore
 from galore_torch.gradients import attach
+from galore_torch.optim import galore as galore_module
 from galore_torch.optim.rule import Rule
 from galore_torch.optim.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step came to.
+    """What one step came to."""
 
-    Attributes:
-        loss: Before the step, nats per token.
-        forward_s: Seconds of the forward.
-        backward_s: Of the backward, without what follows.
-        renewal_s: Of finding new bases.
-        inner_s: Of the optimizer inside, on coordinates, embeddings, head and norms.
-        fold_s: Of projecting the coordinates back into the weights.
-        other_s: Of all else that applies gradients: projecting full ones, checks, reading bases in few bits.
-        renewed: How many bases were found.
-        peak_bytes: The most memory that the process took.
-        activation_bytes: By how much the forward let it grow.
-        gradient_bytes: The largest gradient that there was at a time.
-    """
-
-    loss: float
-    forward_s: float
-    backward_s: float
-    renewal_s: float
-    inner_s: float
-    fold_s: float
-    other_s: float
-    renewed: int
-    peak_bytes: int
-    activation_bytes: int
-    gradient_bytes: int
+    loss: float  # before the step, nats per token
+    forward_s: float  # seconds of the forward
+    backward_s: float  # of the backward, without what follows
+    renewal_s: float  # of finding new bases
+    inner_s: float  # of the optimizer inside, on coordinates, embeddings, head and norms
+    fold_s: float  # of projecting the coordinates back into the weights
+    other_s: float  # of all else that applies gradients: projecting full ones, checks, reading bases in few bits
+    renewed: int  # how many bases were found
+    peak_bytes: int  # the most memory that the process took
+    activation_bytes: int  # by how much the forward let it grow
+    gradient_bytes: int  # the largest gradient that there was at a time
 
     @property
     def optimizer_s(self) -> float:
@@ -60,21 +47,17 @@ class Step:
         return self.forward_s + self.backward_s + self.optimizer_s
 
 
+@dataclass
 class Watch:
-    """What calls of one method come to while it is watched.
+    """What calls of one method come to while it is watched: seconds in all, and how many."""
 
-    Attributes:
-        seconds: In all.
-        calls: How many.
-    """
-
-    def __init__(self) -> None:
-        self.seconds, self.calls = 0.0, 0
+    seconds: float = 0.0
+    calls: int = 0
 
 
 @contextmanager
-def watched(owner: type, name: str) -> Iterator[Watch]:
-    """Time the calls of a method, whoever makes them."""
+def watched(owner: Any, name: str) -> Iterator[Watch]:
+    """Time the calls of a class's method or a module's function, whoever makes them."""
     watch, original = Watch(), getattr(owner, name)
 
     @functools.wraps(original)
@@ -91,15 +74,7 @@ def watched(owner: type, name: str) -> Iterator[Watch]:
 
 
 class Steps:
-    """A model under training; the same text in every step.
-
-    Args:
-        model: The model.
-        optimizer: Over its parameters.
-        case: How gradients are formed, and the text's length.
-        footprint: Of this process.
-        advance: Called as each weight's gradient is complete.
-    """
+    """A model under training, the same text in every step; `advance` is called as each gradient is complete."""
 
     def __init__(
         self,
@@ -109,21 +84,19 @@ class Steps:
         footprint: Footprint,
         advance: Advance = lambda: None,
     ) -> None:
-        self._model, self._optimizer, self._footprint = model, optimizer, footprint
-        self._ids = real_text(case)
+        self.model, self._optimizer, self._footprint = model, optimizer, footprint
+        self._ids = real_text(case.size)
         self._largest_gradient_bytes = 0
-        # Before those of `attach`, which free the gradients.
-        noting = self._noting(advance)
-        hooks = [weight.register_post_accumulate_grad_hook(noting) for weight in model.parameters()]  # type: ignore[no-untyped-call]
-        attachment = attach(model, optimizer, gradients=case.gradients, update="backward")
-        self._undo = [attachment.remove, *(hook.remove for hook in hooks)]
 
-    def _noting(self, advance: Advance) -> Callable[[Tensor], None]:
         def note(weight: Tensor) -> None:
             self._largest_gradient_bytes = max(self._largest_gradient_bytes, stored_bytes([weight.grad]))
             advance()
 
-        return note
+        # Before those of `attach`, which free the gradients.
+        hooks = [weight.register_post_accumulate_grad_hook(note) for weight in model.parameters()]  # type: ignore[no-untyped-call]
+        assert case.method.gradients != "full rank"
+        attachment = attach(model, optimizer, case.method.gradients, case.method.update)
+        self._undo = [attachment.remove, *(hook.remove for hook in hooks)]
 
     def step(self) -> Step:
         """Take one step."""
@@ -132,10 +105,10 @@ class Steps:
         with ExitStack() as stack:
             applying, renewing, inner, folding = (
                 stack.enter_context(watched(owner, name))
-                for owner, name in ((GaLore, "apply"), (Work, "renew"), (Rule, "step"), (Work, "fold"))
+                for owner, name in ((GaLore, "apply"), (Work, "renew"), (Rule, "step"), (galore_module, "fold"))
             )
             before_bytes, start_s = self._footprint.taken_bytes(), time.perf_counter()
-            loss = self._model(input_ids=self._ids, labels=self._ids).loss
+            loss = self.model(input_ids=self._ids, labels=self._ids).loss
             forward_s, after_bytes = time.perf_counter() - start_s, self._footprint.taken_bytes()
             start_s = time.perf_counter()
             loss.backward()

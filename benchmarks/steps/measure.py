@@ -1,43 +1,35 @@
-"""Training processes that step in turn: as many together as memory allows, always beside the reference."""
+"""Training processes that step in turn, as many together as memory allows beside the reference; or one by one."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
-from benchmarks.footprint import available_bytes
-from benchmarks.measure import in_turn
-from benchmarks.methods import METHODS, REFERENCE
-from benchmarks.processes import Child
-from benchmarks.training import Training
+from benchmarks.common import peers
+from benchmarks.common.memory import available_bytes
+from benchmarks.common.methods import REFERENCE
+from benchmarks.common.timing import in_turn
+from benchmarks.common.worker import Worker
+from benchmarks.steps.training import Training
 
 Advance = Callable[[str], None]
+"""Called with a few words before each step."""
+
 WARM_UP = 1  # ordinary steps that nobody counts
 
 
 @dataclass(kw_only=True)
 class Figures:
-    """What was measured of one method.
+    """What was measured of one method."""
 
-    Attributes:
-        first_s: Seconds of the first step, in which all state is made and all bases are found.
-        steps_s: Seconds of every ordinary step.
-        beside_s: The seconds of the reference's steps in the same rounds.
-        first_peak_bytes: The most memory above the weights in the first step.
-        peak_bytes: The same in every ordinary step.
-        gradient_bytes: What gradients take when the backward pass of an ordinary step has ended.
-        state_bytes: The optimizer's state.
-        weight_bytes: The weights.
-    """
-
-    first_s: float = 0.0
-    steps_s: list[float] = field(default_factory=list)
-    beside_s: list[float] = field(default_factory=list)
-    first_peak_bytes: int = 0
-    peak_bytes: list[int] = field(default_factory=list)
-    gradient_bytes: int = 0
-    state_bytes: int = 0
-    weight_bytes: int = 0
+    first_s: float = 0.0  # seconds of the first step, in which all state is made and all bases are found
+    steps_s: list[float] = field(default_factory=list)  # seconds of every ordinary step
+    beside_s: list[float] = field(default_factory=list)  # the seconds of the reference's steps in the same rounds
+    first_peak_bytes: int = 0  # the most memory above the weights in the first step
+    peak_bytes: list[int] = field(default_factory=list)  # the same in every ordinary step
+    gradient_bytes: int = 0  # what gradients take when the backward pass of an ordinary step has ended
+    state_bytes: int = 0  # the optimizer's state
+    weight_bytes: int = 0  # the weights
 
     @property
     def step_s(self) -> float:
@@ -59,21 +51,15 @@ class Figures:
         return ((gap - 1) * self.step_s + self.first_s) / gap
 
 
-class TrainingRun(Child):
-    """A training process; its figures gather in `figures`.
-
-    Args:
-        training: What it is to be.
-        settings: Environment variables of its own.
-        advance: Called with a few words before each step.
-    """
+class TrainingRun(Worker):
+    """A training process, with environment variables of its own; its figures gather in `figures`."""
 
     def __init__(self, training: Training, advance: Advance, settings: Mapping[str, str] | None = None) -> None:
         self.figures = Figures()
         self._advance = advance
-        super().__init__(
-            training.method, "training_child.py", asdict(training), METHODS[training.method].peer, settings
-        )
+        peer = training.method.peer
+        environment = peers.environment(peers.PEERS[peer] if peer else None) | dict(settings or {})
+        super().__init__(training.name, "benchmarks.steps.worker", asdict(training), environment)
 
     def first_step(self) -> None:
         """Take the first step."""
@@ -89,7 +75,7 @@ class TrainingRun(Child):
             self.figures.steps_s.append(told["seconds"])
             self.figures.peak_bytes.append(int(told["peak"]))
             self.figures.gradient_bytes = int(told["gradients"])
-        return told["seconds"]
+        return float(told["seconds"])
 
     def finish(self) -> None:
         """Ask for what is kept between steps."""
@@ -105,45 +91,32 @@ class TrainingRun(Child):
 def interleaved(
     trainings: list[Training], rounds: int, advance: Advance, each_round: Callable[[], None]
 ) -> dict[str, Figures]:
-    """Measure methods that step in turn.
+    """Measure methods that step in turn, the reference among them; `each_round` is called before every round.
 
     All stay alive together if memory allows. If not, they come in groups, and the reference steps with each of them.
-
-    Args:
-        trainings: What to measure; the reference must be among them.
-        rounds: Ordinary steps of each method.
-        advance: Called with a few words before each step.
-        each_round: Called once before every round.
-
-    Returns:
-        The figures by method, in the order given.
     """
-    waiting = [one for one in trainings if one.method != REFERENCE]
-    (basis,) = (one for one in trainings if one.method == REFERENCE)
+    waiting = [one for one in trainings if one.name != REFERENCE]
+    (basis,) = (one for one in trainings if one.name == REFERENCE)
     figures: dict[str, Figures] = {}
     with ExitStack() as outer:
-        reference = outer.enter_context(_warm(basis, advance))
+        reference = _warm(outer, basis, advance)
         while waiting or not figures:
             with ExitStack() as inner:
                 group: list[TrainingRun] = []
                 while waiting and (not group or _fits([reference, *group], waiting[0].device)):
-                    group.append(inner.enter_context(_warm(waiting.pop(0), advance)))
+                    group.append(_warm(inner, waiting.pop(0), advance))
                 _take_turns(reference, group, rounds, each_round)
                 figures |= {run.name: run.figures for run in (reference, *group)}
-    return {one.method: figures[one.method] for one in trainings}
+    return {one.name: figures[one.name] for one in trainings}
 
 
-def _warm(training: Training, advance: Advance) -> TrainingRun:
+def _warm(stack: ExitStack, training: Training, advance: Advance) -> TrainingRun:
     """Start a process and take the steps that do not count as ordinary ones."""
-    run = TrainingRun(training, advance)
-    try:
-        run.first_step()
-        for _ in range(WARM_UP):
-            run.step(counts=False)
-        run.finish()
-    except BaseException:
-        run.__exit__(None, None, None)
-        raise
+    run = stack.enter_context(TrainingRun(training, advance))
+    run.first_step()
+    for _ in range(WARM_UP):
+        run.step(counts=False)
+    run.finish()
     return run
 
 
@@ -168,16 +141,9 @@ def _take_turns(reference: TrainingRun, group: list[TrainingRun], rounds: int, e
 def one_by_one(
     trainings: list[Training], steps: int, advance: Advance, settings: Mapping[str, str]
 ) -> dict[str, Figures]:
-    """Measure methods one after the other, each alone in memory.
+    """Measure methods one after the other, each alone in memory, in processes with environment variables of their own.
 
-    Args:
-        trainings: What to measure.
-        steps: Steps after the first of each method.
-        advance: Called with a few words before each step.
-        settings: Environment variables of the processes.
-
-    Returns:
-        The figures by method.
+    Steps are those after the first of each method.
     """
     figures = {}
     for training in trainings:

@@ -1,0 +1,88 @@
+"""Processes of a benchmark's own: each builds what it is asked for, and answers commands until it is ended.
+
+All that are wanted are alive at once, so that their steps can be timed in turn, and each may import a published package
+in place of ours. A command is a line, its answer a line of JSON.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+Commands = Mapping[str, Callable[[], Mapping[str, Any]]]
+"""What each command calls: a worker's module has `commands(request)`, which returns it."""
+
+Running = TypeVar("Running", bound="Worker")
+
+
+class Worker:
+    """One process; a context manager that ends it.
+
+    Args:
+        name: What messages call it.
+        module: The module whose `commands` it serves.
+        request: What `commands` gets, as JSON.
+        environment: Of the process; see `peers.environment`.
+    """
+
+    def __init__(self, name: str, module: str, request: dict[str, Any], environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, module, json.dumps(request)],  # with -m the checkout would come before a peer
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, command: str, within_s: float | None = None) -> dict[str, Any]:
+        """Return the answer to a command.
+
+        Raises:
+            RuntimeError: the process has died, or was killed as its time was up; the message ends with its last words.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        timer = threading.Timer(within_s or 0, self._process.kill)
+        if within_s is not None:
+            timer.start()
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: reading finds no answer
+        answer = self._process.stdout.readline()
+        timer.cancel()
+        if not answer:
+            self._complaints.seek(0)
+            raise RuntimeError(f"{self.name} died while asked for {command!r}:\n{self._complaints.read()[-2000:]}")
+        figures: dict[str, Any] = json.loads(answer)
+        return figures
+
+    def __enter__(self: Running) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._complaints):
+            assert stream is not None
+            stream.close()
+
+
+def _serve() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not look like an answer
+    sys.path.pop(0)  # this file's folder, whose modules are not to be found by their last names
+    commands: Commands = importlib.import_module(sys.argv[1]).commands(json.loads(sys.argv[2]))
+    for line in sys.stdin:
+        print(json.dumps(commands[line.strip()]()), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,122 @@
+"""Times one case: every contender's ordinary steps in turn, its renewal of all layers, and our staggered steps."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+
+from benchmarks.common import peers
+from benchmarks.common.optimizers import CONTENDERS
+from benchmarks.common.sizes import LLAMA, Llama
+from benchmarks.common.timing import in_turn
+from benchmarks.common.worker import Worker
+from benchmarks.step.worker import FLOOR
+
+OURS, GALORE, APOLLO, ADAMW = "GaLoreAdamW", "galore-torch 1.0", "apollo-torch 1.0.3", "AdamW, fused"
+STEPPED = (OURS, GALORE, APOLLO, ADAMW, FLOOR)
+RENEWING = (OURS, GALORE, APOLLO)
+WARM_UP = 2  # steps that nobody counts: the one that makes the state, and one more for the caches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is timed."""
+
+    shapes: str  # key of `LLAMA`
+    dtype: str  # name of the torch dtype of weights and gradients
+    rounds: int  # rounds in which every contender takes one ordinary step
+    stagger_steps: int  # steps of ours with staggered renewal after the first one; 0 leaves them out
+    threads: int  # threads of torch in each process
+
+    @property
+    def size(self) -> Llama:
+        """The model whose weights are stepped."""
+        return LLAMA[self.shapes]
+
+    @property
+    def units(self) -> int:
+        """How many times a contender is told to step: what a progress bar counts to."""
+        return len(STEPPED) * (WARM_UP + self.rounds) + 1 + (1 + self.stagger_steps if self.stagger_steps else 0)
+
+
+@dataclass(kw_only=True)
+class Timing:
+    """What was measured of one contender."""
+
+    # seconds of each part of a step, round by round; "step" alone for an optimizer
+    rounds_s: dict[str, list[float]] = field(default_factory=dict)
+    # seconds of each step in which all layers renewed, the first step of all included
+    renewals_s: list[float] = field(default_factory=list)
+    state_bytes: int = 0  # bytes kept beside weights and gradients, step counters apart
+    counter_bytes: int = 0  # bytes of step counters and other single numbers
+
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """The median seconds of each part."""
+        return {part: median(seconds) for part, seconds in self.rounds_s.items()}
+
+    @property
+    def step_s(self) -> float:
+        """The median seconds of an ordinary step: the sum of its parts."""
+        return sum(self.parts_s.values())
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What was measured in one case: a timing for each contender, and our staggered steps in order."""
+
+    case: Case
+    timings: dict[str, Timing]
+    staggered_s: list[float]
+
+
+def measure(case: Case, advance: Callable[[str], None]) -> Outcome:
+    """Measure one case; `advance` gets a few words before each step, `case.units` times in all."""
+    timings = {name: Timing() for name in STEPPED}
+    # All layers renew in the first step and, ours alone, once more after the last round.
+    gap = WARM_UP + case.rounds
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_worker(case, name, gap)) for name in STEPPED]
+        for worker in workers:
+            worker.ask("memory")  # answers once it has started, so that no other's start falls into a first step
+        for worker in workers:
+            advance(f"{worker.name}, first step")
+            first_s = sum(worker.ask("step").values())
+            if worker.name in RENEWING:
+                timings[worker.name].renewals_s.append(first_s)
+        for number, worker in enumerate(in_turn(workers, WARM_UP - 1 + case.rounds)):
+            advance(f"ordinary step, {worker.name}")
+            seconds = worker.ask("step")
+            if number >= len(workers) * (WARM_UP - 1):
+                for part, value in seconds.items():
+                    timings[worker.name].rounds_s.setdefault(part, []).append(value)
+        for worker in workers:
+            if worker.name != FLOOR:
+                memory = worker.ask("memory")
+                timings[worker.name].state_bytes = int(memory["state"])
+                timings[worker.name].counter_bytes = int(memory["counters"])
+            if worker.name == OURS:
+                advance("renewing all layers")
+                timings[OURS].renewals_s.append(worker.ask("step")["step"])
+    return Outcome(case=case, timings=timings, staggered_s=_staggered(case, advance))
+
+
+def _staggered(case: Case, advance: Callable[[str], None]) -> list[float]:
+    """The seconds of our steps after the first when the layers take turns to renew, as they do by default."""
+    if not case.stagger_steps:
+        return []
+    with _worker(case, OURS, case.size.gap, stagger=True) as worker:
+        advance("staggered, first step")
+        worker.ask("step")
+        seconds = []
+        for _ in range(case.stagger_steps):
+            advance("staggered steps")
+            seconds.append(worker.ask("step")["step"])
+        return seconds
+
+
+def _worker(case: Case, contender: str, gap: int, *, stagger: bool = False) -> Worker:
+    size = asdict(replace(case.size, gap=gap))
+    request = {"contender": contender, "size": size, "dtype": case.dtype, "stagger": stagger, "threads": case.threads}
+    peer = CONTENDERS[contender].peer if contender in CONTENDERS else None
+    return Worker(contender, "benchmarks.step.worker", request, peers.environment(peers.PEERS[peer] if peer else None))
