@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 Commands = Mapping[str, Callable[[], Mapping[str, Any]]]
@@ -78,7 +79,8 @@ class Worker:
 
 def _serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not look like an answer
-    sys.path.pop(0)  # this file's folder, whose modules are not to be found by their last names
+    here = str(Path(__file__).parent)
+    sys.path[:] = [path for path in sys.path if path != here]  # modules here have longer names
     commands: Commands = importlib.import_module(sys.argv[1]).commands(json.loads(sys.argv[2]))
     for line in sys.stdin:
         print(json.dumps(commands[line.strip()]()), file=answers, flush=True)
