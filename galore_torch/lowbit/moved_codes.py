@@ -62,9 +62,21 @@ def fastest(elements: int) -> Moved:
 
 
 def _or_plain(compiled: Moved) -> Moved:
-    def moved(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The compiled function, where it can be compiled and gives what the plain one gives: compared once on a device."""
+    compared: set[torch.device] = set()
+
+    def moved(codes: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+        update = others[1]
+        for groups in (codes, update):  # of a size that is not known, places would be counted in 64 bits on a GPU
+            torch._dynamo.mark_static(groups, 1)
         try:
-            return compiled(*arguments)  # type: ignore[arg-type]
+            made = compiled(codes, *others)  # type: ignore[arg-type]
+            if codes.device not in compared:
+                plain = moved_codes(codes, *others)  # type: ignore[arg-type]
+                if not all(map(torch.equal, made, plain)):
+                    raise ArithmeticError("the compiled update is another")
+                compared.add(codes.device)
+            return made
         except Exception as error:  # whatever a compiler raises; nothing has been written yet
             warnings.warn(
                 f"updates of INT8 weights could not be compiled ({type(error).__name__}); they are made in plain "
@@ -72,6 +84,6 @@ def _or_plain(compiled: Moved) -> Moved:
                 stacklevel=2,
             )
             _compiled[:] = [moved_codes]
-            return moved_codes(*arguments)  # type: ignore[arg-type]
+            return moved_codes(codes, *others)  # type: ignore[arg-type]
 
     return moved
