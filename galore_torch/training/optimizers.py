@@ -7,6 +7,7 @@ the same groups without the projection's keys, so that "matrices" and "others" m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -248,7 +249,10 @@ def build(model: Module, config: OptimizerConfig, seed: int, targets: str | Sequ
     name = config.optimizer
     if config.update == "backward" and not is_projected(name):
         name = f"galore-{name}"  # whose hooks move each weight inside the backward; groups without a rank stay whole
-    return REGISTRY[name].build(groups_of(model, config, targets), config, seed)
+    with warnings.catch_warnings():
+        if name != config.optimizer:
+            warnings.filterwarnings("ignore", message="no parameter group has a `rank`")  # as is meant here
+        return REGISTRY[name].build(groups_of(model, config, targets), config, seed)
 
 
 def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:

@@ -63,6 +63,7 @@ def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not is_projected(name)])
+@pytest.mark.filterwarnings("error:no parameter group")
 def test_a_full_rank_optimizer_moves_each_weight_inside_the_backward_as_at_the_step(model, name):
     config = OptimizerConfig(optimizer=name, lr=0.01, others_lr=0.001, weight_decay=0.1)
     inside = dataclasses.replace(config, update="backward")
