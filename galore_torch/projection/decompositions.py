@@ -161,10 +161,8 @@ def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, generator: torch
     if old_dr is None or old_dr.shape[-1] > size:
         return _gaussian(facing_dk, size, generator)
     more = _gaussian(facing_dk, size - old_dr.shape[-1], generator)
-    zeros = is_lacking(old_dr)
-    if bool(zeros.any()):  # a wait for the device costs less than numbers for all of a large basis
-        old_dr = torch.where(zeros.unsqueeze(-2), _gaussian(facing_dk, old_dr.shape[-1], generator), old_dr)
-    return torch.cat((old_dr, more), dim=-1)
+    others = _gaussian(facing_dk, old_dr.shape[-1], generator)
+    return torch.cat((torch.where(is_lacking(old_dr).unsqueeze(-2), others, old_dr), more), dim=-1)
 
 
 def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What is looked at: runs and models of every kind, by their own recipes, and nothing of them changed."""
 
+import hashlib
 import shutil
 import signal
 
@@ -109,14 +110,14 @@ def test_int8_weights_are_inspected_as_they_were_saved(tiny, tmp_path):
 
 def test_an_adapters_run_is_refused_with_what_can_be_inspected(tiny, tmp_path):
     config = tiny(optimizer="adamw", adapter="lora", adapter_rank=4)
-    RunFolder(tmp_path / "run").create(config, "x")
+    RunFolder(tmp_path / "run").create(config, "0" * 64)
     result = inspected("--run", tmp_path / "run", "--out", tmp_path / "out", code=2)
     assert "trained adapter = 'lora'" in result.stderr
     assert f"--model {tmp_path / 'run' / 'model'} --data" in result.stderr
 
 
 def test_a_run_that_saved_nothing_can_be_inspected_fresh(tiny, tmp_path):
-    RunFolder(tmp_path / "run").create(tiny(), "x")
+    RunFolder(tmp_path / "run").create(tiny(), "0" * 64)
     result = inspected("--run", tmp_path / "run", "--out", tmp_path / "out", code=2)
     assert "holds neither a finished model nor a checkpoint; give --fresh" in result.stderr
     assert any("have changed" in note for note in of_run(tmp_path / "run", fresh=True)["notes"])
@@ -132,7 +133,7 @@ def test_gradients_that_are_not_finite_are_told(run, tmp_path):
         (broken / path.name).write_bytes(path.read_bytes())
     data = tmp_path / "text.txt"
     data.write_text("\n\n".join(f"some words and {place} more" for place in range(400)), encoding="utf-8")
-    with pytest.raises(ValueError, match="no gradient was finite and other than zero"):
+    with pytest.raises(ValueError, match=r"has weights that are not finite: model\.norm\.weight"):
         of_model(broken, data, cache=str(tmp_path / "cache"), max_length=16, rank=4)
 
 
@@ -147,6 +148,8 @@ def test_gradients_that_are_not_finite_are_told(run, tmp_path):
 )
 def test_a_run_whose_settings_are_broken_is_refused(text, words, tmp_path):
     (tmp_path / "config.toml").write_text(text, encoding="utf-8")
+    digests = {"text": "0" * 64, "config.toml": hashlib.sha256(text.encode()).hexdigest()}
+    (tmp_path / "text.sha256").write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
     with pytest.raises(ValueError, match=words):
         of_run(tmp_path, fresh=True)
 
@@ -155,9 +158,9 @@ def test_weights_that_are_broken_are_refused(run, texts, cache, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     model = tmp_path / "run" / "model"
     (model / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"run: .*model' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"run.*model.safetensors"):
         of_run(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"model = .*model' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"model = .*model.safetensors"):
         of_model(model, texts, cache=str(cache), max_length=32)
 
 
