@@ -20,7 +20,7 @@ help:  ## say what there is
 setup: $(installed) $(peer)  ## make .venv and install what was tested (constraints.txt)
 
 demo: $(installed)  ## the main job: pre-train a tiny LLaMA with GaLore, then with AdamW, and compare
-	$(python) -m galore_torch.training.demo
+	$(python) -m galore_torch.training.compare.demo
 
 test: $(installed) $(peer)  ## the whole test suite
 	$(python) -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)

@@ -25,8 +25,8 @@ from benchmarks.common.bars import limits
 from benchmarks.common.console import table as table_of
 from galore_torch.projection import decompositions
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Wanted
-from galore_torch.training.presets import configure
-from galore_torch.training.pretrain import new_run
+from galore_torch.training.pretrain.presets import configure
+from galore_torch.training.pretrain.run import new_run
 
 Finder = Callable[[Tensor, Wanted], dict[str, Tensor]]
 

@@ -25,7 +25,7 @@ def main() -> None:
         app = build_app()
     except ImportError as missing:
         sys.exit(f"galore: {missing}")
-    from galore_torch.training.child import stop_with_parent
+    from galore_torch.training.compare.process import stop_with_parent
 
     stop_with_parent()
     app()
@@ -42,11 +42,15 @@ def build_app() -> typer.Typer:
     Raises:
         ImportError: when the ``train`` extra is not installed.
     """
-    from galore_torch.training import command, compare_command, flags
+    from galore_torch.training.compare import command as compare_command
     from galore_torch.training.finetune import command as tuning
     from galore_torch.training.finetune import config, presets
     from galore_torch.training.inspection import command as inspection
     from galore_torch.training.inspection.config import SECTIONS as LOOKS
+    from galore_torch.training.pretrain import command
+    from galore_torch.training.pretrain.config import SECTIONS
+    from galore_torch.training.pretrain.presets import PRESETS
+    from galore_torch.training.settings import flags
 
     import typer  # isort: skip
 
@@ -54,7 +58,9 @@ def build_app() -> typer.Typer:
         no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
     )
     app.callback()(_galore)
-    app.command("pretrain", epilog=command.EPILOG)(flags.with_settings(command.pretrain))
+    app.command("pretrain", epilog=command.EPILOG)(
+        flags.with_settings(command.pretrain, SECTIONS, PRESETS, command.SHOWN)
+    )
     app.command("finetune", epilog=tuning.EPILOG)(
         flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.SHOWN)
     )

@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
-from galore_torch.training.config import SECTIONS
 from galore_torch.training.finetune.config import SECTIONS as TUNING
-from galore_torch.training.presets import PRESETS
+from galore_torch.training.pretrain.config import SECTIONS
+from galore_torch.training.pretrain.presets import PRESETS
 from tests.waiting import DEADLINE, wait_for
 
 TEXT = "\n\n".join(

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from benchmarks.common.methods import Method
 from benchmarks.common.sizes import Llama
 from galore_torch import quantize_weights
-from galore_torch.training.model import fresh_llama, recompute_activations
+from galore_torch.training.pretrain.model import fresh_llama, recompute_activations
 
 Advance = Callable[[], None]
 

@@ -17,7 +17,7 @@ from benchmarks.common.worker import Worker
 from benchmarks.step import report
 from benchmarks.step.measure import ADAMW, FLOOR, GALORE, OURS, STEPPED, Case, Outcome, Timing
 from benchmarks.step.worker import floor, timed
-from galore_torch.training.presets import PRESETS, configure
+from galore_torch.training.pretrain.presets import PRESETS, configure
 
 CASE = Case(shapes="60m", dtype="bfloat16", rounds=2, stagger_steps=3, threads=1)
 

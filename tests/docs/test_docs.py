@@ -18,8 +18,8 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_torch.cli import build_app
-from galore_torch.training import presets
 from galore_torch.training.finetune import presets as tuning_presets
+from galore_torch.training.pretrain import presets
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from galore_torch.training.config import PretrainConfig
-from galore_torch.training.presets import configure
+from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.pretrain.presets import configure
 
 MODULES = (
     "argparse", "ast", "base64", "bisect", "calendar", "cmd", "code", "codecs", "colorsys", "copy", "csv", "dis",

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.waiting import DEADLINE
 
 MOMENTS = {
-    "commands": [("import", "galore_torch.training.command")],
+    "commands": [("import", "galore_torch.training.pretrain.command")],
     "libraries": [("import", "transformers.trainer")],
     "dataclass": [("import", "transformers.trainer"), ("exec", '"<string>"')],  # whose methods are compiled from text
     "folder": [("os.mkdir", "/run")],

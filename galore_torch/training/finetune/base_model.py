@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from galore_torch.training.finetune.config import BaseModelConfig
-from galore_torch.training.manifest import MANIFEST, require_whole
-from galore_torch.training.units import sentence
+from galore_torch.training.run.manifest import MANIFEST, require_whole
+from galore_torch.training.run.units import sentence
 
 _SHOWN = 4
 

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.finetune.presets import PRESETS, configure
-from galore_torch.training.guard import RunLeft, exit_status, left_of, stoppable
-from galore_torch.training.methods import TUNING, described
-from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.telling import told, writes_told
-from galore_torch.training.units import duration, megabytes
+from galore_torch.training.run.errors import told, writes_told
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.stopping import RunLeft, exit_status, left_of, stoppable
+from galore_torch.training.run.units import duration, megabytes
+from galore_torch.training.settings.methods import TUNING, described
 
 if TYPE_CHECKING:
     from galore_torch.training.finetune.run import FinetuneResult

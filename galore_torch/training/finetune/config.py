@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from galore_torch.training.adapter_config import AdapterConfig, resolved
-from galore_torch.training.config import OptimizerConfig, refuse_beside_adapter
 from galore_torch.training.finetune.tasks import GLUE, TASKS
-from galore_torch.training.settings import check, setting, write_toml
+from galore_torch.training.settings.adapter import AdapterConfig, resolved
+from galore_torch.training.settings.fields import check, setting, write_toml
+from galore_torch.training.settings.optimizer import OptimizerConfig, refuse_beside_adapter
 
 
 @dataclass(frozen=True, kw_only=True)

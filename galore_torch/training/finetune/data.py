@@ -11,11 +11,11 @@ from typing import Any
 
 import datasets
 
-from galore_torch.training.disk import raise_failed_write
 from galore_torch.training.finetune.config import RowsConfig
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.tables import local_path, read_table
-from galore_torch.training.units import sentence
+from galore_torch.training.run.disk import raise_failed_write
+from galore_torch.training.run.units import sentence
+from galore_torch.training.text.tables import local_path, read_table
 
 _KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 

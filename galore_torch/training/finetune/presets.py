@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training import sections
 from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.methods import over_file, refuse_unheeded
-from galore_torch.training.optimizers import own_defaults
-from galore_torch.training.presets import FULL_RANK, PROJECTED, kind_of
+from galore_torch.training.pretrain.presets import FULL_RANK, PROJECTED, kind_of
+from galore_torch.training.settings import sections
+from galore_torch.training.settings.methods import over_file, refuse_unheeded
+from galore_torch.training.settings.optimizer import own_defaults
 
 _ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def configure(
     Args:
         preset: a key of `PRESETS`; if None, what the file names as ``preset``, or the task's.
         file: a TOML file with sections, such as a run folder's ``config.toml``.
-        method: a key of `galore_torch.training.methods.METHODS`.
+        method: a key of `galore_torch.training.settings.methods.METHODS`.
         given: settings by name, such as ``rank=4``.
 
     Returns:

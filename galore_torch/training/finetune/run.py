@@ -13,18 +13,19 @@ from rich.markup import escape
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from galore_torch.optim import quantize_weights
-from galore_torch.training import optimizers, records, sections
-from galore_torch.training.adapters import adapt
+from galore_torch.training.baselines.layers import adapt
 from galore_torch.training.finetune.classification import Classification
 from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load
 from galore_torch.training.finetune.presets import made
 from galore_torch.training.finetune.supervised import Supervised
-from galore_torch.training.metrics import MetricsLog
-from galore_torch.training.progress import quiet
-from galore_torch.training.run import Run, RunResult, callbacks_of, require_room, resumable, without_printer
-from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.surroundings import ignore_accelerate, on_one_gpu, require_one_process, trackers
+from galore_torch.training.run import optimizers, records
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.machine import ignore_accelerate, on_one_gpu, require_one_process, trackers
+from galore_torch.training.run.metrics import MetricsLog
+from galore_torch.training.run.progress import quiet
+from galore_torch.training.run.run import Run, RunResult, callbacks_of, require_room, resumable, without_printer
+from galore_torch.training.settings import sections
 
 Kind = Classification | Supervised
 

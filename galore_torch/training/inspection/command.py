@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.guard import deferred, stoppable
 from galore_torch.training.inspection.config import InspectConfig, SubjectConfig, configure
 from galore_torch.training.inspection.folder import require_free, write
-from galore_torch.training.telling import told
+from galore_torch.training.run.errors import told
+from galore_torch.training.run.stopping import deferred, stoppable
 
 if TYPE_CHECKING:
     from galore_torch.training.inspection.result import Inspection
@@ -128,7 +128,7 @@ def _subject(
     require_free(out)
     with console.status(_LOADING):
         from galore_torch.training.inspection import of_model, of_run
-        from galore_torch.training.surroundings import ignore_accelerate, require_one_process
+        from galore_torch.training.run.machine import ignore_accelerate, require_one_process
     require_one_process("an inspection")
     ignore_accelerate(console)
     if run is not None:

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from galore_torch.training import sections
 from galore_torch.training.finetune.tasks import TASKS
-from galore_torch.training.settings import check, setting
+from galore_torch.training.settings import sections
+from galore_torch.training.settings.fields import check, setting
 
 PLAIN_TEXT = "text"
 """The task of a causal model on packed text, as in pre-training."""

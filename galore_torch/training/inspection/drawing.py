@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from galore_torch.training.inspection.result import Inspection
 from galore_torch.training.inspection.watch import Look, Watch
-from galore_torch.training.page import FIGURE_SIZE, line_look
+from galore_torch.training.page.page import FIGURE_SIZE, line_look
 
 Line = tuple[Sequence[float], Sequence[float]]
 

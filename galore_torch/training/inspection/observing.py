@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from galore_torch.training.guard import stop_if_asked
 from galore_torch.training.inspection.config import LookConfig
 from galore_torch.training.inspection.watch import Watch
-from galore_torch.training.progress import PLAIN_LINES, step_bar
-from galore_torch.training.units import duration
+from galore_torch.training.run.progress import PLAIN_LINES, step_bar
+from galore_torch.training.run.stopping import stop_if_asked
+from galore_torch.training.run.units import duration
 
 
 class Observer(TrainerCallback):

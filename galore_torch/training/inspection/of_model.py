@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 
-from galore_torch.training import packing
 from galore_torch.training.finetune import presets
 from galore_torch.training.finetune.base_model import load_base
 from galore_torch.training.finetune.classification import Classification
@@ -18,9 +17,10 @@ from galore_torch.training.finetune.data import Rows, load
 from galore_torch.training.finetune.supervised import Supervised
 from galore_torch.training.inspection.config import PLAIN_TEXT, InspectConfig
 from galore_torch.training.inspection.subject import Subject, whole
-from galore_torch.training.presets import configure
-from galore_torch.training.progress import quiet
-from galore_torch.training.text import prepare_text
+from galore_torch.training.run.progress import quiet
+from galore_torch.training.text import packing
+from galore_torch.training.text.config import DataConfig
+from galore_torch.training.text.prepare import prepare_text
 
 _TEXT_LENGTH = 256  # as the paper's sequences
 
@@ -92,18 +92,17 @@ def _of_text(recipe: FinetuneConfig, cache: str | None, console: Console) -> Sub
     model, tokenizer = load_base(recipe.model, AutoModelForCausalLM, length, console)
     model.config.use_cache = False
     text = prepare_text(
-        configure(
+        DataConfig(
             data=recipe.data.data,
             tokenizer=recipe.model.model,
             text_column=recipe.data.text_column,
             seq=length,
             eval_tokens=length,
-            batch=recipe.schedule.batch,
-            micro_batch=recipe.micro_batch,
-            seed=recipe.schedule.seed,
             cache=cache,
         ),
         console,
+        batch=recipe.schedule.batch,
+        seed=recipe.schedule.seed,
     )
     trainer = partial(
         Trainer, model=model, train_dataset=text.train, data_collator=packing.collate, processing_class=tokenizer

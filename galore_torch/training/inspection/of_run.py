@@ -12,23 +12,26 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, Trainer, set_seed
 
-from galore_torch.training import optimizers, packing, records, sections
-from galore_torch.training.adapter_config import AdapterConfig
-from galore_torch.training.checkpoints import step_of
-from galore_torch.training.config import PretrainConfig
 from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
 from galore_torch.training.finetune.data import load
 from galore_torch.training.finetune.presets import made
 from galore_torch.training.inspection.config import LookConfig
 from galore_torch.training.inspection.of_model import tuned
 from galore_torch.training.inspection.subject import Subject, whole
-from galore_torch.training.manifest import require_whole
-from galore_torch.training.model import build_model, recompute_activations
-from galore_torch.training.progress import quiet
-from galore_torch.training.run_folder import RunFolder
-from galore_torch.training.settings import read_toml
-from galore_torch.training.text import prepare_text
-from galore_torch.training.units import sentence
+from galore_torch.training.pretrain.config import PretrainConfig, recorded
+from galore_torch.training.pretrain.model import build_model, recompute_activations
+from galore_torch.training.run import optimizers, records
+from galore_torch.training.run.checkpoints import step_of
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.manifest import require_whole
+from galore_torch.training.run.progress import quiet
+from galore_torch.training.run.units import sentence
+from galore_torch.training.settings import sections
+from galore_torch.training.settings.adapter import AdapterConfig
+from galore_torch.training.settings.fields import read_toml
+from galore_torch.training.settings.optimizer import is_projected
+from galore_torch.training.text import packing
+from galore_torch.training.text.prepare import prepare_text
 
 _LEAST_RATE = 0.1
 """Of the peak: a schedule that has ended at 0 would move nothing, and gradients would differ by their batches alone."""
@@ -121,7 +124,7 @@ def _notes(config: PretrainConfig | FinetuneConfig, changed: bool) -> list[str]:
         notes.append("The data have changed since the run was started; gradients are of the data as they are now.")
     if config.optimizer.weight_bits != 16:
         notes.append("The run kept INT8 weights; they are inspected as they were saved, in its own dtype.")
-    if optimizers.is_projected(config.optimizer.optimizer) and config.optimizer.proj_type != "std":
+    if is_projected(config.optimizer.optimizer) and config.optimizer.proj_type != "std":
         notes.append(
             f"The run projects by proj_type = {config.optimizer.proj_type!r}; bases here are those of std, on the "
             "shorter side."
@@ -134,7 +137,7 @@ def _digest_differs(folder: RunFolder, digest: str) -> bool:
 
 
 def _pretrained(folder: RunFolder, place: Place, looks: LookConfig, console: Console) -> Subject:
-    config = folder.read_config()
+    config = recorded(folder)
     factor = _factor(folder, place, looks.lr, config.optimizer.lr) if place.weights else 1.0
     seed = config.schedule.seed + (place.weights is not None)  # from its end, on an order of its own
     recipe = dataclasses.replace(
@@ -143,7 +146,7 @@ def _pretrained(folder: RunFolder, place: Place, looks: LookConfig, console: Con
         schedule=dataclasses.replace(config.schedule, seed=seed),
         data=config.data if place.weights is None else dataclasses.replace(config.data, tokenizer=str(place.weights)),
     )
-    text = prepare_text(recipe, console)
+    text = prepare_text(recipe.data, console, batch=recipe.schedule.batch, seed=seed)
     set_seed(seed)
     model = build_model(recipe, text.tokenizer) if place.weights is None else _loaded(place.weights, config)
     schedule = config.schedule

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from rich import box
 from rich.table import Table
 
-from galore_torch.training.compare_report import versions
 from galore_torch.training.inspection.drawing import pictures
 from galore_torch.training.inspection.result import Inspection
-from galore_torch.training.page import Page
+from galore_torch.training.page.page import Page
+from galore_torch.training.run.machine import versions
 
 _SHOWN = ("spectra", "ages", "overlap", "stable_rank", "layers", "run")
 _LETTERS = 14  # of a kind's name in a line of the terminal

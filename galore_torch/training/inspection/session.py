@@ -15,7 +15,7 @@ from galore_torch.training.inspection.config import InspectConfig
 from galore_torch.training.inspection.observing import Observer, StepProgress, require_steps
 from galore_torch.training.inspection.result import Inspection, concluded
 from galore_torch.training.inspection.subject import Subject
-from galore_torch.training.units import megabytes
+from galore_torch.training.run.units import megabytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from galore_torch import param_groups
-from galore_torch.training import optimizers
-from galore_torch.training.config import OptimizerConfig
-from galore_torch.training.surroundings import on_one_gpu
+from galore_torch.training.run import optimizers
+from galore_torch.training.run.machine import on_one_gpu
+from galore_torch.training.settings.optimizer import OptimizerConfig
 
 MakeTrainer = Callable[..., Trainer]
 """Takes the Trainer's ``args``, ``callbacks`` and ``optimizer_cls_and_kwargs``."""
@@ -36,7 +36,7 @@ class Subject:
         rank: the recipe's.
         facts: further settings, for the page.
         notes: what the reader must know, a sentence each.
-        renewals: what a run recorded of its own renewals; see `galore_torch.training.subspaces`.
+        renewals: what a run recorded of its own renewals; see `galore_torch.training.run.subspaces`.
     """
 
     title: str

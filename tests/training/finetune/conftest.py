@@ -20,8 +20,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from galore_torch.training import records
 from galore_torch.training.finetune.presets import configure
+from galore_torch.training.run import records
 
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] }}|>"

@@ -8,10 +8,10 @@ from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from galore_torch import param_groups
-from galore_torch.training import records
 from galore_torch.training.finetune.run import new_run
 from galore_torch.training.finetune.scores import METRICS, score
-from galore_torch.training.methods import TUNING
+from galore_torch.training.run import records
+from galore_torch.training.settings.methods import TUNING
 from tests.training.finetune.conftest import losses, sentences
 from tests.training.learning import learns
 

@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
-from galore_torch.training import records
-from galore_torch.training.checkpoints import step_of
 from galore_torch.training.finetune.presets import BY_TASK, PRESETS, configure
 from galore_torch.training.finetune.run import new_run, resumed_run
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.methods import TUNING
-from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.run import records
+from galore_torch.training.run.checkpoints import step_of
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.settings.methods import TUNING
 from tests.training.finetune.conftest import CtrlC, losses, sentences
 from tests.training.signalled import signalled
 

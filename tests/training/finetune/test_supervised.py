@@ -7,9 +7,9 @@ import torch
 from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from galore_torch.training import records
 from galore_torch.training.finetune.run import new_run
-from galore_torch.training.methods import TUNING
+from galore_torch.training.run import records
+from galore_torch.training.settings.methods import TUNING
 from tests.training.finetune.conftest import losses, sentences
 from tests.training.learning import learns
 

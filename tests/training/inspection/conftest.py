@@ -6,8 +6,8 @@ import pytest
 
 from galore_torch.training.finetune.presets import configure as configure_tuning
 from galore_torch.training.finetune.run import new_run as new_tuning
-from galore_torch.training.pretrain import new_run
-from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.run.folder import RunFolder
 
 
 @pytest.fixture(scope="session")

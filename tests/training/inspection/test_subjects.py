@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from galore_torch.training import records
-from galore_torch.training.checkpoints import step_of
 from galore_torch.training.inspection.config import configure
 from galore_torch.training.inspection.observing import Observer
 from galore_torch.training.inspection.of_run import require_run, subject_of_run
-from galore_torch.training.pretrain import new_run
-from galore_torch.training.run_folder import RunFolder
+from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.run import records
+from galore_torch.training.run.checkpoints import step_of
+from galore_torch.training.run.folder import RunFolder
 from tests.training.inspection.looking import KINDS, digests, inspected, of_model, of_run
 
 pytestmark = pytest.mark.slow

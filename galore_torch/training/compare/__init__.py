@@ -1,0 +1,1 @@
+"""Methods beside each other at equal data: ``galore compare``."""

@@ -1,0 +1,182 @@
+"""The figures of a comparison's report: losses, held-out results, learning rates and subspaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from galore_torch.training.compare.results import Comparison, Setting
+from galore_torch.training.compare.score import LOSS, Score
+from galore_torch.training.page.page import FIGURE_SIZE, line_look
+from galore_torch.training.run import records
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.plots import short, smooth
+from galore_torch.training.run.records import Record
+
+_POINTS = 200  # of a drawn curve, at most
+_TICKS = 6  # learning rates that an axis names one by one, at most
+_BINS = 40  # of a drawn mean over renewals, at most
+
+
+def _axes(label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color="#7d8590", alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel(label)
+    return figure, axes
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    """At most `_POINTS` values, each the mean of its neighbours."""
+    size = math.ceil(len(values) / _POINTS)
+    return [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
+
+
+def _band(axes: Axes, index: int, method: str, along: list[float], seeds: list[list[float]], **look: object) -> None:
+    """A method's mean over the seeds, and a band from the least to the greatest of them."""
+    at_once = list(zip(*seeds, strict=True))
+    axes.plot(along, [sum(at) / len(at) for at in at_once], label=method, **{**line_look(index), **look})
+    if len(seeds) > 1:
+        low, high = [min(at) for at in at_once], [max(at) for at in at_once]
+        axes.fill_between(along, low, high, color=line_look(index)["color"], alpha=0.2, linewidth=0)
+
+
+def _histories(setting: Setting, out: Path, field: str) -> list[list[Record]]:
+    """Of each seed, the records that have a field, as long as the shortest of them."""
+    seeds = []
+    for outcome in setting.outcomes:
+        history = records.read(RunFolder(out / outcome.run.folder).metrics)
+        seeds.append([record for record in history if field in record and not record.get("final")])
+    length = min(map(len, seeds))
+    return [history[:length] for history in seeds]
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _mean(seeds: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*seeds, strict=True)]
+
+
+def curves(comparison: Comparison, out: Path, by: str) -> Figure:
+    """Training losses, smoothed, by what is seen or by seconds.
+
+    Args:
+        comparison: with its best settings.
+        out: its folder.
+        by: tokens, examples or seconds.
+    """
+    assert comparison.score is not None
+    figure, axes = _axes(comparison.score.loss_label)
+    top = -math.inf
+    for index, (method, row) in enumerate(comparison.best.items()):
+        seeds = _histories(row, out, "loss")
+        along = _mean([_thinned([record[by] for record in steps]) for steps in seeds])
+        losses = [smooth(_thinned(_known([record["loss"] for record in steps]))) for steps in seeds]
+        _band(axes, index, method, along, losses, linewidth=1.5)
+        mean = _mean(losses)
+        top = max([top, *(value for value in mean[len(mean) // 20 :] if math.isfinite(value))])
+    if math.isfinite(top):
+        axes.set_ylim(top=top + 0.02 * (top - axes.get_ylim()[0]))
+    _name_x(axes, by)
+    axes.legend()
+    return figure
+
+
+def held_out(comparison: Comparison, out: Path) -> Figure | None:
+    """What decides which learning rate is best, at each evaluation; None if no run has several."""
+    score, job = comparison.score, comparison.job
+    assert score is not None
+    field = score.name if score.more_is_better else LOSS
+    figure, axes = _axes(_held_out_label(score))
+    several = False
+    for index, (method, row) in enumerate(comparison.best.items()):
+        seeds = _histories(row, out, field)
+        several |= len(seeds[0]) > 1
+        along = [float(record[job.unit]) for record in seeds[0]]
+        found = [_known([record[field] for record in evaluations]) for evaluations in seeds]
+        _band(axes, index, method, along, found, marker="o", markersize=4)
+    if not several:
+        return None
+    _name_x(axes, job.unit)
+    axes.legend()
+    return figure
+
+
+def _held_out_label(score: Score) -> str:
+    return f"held-out {score.name if score.more_is_better else score.loss_label}"
+
+
+def _name_x(axes: Axes, by: str) -> None:
+    axes.set_xlabel("seconds of training" if by == "seconds" else f"{by} seen")
+    axes.set_xlim(left=0)
+    if by != "seconds":
+        axes.xaxis.set_major_formatter(lambda count, _: short(count))
+
+
+def sensitivity(comparison: Comparison) -> Figure:
+    """What decides which learning rate is best, by learning rate, at whichever rate of the others suits it best."""
+    score = comparison.score
+    assert score is not None
+    figure, axes = _axes(_held_out_label(score))
+    better = max if score.more_is_better else min
+    for index, method in enumerate(comparison.best):
+        found: dict[float, float] = {}
+        for each in comparison.settings_of(method):
+            value = comparison.criterion(each)
+            if math.isfinite(value):
+                found[each.lr] = better(value, found.get(each.lr, value))
+        lrs = sorted(found)
+        axes.plot(lrs, [found[lr] for lr in lrs], marker="o", markersize=4, label=method, **line_look(index))
+    axes.set_xscale("log")
+    tried = sorted({each.lr for method in comparison.best for each in comparison.settings_of(method)})
+    if len(tried) <= _TICKS:
+        axes.set_xticks(tried, [f"{lr:g}" for lr in tried])
+        axes.xaxis.minorticks_off()
+    axes.set_xlabel("learning rate")
+    axes.legend()
+    return figure
+
+
+def subspaces(comparison: Comparison, out: Path, field: str, label: str) -> Figure | None:
+    """A figure of the renewals by step, averaged over weights, seeds and as many steps as a layer's turn takes.
+
+    Args:
+        comparison: with its best settings.
+        out: its folder.
+        field: of ``subspaces.jsonl``: overlap or captured.
+        label: what it is, for the axis.
+
+    Returns:
+        The figure, or None if no method has renewed a basis.
+    """
+    figure, axes = _axes(label)
+    drawn = False
+    for index, (method, row) in enumerate(comparison.best.items()):
+        renewals = [
+            (record["step"], record[field])
+            for outcome in row.outcomes
+            for record in records.read(RunFolder(out / outcome.run.folder).subspaces)
+            if record[field] is not None
+        ]
+        if not renewals:
+            continue
+        width = max(row.outcomes[0].run.config.optimizer.gap, math.ceil(max(step for step, _ in renewals) / _BINS))
+        bins: dict[int, list[tuple[int, float]]] = {}
+        for step, value in renewals:
+            bins.setdefault((step - 1) // width, []).append((step, value))
+        points = [_mean(bins[number]) for number in sorted(bins)]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, **line_look(index))
+        drawn = True
+    if not drawn:
+        return None
+    axes.set_xlabel("step")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    return figure

@@ -1,0 +1,165 @@
+"""One page of HTML that stands alone: text, tables and figures, light or dark as the reader's screen is.
+
+Nothing is fetched: style and figures are inside. A table or a figure that is wider than a phone scrolls in its own box.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+
+from galore_torch.training.page.template import TEMPLATE
+from galore_torch.training.run.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#2b83c6", "#d9661f", "#2f9155", "#9a62d0", "#d1508f", "#178a96", "#a8743a", "#7d8590")
+"""Colours of lines that stand out from white and from near-black alike, by at least 3 to 1."""
+
+FIGURE_SIZE = (5.8, 3.6)
+"""Width and height of a figure in inches: its letters are then as large as the text's, on a phone too."""
+
+_DASHES = ("-", "--", ":", "-.")
+_SVG = "http://www.w3.org/2000/svg"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+_BLACK = "#000000"
+
+
+def line_look(index: int) -> dict[str, Any]:
+    """How the n-th line of a figure is drawn: keywords for matplotlib. Colours first, dashes once they are used up.
+
+    >>> line_look(8)
+    {'color': '#2b83c6', 'linestyle': '--'}
+    """
+    dashes, colour = divmod(index, len(COLOURS))
+    return {"color": COLOURS[colour], "linestyle": _DASHES[dashes % len(_DASHES)]}
+
+
+class Page:
+    """A page that is filled from top to bottom and then written. All text is escaped.
+
+    Args:
+        title: the page's name and first heading.
+        lead: a sentence or two below it.
+    """
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        self.title = title
+        self.lead = lead
+        self._blocks: list[dict[str, Any]] = []
+        self._figures = 0
+
+    def heading(self, text: str) -> None:
+        """Begin a section."""
+        self._blocks.append({"kind": "heading", "text": text})
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._blocks.append({"kind": "text", "text": text})
+
+    def code(self, text: str) -> None:
+        """Add lines as they are, in a type of one width."""
+        self._blocks.append({"kind": "code", "text": text})
+
+    def facts(self, facts: Mapping[str, object]) -> None:
+        """Add names with their values, one a line."""
+        self._blocks.append({"kind": "facts", "facts": {name: str(value) for name, value in facts.items()}})
+
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "", words: int = 1
+    ) -> None:
+        """Add a table.
+
+        Args:
+            columns: their headings.
+            rows: their cells, each as many as there are columns.
+            caption: what the table is, above it.
+            words: how many columns from the left hold words; the others hold numbers, which end at one line.
+
+        Raises:
+            ValueError: when a row has more or fewer cells than there are columns.
+        """
+        cells = [[str(cell) for cell in row] for row in rows]
+        for row in cells:
+            if len(row) != len(columns):
+                raise ValueError(
+                    f"row = {row!r} has {len(row)} cells for {len(columns)} columns; give one for each of "
+                    f"{', '.join(columns)}."
+                )
+        self._blocks.append(
+            {"kind": "table", "columns": list(columns), "rows": cells, "caption": caption, "words": words}
+        )
+
+    def figure(self, figure: Figure, caption: str, *, alt: str = "") -> None:
+        """Add a figure of matplotlib. What it draws in black takes the colour of the page's text.
+
+        Args:
+            figure: best of `FIGURE_SIZE`, with lines as in `line_look`.
+            caption: what can be seen, below it.
+            alt: what those hear who cannot see it; the caption if empty.
+        """
+        self._figures += 1
+        svg = inline_svg(figure, f"figure{self._figures}", alt or caption)
+        self._blocks.append({"kind": "figure", "svg": svg, "caption": caption})
+
+    def render(self) -> str:
+        """The page as HTML."""
+        from jinja2 import Environment  # comes with torch
+
+        template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
+        return template.render(title=self.title, lead=self.lead, blocks=self._blocks)
+
+    def write(self, path: Path) -> None:
+        """Write the page, whole or not at all."""
+        write_whole(path, self.render())
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> str:
+    """A figure as an ``<svg>`` element to stand inside a page.
+
+    Args:
+        figure: of matplotlib; black becomes the colour of the surrounding text, its background is taken away.
+        name: what all of its ids begin with; two figures of a page need two names.
+        label: what a screen reader says.
+
+    Returns:
+        The element, the same text for the same figure.
+    """
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        if legend is not None:
+            legend.set_frame_on(False)
+    drawn = io.BytesIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    svg = ElementTree.fromstring(drawn.getvalue())
+    for parent in list(svg.iter()):
+        for child in list(parent):
+            # matplotlib's style sheet would style the whole page
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
+                parent.remove(child)
+    for element in svg.iter():
+        for key, value in list(element.attrib.items()):
+            element.set(key, _attribute(key, value, name))
+    for size in ("width", "height"):
+        svg.attrib.pop(size, None)
+    svg.set("role", "img")
+    svg.set("aria-label", label)
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    return ElementTree.tostring(svg, encoding="unicode")
+
+
+def _attribute(key: str, value: str, name: str) -> str:
+    """An attribute's value with ids under the figure's name and black as the text's colour."""
+    if key == "id":
+        return f"{name}-{value}"
+    if key == _LINK:
+        return value.replace("#", f"#{name}-", 1)
+    return value.replace("url(#", f"url(#{name}-").replace(_BLACK, "currentColor")

@@ -1,0 +1,1 @@
+"""Pre-training: ``galore pretrain``."""

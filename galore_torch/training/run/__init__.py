@@ -1,0 +1,1 @@
+"""One run, whatever its job: its folder, records, checkpoints, signals, progress and plots."""

@@ -1,0 +1,114 @@
+"""A run's resumable states: each is written whole or not at all, and told apart from one that was damaged later.
+
+checkpoints/
+  checkpoint-N/     the state after step N, as Transformers' Trainer writes it, and manifest.json: size and SHA-256 of
+                    each of its files. The last `KEPT` are kept.
+  tmp/              what is being written or removed
+
+The Trainer writes into ``tmp``. When all is there the manifest is written, everything is synced to the disk, and one
+rename makes it a checkpoint. So whatever lacks a file, or has another than its manifest says, was damaged, not torn.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from galore_torch.training.run.files import sync
+from galore_torch.training.run.manifest import damage, write_manifest
+
+KEPT = 2
+"""Checkpoints that a run keeps: the newest, and the one before it in case that the newest gets damaged."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, below ``root``."""
+
+    root: Path
+
+    @property
+    def tmp(self) -> Path:
+        """The Trainer's output folder."""
+        return self.root / "tmp"
+
+    def newest(self) -> Path | None:
+        """The newest one, not looked into."""
+        return next(iter(self.newest_first()), None)
+
+    def newest_whole(self, tell: Callable[[str], None]) -> Path | None:
+        """The newest one whose files are all as they were written.
+
+        Args:
+            tell: told of each newer one what is wrong with it, in a sentence.
+
+        Returns:
+            Its folder; None if there are no checkpoints.
+
+        Raises:
+            ValueError: when there are some, and all are damaged.
+        """
+        damaged: list[str] = []
+        for checkpoint in self.newest_first():
+            wrong = damage(checkpoint)
+            if wrong is None:
+                for each in damaged:
+                    tell(f"{each}. Going on from {checkpoint.name}.")
+                return checkpoint
+            damaged.append(f"{checkpoint.name} is damaged: {wrong}")
+        if damaged:
+            raise ValueError(
+                f"out = {str(self.root.parent)!r}: {'; '.join(damaged)}; and there is no other. Restore the files from "
+                "a copy, or start anew with another --out."
+            )
+        return None
+
+    def complete(self, step: int, before: Path | None) -> Path:
+        """Make a checkpoint of what the Trainer has written, and remove what is older than the one before it.
+
+        Args:
+            step: after which it was written.
+            before: the one before it, which is kept.
+
+        Returns:
+            Its folder.
+        """
+        target = self.root / f"checkpoint-{step}"
+        written = self.tmp / target.name
+        for path in written.rglob("*"):
+            sync(path)
+        write_manifest(written)
+        sync(written)
+        if target.exists():  # damaged, or the run has gone back behind it
+            self._remove(target)
+        os.replace(written, target)  # noqa: PTH105
+        sync(self.root)
+        for other in self.newest_first():
+            if step_of(other) < step and other != before:
+                self._remove(other)
+        return target
+
+    def clear(self) -> None:
+        """Remove what a killed process was writing or removing."""
+        shutil.rmtree(self.tmp, ignore_errors=True)
+
+    def newest_first(self) -> list[Path]:
+        """All of them."""
+        found = [path for path in self.root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=step_of, reverse=True)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Remove one, so that it is never seen without some of its files."""
+        aside = self.tmp / f"{checkpoint.name}.removed"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)  # noqa: PTH105
+        shutil.rmtree(aside)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,97 @@
+"""A disk that is full or may not be written to: known again in what every library makes of it, and told."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from galore_torch.training.run.units import megabytes
+
+_FAILED_WRITES = frozenset(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO") if hasattr(errno, name)
+)
+_TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+|file write failed")
+# What safetensors, tokenizers, Arrow and torch say, whose errors are not the system's.
+_WORDS = re.compile(
+    r"no space left|disk quota exceeded|read-only file system|file too large|os error (28|122|30|27|5)\b"
+    r"|PytorchStreamWriter failed|unexpected pos \d+|file write failed",
+    re.IGNORECASE,
+)
+
+
+def failed_write(error: BaseException) -> str | None:
+    """What the system said of a write that failed.
+
+    Args:
+        error: any, whose causes are looked at too.
+
+    Returns:
+        Its words, with the file if that is known; None if the error is about something else.
+    """
+    for each in _with_causes(error):
+        if isinstance(each, OSError) and each.errno in _FAILED_WRITES:
+            return f"{each.strerror}: {each.filename}" if each.filename else str(each.strerror)
+        found = _WORDS.search(str(each))
+        if found and not isinstance(each, ValueError):  # which is about what was asked for, and says more
+            words = str(each).strip().splitlines()[0].rstrip(".")
+            return f"no more could be written, as to a full disk ({words})" if _TORCH.search(words) else words
+    return None
+
+
+def raise_failed_write(error: BaseException) -> None:
+    """Raise an OSError if a write has failed, for what a library has made of it reads as if the data were wrong.
+
+    Args:
+        error: the library's.
+
+    Raises:
+        OSError: of that write.
+    """
+    words = failed_write(error)
+    if words is not None:
+        raise OSError(errno.ENOSPC, words) from error
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        each = todo.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            todo += [each.__context__, each.__cause__]
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk that a path is on, or would be.
+
+    Args:
+        path: which need not exist.
+    """
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
+def require_space(out: Path, needed: int, what: str) -> None:
+    """Refuse a disk on which there is too little room.
+
+    Args:
+        out: the folder that is written into.
+        needed: bytes.
+        what: they are for, for the message.
+
+    Raises:
+        ValueError: when less is free.
+    """
+    free = free_bytes(out)
+    if free < needed:
+        raise ValueError(
+            f"out = {str(out)!r} is on a disk with {megabytes(free)} free, and the run writes {megabytes(needed)}: "
+            f"{what}. Free some space, or choose another --out."
+        )

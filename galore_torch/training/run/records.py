@@ -1,0 +1,124 @@
+"""``metrics.jsonl``: what a run records. One JSON object a line, of three kinds.
+
+| kind | fields |
+| --- | --- |
+| a step | step, tokens, loss (nats per token), lr, grad_norm, tokens_per_second, seconds |
+| an evaluation | step, tokens, eval_loss (nats per token), perplexity, seconds |
+| the end | final (true) and the figures of the whole run, see `galore_torch.training.run.run.RunResult` |
+
+A fine-tuning counts examples in the place of tokens, has its task's scores in the place of perplexity and, where its
+length is told in epochs, ``epoch``, how many have passed, in the records of steps.
+
+``seconds`` is time spent in training steps since the start, over all resumptions, without evaluations and saves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from galore_torch.training.run.files import write_whole
+
+Record = dict[str, Any]
+
+_TAIL = 8192  # bytes; more than two records
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a run, in order; none if the file does not exist. A last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: when the file is damaged, with the line and the remedy.
+    """
+    if not path.exists():
+        return []
+    found: list[Record] = []
+    step = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        record = _record(line)
+        if record is None or record["step"] < step:
+            raise ValueError(
+                f"{path} is damaged in line {number}, which is no record of a run. Restore the file from a copy, or "
+                "take that line out: a run that is gone on with needs no records of the past."
+            )
+        step = record["step"]
+        found.append(record)
+    return found
+
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    "final": ("step", "state_bytes", "peak_memory_bytes", "trained_parameters", "seconds"),
+    "weight": ("step", "renewals", "gap", "overlap", "captured"),
+    "eval_loss": ("step", "seconds"),
+    "loss": ("step", "seconds", "lr"),
+}
+"""What a record has besides, by the field that tells its kind."""
+
+
+def _record(line: bytes) -> Record | None:
+    """What a line holds; None if that is no record, whatever has become of it."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    kind = next((name for name in _KINDS if isinstance(record, dict) and name in record), None)
+    if kind is None or any(isinstance(value, str) != (name in _TEXTS) for name, value in record.items() if value):
+        return None
+    step = record.get("step")
+    whole = isinstance(step, int) and step >= 0 and all(name in record for name in _KINDS[kind])
+    whole = whole and (kind in ("final", "weight") or "tokens" in record or "examples" in record)
+    return record if whole and (kind == "weight" or isinstance(record["seconds"], (int, float))) else None
+
+
+_TEXTS = frozenset({"weight", "optimizer", "adapter", "task"})
+
+
+def final(path: Path) -> Record | None:
+    """The record of the whole run, if it has ended."""
+    return next((record for record in read(path) if record.get("final")), None)
+
+
+def last(path: Path) -> Record | None:
+    """The newest whole record of a run, found without reading the others; None if there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().decode("utf-8", errors="ignore").splitlines(keepends=True)
+    whole = (_record(line.encode()) for line in reversed(lines) if line.endswith("\n"))
+    return next((record for record in whole if record is not None), None)
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one record."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(record))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(_finite(record)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can hold: it knows no NaN and no infinity, so that a loss that is one of them is null."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop what was recorded after a step: a resumed run makes those steps again."""
+    kept = [record for record in read(path) if record["step"] <= step]
+    write_whole(path, "".join(map(_line, kept)))
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats per token, infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,161 @@
+"""Methods: the paper's and its baselines, each a named set of settings, so that one word chooses a row of its tables.
+
+A method stands between a preset or a file and single flags: it overrides the first, and they override it. It says what
+is trained and how gradients are formed and applied; the model, the text, the length and the rank are the preset's, and
+so are the learning rates that it has for the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from galore_torch.training.settings.adapter import AdapterConfig
+from galore_torch.training.settings.optimizer import (
+    OF_SOME,
+    PROJECTED_ONLY,
+    OptimizerConfig,
+    is_projected,
+    own_defaults,
+)
+from galore_torch.training.settings.optimizer import heeds as optimizer_heeds
+
+# Said by every method, for a file may say otherwise.
+_AS_USUAL: dict[str, Any] = {"adapter": "none", "gradients": "full", "update": "step", "weight_bits": 16}
+_PER_LAYER: dict[str, Any] = {**_AS_USUAL, "update": "backward", "clip": 0.0}  # nothing is left to clip
+
+_FEW_BITS: dict[str, Any] = {
+    "optimizer": "qgalore-adamw8bit", "weight_bits": 8, **own_defaults("qgalore-adamw8bit"),
+}  # fmt: skip
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {**_AS_USUAL, "optimizer": "adamw"},
+    "adam8bit": {**_AS_USUAL, "optimizer": "adamw8bit"},
+    "adafactor": {**_AS_USUAL, "optimizer": "adafactor"},
+    "low-rank": {**_AS_USUAL, "optimizer": "adamw", "adapter": "low-rank"},
+    "lora": {**_AS_USUAL, "optimizer": "adamw", "adapter": "lora"},
+    "relora": {**_AS_USUAL, "optimizer": "adamw", "adapter": "relora"},
+    "galore": {**_AS_USUAL, "optimizer": "galore-adamw"},
+    "galore-8bit": {**_AS_USUAL, "optimizer": "galore-adamw8bit"},
+    "galore-adafactor": {**_AS_USUAL, "optimizer": "galore-adafactor"},
+    "qgalore": {**_AS_USUAL, **_FEW_BITS},
+    "full-per-layer": {**_PER_LAYER, "optimizer": "adamw"},
+    "adam8bit-per-layer": {**_PER_LAYER, "optimizer": "adamw8bit"},
+    "galore-per-layer": {**_PER_LAYER, "optimizer": "galore-adamw"},
+    "galore-8bit-per-layer": {**_PER_LAYER, "optimizer": "galore-adamw8bit"},
+    "qgalore-per-layer": {**_PER_LAYER, **_FEW_BITS},
+}
+"""Settings of each method by its name."""
+
+TUNING = tuple(name for name, settings in METHODS.items() if settings["adapter"] != "low-rank")
+"""Those that keep what a model has learnt, so that it can be fine-tuned by them."""
+
+HELP: dict[str, str] = {
+    "full": "every weight by AdamW (GaLore, arXiv 2403.03507, table 2)",
+    "adam8bit": "full, with AdamW's state in 8 bits (arXiv 2403.03507, table 3; 2110.02861)",
+    "adafactor": "full, by Adafactor (arXiv 2403.03507, figure 3; 1804.04235)",
+    "low-rank": "matrices W = B A of low rank, by AdamW (arXiv 2403.03507, table 2)",
+    "lora": "frozen matrices plus trained B A (arXiv 2106.09685; 2403.03507, table 2)",
+    "relora": "lora that is merged and begun again (arXiv 2307.05695; 2403.03507, table 2)",
+    "galore": "every weight by AdamW, in subspaces of low rank (arXiv 2403.03507, table 2)",
+    "galore-8bit": "galore, with its state in 8 bits (arXiv 2403.03507, table 3)",
+    "galore-adafactor": "galore, by Adafactor (arXiv 2403.03507, figure 3)",
+    "qgalore": "galore-8bit with INT8 weights, INT4 bases and lazy renewal (arXiv 2407.08296)",
+    "full-per-layer": "full, each weight moved inside the backward (arXiv 2306.09782)",
+    "adam8bit-per-layer": "adam8bit, each weight moved inside the backward",
+    "galore-per-layer": "galore, each weight moved inside the backward (arXiv 2403.03507, section 4.3)",
+    "galore-8bit-per-layer": "galore-8bit, each weight moved inside the backward",
+    "qgalore-per-layer": "qgalore, each weight moved inside the backward",
+}
+"""What each method is, in a line, and where it comes from."""
+
+# Settings of the projection that mean nothing without one, beside those that are then refused whatever asks for them.
+_PROJECTION = ("rank", "gap", "scale", "proj_type", "decomposition", "stagger", "gamma_proj", "queue_size")
+
+
+def method_settings(method: str | None) -> dict[str, Any]:
+    """The settings of a method; none for None.
+
+    Raises:
+        ValueError: when there is no such method.
+
+    >>> method_settings("lora")["adapter"]
+    'lora'
+    """
+    if method is None:
+        return {}
+    if method not in METHODS:
+        close = get_close_matches(method, METHODS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(METHODS)}."
+        raise ValueError(f"method = {method!r} is not known; {hint}")
+    return METHODS[method]
+
+
+def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's settings, overridden by a method and by single flags.
+
+    Args:
+        values: the file's settings by name. Its learning rates and its optimizer's own defaults give way to a method:
+            they suited what the file trains.
+        method: a key of `METHODS`, or None.
+        flags: single settings by name.
+
+    Raises:
+        ValueError: when there is no such method.
+
+    >>> over_file({"lr": 0.1, "optimizer": "sgd"}, "full", {"rank": 8})["optimizer"]
+    'adamw'
+    """
+    chosen = method_settings(method)
+    own = own_defaults(str(values.get("optimizer")))
+    suited = {"lr", "others_lr", *(name for name, value in own.items() if values.get(name) == value)}
+    kept = {name: value for name, value in values.items() if not (chosen and name in suited)}
+    return {**kept, **chosen, **flags}
+
+
+def heeds(name: str, optimizer: OptimizerConfig, adapter: AdapterConfig) -> bool:
+    """Whether a setting, such as ``gap``, means anything to what is trained in this way.
+
+    >>> heeds("gap", OptimizerConfig(optimizer="adamw"), AdapterConfig())
+    False
+    """
+    if name not in (*_PROJECTION, *PROJECTED_ONLY) or is_projected(optimizer.optimizer):
+        return optimizer_heeds(optimizer.optimizer, name)
+    return name == "rank" and adapter.adapter != "none"
+
+
+def refuse_unheeded(
+    method: str | None, given: Mapping[str, Any], optimizer: OptimizerConfig, adapter: AdapterConfig
+) -> None:
+    """Refuse single flags that say something to a named method that it does not heed.
+
+    Args:
+        method: its name; None refuses nothing, for flags may then be shared by runs that are compared.
+        given: the single flags, by name.
+        optimizer: the optimizer's settings, as resolved.
+        adapter: the adapter's settings, as resolved.
+
+    Raises:
+        ValueError: with the setting, its value and the methods that heed it.
+    """
+    if method is None:
+        return
+    for name, value in given.items():
+        if name in OF_SOME and not heeds(name, optimizer, adapter):
+            raise ValueError(
+                f"{name} = {value!r} has no effect on method = {method!r}, whose optimizer is {optimizer.optimizer}; "
+                "leave it out."
+            )
+        if not heeds(name, optimizer, adapter):
+            also = ", low-rank, lora or relora" if name == "rank" else ""
+            raise ValueError(
+                f"{name} = {value!r} says nothing to method = {method!r}, which projects nothing; leave it out, or "
+                f"choose a method that heeds it, such as galore{also}."
+            )
+
+
+def described(names: Iterable[str] = METHODS) -> str:
+    """Methods with their lines of help, as the end of a command's ``--help``."""
+    lines = [f"{name}  [dim]{HELP[name]}[/]" for name in names]
+    return "\n\n".join(["[bold]Methods[/]", *lines]) + "\n"

@@ -1,0 +1,1 @@
+"""Text to train on: where it comes from, its tokenizer, packed into sequences."""

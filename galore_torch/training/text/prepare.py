@@ -1,0 +1,91 @@
+"""From the name of some text to packed sequences: `sources`, `tokenizer` and `packing`, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from galore_torch.training.run.progress import quiet
+from galore_torch.training.text import packing, sources
+from galore_torch.training.text.caches import kept
+from galore_torch.training.text.config import DataConfig
+from galore_torch.training.text.tables import local_path
+from galore_torch.training.text.tokenizer import tokenizer_for
+
+_ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Text that is ready to train on.
+
+    Attributes:
+        train: packed sequences to train on.
+        held_out: packed sequences for the evaluation.
+        tokenizer: what cut them.
+    """
+
+    train: sources.Documents
+    held_out: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def digest(self) -> str:
+        """A digest of every token that is trained or judged on, and of the tokenizer's entries."""
+        digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        for part in (self.train, self.held_out):
+            if isinstance(part, datasets.Dataset):  # of a stream only what has been seen can be known
+                digest.update(f"{len(part)} sequences".encode())
+                for rows in part.with_format("numpy").iter(_ROWS_AT_ONCE):
+                    digest.update(rows["input_ids"].astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def prepare_text(config: DataConfig, console: Console, *, batch: int, seed: int) -> Text:
+    """Read, tokenize and pack the text, or find it in the cache.
+
+    Args:
+        config: what to read, and how to cut it.
+        console: where progress is shown.
+        batch: sequences a step; what fills no whole step is left out.
+        seed: of the order of a stream.
+
+    Raises:
+        ValueError: when it cannot be read or is too little.
+    """
+    quiet(console)
+    cache = cache_folder(config)
+    with console.status("Reading the text"):
+        files = sources.local_files(config)
+    with nullcontext() if files is None else kept(files.folder(cache)) as folder:
+        with console.status("Reading the text"):
+            if files is None or folder is None:
+                corpus = sources.stream(config, seed)
+            else:
+                corpus = sources.documents(files, config, folder)
+        with console.status("Preparing the tokenizer"):
+            tokenizer = tokenizer_for(corpus, config, cache)
+        with console.status("Packing documents into sequences"):
+            train, held_out = packing.sequences(corpus, tokenizer, config, batch)
+    return Text(train=train, held_out=held_out, tokenizer=tokenizer)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenizers and tokenized text are kept: the setting, $GALORE_CACHE, or ``~/.cache/galore-torch``."""
+    named = config.cache or os.environ.get("GALORE_CACHE") or "~/.cache/galore-torch"
+    return local_path("cache", named)
+
+
+def amount(text: Text, config: DataConfig) -> str:
+    """How much there is to train on, for people."""
+    if not isinstance(text.train, datasets.Dataset):
+        return "streamed"
+    return f"{len(text.train) * config.seq:,} tokens"

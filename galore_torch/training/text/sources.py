@@ -1,0 +1,249 @@
+"""Where documents come from: the standard library's sources, the Hugging Face Hub, or files and folders of one's own.
+
+Whatever the source, what comes out is a `Corpus`: documents to train on and documents held out, which share none.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+
+from galore_torch.training.run.disk import raise_failed_write
+from galore_torch.training.run.units import sentence
+from galore_torch.training.text.config import DataConfig
+from galore_torch.training.text.tables import digest_of, local_path, read_table
+
+Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
+"""Rows with a column ``text``, one document each."""
+
+_SUFFIXES = {
+    "parquet": (".parquet",),
+    "json": (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
+    "text": (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java",
+             ".go", ".rs", ".sh"),
+}  # fmt: skip
+_NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+# The split does not follow --seed: runs with different seeds are judged on the same documents.
+_SPLIT_SEED = 0
+_HELD_OUT_SHARE = 0.05
+_HELD_OUT_MOST = 10_000
+_SHUFFLE_BUFFER = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Documents to train on and documents held out from training.
+
+    Attributes:
+        train: every document but the held-out ones; endless if ``streamed``.
+        held_out: documents for the evaluation, none of which is in ``train``.
+        streamed: whether documents arrive one after the other, without a known number.
+    """
+
+    train: Documents
+    held_out: Documents
+    streamed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalFiles:
+    """Files that hold the documents.
+
+    Attributes:
+        kind: text, json or parquet.
+        paths: of each, in order.
+        digest: of what is in them.
+    """
+
+    kind: str
+    paths: list[Path]
+    digest: str
+
+    def folder(self, cache: Path) -> Path:
+        """Where in a cache the tables that are made of them are kept: other files, or other contents, have another."""
+        return cache / "documents" / f"{self.kind}-{self.digest[:32]}"
+
+
+def load(config: DataConfig, seed: int, cache: Path) -> Corpus:
+    """Find the documents that ``config.data`` names and hold some out.
+
+    Args:
+        config: what to load.
+        seed: the seed of a stream's shuffle.
+        cache: the folder in which local files are kept as Arrow tables.
+
+    Raises:
+        ValueError: when nothing is there, it cannot be read, or it holds too little text.
+    """
+    files = local_files(config)
+    return stream(config, seed) if files is None else documents(files, config, files.folder(cache))
+
+
+def local_files(config: DataConfig) -> LocalFiles | None:
+    """The files that ``config.data`` names; None if it names a data set of the Hub.
+
+    Raises:
+        ValueError: when nothing is there or it cannot be read.
+    """
+    if config.data == "stdlib":
+        kind, paths = "text", _standard_library()
+    else:
+        path = local_path("data", config.data)
+        if not path.exists():
+            if config.data.startswith((".", "/", "~")) or config.data.endswith(tuple(chain(*_SUFFIXES.values()))):
+                raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
+            return None
+        kind, paths = _of_one_kind(path, config)
+    return LocalFiles(kind=kind, paths=paths, digest=digest_of(paths))
+
+
+def documents(files: LocalFiles, config: DataConfig, folder: Path) -> Corpus:
+    """The documents of files, some held out.
+
+    Args:
+        files: where they are.
+        config: which column holds them.
+        folder: where tables that are made of them are kept.
+
+    Raises:
+        ValueError: when they cannot be read or are too few.
+    """
+    if files.kind == "text":
+        return _split(_text(files, folder), config)
+    return _split(_table(files, config, folder), config)
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in root.rglob("*.py") if not _NOT_SOURCES.intersection(path.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"data = 'stdlib' found no sources in {root}; give a file or folder of your own.")
+    return sorted(files)
+
+
+def _of_one_kind(path: Path, config: DataConfig) -> tuple[str, list[Path]]:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    kinds: dict[str, list[Path]] = {}
+    for file in files:
+        for kind, suffixes in _SUFFIXES.items():
+            if file.name.lower().endswith(suffixes):
+                kinds.setdefault(kind, []).append(file)
+    if path.is_file() and not kinds:
+        kinds = {"text": [path]}
+    if len(kinds) != 1:
+        found = f"both {' and '.join(kinds)} files" if kinds else "no text, JSON lines or Parquet file"
+        raise ValueError(f"data = {config.data!r} holds {found}; give a folder with files of one kind, or one file.")
+    ((kind, chosen),) = kinds.items()
+    _require_content(chosen, config)
+    return kind, chosen
+
+
+def _require_content(files: list[Path], config: DataConfig) -> None:
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise ValueError(f"data = {config.data!r}: {file} cannot be read; allow reading it or leave it out.")
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"data = {config.data!r} is empty; give a file or folder that holds text.")
+
+
+def _text(files: LocalFiles, folder: Path) -> datasets.Dataset:
+    # The digest is in the key under which the table is cached: an edited file is read anew.
+    # A tuple, for Datasets would take a list for shards and call `_read` once for each.
+    given = {"names": tuple(map(str, files.paths)), "digest": files.digest}
+    try:
+        return datasets.Dataset.from_generator(_read, gen_kwargs=given, cache_dir=str(folder), split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise_failed_write(error)
+        raise ValueError(f"{error.__cause__ or error}") from error
+
+
+def _read(names: tuple[str, ...], digest: str) -> Iterator[dict[str, str]]:  # noqa: ARG001
+    """Documents of text files: a file is one, unless it is the only file, whose paragraphs are then."""
+    for name in names:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"data: {name} is no readable UTF-8 text ({error}); convert it or leave it out."
+            ) from error
+        for document in text.split("\n\n") if len(names) == 1 else [text]:
+            if document.strip():
+                yield {"text": document}
+
+
+def _table(files: LocalFiles, config: DataConfig, folder: Path) -> datasets.Dataset:
+    try:
+        table = read_table(files.kind, files.paths, folder)
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        raise_failed_write(error)
+        raise ValueError(
+            f"data = {config.data!r} cannot be read as {files.kind}: {sentence(error.__cause__ or error)} "
+            f"Give valid {files.kind} files."
+        ) from error
+    return _only_text(table, config)
+
+
+def _only_text(table: Any, config: DataConfig) -> Any:
+    """The text column alone, as ``text``, without rows that hold no text."""
+    columns = table.column_names
+    if columns is not None and config.text_column not in columns:
+        raise ValueError(
+            f"text_column = {config.text_column!r} is no column of data = {config.data!r}; "
+            f"choose one of {', '.join(columns)}."
+        )
+    table = table.select_columns([config.text_column])
+    if config.text_column != "text":
+        table = table.rename_column(config.text_column, "text")
+    return table.filter(_has_text)
+
+
+def _has_text(row: dict[str, Any]) -> bool:
+    return isinstance(row["text"], str) and bool(row["text"].strip())
+
+
+def _split(documents: datasets.Dataset, config: DataConfig) -> Corpus:
+    count = len(documents)
+    if count < 2:
+        raise ValueError(
+            f"data = {config.data!r} holds {count} documents; give at least two, one of which can be held out."
+        )
+    held_out = min(max(1, round(count * _HELD_OUT_SHARE)), _HELD_OUT_MOST)
+    parts = documents.train_test_split(test_size=held_out, seed=_SPLIT_SEED)
+    return Corpus(train=parts["train"], held_out=parts["test"], streamed=False)
+
+
+def stream(config: DataConfig, seed: int) -> Corpus:
+    """The documents of a data set of the Hub, as they arrive.
+
+    Args:
+        config: its name.
+        seed: of the shuffle.
+
+    Raises:
+        ValueError: when the Hub does not give it.
+    """
+    subset = "en" if config.subset is None and config.data == "allenai/c4" else config.subset
+    try:
+        splits = datasets.load_dataset(config.data, subset, streaming=True)
+        if "train" not in splits:
+            raise ValueError(f"it has no split named train, but {', '.join(splits)}")
+        train, held_out = splits["train"], splits.get("validation", splits.get("test"))
+        columns = _only_text(train, config)
+    except Exception as error:  # the Hub's client raises errors of many kinds: missing, gated, offline, no such subset
+        raise ValueError(
+            f"data = {config.data!r} is neither a local path nor a data set that the Hugging Face Hub gives: "
+            f"{sentence(error)} Check the name, --subset and the network, or give stdlib or a local path."
+        ) from error
+    if held_out is None:
+        train, held_out = columns.skip(_HELD_OUT_MOST), columns.take(_HELD_OUT_MOST)
+    else:
+        train, held_out = columns, _only_text(held_out, config)
+    return Corpus(train=train.shuffle(seed, buffer_size=_SHUFFLE_BUFFER).repeat(None), held_out=held_out, streamed=True)

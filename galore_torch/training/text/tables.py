@@ -1,0 +1,78 @@
+"""Files of rows, read by Datasets as what they are: a name is a name, and what is in the file is what is read.
+
+Datasets takes names for patterns (``g[1].csv`` for ``g1.csv``) and keeps what it has read by a file's name and time,
+which the files of an unpacked archive share. Here a name is literal, and what is kept is its caller's to choose.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from galore_torch.training.run.manifest import digest_of_file
+
+_CHAIN = "::"  # what Datasets reads as an address within an archive, and no escape hides
+
+
+def local_path(field: str, name: str) -> Path:
+    """The path that a setting names: as it stands if that exists, else with ``~`` as the home folder.
+
+    Args:
+        field: the setting.
+        name: its value.
+
+    Raises:
+        ValueError: when no path can have that name.
+    """
+    path = Path(name)
+    try:
+        return path if path.exists() else path.expanduser()
+    except RuntimeError:  # nobody has such a home
+        return path
+    except OSError as error:  # too long, for example
+        raise ValueError(f"{field} = {name[:80]!r} cannot be a path: {error.strerror}; give another.") from error
+
+
+def read_table(kind: str, files: Iterable[Path], cache: Path, *, in_memory: bool = False) -> datasets.Dataset:
+    """Read files of rows.
+
+    Args:
+        kind: what Datasets calls them: csv, json, parquet.
+        files: their paths, each literally.
+        cache: where Datasets keeps what it reads; it must be the files' own, see `digest_of`.
+        in_memory: whether the rows are kept in memory, so that the cache may go.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: when a name cannot be given to Datasets.
+        Exception: of many kinds, from pandas, Arrow and Datasets, when a file is not what it should be.
+    """
+    names = [str(file.resolve()) for file in files]
+    for name in names:
+        if _CHAIN in name:
+            raise ValueError(
+                f"{name!r} has {_CHAIN!r} in its name, which stands for a file inside an archive; rename it."
+            )
+    rows: Any = datasets.load_dataset(
+        kind,
+        data_files=[glob.escape(name) for name in names],
+        split="train",
+        cache_dir=str(cache),
+        keep_in_memory=in_memory or None,
+    )
+    return rows
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """A digest of what is in some files, in their order, whatever their names and times are."""
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(digest_of_file(file).encode())
+    return whole.hexdigest()

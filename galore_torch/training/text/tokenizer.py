@@ -1,0 +1,98 @@
+"""Which tokenizer cuts the documents: a byte-level BPE trained on the spot, or a ready one by name or folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from galore_torch.training.run.units import sentence
+from galore_torch.training.text.caches import kept
+from galore_torch.training.text.config import DataConfig
+from galore_torch.training.text.sources import Corpus
+
+END_OF_TEXT = "<|endoftext|>"
+"""Ends every document; the one special token of a tokenizer trained here."""
+
+_PAPER_TOKENIZER = "t5-base"
+_TRAINING_DOCUMENTS = 20_000
+_TRAINING_CHARACTERS = 32 * 2**20
+
+
+def tokenizer_for(corpus: Corpus, config: DataConfig, cache: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``config.tokenizer`` asks for.
+
+    Args:
+        corpus: the documents; a tokenizer is trained on those to train on only.
+        config: says which tokenizer, and how many entries a trained one has.
+        cache: the folder in which trained tokenizers are kept.
+
+    Raises:
+        ValueError: when a ready tokenizer cannot be loaded or has no token that ends a document.
+    """
+    name = config.tokenizer
+    if name == "auto":
+        name = _PAPER_TOKENIZER if corpus.streamed else "train"
+    return _trained(corpus, config.vocab, cache) if name == "train" else _ready(name)
+
+
+def entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many embeddings a model needs: the highest token that text can give, plus one.
+
+    T5's tokenizer ends in 100 sentinels that no text gives, so the paper's models have 32,000 embeddings, not 32,100.
+    """
+    text_specials = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+    sentinels = set(tokenizer.all_special_tokens) - text_specials
+    return 1 + max(index for token, index in tokenizer.get_vocab().items() if token not in sentinels)
+
+
+def _ready(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # missing, offline, gated, not a tokenizer: the Hub's client raises errors of many kinds
+        raise ValueError(
+            f"tokenizer = {name!r} cannot be loaded: {sentence(error)} Check the name and the network, or give train."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer = {name!r} has no end-of-text token to end documents with; choose another.")
+    return tokenizer
+
+
+def _trained(corpus: Corpus, vocab: int, cache: Path) -> PreTrainedTokenizerBase:
+    texts = list(_sample(corpus))
+    key = hashlib.sha256(json.dumps([vocab, END_OF_TEXT, texts]).encode()).hexdigest()[:16]
+    with kept(cache / "tokenizers" / key) as folder:
+        if not any(folder.iterdir()):
+            _train(texts, vocab, folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _sample(corpus: Corpus) -> Iterator[str]:
+    characters = 0
+    for row in islice(corpus.train, _TRAINING_DOCUMENTS):
+        if characters > _TRAINING_CHARACTERS:
+            return
+        characters += len(row["text"])
+        yield row["text"]
+
+
+def _train(texts: list[str], vocab: int, folder: Path) -> None:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,270 @@
+"""Comparisons: the plan, real runs that are killed and go on, and what is made of them."""
+
+import dataclasses
+import io
+import json
+import math
+import shlex
+import subprocess
+import sys
+
+import psutil
+import pytest
+from rich.console import Console
+
+from galore_torch.training.compare.job import FINETUNE, PRETRAIN, Amount
+from galore_torch.training.compare.plan import make_plan, rates_by_method, require_same_plan, write_plan
+from galore_torch.training.compare.report import in_lines
+from galore_torch.training.compare.results import Outcome, compared, edges, notes, rows, table
+from galore_torch.training.compare.settings import apart_and_shared
+from galore_torch.training.run import records
+from tests.waiting import wait_for
+
+
+@pytest.fixture
+def given(tiny):
+    config = tiny(steps=6, eval_every=0, save_every=2, micro_batch=8)
+    return {
+        name: value
+        for section in (config.model, config.data, config.schedule)
+        for name, value in vars(section).items()
+        if value is not None and name != "seed"
+    } | {"rank": 8, "gap": 3}
+
+
+def plan(given, methods=("full", "galore"), lrs=("0.01",), others=(), seeds=(0,), sets=(), job=PRETRAIN):
+    return make_plan(job, None, methods, lrs, others, seeds, given, sets)
+
+
+def test_the_plan_is_every_rate_with_every_seed(given):
+    runs = plan(given, lrs=("0.001", "galore=0.01", "galore=0.02"), others=("full=0.05",), seeds=(1, 2))
+    assert [str(run.folder) for run in runs] == [
+        "full/lr-0.001-others-0.05/seed-1",
+        "full/lr-0.001-others-0.05/seed-2",
+        "galore/lr-0.01/seed-1",
+        "galore/lr-0.01/seed-2",
+        "galore/lr-0.02/seed-1",
+        "galore/lr-0.02/seed-2",
+    ]
+    assert {run.amount for run in runs} == {Amount(6 * 8 * 32, "tokens")}
+    assert {run.config.schedule.seed for run in runs} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": ("gallore",)}, "did you mean 'galore'"),
+        ({"lrs": ("lora=0.1",)}, "add --method lora"),
+        ({"lrs": ("quick",)}, "is no number"),
+        ({"lrs": ("-1",)}, "must be more than 0"),
+        ({"sets": ("galore",)}, "does not say METHOD:NAME=VALUE"),
+        ({"sets": ("galore:rank=",)}, "does not say METHOD:NAME=VALUE"),
+        ({"sets": ("rank=4",)}, "does not say METHOD:NAME=VALUE"),
+        ({"sets": ("lora:rank=4",)}, "add --method lora"),
+        ({"sets": ("galore:rnak=4",)}, "rnak is no setting of a pre-training; did you mean rank"),
+        ({"sets": ("galore:rank=four",)}, "'four' is not a whole number"),
+        ({"sets": ("galore:stagger=perhaps",)}, "'perhaps' is not true or false"),
+        ({"sets": ("galore:rank=0",)}, "rank = 0 is out of range; it must be at least 1"),
+        ({"sets": ("galore:rank=2", "galore:rank=3")}, "sets rank of galore a second time"),
+        ({"sets": ("full:gap=3",)}, "gap = 3 says nothing to method = 'full'"),
+        ({"sets": ("full:adapter_rank=3",)}, "adapter_rank = 3 is for adapter = 'low-rank' or 'lora'"),
+        ({"sets": ("galore:optimizer=adamw",)}, "optimizer is what the methods differ in; choose them by --method"),
+        ({"sets": ("galore:lr=1",)}, "give --lr METHOD=X"),
+        ({"sets": ("galore:seed=1",)}, "give --seed N"),
+        ({"sets": ("galore:seq=16",)}, "runs with another seq cannot be compared; give --seq for all"),
+        ({"sets": ("galore:steps=7",)}, "full would see 1,536 tokens and galore 1,792 tokens"),
+    ],
+)
+def test_a_wrong_plan_is_refused(given, change, words):
+    with pytest.raises(ValueError, match=words):
+        plan(given, **change)
+    with pytest.raises(ValueError, match="choose them by --method"):
+        plan({**given, "optimizer": "adamw"})
+
+
+def test_a_setting_for_all_that_suits_one_method_is_refused_with_the_way_to_give_it(given):
+    with pytest.raises(ValueError, match=r"not for 'none'; leave it out\. For one .* --set lora:adapter_rank=4\.$"):
+        plan({**given, "adapter_rank": 4}, methods=("full", "lora"))
+    with pytest.raises(ValueError, match=r"at least 1\.$"):
+        plan({**given, "rank": 0}, methods=("full", "lora"))
+
+
+def test_another_plan_is_refused_with_what_differs(given, tmp_path):
+    path = tmp_path / "plan.json"
+    runs = plan(given)
+    write_plan(path, PRETRAIN, runs, "galore compare")
+    require_same_plan(path, PRETRAIN, runs)
+    with pytest.raises(ValueError, match="steps was 6"):
+        require_same_plan(path, PRETRAIN, plan({**given, "steps": 7}))
+    with pytest.raises(ValueError, match=r"galore/lr-0\.01/seed-0 was planned"):
+        require_same_plan(path, PRETRAIN, plan(given, methods=("full",)))
+
+
+def test_a_setting_of_one_method_is_its_alone(given):
+    sets = ("lora:adapter-rank=2", "galore:rank=4", "galore:stagger=false", "galore:micro_batch=4", "full:clip=1")
+    configs = {run.method: run.config for run in plan(given, methods=("full", "galore", "lora"), sets=sets)}
+    assert configs["lora"].adapter.adapter_rank == 2
+    assert [config.optimizer.rank for config in configs.values()] == [8, 4, 8]
+    assert [config.optimizer.stagger for config in configs.values()] == [True, False, True]
+    assert [config.optimizer.clip for config in configs.values()] == [1.0, 0.0, 0.0]
+    apart, shared = apart_and_shared(configs)
+    assert apart["rank"] == {"galore": 4}
+    assert apart["adapter_rank"] == {"lora": 2}
+    assert apart["gap"] == {"galore": 3}
+    assert apart["micro_batch"] == {"full": 8, "galore": 4, "lora": 8}
+    assert shared["steps"] == 6
+    assert not {"seed", "lr", "others_lr", "cos_threshold"} & {*apart, *shared}
+
+
+def outcome(run, loss, **other):
+    final = {
+        "eval_loss": loss, "perplexity": None if loss is None else math.exp(loss), "tokens_per_second": 123456.7,
+        "state_bytes": 10**10, "peak_memory_bytes": 10**11, "trained_parameters": 10**9, **other,
+    }  # fmt: skip
+    return Outcome(run, final, None)
+
+
+def drawn(comparison):
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(table(comparison))
+    assert "…" not in screen.getvalue()
+    return screen.getvalue()
+
+
+def test_the_best_rate_has_the_least_mean_loss_and_an_edge_is_told(given):
+    runs = plan(given, lrs=("0.001", "0.01", "0.1"), seeds=(0, 1))
+    losses = {0.001: 3.0, 0.01: 2.0, 0.1: None}
+    outcomes = [
+        outcome(run, 1.0 if run.folder.match("galore/lr-0.001/*") else losses[run.lr] and losses[run.lr] + run.seed)
+        for run in runs
+    ]  # fmt: skip
+    comparison = compared(PRETRAIN, outcomes)
+    best = comparison.best
+    assert (best["full"].lr, best["galore"].lr) == (0.01, 0.001)
+    assert edges(best["full"], outcomes) is None
+    assert "0.001, is the least tried" in edges(best["galore"], outcomes)
+    assert f"{math.e / ((math.exp(2) + math.exp(3)) / 2):.3f}" in drawn(comparison)
+
+
+def tuned(run, loss, **scores):
+    other = {"examples_per_second": 99.0, "scores": scores}
+    return outcome(run, loss, **other)
+
+
+def test_a_task_is_judged_by_its_main_score_over_the_seeds_and_then_by_loss():
+    given = {"task": "cola", "model": "m", "steps": 3}
+    runs = plan(given, lrs=("0.1", "0.2", "0.3"), seeds=(0, 1), job=FINETUNE)
+    scores = {("full", 0.1): 0.5, ("full", 0.2): 0.7, ("full", 0.3): 0.7, ("galore", 0.2): 0.75}
+    losses = {0.1: 0.1, 0.2: 0.6, 0.3: 0.5}
+    outcomes = [
+        tuned(run, losses[run.lr], matthews=scores.get((run.method, run.lr), 0.0) + run.seed / 10, accuracy=0.9)
+        for run in runs
+    ]
+    comparison = compared(FINETUNE, outcomes)
+    best = comparison.best
+    assert (best["full"].lr, best["galore"].lr) == (0.3, 0.2)
+    assert (comparison.score.name, comparison.score.beside_full) == ("matthews", "points to full")
+    full, galore = rows(comparison)
+    assert full[:4] == ["full", "0.3", "0.7500 ±0.0707", "+0.0"]
+    assert galore[3] == "+5.0"
+    assert "matthews" in drawn(comparison)
+
+
+def test_supervised_fine_tuning_is_judged_by_loss_and_told_in_perplexity():
+    given = {"task": "sft", "data": "chats.jsonl", "model": "m"}
+    runs = plan(given, lrs=("0.1", "0.2"), job=FINETUNE)
+    outcomes = [tuned(run, 10 * run.lr, perplexity=math.exp(10 * run.lr)) for run in runs]
+    comparison = compared(FINETUNE, outcomes)
+    assert [row.lr for row in comparison.best.values()] == [0.1, 0.1]
+    assert rows(comparison)[1][2:4] == [f"{math.e:.2f}", "1.000"]
+    assert {run.amount for run in runs} == {Amount(1.0, "epochs")}
+
+
+def test_a_fine_tuning_of_unequal_length_or_unknown_task_is_refused():
+    given = {"task": "rte"}
+    for sets in (("lora:epochs=2",), ("lora:steps=9",)):
+        with pytest.raises(ValueError, match="full would see 30 epochs and lora"):
+            plan(given, methods=("full", "lora"), sets=sets, job=FINETUNE)
+    with pytest.raises(ValueError, match="did you mean 'rte'"):
+        plan({"task": "rtee"}, job=FINETUNE)
+    with pytest.raises(ValueError, match="max_length cannot be compared"):
+        plan(given, sets=("full:max_length=8",), job=FINETUNE)
+    with pytest.raises(ValueError, match="low-rank"):
+        plan(given, methods=("low-rank",), job=FINETUNE)
+
+
+def test_a_command_in_lines_is_the_same_to_a_shell():
+    command = shlex.join(["galore", "compare", "--data", "my text's.txt", "--dry-run", *["--lr", "galore=0.01"] * 9])
+    lines = in_lines(command)
+    assert max(map(len, lines.splitlines())) <= 40
+    assert shlex.split(lines.replace("\\\n", "")) == shlex.split(command)
+
+
+def test_what_a_reader_must_know_is_told(given):
+    runs = plan(given, seeds=(0, 1))
+    ended = [outcome(run, 1.0) for run in runs]
+    one, *others = [dataclasses.replace(each, digest="a") for each in ended]
+    assert notes(compared(PRETRAIN, [one, *others])) == []
+    assert "have not seen the same" in notes(compared(PRETRAIN, [dataclasses.replace(one, digest="b"), *others]))[0]
+    unfinished = [dataclasses.replace(one, final=None), *others]
+    assert notes(compared(PRETRAIN, unfinished)) == ["full: 1 of 2 seeds have ended at 0.01."]
+    none = compared(PRETRAIN, [Outcome(run, None, "no") for run in runs])
+    assert (none.best, none.score) == ({}, None)
+    assert "failed" in drawn(none)
+
+
+def flags(given, out):
+    words = ["--method", "full", "--method", "galore", "--lr", "0.01", "--out", str(out)]
+    for name, value in given.items():
+        option = name.replace("_", "-")
+        words += (
+            [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+        )
+    return [sys.executable, "-m", "galore_torch", "compare", *words]
+
+
+def losses(out, method):
+    history = records.read(out / method / "lr-0.01" / "seed-0" / "metrics.jsonl")
+    return [{name: record.get(name) for name in ("step", "loss", "eval_loss", "final")} for record in history]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
+    whole = subprocess.run([*flags(given, tmp_path / "whole")], capture_output=True, text=True, check=False)
+    assert whole.returncode == 0, whole.stderr + whole.stdout
+    assert "galore" in whole.stdout
+
+    out = tmp_path / "parts"
+    metrics = out / "galore/lr-0.01/seed-0/metrics.jsonl"
+    with subprocess.Popen(flags(given, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+        wait_for(lambda: (records.last(metrics) or {"step": 0})["step"] >= 3, killed)
+        kill_with_children(killed)
+    again = subprocess.run([*flags(given, out), "--json"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    for method in ("full", "galore"):
+        assert losses(out, method) == losses(tmp_path / "whole", method)
+    result = json.loads(again.stdout)
+    assert [run["error"] for run in result["runs"]] == [None, None]
+    assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_data_that_cannot_be_read_are_told_before_any_run(given, tmp_path):
+    out = tmp_path / "there"
+    out.mkdir()
+    done = subprocess.run(flags({**given, "data": "nowhere.txt"}, out), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "galore compare pretrain: data = 'nowhere.txt' does not exist; give an existing file or folder, or stdlib.\n"
+    )
+    assert list(out.iterdir()) == []
+
+
+def kill_with_children(process):
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+
+
+def test_rates_for_all_and_for_one():
+    assert rates_by_method("lr", [], ["full"]) == {"full": [None]}
+    assert rates_by_method("lr", ["1", "1"], ["full"]) == {"full": [1.0]}

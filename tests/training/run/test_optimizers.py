@@ -1,0 +1,103 @@
+"""Every optimizer that the command line names: over which groups, with which learning rates, and that it trains."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from galore_torch import GaLore
+from galore_torch.optim import state_bytes
+from galore_torch.training.run.optimizers import TrainerOptimizer, build, groups_of
+from galore_torch.training.settings.optimizer import KINDS, NAMES, OptimizerConfig, is_projected
+
+
+@pytest.fixture
+def model():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=64,
+            use_cache=False,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_are_matrices_then_others_and_hold_every_weight_once(model, name):
+    groups = groups_of(model, OptimizerConfig(optimizer=name, rank=4, lr=0.02, others_lr=0.001))
+    held = [name for group in groups for name in group["param_names"]]
+    assert sorted(held) == sorted(name for name, _ in model.named_parameters())
+    matrices, others = groups
+    assert len(matrices["params"]) == 2 * 7
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(matrices["param_names"])
+    assert others["lr"] == 0.001
+    assert ("rank" in matrices) is is_projected(name)
+    assert is_projected(name) or not {"update_proj_gap", "scale", "proj_type"} & set(matrices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
+    lr = 0.3 if "sgd" in name else 0.01
+    config = OptimizerConfig(optimizer=name, rank=4, gap=5, lr=lr)
+    optimizer = build(model, config, seed=0)
+    assert isinstance(optimizer, GaLore) is is_projected(name)
+    tokens = torch.arange(64).repeat(2, 1)
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    if is_projected(name):
+        full = build(model, OptimizerConfig(optimizer=name.removeprefix("galore-"), lr=lr), seed=0)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        full.step()
+        if "adafactor" not in name and "sgd" not in name:  # whose full state is smaller than a basis here
+            assert state_bytes(optimizer) < state_bytes(full)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not is_projected(name)])
+@pytest.mark.filterwarnings("error:no parameter group")
+def test_a_full_rank_optimizer_moves_each_weight_inside_the_backward_as_at_the_step(model, name):
+    config = OptimizerConfig(optimizer=name, lr=0.01, others_lr=0.001, weight_decay=0.1)
+    inside = dataclasses.replace(config, update="backward")
+    tokens = torch.arange(64).repeat(2, 1)
+    first = {key: value.clone() for key, value in model.state_dict().items()}
+    after = []
+    for each in (config, inside):
+        model.load_state_dict(first)
+        optimizer = TrainerOptimizer()(model, config=each, seed=0)
+        for _ in range(3):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            left = [parameter for parameter in model.parameters() if parameter.grad is not None and each is inside]
+            assert not any(type(parameter.grad) is torch.Tensor for parameter in left)
+            optimizer.step()
+            optimizer.zero_grad()
+        after.append({key: value.clone() for key, value in model.state_dict().items()})
+    for key, value in after[0].items():
+        assert not torch.equal(value, first[key])
+        torch.testing.assert_close(after[1][key], value, rtol=1e-3, atol=2e-5)
+
+
+def test_settings_arrive(model):
+    config = OptimizerConfig(
+        optimizer="galore-adamw", rank=5, gap=7, scale=0.5, proj_type="left", decomposition="svd", stagger=False,
+        cos_threshold=0.3, gamma_proj=3.0, queue_size=4, lr=0.03, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.1,
+    )  # fmt: skip
+    group = TrainerOptimizer()(model, config=config, seed=3).param_groups[0]
+    expected = {
+        "rank": 5, "update_proj_gap": 7, "scale": 0.5, "proj_type": "left", "decomposition": "svd", "stagger": False,
+        "cos_threshold": 0.3, "gamma_proj": 3.0, "queue_size": 4, "lr": 0.03, "betas": (0.8, 0.99), "eps": 1e-6,
+        "weight_decay": 0.1,
+    }  # fmt: skip
+    assert {key: group[key] for key in expected} == expected
+
+
+def test_the_registry_tells_projection_by_name():
+    assert all(("galore-" in name) is entry.projected for name, entry in KINDS.items())

@@ -1,0 +1,91 @@
+"""What is recorded, how it is drawn, and how it is shown in a terminal."""
+
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.run import records
+from galore_torch.training.run.plots import plot_losses, smooth
+
+
+def step_record(step, loss):
+    return {"step": step, "tokens": step * 1000, "loss": loss, "lr": 0.1, "seconds": step / 10}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe", b"null", b"[1]", b"{}", b'{"step": 2', b'{"step": 1, "loss": 2.0}', b'{"step": "2", "loss": 2.0}',
+        b'{"step": 2, "lnss": 2.0, "tokens": 9, "lr": 0.1, "seconds": 1.0}', b"",
+        b'{"step": 1, "tokens": 9, "loss": 2.0, "lr": 0.1, "seconds": 1.0}',  # after step 2
+        b'{"step": 3, "tokens": 9, "loss": "2.0", "lr": 0.1, "seconds": 1.0}',
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_told_with_the_remedy(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records.append(path, step_record(2, 1.0))
+    path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged in line 2.*Restore.*take that line out"):
+        records.read(path)
+    assert records.last(path) == step_record(2, 1.0)
+
+
+def test_records_come_back_and_later_ones_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert records.read(path) == []
+    for step in (1, 2, 3):
+        records.append(path, step_record(step, 1 / step))
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    records.keep_until(path, 2)
+    assert records.read(path) == [step_record(1, 1.0), step_record(2, 0.5)]
+    assert records.final(path) is None
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_perplexity_is_the_exponential_even_where_it_overflows():
+    assert records.perplexity(math.log(50)) == pytest.approx(50)
+    assert records.perplexity(1e6) == math.inf
+
+
+def test_smoothing_takes_out_noise_and_lags_behind_nothing():
+    line = [5 - step / 100 for step in range(200)]
+    assert smooth(line) == pytest.approx(line)
+    noisy = smooth([loss + (-1) ** step for step, loss in enumerate(line)])
+    assert noisy[20:180] == pytest.approx(line[20:180], abs=0.1)
+
+
+def test_a_plot_of_several_runs_shows_both_in_their_colours(tmp_path):
+    evaluation = {"step": 20, "tokens": 20_000, "eval_loss": None, "perplexity": None, "seconds": 2.0}
+    for name, loss in (("one", 5.0), ("two", 4.0)):
+        for step in range(1, 20):
+            records.append(tmp_path / name, step_record(step, loss - step / 10))
+        records.append(tmp_path / name, evaluation)
+    plot_losses({"one": tmp_path / "one", "two": tmp_path / "two"}, tmp_path / "both.png")
+    picture = imread(tmp_path / "both.png")[..., :3]
+    for colour in ((0x0B, 0x6E, 0x99), (0xD9, 0x73, 0x0D)):
+        near = abs(picture - [part / 255 for part in colour]).max(axis=-1) < 0.02
+        assert near.sum() > 200
+
+
+def test_a_terminal_gets_a_bar_with_an_estimated_end(tiny, tmp_path):
+    screen = io.StringIO()
+    new_run(tiny(), tmp_path / "run", console=Console(file=screen, force_terminal=True, width=100)).train()
+    text = screen.getvalue()
+    assert all(word in text for word in ("8/8", "loss", "lr", "tok/s", "state", "left", "perplexity"))
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    child = "from galore_torch.training.run.machine import peak_memory_bytes; print(peak_memory_bytes())"
+    parent = (
+        "import subprocess, sys; large = bytearray(b'x') * 1_500_000_000; "
+        "print(subprocess.run([sys.executable, '-c', sys.argv[1]], capture_output=True, text=True, check=True).stdout)"
+    )
+    peak = int(subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True).stdout)
+    assert 50_000_000 < peak < 1_000_000_000
