@@ -19,8 +19,8 @@ help:  ## say what there is
 
 setup: $(installed) $(peer)  ## make .venv and install what was tested (constraints.txt)
 
-demo: $(installed)  ## the main job: pre-train a tiny LLaMA with GaLore, then with AdamW, and compare
-	$(python) -m galore_torch.training.compare.demo
+demo: $(installed)  ## the main job: pre-train a tiny LLaMA with GaLore and with AdamW, and compare
+	$(VENV)/bin/galore compare pretrain --preset llama-tiny --method galore --method full --out runs/demo $(ARGS)
 
 test: $(installed) $(peer)  ## the whole test suite
 	$(python) -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)

@@ -11,24 +11,14 @@ from matplotlib.figure import Figure
 
 from galore_torch.training.compare.results import Comparison, Setting
 from galore_torch.training.compare.score import LOSS, Score
-from galore_torch.training.page.page import FIGURE_SIZE, line_look
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.plots import short, smooth
+from galore_torch.training.run.plots import add_legend, count_by, known, line_style, new_axes, smooth
 from galore_torch.training.run.records import Record
 
 _POINTS = 200  # of a drawn curve, at most
 _TICKS = 6  # learning rates that an axis names one by one, at most
 _BINS = 40  # of a drawn mean over renewals, at most
-
-
-def _axes(label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
-    axes = figure.subplots()
-    axes.grid(color="#7d8590", alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel(label)
-    return figure, axes
 
 
 def _thinned(values: Sequence[float]) -> list[float]:
@@ -37,13 +27,18 @@ def _thinned(values: Sequence[float]) -> list[float]:
     return [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
 
 
-def _band(axes: Axes, index: int, method: str, along: list[float], seeds: list[list[float]], **look: object) -> None:
+def _mean(seeds: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*seeds, strict=True)]
+
+
+def _band(axes: Axes, index: int, method: str, along: list[float], seeds: list[list[float]]) -> None:
     """A method's mean over the seeds, and a band from the least to the greatest of them."""
-    at_once = list(zip(*seeds, strict=True))
-    axes.plot(along, [sum(at) / len(at) for at in at_once], label=method, **{**line_look(index), **look})
+    style = line_style(index, len(along))
+    axes.plot(along, _mean(seeds), label=method, **style)
     if len(seeds) > 1:
+        at_once = list(zip(*seeds, strict=True))
         low, high = [min(at) for at in at_once], [max(at) for at in at_once]
-        axes.fill_between(along, low, high, color=line_look(index)["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(along, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _histories(setting: Setting, out: Path, field: str) -> list[list[Record]]:
@@ -56,14 +51,6 @@ def _histories(setting: Setting, out: Path, field: str) -> list[list[Record]]:
     return [history[:length] for history in seeds]
 
 
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
-
-
-def _mean(seeds: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(values) / len(values) for values in zip(*seeds, strict=True)]
-
-
 def curves(comparison: Comparison, out: Path, by: str) -> Figure:
     """Training losses, smoothed, by what is seen or by seconds.
 
@@ -73,75 +60,73 @@ def curves(comparison: Comparison, out: Path, by: str) -> Figure:
         by: tokens, examples or seconds.
     """
     assert comparison.score is not None
-    figure, axes = _axes(comparison.score.loss_label)
+    figure, axes = new_axes("seconds of training", comparison.score.loss_label)
     top = -math.inf
     for index, (method, row) in enumerate(comparison.best.items()):
         seeds = _histories(row, out, "loss")
         along = _mean([_thinned([record[by] for record in steps]) for steps in seeds])
-        losses = [smooth(_thinned(_known([record["loss"] for record in steps]))) for steps in seeds]
-        _band(axes, index, method, along, losses, linewidth=1.5)
+        losses = [smooth(_thinned(known(record["loss"] for record in steps))) for steps in seeds]
+        _band(axes, index, method, along, losses)
         mean = _mean(losses)
         top = max([top, *(value for value in mean[len(mean) // 20 :] if math.isfinite(value))])
     if math.isfinite(top):
         axes.set_ylim(top=top + 0.02 * (top - axes.get_ylim()[0]))
-    _name_x(axes, by)
-    axes.legend()
+    axes.set_xlim(left=0)
+    if by != "seconds":
+        count_by(axes, by)
+    add_legend(figure)
     return figure
 
 
 def held_out(comparison: Comparison, out: Path) -> Figure | None:
     """What decides which learning rate is best, at each evaluation; None if no run has several."""
-    score, job = comparison.score, comparison.job
+    score, unit = comparison.score, comparison.job.unit
     assert score is not None
     field = score.name if score.more_is_better else LOSS
-    figure, axes = _axes(_held_out_label(score))
+    figure, axes = new_axes("", _held_out_label(score))
     several = False
     for index, (method, row) in enumerate(comparison.best.items()):
         seeds = _histories(row, out, field)
         several |= len(seeds[0]) > 1
-        along = [float(record[job.unit]) for record in seeds[0]]
-        found = [_known([record[field] for record in evaluations]) for evaluations in seeds]
-        _band(axes, index, method, along, found, marker="o", markersize=4)
-    if not several:
-        return None
-    _name_x(axes, job.unit)
-    axes.legend()
-    return figure
+        along = [float(record[unit]) for record in seeds[0]]
+        _band(axes, index, method, along, [known(record[field] for record in history) for history in seeds])
+    count_by(axes, unit)
+    add_legend(figure)
+    return figure if several else None
 
 
 def _held_out_label(score: Score) -> str:
     return f"held-out {score.name if score.more_is_better else score.loss_label}"
 
 
-def _name_x(axes: Axes, by: str) -> None:
-    axes.set_xlabel("seconds of training" if by == "seconds" else f"{by} seen")
-    axes.set_xlim(left=0)
-    if by != "seconds":
-        axes.xaxis.set_major_formatter(lambda count, _: short(count))
+def sensitivity(comparison: Comparison) -> Figure | None:
+    """What decides which learning rate is best, by learning rate, at whichever rate of the others suits it best.
 
-
-def sensitivity(comparison: Comparison) -> Figure:
-    """What decides which learning rate is best, by learning rate, at whichever rate of the others suits it best."""
+    Returns:
+        The figure, or None if no method has several learning rates.
+    """
     score = comparison.score
     assert score is not None
-    figure, axes = _axes(_held_out_label(score))
+    figure, axes = new_axes("learning rate", _held_out_label(score))
     better = max if score.more_is_better else min
+    tried: set[float] = set()
+    several = False
     for index, method in enumerate(comparison.best):
         found: dict[float, float] = {}
         for each in comparison.settings_of(method):
             value = comparison.criterion(each)
+            tried.add(each.lr)
             if math.isfinite(value):
                 found[each.lr] = better(value, found.get(each.lr, value))
         lrs = sorted(found)
-        axes.plot(lrs, [found[lr] for lr in lrs], marker="o", markersize=4, label=method, **line_look(index))
+        several |= len(lrs) > 1
+        axes.plot(lrs, [found[lr] for lr in lrs], label=method, **line_style(index, len(lrs)))
     axes.set_xscale("log")
-    tried = sorted({each.lr for method in comparison.best for each in comparison.settings_of(method)})
     if len(tried) <= _TICKS:
-        axes.set_xticks(tried, [f"{lr:g}" for lr in tried])
+        axes.set_xticks(sorted(tried), [f"{lr:g}" for lr in sorted(tried)])
         axes.xaxis.minorticks_off()
-    axes.set_xlabel("learning rate")
-    axes.legend()
-    return figure
+    add_legend(figure)
+    return figure if several else None
 
 
 def subspaces(comparison: Comparison, out: Path, field: str, label: str) -> Figure | None:
@@ -156,8 +141,7 @@ def subspaces(comparison: Comparison, out: Path, field: str, label: str) -> Figu
     Returns:
         The figure, or None if no method has renewed a basis.
     """
-    figure, axes = _axes(label)
-    drawn = False
+    figure, axes = new_axes("step", label)
     for index, (method, row) in enumerate(comparison.best.items()):
         renewals = [
             (record["step"], record[field])
@@ -172,11 +156,9 @@ def subspaces(comparison: Comparison, out: Path, field: str, label: str) -> Figu
         for step, value in renewals:
             bins.setdefault((step - 1) // width, []).append((step, value))
         points = [_mean(bins[number]) for number in sorted(bins)]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, **line_look(index))
-        drawn = True
-    if not drawn:
+        axes.plot(*zip(*points, strict=True), label=method, **line_style(index, len(points)))
+    if not axes.lines:
         return None
-    axes.set_xlabel("step")
     axes.set_ylim(0, 1)
-    axes.legend()
+    add_legend(figure)
     return figure

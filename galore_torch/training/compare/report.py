@@ -104,8 +104,10 @@ def _figures(page: Page, comparison: Comparison, out: Path) -> None:
     on_the_way = figures.held_out(comparison, out)
     if on_the_way is not None:
         page.figure(on_the_way, f"{judged} at each evaluation; bands span the seeds.")
-    page.heading("Learning rates")
-    page.figure(figures.sensitivity(comparison), f"{judged} by learning rate; the mean over the seeds.")
+    by_rate = figures.sensitivity(comparison)
+    if by_rate is not None:
+        page.heading("Learning rates")
+        page.figure(by_rate, f"{judged} by learning rate; the mean over the seeds.")
     made = {
         "How much of the basis before is left at a renewal: 1 all of it, 0 as of a random one. "
         "Means over weights and seeds.": figures.subspaces(comparison, out, "overlap", "overlap"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,12 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from galore_torch.training.inspection.result import Inspection
 from galore_torch.training.inspection.watch import Look, Watch
-from galore_torch.training.page.page import FIGURE_SIZE, line_look
+from galore_torch.training.run.plots import GRAY, add_legend, line_style, new_axes
 
 Line = tuple[Sequence[float], Sequence[float]]
-
-_MARKED = 20  # points of a line that are still marked one by one
-_LEGEND_LETTERS = 40  # of the labels in a row, at most
 
 
 def pictures(found: Inspection) -> dict[str, tuple[Figure, str]]:
@@ -64,56 +60,32 @@ def pictures(found: Inspection) -> dict[str, tuple[Figure, str]]:
     return drawn
 
 
-def _axes(along: str, up: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
-    axes = figure.subplots()
-    axes.grid(color="#7d8590", alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(along)
-    axes.set_ylabel(up)
-    return figure, axes
-
-
 def _plot(figure: Figure, axes: Axes, lines: Mapping[str, Line]) -> None:
     for index, (label, (along, up)) in enumerate(lines.items()):
-        marks: dict[str, Any] = {"marker": "o", "markersize": 3} if len(along) <= _MARKED else {}
-        axes.plot(along, up, label=label, linewidth=1.5, **marks, **line_look(index))
-    _legend(figure, axes)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Above the lines, for they are many and go everywhere."""
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(
-            handles,
-            labels,
-            loc="outside upper left",
-            ncols=max(1, min(4, _LEGEND_LETTERS // max(map(len, labels)))),
-            frameon=False,
-        )
+        axes.plot(along, up, label=label, **line_style(index, len(along)))
+    add_legend(figure)
 
 
 def _spectra(found: Inspection) -> Figure:
-    figure, axes = _axes("rank, as a share of the shorter side", "share of the energy")
+    figure, axes = new_axes("rank, as a share of the shorter side", "share of the energy")
     first = found.config.looks.ages[0]
     for index, (name, kind) in enumerate(found.kinds.items()):
         side = len(kind.held)
         along = [place / side for place in range(side + 1)]
-        look = line_look(index)
-        axes.plot(along, [0, *kind.held.tolist()], label=name, linewidth=1.5, **look)
+        look = line_style(index)
+        axes.plot(along, [0, *kind.held.tolist()], label=name, **look)
         if first in kind.captured:
-            axes.plot(along, [0, *kind.captured[first].tolist()], linewidth=1, **{**look, "linestyle": ":"})
+            axes.plot(along, [0, *kind.captured[first].tolist()], **{**look, "linestyle": ":", "linewidth": 1})
     for share in {kind.rank / len(kind.held) for kind in found.kinds.values()}:
-        axes.axvline(share, color="#7d8590", linewidth=0.8)
+        axes.axvline(share, color=GRAY, linewidth=0.8)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.01)
-    _legend(figure, axes)
+    add_legend(figure)
     return figure
 
 
 def _ages(found: Inspection) -> Figure:
-    figure, axes = _axes("age of the basis, in steps", "share of the energy captured")
+    figure, axes = new_axes("age of the basis, in steps", "share of the energy captured")
     lines: dict[str, Line] = {}
     for name, kind in found.kinds.items():
         at = kind.rank - 1
@@ -123,22 +95,22 @@ def _ages(found: Inspection) -> Figure:
         )
     _plot(figure, axes, lines)
     for chance in {kind.rank / len(kind.held) for kind in found.kinds.values()}:
-        axes.axhline(chance, color="#7d8590", linewidth=0.8)
+        axes.axhline(chance, color=GRAY, linewidth=0.8)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.01)
     return figure
 
 
 def _by_age(found: Inspection) -> Figure:
-    figure, axes = _axes("age of the basis, in steps", "overlap")
+    figure, axes = new_axes("age of the basis, in steps", "overlap")
     _plot(figure, axes, {name: (list(kind.overlap), list(kind.overlap.values())) for name, kind in found.kinds.items()})
-    axes.axhline(0, color="#7d8590", linewidth=0.8)
+    axes.axhline(0, color=GRAY, linewidth=0.8)
     axes.set_xlim(left=0)
     return figure
 
 
 def _over_steps(found: Inspection) -> Figure:
-    figure, axes = _axes("step", "stable rank")
+    figure, axes = new_axes("step", "stable rank")
     _plot(figure, axes, {name: by_step(found.watches[name], lambda look: look.stable_rank) for name in found.kinds})
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -174,7 +146,7 @@ def layer_of(weight: str) -> int | None:
 
 
 def _by_layer(found: Inspection) -> Figure:
-    figure, axes = _axes("layer", "stable rank")
+    figure, axes = new_axes("layer", "stable rank")
     lines: dict[str, Line] = {}
     for name in found.kinds:
         values: dict[int, list[float]] = {}
@@ -191,14 +163,13 @@ def _by_layer(found: Inspection) -> Figure:
 
 
 def _of_run(found: Inspection) -> Figure:
-    figure, axes = _axes("step of the run", "captured; overlap")
+    figure, axes = new_axes("step of the run", "captured; overlap")
     for index, (name, renewals) in enumerate(found.renewals.items()):
-        look = line_look(index)
         steps = [one.step for one in renewals]
-        axes.plot(steps, [one.captured for one in renewals], label=name, marker="o", markersize=3, **look)
-        dotted = {**look, "linestyle": ":"}
-        axes.plot(steps, [one.overlap for one in renewals], marker="o", markersize=3, **dotted)
+        look = line_style(index, len(steps))
+        axes.plot(steps, [one.captured for one in renewals], label=name, **look)
+        axes.plot(steps, [one.overlap for one in renewals], **{**look, "linestyle": ":"})
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.01)
-    _legend(figure, axes)
+    add_legend(figure)
     return figure

@@ -19,26 +19,9 @@ from galore_torch.training.run.files import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#2b83c6", "#d9661f", "#2f9155", "#9a62d0", "#d1508f", "#178a96", "#a8743a", "#7d8590")
-"""Colours of lines that stand out from white and from near-black alike, by at least 3 to 1."""
-
-FIGURE_SIZE = (5.8, 3.6)
-"""Width and height of a figure in inches: its letters are then as large as the text's, on a phone too."""
-
-_DASHES = ("-", "--", ":", "-.")
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _BLACK = "#000000"
-
-
-def line_look(index: int) -> dict[str, Any]:
-    """How the n-th line of a figure is drawn: keywords for matplotlib. Colours first, dashes once they are used up.
-
-    >>> line_look(8)
-    {'color': '#2b83c6', 'linestyle': '--'}
-    """
-    dashes, colour = divmod(index, len(COLOURS))
-    return {"color": COLOURS[colour], "linestyle": _DASHES[dashes % len(_DASHES)]}
 
 
 class Page:
@@ -100,7 +83,7 @@ class Page:
         """Add a figure of matplotlib. What it draws in black takes the colour of the page's text.
 
         Args:
-            figure: best of `FIGURE_SIZE`, with lines as in `line_look`.
+            figure: best made by `galore_torch.training.run.plots.new_axes`.
             caption: what can be seen, below it.
             alt: what those hear who cannot see it; the caption if empty.
         """
@@ -131,10 +114,6 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     Returns:
         The element, the same text for the same figure.
     """
-    for axes in figure.axes:
-        legend = axes.get_legend()
-        if legend is not None:
-            legend.set_frame_on(False)
     drawn = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})

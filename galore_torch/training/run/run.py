@@ -198,7 +198,7 @@ class Run(ABC, Generic[ConfigT, ResultT]):
         merged(self.model).save_pretrained(self.folder.model)
         self.tokenizer.save_pretrained(self.folder.model)
         write_manifest(self.folder.model)
-        plot_losses({self.config.title: self.folder.metrics}, self.folder.plot, self.log.unit)
+        plot_losses(self.config.title, self.folder.metrics, self.folder.plot, self.log.unit)
         for path in (*self.folder.model.rglob("*"), self.folder.model):
             sync(path)
         record = {name: value for name, value in asdict(result).items() if name not in _NOT_RECORDED}

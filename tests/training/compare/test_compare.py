@@ -12,12 +12,14 @@ import psutil
 import pytest
 from rich.console import Console
 
+from galore_torch.training.compare.figures import sensitivity
 from galore_torch.training.compare.job import FINETUNE, PRETRAIN, Amount
 from galore_torch.training.compare.plan import make_plan, rates_by_method, require_same_plan, write_plan
 from galore_torch.training.compare.report import in_lines
 from galore_torch.training.compare.results import Outcome, compared, edges, notes, rows, table
 from galore_torch.training.compare.settings import apart_and_shared
 from galore_torch.training.run import records
+from tests.architecture import ROOT
 from tests.waiting import wait_for
 
 
@@ -268,3 +270,20 @@ def kill_with_children(process):
 def test_rates_for_all_and_for_one():
     assert rates_by_method("lr", [], ["full"]) == {"full": [None]}
     assert rates_by_method("lr", ["1", "1"], ["full"]) == {"full": [1.0]}
+
+
+def test_the_demo_compares_galore_and_full_rank_at_the_rates_that_suit_each():
+    told = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    arguments = shlex.split(told.splitlines()[-1].partition(" ")[2])
+    command = [sys.executable, "-m", "galore_torch", *arguments, "--dry-run"]
+    planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.partition(" seed")[0] for line in planned[:-1]] == [
+        f"{method} lr-{lr}-others-{others}"
+        for method, (lr, others) in {"galore": ("0.01", "0.04"), "full": ("0.001", "0.04")}.items()
+    ]
+
+
+def test_a_figure_of_learning_rates_is_drawn_where_a_method_has_several(given):
+    for lrs, lines in ((("0.01", "galore=0.02"), None), (("0.01", "galore=0.02", "galore=0.01"), 2)):
+        figure = sensitivity(compared(PRETRAIN, [outcome(run, 1.0) for run in plan(given, lrs=lrs)]))
+        assert (figure and len(figure.axes[0].lines)) == lines

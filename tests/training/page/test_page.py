@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
-from matplotlib.figure import Figure
 
-from galore_torch.training.page.page import COLOURS, FIGURE_SIZE, Page, line_look
+from galore_torch.training.page.page import Page
+from galore_torch.training.run.plots import COLORS, add_legend, line_style, new_axes
 
 BACKS = {"light": "#ffffff", "dark": "#14171a"}
 
@@ -14,12 +14,10 @@ BACKS = {"light": "#ffffff", "dark": "#14171a"}
 def page() -> Page:
     made = Page("Two <b>methods</b>", "A & B")
     for _ in range(2):
-        figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
-        axes = figure.subplots()
+        figure, axes = new_axes('id="x" <tokens>', "loss")
         for index in range(3):
-            axes.plot([1, 2, 3], [index, 1, 2], label=f"line {index}", **line_look(index))
-        axes.legend()
-        axes.set_xlabel('id="x" <tokens>')
+            axes.plot([1, 2, 3], [index, 1, 2], label=f"line {index}", **line_style(index, 3))
+        add_legend(figure)
         made.heading("Loss")
         made.figure(figure, "Losses")
     made.table(["method", *(f"a long column {index}" for index in range(8))], [["<i>galore</i>", *range(8)]] * 2)
@@ -44,7 +42,7 @@ def of_hex(text: str) -> tuple[float, ...]:
 
 @pytest.mark.parametrize("back", BACKS.values(), ids=BACKS)
 def test_lines_stand_out_from_both_backgrounds(back):
-    assert min(contrast(of_hex(colour), of_hex(back)) for colour in COLOURS) >= 3
+    assert min(contrast(of_hex(colour), of_hex(back)) for colour in COLORS) >= 3
 
 
 def test_text_is_escaped_ids_are_apart_and_nothing_is_fetched():

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from galore_torch.training.pretrain.run import new_run
 from galore_torch.training.run import records
-from galore_torch.training.run.plots import plot_losses, smooth
+from galore_torch.training.run.plots import COLORS, plot_losses, smooth
 
 
 def step_record(step, loss):
@@ -61,17 +61,17 @@ def test_smoothing_takes_out_noise_and_lags_behind_nothing():
     assert noisy[20:180] == pytest.approx(line[20:180], abs=0.1)
 
 
-def test_a_plot_of_several_runs_shows_both_in_their_colours(tmp_path):
+def test_a_plot_shows_training_and_held_out_losses_in_their_colors(tmp_path):
     evaluation = {"step": 20, "tokens": 20_000, "eval_loss": None, "perplexity": None, "seconds": 2.0}
-    for name, loss in (("one", 5.0), ("two", 4.0)):
-        for step in range(1, 20):
-            records.append(tmp_path / name, step_record(step, loss - step / 10))
-        records.append(tmp_path / name, evaluation)
-    plot_losses({"one": tmp_path / "one", "two": tmp_path / "two"}, tmp_path / "both.png")
-    picture = imread(tmp_path / "both.png")[..., :3]
-    for colour in ((0x0B, 0x6E, 0x99), (0xD9, 0x73, 0x0D)):
-        near = abs(picture - [part / 255 for part in colour]).max(axis=-1) < 0.02
-        assert near.sum() > 200
+    for step in range(1, 20):
+        records.append(tmp_path / "one", step_record(step, 5 - step / 10))
+    records.append(tmp_path / "one", {**evaluation, "step": 19, "eval_loss": 3.0, "perplexity": 20.1})
+    records.append(tmp_path / "one", evaluation)
+    plot_losses("one", tmp_path / "one", tmp_path / "one.png")
+    picture = imread(tmp_path / "one.png")[..., :3]
+    for color, least in ((COLORS[0], 200), (COLORS[1], 50)):
+        near = abs(picture - [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]).max(axis=-1) < 0.02
+        assert near.sum() > least
 
 
 def test_a_terminal_gets_a_bar_with_an_estimated_end(tiny, tmp_path):
