@@ -29,8 +29,8 @@ RECIPES: dict[str, Make] = {
     "AdamW": lambda groups: GaLoreAdamW(groups, lr=1e-2, weight_decay=0.1),
     "SGD": lambda groups: GaLoreSGD(groups, lr=1e-1, momentum=0.9, weight_decay=0.1),
     "Adafactor": lambda groups: GaLoreAdafactor(groups, lr=1e-2),
-    "RMSprop": lambda groups: GaLore(groups, optimizer=torch.optim.RMSprop, lr=1e-2),
-    "Muon": lambda groups: GaLore(groups, optimizer=torch.optim.Muon, others=torch.optim.AdamW, lr=1e-2),
+    "RMSprop": lambda groups: GaLore(groups, optimizer_class=torch.optim.RMSprop, lr=1e-2),
+    "Muon": lambda groups: GaLore(groups, optimizer_class=torch.optim.Muon, fallback_class=torch.optim.AdamW, lr=1e-2),
 }
 IN_FEW_BITS: dict[str, tuple[Make, dict[str, Any]]] = {
     "AdamW8bit": (lambda groups: GaLoreAdamW8bit(groups, lr=1e-2, weight_decay=0.1, min_8bit_size=256), {}),

@@ -67,8 +67,8 @@ def attach(
     gradients: Gradients = "projected",
     update: Update = "step",
     *,
-    image_dtype: torch.dtype | None = None,
-    image_bits: int = 16,
+    grad_dtype: torch.dtype | None = None,
+    grad_bits: int = 16,
 ) -> Attachment:
     """Chooses how the gradients of a model are formed and when they are applied.
 
@@ -86,9 +86,9 @@ def attach(
         update: `step`: `optimizer.step()` applies them. `backward`: each weight is updated the moment its gradient is
             complete, and the gradient is gone; `step()` then only closes the step. No accumulation, clipping or loss
             scaling then.
-        image_dtype: in which images accumulate over micro-batches, for example torch.float32; the gradient's own when
+        grad_dtype: in which images accumulate over micro-batches, for example torch.float32; the gradient's own when
             None.
-        image_bits: 8 or 4 to keep the images that wait for `step()` in codes, with a range for each 256 numbers; each
+        grad_bits: 8 or 4 to keep the images that wait for `step()` in codes, with a range for each 256 numbers; each
             micro-batch is then added to what the codes stand for, and rounded again.
 
     Returns:
@@ -109,7 +109,7 @@ def attach(
         'ProjectedGradient'
     """
     _check(model, optimizer, gradients, update)
-    _check_images(gradients, update, image_dtype, image_bits)
+    _check_images(gradients, update, grad_dtype, grad_bits)
     projected = _projected_weights(model, optimizer)
     if update == "backward" and not all(optimizer.work_on(weight).traits.many_calls for weight in projected.values()):
         raise ValueError(
@@ -124,7 +124,7 @@ def attach(
     if update == "backward":
         _apply_in_backward(model, optimizer, attachment)
     elif gradients != "full":
-        hook = project_when_complete(optimizer, image_dtype, image_bits)
+        hook = project_when_complete(optimizer, grad_dtype, grad_bits)
         for weight in projected.values():
             _hook(attachment, weight, hook)
             room = weight.register_hook(make_room(optimizer, weight))  # type: ignore[no-untyped-call]
@@ -157,8 +157,8 @@ def _check(model: nn.Module, optimizer: GaLore, gradients: str, update: str) -> 
 
 def _check_images(gradients: str, update: str, dtype: torch.dtype | None, bits: int) -> None:
     if isinstance(bits, bool) or bits not in (16, *BITS):
-        raise ValueError(f"image_bits is {bits!r}; use 16 (the gradient's dtype), 8 or 4")
-    chosen = [f"image_dtype is {dtype}"] * (dtype is not None) + [f"image_bits is {bits}"] * (bits != 16)
+        raise ValueError(f"grad_bits is {bits!r}; use 16 (the gradient's dtype), 8 or 4")
+    chosen = [f"grad_dtype is {dtype}"] * (dtype is not None) + [f"grad_bits is {bits}"] * (bits != 16)
     if len(chosen) == 2:
         raise ValueError(f"{' and '.join(chosen)}; leave out one of them: codes have no dtype")
     if chosen and (gradients == "full" or update == "backward"):

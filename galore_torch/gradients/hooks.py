@@ -27,7 +27,7 @@ from galore_torch.optim.work import Work
 Hook = Callable[[Tensor], None]
 
 
-def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, image_bits: int = 16) -> Hook:
+def project_when_complete(optimizer: GaLore, grad_dtype: torch.dtype | None, grad_bits: int = 16) -> Hook:
     """A hook that turns a full gradient into a projected one, and so frees it.
 
     A weight without a basis finds its first from this gradient, and one whose basis lacks directions more of them, so
@@ -36,8 +36,8 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, im
 
     Args:
         optimizer: holds the weights.
-        image_dtype: in which images accumulate; the gradient's own when None.
-        image_bits: 8 or 4 to keep them in codes.
+        grad_dtype: in which images accumulate; the gradient's own when None.
+        grad_bits: 8 or 4 to keep them in codes.
 
     Returns:
         The hook.
@@ -50,7 +50,7 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, im
         if ours is None or weight.grad is None or weight.grad.requires_grad:
             return  # of create_graph=True: it is still to be differentiated, as it is
         if isinstance(weight.grad, ProjectedGradient):
-            weight.grad = _stored_in(weight.grad, image_dtype, image_bits)
+            weight.grad = _stored_in(weight.grad, grad_dtype, grad_bits)
             return
         work = ours.work_on(weight)
         try:
@@ -61,7 +61,7 @@ def project_when_complete(optimizer: GaLore, image_dtype: torch.dtype | None, im
                 "moved; empty the gradients with zero_grad() before the next backward"
             ) from error
         if projected is not None:
-            weight.grad = _stored_in(projected, image_dtype, image_bits)
+            weight.grad = _stored_in(projected, grad_dtype, grad_bits)
 
     return project
 

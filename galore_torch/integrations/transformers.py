@@ -74,7 +74,7 @@ class GaLoreFactory:
         Args:
             model: where it will be trained.
             rank: rank of the projection.
-            optimizer: a recipe, or `GaLore` with `optimizer=` bound.
+            optimizer: a recipe, or `GaLore` with `optimizer_class=` bound.
             gradients: how they are formed; see `attach`.
             update: when they are applied; see `attach`.
             group_weight_decay: decay of matrices alone; see `param_groups`' `weight_decay`.
@@ -172,7 +172,7 @@ def _arguments_of(optimizer: Callable[..., GaLore]) -> dict[str | None, Any]:
     if any(one.kind is one.VAR_KEYWORD for one in signature.values()):
         known[None] = None
         bound = optimizer.keywords if isinstance(optimizer, functools.partial) else {}
-        for name in ("optimizer", "others"):
+        for name in ("optimizer_class", "fallback_class"):
             inside = bound.get(name, known.get(name))
             if isinstance(inside, type):
                 further = inspect.signature(inside).parameters.items()

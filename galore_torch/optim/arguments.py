@@ -122,9 +122,9 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
         ValueError: one that cannot be served; the message names it, its value and the remedy.
     """
     made = {name: plain(value) for name, value in settings.items()}
-    for name in ("optimizer", "others"):
+    for name in ("optimizer_class", "fallback_class"):
         one = made[name]
-        if not (one is None and name == "others") and not _is_class_of_optimizers(one):
+        if not (one is None and name == "fallback_class") and not _is_class_of_optimizers(one):
             raise ValueError(
                 f"{name} is {one!r}, a {type(one).__name__}; pass a class of optimizers itself, such as "
                 f"{name}=torch.optim.SGD, and its arguments by name"
@@ -136,7 +136,7 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
         raise ValueError(f"skip_nonfinite is {skip!r}; use True or False")
     if not is_whole(seed, -(2**63)):
         raise ValueError(f"seed is {seed!r}; use a whole number")
-    classes = [one for one in (made["optimizer"], made["others"]) if one is not None]
+    classes = [one for one in (made["optimizer_class"], made["fallback_class"]) if one is not None]
     return {**made, "arguments": checked_arguments(classes, made["arguments"])}
 
 

@@ -46,30 +46,28 @@ class GaLore(Optimizer):
     """Trains weights of full rank with optimizer state of low rank, with any optimizer inside.
 
     Parameter groups with a `rank` are projected; `param_groups` makes them from a model. Their other keys are those of
-    `KEYS` in `optim/keys.py`: `update_proj_gap`, `scale`, `proj_type` and more, with their defaults.
-
-    Decay acts on the weight itself, as the optimizer inside would apply it there: L2 or decoupled, before the update.
+    `KEYS` in `optim/keys.py`: `update_proj_gap`, `scale`, `proj_type` and more, with their defaults. Weight decay, L2
+    or decoupled as the optimizer inside has it, acts on the weight itself, before the update.
 
     Args:
         params: parameters or parameter groups.
-        optimizer: the class of the optimizer inside. Its update must follow from gradient and state alone; one that
-            reads the parameter's value is refused by name.
-        others: the class for the groups without a `rank`, where `optimizer` cannot hold them (Muon and vectors). Both
-            classes get those of the arguments that they name.
+        optimizer_class: of the optimizer inside. Its update must follow from gradient and state, not from the value.
+        fallback_class: the class for groups without a `rank`, where `optimizer_class` cannot take them (Muon and
+            vectors). Each class gets those of the arguments that it names.
         state_dtype: dtype of the coordinates, and so of the state inside; the weight's own when None. With bf16
             weights, bf16 second moments stick at beta 0.999: float32 here costs two bytes more a number.
         rounding: how updates are rounded into weights of 16 bits. `nearest` loses what is less than half of a weight's
             last digit; `stochastic` goes up or down at random, right on average, by draws that depend on the seed, the
             weight's place and the number of its step alone; `compensated` keeps what was cut off, two bytes a number.
-            The latter two make all weights of 16 bits move through coordinates. None: as the settings of `optimizer`
-            ask (`bf16_stochastic_round`, `kahan_sum`), to the nearest without one.
+            The latter two make all weights of 16 bits move through coordinates. None: as the
+            arguments of `optimizer_class` ask (`bf16_stochastic_round`, `kahan_sum`), else to the nearest.
         skip_nonfinite: leave out a weight whose gradient is not finite, state and all. Costs a device synchronization
             a step. Without it the update is what the optimizer inside makes of such a gradient; a renewal is never
             made from one, and `nonfinite_counts` tells how many there were.
         seed: of the random numbers that decompositions use; they depend on it, the weight's place and the number of
             its renewal alone.
         group_defaults: further keys that every group gets.
-        traits: what `optimizer` does with decay and shape, for those who know; found by a probe when None.
+        traits: what `optimizer_class` does with decay and shape, for those who know; found by a probe when None.
         **arguments: of the optimizer inside, by name.
 
     Raises:
@@ -77,7 +75,7 @@ class GaLore(Optimizer):
 
     Example:
         >>> weight = torch.nn.Parameter(torch.randn(64, 32))
-        >>> optimizer = GaLore([{"params": [weight], "rank": 4}], optimizer=torch.optim.SGD, lr=0.1, momentum=0.9)
+        >>> optimizer = GaLore([{"params": [weight], "rank": 4}], optimizer_class=torch.optim.SGD, lr=0.1, momentum=0.9)
         >>> weight.square().sum().backward()
         >>> optimizer.step()
         >>> optimizer.state[weight]["inner"]["momentum_buffer"].shape
@@ -90,8 +88,8 @@ class GaLore(Optimizer):
     def __init__(  # noqa: PLR0913 (each is one choice, and all but the first are named)
         self,
         params: Iterable[Any],
-        optimizer: type[Optimizer] = torch.optim.AdamW,
-        others: type[Optimizer] | None = None,
+        optimizer_class: type[Optimizer] = torch.optim.AdamW,
+        fallback_class: type[Optimizer] | None = None,
         *,
         state_dtype: torch.dtype | None = None,
         rounding: Rounding | None = None,
@@ -103,6 +101,8 @@ class GaLore(Optimizer):
     ) -> None:
         params = listed(params)
         choices: dict[str, Any] = {
+            "optimizer_class": optimizer_class,
+            "fallback_class": fallback_class,
             "rounding": rounding,
             "state_dtype": state_dtype,
             "skip_nonfinite": skip_nonfinite,
@@ -110,7 +110,7 @@ class GaLore(Optimizer):
             "traits": traits,
         }
         check_rounding(rounding)
-        self._settings = checked_settings(optimizer=optimizer, others=others, arguments=arguments, **choices)
+        self._settings = checked_settings(arguments=arguments, **choices)
         self._build_rules()
         self._is_built = False  # so that what is told of all groups is told once
         super().__init__(params, {**self._rules.rule.defaults, **(group_defaults or {})})
@@ -150,7 +150,7 @@ class GaLore(Optimizer):
         """
         group = prepared(param_group, self.param_groups)
         if not is_projected(group):
-            group = {**self._rules.others.defaults, **group}
+            group = {**self._rules.fallback.defaults, **group}
         check_hyperparameters(group, self.defaults, " in a parameter group")
         self._rules.check(group, group["params"])
         if "param_names" in group:
@@ -159,7 +159,7 @@ class GaLore(Optimizer):
         self._report([group] if self._is_built else [])
 
     def _report(self, groups: list[dict[str, Any]]) -> None:
-        report_each(groups, {*self.defaults, *self._rules.others.defaults, *self.further_keys}, self._rules.classes)
+        report_each(groups, {*self.defaults, *self._rules.fallback.defaults, *self.further_keys}, self._rules.classes)
         report_unquantized([sized for group in groups for sized in self._sizes(group)])
 
     # A compiler would look into gradients that are no plain tensors. torch.compiler.disable would import it at once.

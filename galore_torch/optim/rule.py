@@ -314,7 +314,8 @@ def check_dimensions(optimizer: type[torch.optim.Optimizer], arguments: dict[str
     except ValueError as error:
         raise ValueError(
             f"{optimizer.__name__} cannot hold a tensor of {dimensions} dimensions: {error}. For parameters that are "
-            "not projected name another class, for example others=torch.optim.AdamW; for projected ones change `layout`"
+            "not projected pass another class, such as fallback_class=torch.optim.AdamW; for projected ones change "
+            "`layout`"
         ) from error
 
 

@@ -20,13 +20,14 @@ class Rules:
     """The rules of an optimizer, made from its settings.
 
     Args:
-        settings: `optimizer`, `others`, `arguments`, `traits`, `state_dtype` and `rounding`, as `GaLore` takes them.
+        settings: `optimizer_class`, `fallback_class`, `arguments`, `traits`, `state_dtype` and `rounding`, as `GaLore`
+            takes them.
 
     Attributes:
         rule: what moves coordinates of projected weights.
         traits: what is known of it.
-        others: what moves the other parameters, or their coordinates; the same rule where there is one class.
-        others_traits: what is known of that.
+        fallback: what moves the other parameters, or their coordinates; the same rule where there is one class.
+        fallback_traits: what is known of that.
         classes: of the rules.
 
     Raises:
@@ -35,21 +36,21 @@ class Rules:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
-        self.classes = [one for one in (settings["optimizer"], settings["others"]) if one is not None]
+        self.classes = [one for one in (settings["optimizer_class"], settings["fallback_class"]) if one is not None]
         self._shares = share_arguments(self.classes, settings["arguments"])
         self.rule = Rule(self.classes[0], self._shares[0])
         self.traits: Traits = settings["traits"] or traits_of(self.classes[0], self._shares[0])
-        self.others, self.others_traits = self.rule, self.traits
+        self.fallback, self.fallback_traits = self.rule, self.traits
         if len(self.classes) > 1:
-            self.others = Rule(self.classes[-1], self._shares[-1])
+            self.fallback = Rule(self.classes[-1], self._shares[-1])
             on_coordinates = settings["state_dtype"] is not None
-            self.others_traits = traits_of(self.classes[-1], self._shares[-1], on_coordinates=on_coordinates)
-        for rule in (self.rule, self.others):
+            self.fallback_traits = traits_of(self.classes[-1], self._shares[-1], on_coordinates=on_coordinates)
+        for rule in (self.rule, self.fallback):
             check_names(rule)
 
     def of(self, group: Mapping[str, Any]) -> tuple[Rule, Traits]:
         """The rule of a group, and what is known of it."""
-        return (self.rule, self.traits) if is_projected(group) else (self.others, self.others_traits)
+        return (self.rule, self.traits) if is_projected(group) else (self.fallback, self.fallback_traits)
 
     def of_weight(self, weight: Tensor, group: Mapping[str, Any]) -> tuple[Rule, Traits, bool]:
         """The rule of one weight, what is known of it, and whether it moves coordinates of the weight.

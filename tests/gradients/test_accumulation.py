@@ -79,7 +79,7 @@ def test_bf16_images_can_accumulate_in_fp32(mode):
     make = functools.partial(one_layer, torch.bfloat16)
     sums = {}
     for dtype in (None, torch.float32):
-        model, optimizer, _ = attached(mode, make, image_dtype=dtype)
+        model, optimizer, _ = attached(mode, make, grad_dtype=dtype)
         walk(model, optimizer, [0])
         parts = []
         for ids in batch(1, rows=32).chunk(32):

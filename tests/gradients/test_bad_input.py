@@ -60,9 +60,9 @@ BAD_CHOICES = {
     "an unknown way to form": ({"gradients": "fussed"}, "gradients is 'fussed'; use 'full', 'projected' or 'fused'"),
     "an unknown time": ({"update": "later"}, "update is 'later'; use 'step' or 'backward'"),
     "images that nothing keeps": ({"gradients": "projected", "update": "backward"}, "'full' or 'fused'"),
-    "image dtype without images": ({"gradients": "full", "image_dtype": torch.float32}, "image_dtype is torch.float32"),
+    "image dtype without images": ({"gradients": "full", "grad_dtype": torch.float32}, "grad_dtype is torch.float32"),
     "image dtype in backward": (
-        {"gradients": "fused", "update": "backward", "image_dtype": torch.float32},
+        {"gradients": "fused", "update": "backward", "grad_dtype": torch.float32},
         "update='step'",
     ),
 }
@@ -111,7 +111,7 @@ def test_what_is_no_galore_optimizer():
 
 def test_an_optimizer_that_must_move_all_at_once():
     model = one_layer()
-    optimizer = GaLore([{"params": list(projected_weights(adamw(model))), "rank": 4}], optimizer=OneCall, lr=0.1)
+    optimizer = GaLore([{"params": list(projected_weights(adamw(model))), "rank": 4}], optimizer_class=OneCall, lr=0.1)
     others = [weight for weight in model.parameters() if weight not in set(projected_weights(optimizer))]
     optimizer.add_param_group({"params": others})
     assert "update='step'" in refusing(lambda: attach(model, optimizer, "full", "backward"))

@@ -48,7 +48,7 @@ ROUNDING_RECIPES = {
     "GaLoreAdamW8bit": lambda model: GaLoreAdamW8bit(groups(model), lr=1e-2, min_8bit_size=16),
     "QGaLoreAdamW8bit": lambda model: QGaLoreAdamW8bit(groups(model), lr=1e-2, min_8bit_size=16),
     "GaLore Muon": lambda model: GaLore(
-        groups(model), optimizer=torch.optim.Muon, others=torch.optim.AdamW, lr=1e-2, weight_decay=0.1
+        groups(model), optimizer_class=torch.optim.Muon, fallback_class=torch.optim.AdamW, lr=1e-2, weight_decay=0.1
     ),
 }
 """Recipes that round to 8 bits or compute in bf16 inside, and so turn a last bit into a visible step."""

@@ -109,4 +109,4 @@ def test_paged_states_are_asked_for_by_name(tmp_path):
     keywords = arguments_of("paged_adamw_8bit", tmp_path)
     assert keywords["is_paged"] is True
     assert keywords["optim_bits"] == 8
-    assert "Paged" in repr(GaLoreAdamW8bit(mistral().parameters(), **keywords)._settings["optimizer"])
+    assert "Paged" in repr(GaLoreAdamW8bit(mistral().parameters(), **keywords)._settings["optimizer_class"])

@@ -20,9 +20,11 @@ RECIPES: dict[str, Callable[..., GaLore]] = {
     "GaLoreAdafactor relative": functools.partial(GaLoreAdafactor, weight_decay=0.1),
     "GaLoreSGD": functools.partial(GaLoreSGD, lr=0.05, momentum=0.9, weight_decay=0.1),
     "GaLore Muon": functools.partial(
-        GaLore, optimizer=torch.optim.Muon, others=torch.optim.AdamW, lr=0.05, weight_decay=0.1
+        GaLore, optimizer_class=torch.optim.Muon, fallback_class=torch.optim.AdamW, lr=0.05, weight_decay=0.1
     ),
-    "GaLore RMSprop": functools.partial(GaLore, optimizer=torch.optim.RMSprop, lr=0.01, centered=True),
-    "GaLore Lion8bit": functools.partial(GaLore, optimizer=bitsandbytes.optim.Lion8bit, lr=0.01, min_8bit_size=16),
+    "GaLore RMSprop": functools.partial(GaLore, optimizer_class=torch.optim.RMSprop, lr=0.01, centered=True),
+    "GaLore Lion8bit": functools.partial(
+        GaLore, optimizer_class=bitsandbytes.optim.Lion8bit, lr=0.01, min_8bit_size=16
+    ),
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

@@ -192,8 +192,8 @@ def section(library: str) -> str:
 
 HEAD = """# Which optimizers run inside
 
-`GaLore(groups, optimizer=Class, **arguments)` runs any optimizer whose update follows from gradient and state. It is
-tried when it is made, on a small matrix over 30 steps, beside the optimizer itself; one that cannot be served raises a
+`GaLore(groups, optimizer_class=Class, **arguments)` runs any optimizer whose update follows from gradient and state. It
+is tried when it is made, on a small matrix over 30 steps, beside the optimizer itself; one that does not fit raises a
 `ValueError` with its name and the reason. This page is made by that trial: each optimizer moved three parameters that
 are not projected for 30 steps, inside and alone, some of them without a gradient now and then. All that are served
 ended at the same numbers, to the bit.
@@ -206,7 +206,7 @@ ended at the same numbers, to the bit.
   `bf16_stochastic_round=True` (torchao) hold for projected weights, too; `rounding="stochastic"` or `"compensated"`
   does the same for every optimizer. Compensation takes two bytes a number of the weight.
 - bitsandbytes' `GlobalOptimManager` settings of single weights hold for their coordinates.
-- Parameters that are not projected may have another class: `others=Class`.
+- Parameters that are not projected may have another class: `fallback_class=Class`.
 
 Made by `python -m tests.optim.served_optimizers`, with the libraries' versions of constraints.txt.
 

@@ -208,7 +208,7 @@ def test_a_rate_that_is_held_in_a_tensor_stays_a_number_here(identity_basis):
 @pytest.mark.parametrize("served", SERVED.values(), ids=SERVED)
 @pytest.mark.usefixtures("uncompiled")
 def test_what_is_not_projected_is_moved_by_the_optimizer_itself(served, weight_decay):
-    """Or by `others`, where it cannot hold vectors."""
+    """Or by `fallback_class`, where it cannot hold vectors."""
     arguments = {"lr": LR, "weight_decay": weight_decay}
     ours, theirs = weights(SHAPES[0], (64,), (64, 64)), weights(SHAPES[0], (64,), (64, 64))
     galore = served.make_galore([{"params": ours[:1], "rank": 4}, {"params": ours[1:]}], **arguments)

@@ -134,7 +134,7 @@ def test_a_rank_that_saves_nothing_is_allowed_and_told(rank):
 def test_a_tensor_that_the_optimizer_cannot_hold():
     message = refusing(lambda: GaLore(mixed()[1], torch.optim.Muon, lr=0.1))
     assert "Muon cannot hold a tensor of 1 dimensions" in message
-    assert "others=torch.optim.AdamW" in message
+    assert "fallback_class=torch.optim.AdamW" in message
 
 
 def test_arguments_are_checked_before_anything_is_built():

@@ -14,7 +14,7 @@ def test_captured_is_the_share_of_the_gradient_that_the_basis_before_holds(basis
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(24, 16))
     group = {"params": [weight], "rank": 4, "update_proj_gap": 1, "basis_bits": basis_bits}
-    optimizer = GaLore([group], optimizer=torch.optim.SGD, lr=0.1)
+    optimizer = GaLore([group], optimizer_class=torch.optim.SGD, lr=0.1)
     old, seconds = None, 0.0
     for _ in range(4):
         weight.grad = torch.randn(24, 16)

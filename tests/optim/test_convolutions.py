@@ -7,7 +7,7 @@ from galore_torch import GaLore
 
 
 def sgd(weight, **keys):
-    return GaLore([{"params": [weight], **keys}], optimizer=torch.optim.SGD, lr=1.0, momentum=0.9)
+    return GaLore([{"params": [weight], **keys}], optimizer_class=torch.optim.SGD, lr=1.0, momentum=0.9)
 
 
 def stepped(weight, grad, **keys):

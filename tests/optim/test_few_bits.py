@@ -203,13 +203,13 @@ def test_nothing_is_reported_where_all_states_have_few_bits_or_none():
         warnings.simplefilter("error")
         GaLoreAdamW8bit(groups(trained, rank=8), lr=1e-2, min_8bit_size=16)
         GaLoreAdamW(groups(weights((128, 64), (3,)), 1, rank=8), lr=1e-2)
-        GaLore(trained, optimizer=bitsandbytes.optim.Lion8bit, lr=1e-2, min_8bit_size=16)
+        GaLore(trained, optimizer_class=bitsandbytes.optim.Lion8bit, lr=1e-2, min_8bit_size=16)
 
 
 def test_torchaos_blocks_are_known():
     trained = weights((64, 64), (64, 65))
     with pytest.warns(UserWarning, match=r"1 of 2 tensors"):
-        GaLore(trained, optimizer=torchao.optim.AdamW8bit, lr=1e-2)
+        GaLore(trained, optimizer_class=torchao.optim.AdamW8bit, lr=1e-2)
 
 
 @FEW

@@ -172,7 +172,7 @@ def test_a_rule_is_tried_without_a_trace():
             return super().step(closure)
 
     trained, made = mixed()
-    optimizer = GaLore(made, optimizer=Counting, lr=0.1, momentum=0.9)
+    optimizer = GaLore(made, optimizer_class=Counting, lr=0.1, momentum=0.9)
     walk(optimizer, trained, range(2))
     random = torch.get_rng_state()
     steps = optimizer._rules.rule._optimizer.steps

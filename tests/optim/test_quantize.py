@@ -233,9 +233,9 @@ def test_an_optimizer_for_the_rest_that_cannot_run_on_coordinates_is_refused_by_
             return super().step(closure)
 
     model = Small()
-    GaLore(groups(model), others=NormScaled, lr=0.1)
+    GaLore(groups(model), fallback_class=NormScaled, lr=0.1)
     with pytest.raises(ValueError, match="NormScaled cannot run inside GaLore"):
-        GaLore(groups(quantized()), others=NormScaled, lr=0.1)
+        GaLore(groups(quantized()), fallback_class=NormScaled, lr=0.1)
 
 
 # Saving and loading ---------------------------------------------------------------------------------------------------

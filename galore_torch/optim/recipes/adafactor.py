@@ -76,7 +76,7 @@ class GaLoreAdafactor(GaLore):
             raise ValueError(f"clip_threshold is {clip_threshold!r}; use at least 1")
         super().__init__(
             params,
-            optimizer=torch.optim.Adafactor,
+            optimizer_class=torch.optim.Adafactor,
             traits=dataclasses.replace(_ADAFACTOR, is_another=True),
             state_dtype=state_dtype,
             rounding=rounding,

@@ -70,7 +70,7 @@ class GaLoreAdamW(GaLore):
         params = listed(params)
         super().__init__(
             params,
-            optimizer=torch.optim.AdamW,
+            optimizer_class=torch.optim.AdamW,
             traits=None if correct_bias else Traits(decay="decoupled", factor=_undo_bias_correction, is_another=True),
             state_dtype=state_dtype,
             rounding=rounding,

@@ -74,7 +74,7 @@ class GaLoreAdamW8bit(GaLore):
                 slice_elements=_SLICE_ELEMENTS,
                 holds_in_few_bits=functools.partial(operator.le, min_8bit_size),
             ),
-            optimizer=getattr(bitsandbytes.optim, "PagedAdamW8bit" if is_paged else "AdamW8bit"),
+            optimizer_class=getattr(bitsandbytes.optim, "PagedAdamW8bit" if is_paged else "AdamW8bit"),
             state_dtype=state_dtype,
             rounding=rounding,
             skip_nonfinite=skip_nonfinite,

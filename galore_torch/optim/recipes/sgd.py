@@ -53,7 +53,7 @@ class GaLoreSGD(GaLore):
     ) -> None:
         super().__init__(
             params,
-            optimizer=torch.optim.SGD,
+            optimizer_class=torch.optim.SGD,
             state_dtype=state_dtype,
             rounding=rounding,
             skip_nonfinite=skip_nonfinite,

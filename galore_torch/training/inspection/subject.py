@@ -127,7 +127,7 @@ def whole(optimizer: OptimizerConfig, factor: float = 1.0) -> OptimizerConfig:
         optimizer,
         gradients="full",
         update="step",
-        image_bits=16,
+        grad_bits=16,
         weight_bits=16,
         weight_rounding="stochastic",
         lr=optimizer.lr * factor,

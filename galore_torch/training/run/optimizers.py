@@ -218,5 +218,5 @@ class TrainerOptimizer:
         made = build(model, config, seed, targets)
         if isinstance(made, GaLore):
             modes = cast(Gradients, config.gradients), cast(Update, config.update)
-            attach(model, made, *modes, image_bits=config.image_bits)
+            attach(model, made, *modes, grad_bits=config.grad_bits)
         return made

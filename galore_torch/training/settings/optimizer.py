@@ -149,7 +149,7 @@ class OptimizerConfig:
         choices=(16, 8, 4),
         shown="16; qgalore-adamw8bit: 4",
     )
-    image_bits: int = setting(
+    grad_bits: int = setting(
         16, "Bits of the projected gradients that wait for the step: 16 (as the weights), 8 or 4.", choices=(16, 8, 4)
     )
     gradients: str = setting(
@@ -185,9 +185,9 @@ class OptimizerConfig:
             )
         if self.weight_bits == 16 and self.weight_rounding == "nearest":
             raise ValueError("weight_rounding = 'nearest' is for weights in few bits; give weight_bits = 8 with it.")
-        if self.image_bits != 16 and (self.gradients == "full" or self.update == "backward"):
+        if self.grad_bits != 16 and (self.gradients == "full" or self.update == "backward"):
             raise ValueError(
-                f"image_bits = {self.image_bits}, and no projected gradients wait with gradients = {self.gradients!r}, "
+                f"grad_bits = {self.grad_bits}, and no projected gradients wait with gradients = {self.gradients!r}, "
                 f"update = {self.update!r}; leave it out, or use projected or fused with update = 'step'."
             )
         if self.update == "backward" and self.gradients == "projected":
@@ -204,7 +204,7 @@ PROJECTED_ONLY = (
     "weight_bits",
     "basis_bits",
     "cos_threshold",
-    "image_bits",
+    "grad_bits",
     "gradients",
     "weight_rounding",
 )
