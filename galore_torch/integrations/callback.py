@@ -1,7 +1,9 @@
-"""GaLore's own figures, live, beside the loss: in whatever Trainer's ``report_to`` names.
+"""Records the subspaces of a GaLore optimizer while Trainer trains: beside the loss, in whatever ``report_to`` names.
 
     trainer = Trainer(...)
     trainer.add_callback(GaLoreCallback(trainer))
+
+Each renewal can also be handed to a function of one's own, see `GaLoreCallback`.
 
 Trainer puts the trackers before every callback of its user, so that what a callback adds to a record comes too late for
 them. Hence the trainer is asked to log the figures itself, after each of its own records, whatever its logging strategy.
@@ -23,10 +25,11 @@ is due and something was renewed since the last, never between.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from galore_torch.optim import GaLore, state_bytes
+from galore_torch.optim.subspaces import Subspace
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -41,22 +44,26 @@ _OWN = "loss"
 
 
 class GaLoreCallback(TrainerCallback):
-    """Logs how the subspaces fare, through the trainer and so to all that it reports to.
-
-    Without a GaLore optimizer it logs nothing.
+    """Records how the subspaces change. Without a GaLore optimizer it records nothing.
 
     Args:
-        trainer: which the callback is then added to.
+        trainer: logs the figures, and so reports them to all its trackers; None logs none. The callback is then added
+            to it.
+        on_renewal: called in the first process for each weight at the end of a step that renewed its basis, with the
+            step (from 1), the weight's name and its `galore_torch.optim.subspaces.Subspace`. The figures are then read
+            back from the device at the end of each such step.
 
     Example:
         trainer.add_callback(GaLoreCallback(trainer))
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(
+        self, trainer: Trainer | None = None, *, on_renewal: Callable[[int, str, Subspace], None] | None = None
+    ) -> None:
         self._trainer = trainer
-        self._renewals = 0
-        self._seconds = 0.0
-        self._fared: dict[str, float] = {}
+        self._on_renewal = on_renewal
+        self._subspaces: dict[str, Subspace] = {}  # as last read back
+        self._logged = (0, 0.0)  # bases found and seconds taken, up to the last record
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,8 +71,16 @@ class GaLoreCallback(TrainerCallback):
         """Count from here, also after a checkpoint has been loaded."""
         galore = galore_in(kwargs.get("optimizer"))
         if galore is not None:
-            self._renewals, self._seconds = renewals_of(galore), galore.renewal_seconds
-            self._fared = _fared(galore)
+            self._logged = renewals_of(galore), galore.renewal_seconds
+            self._subspaces = galore.subspaces()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hand on what this step renewed."""
+        galore = galore_in(kwargs.get("optimizer"))
+        if galore is None or self._on_renewal is None or not state.is_world_process_zero:
+            return
+        for name, subspace in self._renewed(galore).items():
+            self._on_renewal(state.global_step, name, subspace)
 
     def on_log(
         self,
@@ -77,19 +92,27 @@ class GaLoreCallback(TrainerCallback):
     ) -> None:
         """Log our figures after the trainer's own."""
         galore = galore_in(kwargs.get("optimizer"))
-        if galore is None or not logs or _OWN not in logs:
+        if galore is None or self._trainer is None or not logs or _OWN not in logs:
             return
-        renewals, seconds = renewals_of(galore), galore.renewal_seconds
-        if renewals != self._renewals:
-            self._fared = _fared(galore)
-        figures = {
-            **self._fared,
-            "galore/renewals": renewals - self._renewals,
-            "galore/renewal_seconds": seconds - self._seconds,
-            "galore/state_bytes": state_bytes(galore),
-        }
-        self._renewals, self._seconds = renewals, seconds
-        self._trainer.log(figures)
+        self._renewed(galore)
+        renewals, seconds = self._logged
+        self._logged = renewals_of(galore), galore.renewal_seconds
+        self._trainer.log(
+            {
+                **figures_of(self._subspaces.values()),
+                "galore/renewals": self._logged[0] - renewals,
+                "galore/renewal_seconds": self._logged[1] - seconds,
+                "galore/state_bytes": state_bytes(galore),
+            }
+        )
+
+    def _renewed(self, galore: GaLore) -> dict[str, Subspace]:
+        """What was renewed since the last call. Counted on the host: without a renewal nothing is read back."""
+        counts = {name: one.renewals for name, one in self._subspaces.items()}
+        if renewals_of(galore) == sum(counts.values()):
+            return {}
+        self._subspaces = galore.subspaces()
+        return {name: one for name, one in self._subspaces.items() if one.renewals != counts.get(name, 0)}
 
 
 def galore_in(optimizer: Any) -> GaLore | None:
@@ -118,9 +141,17 @@ def renewals_of(galore: GaLore) -> int:
     return sum(state.get("renewals", 0) for state in galore.state.values())
 
 
-def _fared(galore: GaLore) -> dict[str, float]:
-    """How the subspaces fared at their last renewals."""
-    told = galore.subspaces().values()
+def figures_of(subspaces: Iterable[Subspace]) -> dict[str, float]:
+    """Mean and least overlap and captured energy at the last renewals.
+
+    Args:
+        subspaces: of the projected weights, as ``GaLore.subspaces`` has them.
+
+    Returns:
+        ``galore/overlap``, ``galore/overlap_min``, ``galore/captured`` and ``galore/captured_min``, over the weights
+        that have had two bases; nothing while none has.
+    """
+    told = list(subspaces)
     return {
         **_mean_and_least("galore/overlap", [one.overlap for one in told]),
         **_mean_and_least("galore/captured", [one.captured for one in told]),

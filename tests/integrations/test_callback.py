@@ -85,3 +85,18 @@ def test_without_galore_nothing_is_logged(tmp_path):
     trainer.train()
     assert ours(trainer.state.log_history) == []
     assert len(trainer.state.log_history) == 3
+
+
+def test_each_renewal_is_handed_on_in_its_step_and_those_before_a_checkpoint_are_not(tmp_path):
+    trainer, _ = training(tmp_path, {}, save_strategy="steps", save_steps=6)
+    told = []
+    trainer.add_callback(GaLoreCallback(on_renewal=lambda *renewal: told.append(renewal)))
+    trainer.train()
+    subspaces = galore_in(trainer.optimizer).subspaces()
+    assert {name: one for _, name, one in told} == subspaces
+    assert len(told) == sum(one.renewals for one in subspaces.values())
+    resumed, _ = training(tmp_path, {})
+    again = []
+    resumed.add_callback(GaLoreCallback(on_renewal=lambda *renewal: again.append(renewal)))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again == [renewal for renewal in told if renewal[0] > 6]

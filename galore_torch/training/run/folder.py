@@ -87,7 +87,7 @@ class RunFolder:
 
     @property
     def subspaces(self) -> Path:
-        """The records of renewals; see `galore_torch.training.run.subspaces`."""
+        """The records of renewals; see `galore_torch.training.run.records`."""
         return self.root / "subspaces.jsonl"
 
     @property

@@ -51,8 +51,6 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take up the clock where the records end."""
-        if state.is_world_process_zero and self.path.exists():
-            records.keep_until(self.path, state.global_step)
         kept = records.read(self.path)
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self.evaluation = next((record for record in reversed(kept) if "eval_loss" in record), {})

@@ -1,4 +1,6 @@
-"""``metrics.jsonl``: what a run records. One JSON object a line, of three kinds.
+"""``metrics.jsonl`` and ``subspaces.jsonl``: what a run records. One JSON object a line.
+
+Of ``metrics.jsonl`` there are three kinds:
 
 | kind | fields |
 | --- | --- |
@@ -10,6 +12,17 @@ A fine-tuning counts examples in the place of tokens, has its task's scores in t
 length is told in epochs, ``epoch``, how many have passed, in the records of steps.
 
 ``seconds`` is time spent in training steps since the start, over all resumptions, without evaluations and saves.
+
+``subspaces.jsonl`` has the renewals of an optimizer that projects, in the step that made them:
+
+| field | |
+| --- | --- |
+| step | from 1 |
+| weight | its name |
+| renewals | how many bases it has had, this one included |
+| gap | steps until it renews again; fewer after the first, to its turn among the staggered layers |
+| overlap | how much of the subspace before is left: 1 all, 0 as in a random one; null of the first |
+| captured | share of the energy of the gradient, at this renewal, that the basis before still held; null of the first |
 """
 
 from __future__ import annotations

@@ -24,10 +24,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from galore_torch.integrations.callback import GaLoreCallback, figures_of, galore_in, renewals_of
 from galore_torch.optim import state_bytes
+from galore_torch.optim.subspaces import Subspace
 from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import merged
-from galore_torch.training.run import optimizers, records, subspaces
+from galore_torch.training.run import optimizers, records
 from galore_torch.training.run.checkpoints import KEPT
 from galore_torch.training.run.disk import require_space
 from galore_torch.training.run.files import sync
@@ -40,7 +42,6 @@ from galore_torch.training.run.plots import plot_losses
 from galore_torch.training.run.progress import LiveProgress
 from galore_torch.training.run.saving import CompleteCheckpoints
 from galore_torch.training.run.stopping import deferred, was_asked
-from galore_torch.training.run.subspaces import SubspaceLog
 from galore_torch.training.run.units import megabytes
 from galore_torch.training.settings.adapter import AdapterConfig
 from galore_torch.training.settings.optimizer import OptimizerConfig
@@ -170,7 +171,7 @@ class Run(ABC, Generic[ConfigT, ResultT]):
         assert optimizer is not None
         finished = state.global_step >= state.max_steps
         checkpoint = None if finished else self.folder.checkpoints.newest()
-        renewals, overlap = subspaces.summary(optimizer)
+        galore = galore_in(optimizer)
         return {
             "out": str(self.folder.root),
             "optimizer": self.config.optimizer.optimizer,
@@ -183,8 +184,8 @@ class Run(ABC, Generic[ConfigT, ResultT]):
             "parameters": self.parameters,
             "trained_parameters": self.model.num_parameters(only_trainable=True),
             "seconds": self.log.seconds,
-            "renewals": renewals,
-            "overlap": overlap,
+            "renewals": 0 if galore is None else renewals_of(galore),
+            "overlap": None if galore is None else figures_of(galore.subspaces().values()).get("galore/overlap"),
             "checkpoint": None if checkpoint is None else str(checkpoint),
         }
 
@@ -278,8 +279,12 @@ def callbacks_of(
         console: where progress is shown.
         more: further ones, which come last.
     """
+
+    def record(step: int, weight: str, subspace: Subspace) -> None:
+        records.append(folder.subspaces, {"step": step, "weight": weight, **asdict(subspace)})
+
     complete = CompleteCheckpoints(folder.checkpoints, [folder.metrics, folder.subspaces])  # its time is not the log's
-    ours = [complete, log, SubspaceLog(folder.subspaces), LiveProgress(console, log), SaveOnInterrupt()]
+    ours = [complete, log, GaLoreCallback(on_renewal=record), LiveProgress(console, log), SaveOnInterrupt()]
     return [*ours, *restarts.callbacks_for(config.adapter), *more]
 
 

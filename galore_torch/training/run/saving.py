@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints
 from galore_torch.training.run.files import sync
 
@@ -19,21 +20,24 @@ class CompleteCheckpoints(TrainerCallback):
 
     Args:
         checkpoints: where they are kept.
-        records: files that a resumed run reads too, which must not be behind a checkpoint after a loss of power.
+        files: records that a resumed run goes on with: as far as its checkpoint, and after a loss of power no less.
     """
 
-    def __init__(self, checkpoints: Checkpoints, records: Sequence[Path]) -> None:
+    def __init__(self, checkpoints: Checkpoints, files: Sequence[Path]) -> None:
         self.checkpoints = checkpoints
-        self.records = records
+        self._files = files
         self._last: Path | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the checkpoint that is gone on from."""
+        """Keep the checkpoint that is gone on from, and of the records what it knows: before others read them."""
+        for path in self._files:
+            if state.is_world_process_zero and path.exists():
+                records.keep_until(path, state.global_step)
         self._last = self.checkpoints.root / f"checkpoint-{state.global_step}" if state.global_step else None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete it."""
-        for path in self.records:
+        for path in self._files:
             if path.exists():
                 sync(path)
         self._last = self.checkpoints.complete(state.global_step, before=self._last)
