@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.projection.numerical_rank import is_lacking, keep_told, told_columns
+from galore_torch.projection.orthonormal import exact_products, orthonormal
 
 Side = Literal["left", "right"]
 
@@ -56,7 +57,7 @@ def _svd(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 
 def _random(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     return {
-        side: _orthonormal(_gaussian(_facing(matrix, side), rank, wanted.generator))
+        side: orthonormal(_gaussian(_facing(matrix, side), rank, wanted.generator))
         for side, rank in wanted.ranks.items()
     }
 
@@ -96,7 +97,8 @@ def find_bases(
     if decomposition not in DECOMPOSITIONS:
         raise ValueError(f"decomposition is {decomposition!r}; use one of {', '.join(DECOMPOSITIONS)}")
     old = {side: _exact(basis) for side, basis in (old or {}).items()}
-    found = DECOMPOSITIONS[decomposition](matrix, Wanted(ranks=ranks, old=old, generator=generator))
+    with exact_products():
+        found = DECOMPOSITIONS[decomposition](matrix, Wanted(ranks=ranks, old=old, generator=generator))
     if decomposition != "svd":
         found = {side: align_signs(basis, old.get(side)) for side, basis in found.items()}
     if decomposition == "random":
@@ -148,7 +150,7 @@ def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     found = {first: _subspace_iteration(facing_dk, start_dl, wanted.ranks[first])}
     for side in others:
         # Right singular vectors span A^T U; the columns come in the order of the singular values.
-        found[side] = _orthonormal(_product(_facing(matrix, side), found[first]))[..., : wanted.ranks[side]]
+        found[side] = orthonormal(_unit(_product(_facing(matrix, side), found[first])))[..., : wanted.ranks[side]]
     return found
 
 
@@ -173,16 +175,19 @@ def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int) -> Tenso
     is at hand; a rotation of the result would cost one more product with A and gain less than 0.001 of the energy.
     """
     for _ in range(POWER_ITERATIONS - 1):
-        basis_dl = _orthonormal(_apply_gram(facing_dk, basis_dl))
+        basis_dl = orthonormal(_apply_gram(facing_dk, basis_dl))
     power_dl = _apply_gram(facing_dk, basis_dl)
     ritz_ll = basis_dl.mT @ power_dl
     _, rotation_ll = torch.linalg.eigh(ritz_ll + ritz_ll.mT)  # ascending
-    return _orthonormal(power_dl @ rotation_ll.flip(-1)[..., :rank])
+    return orthonormal(power_dl @ rotation_ll.flip(-1)[..., :rank])
 
 
 def _apply_gram(facing_dk: Tensor, columns_dl: Tensor) -> Tensor:
     """A A^T applied to columns, up to a factor."""
-    return _unit(_product(facing_dk, _unit(_product(facing_dk.mT, columns_dl))))
+    power_dl = _unit(_product(facing_dk, _unit(_product(facing_dk.mT, columns_dl))))
+    if power_dl.is_cuda:  # A A^T + c I, of the same directions: columns stay independent, as Cholesky QR needs them
+        power_dl.add_(_unit(columns_dl), alpha=2 * torch.finfo(power_dl.dtype).eps)
+    return power_dl
 
 
 def _unit(matrix: Tensor) -> Tensor:
@@ -207,11 +212,6 @@ def _multiplied(matrix: Tensor) -> Tensor:
 def _exact(matrix: Tensor) -> Tensor:
     """The matrix in the precision of the computation."""
     return matrix if matrix.dtype == torch.float64 else matrix.float()
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    q: Tensor = torch.linalg.qr(matrix).Q
-    return q
 
 
 DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Tensor]]] = {
