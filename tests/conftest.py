@@ -1,5 +1,6 @@
 """What holds for every test: no network, no screen, one thread, the same random numbers, and the device asked for."""
 
+import gc
 import os
 
 # Read when torch, Transformers and matplotlib are first imported, so they are set before any of them is.
@@ -45,6 +46,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"of the CPU: {of_cpu.args[0]}"))
         elif _folder(item.path) not in ON_ANY_DEVICE:
             item.add_marker(pytest.mark.skip(reason="takes no --device"))
+
+
+def pytest_collection_finish() -> None:
+    """Lets the garbage collector look only at what tests make: what is imported is some hundred thousand objects.
+
+    Trainer collects at the end of each training, which took longer than to train a model of a test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _folder(path: Path) -> str:

@@ -48,6 +48,18 @@ def tiny(texts: Path, cache: Path):
 
 
 @pytest.fixture
+def drawn() -> None:
+    """For tests that look at the picture of a run's losses."""
+
+
+@pytest.fixture(autouse=True)
+def _quickly_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the picture of a run's losses where no test looks: it takes as long as to train a small model."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("galore_torch.training.run.run.plot_losses", lambda runs, picture, unit: picture.touch())
+
+
+@pytest.fixture
 def browser(tmp_path: Path):
     """A headless Chromium that finds no host."""
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:

@@ -35,6 +35,7 @@ def test_every_method_learns(classify, tmp_path, method):
     assert (result.trained_parameters < result.parameters) is ("lora" in method)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_is_left_behind_is_whole_and_says_what_was_scored(classify, tmp_path):
     out = tmp_path / "run"
     result = new_run(classify(method="galore", steps=30, lr=5e-3), out).train()

@@ -67,6 +67,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(kept[name], remade[name]) for name in kept)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_all_that_it_promises(tiny, tmp_path):
     config = tiny()
     result = new_run(config, tmp_path / "run").train()
