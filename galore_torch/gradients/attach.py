@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,11 @@ from galore_torch.gradients.applied import AppliedGradient
 from galore_torch.gradients.data_parallel import refuse_data_parallel
 from galore_torch.gradients.hooks import apply_when_complete, make_room, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
+from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.gradients.moved import MovedWeights
-from galore_torch.lowbit import BITS
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.warn import warn
-
-Gradients = Literal["full", "projected", "fused"]
-Update = Literal["step", "backward"]
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules whose parameters are under an attachment. Not a mark on the module: a copy of it is not attached."""
@@ -64,8 +61,8 @@ class Attachment:
 def attach(
     model: nn.Module,
     optimizer: GaLore,
-    gradients: Gradients = "projected",
-    update: Update = "step",
+    gradients: Gradients = DEFAULT_GRADIENTS,
+    update: Update = DEFAULT_UPDATE,
     *,
     grad_dtype: torch.dtype | None = None,
     grad_bits: int = 16,
@@ -108,8 +105,8 @@ def attach(
         ...     type(model[0].weight.grad).__name__
         'ProjectedGradient'
     """
-    _check(model, optimizer, gradients, update)
-    _check_images(gradients, update, grad_dtype, grad_bits)
+    check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits)
+    _check(model, optimizer)
     projected = _projected_weights(model, optimizer)
     if update == "backward" and not all(optimizer.work_on(weight).traits.many_calls for weight in projected.values()):
         raise ValueError(
@@ -134,16 +131,7 @@ def attach(
     return attachment
 
 
-def _check(model: nn.Module, optimizer: GaLore, gradients: str, update: str) -> None:
-    if gradients not in ("full", "projected", "fused"):
-        raise ValueError(f"gradients is {gradients!r}; use 'full', 'projected' or 'fused'")
-    if update not in ("step", "backward"):
-        raise ValueError(f"update is {update!r}; use 'step' or 'backward'")
-    if gradients == "projected" and update == "backward":
-        raise ValueError(
-            "gradients='projected' keeps images until step(), and update='backward' keeps nothing until then; use "
-            "'full' or 'fused' with it"
-        )
+def _check(model: nn.Module, optimizer: GaLore) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; pass the nn.Module whose parameters the optimizer holds")
     if not isinstance(optimizer, GaLore):
@@ -153,19 +141,6 @@ def _check(model: nn.Module, optimizer: GaLore, gradients: str, update: str) -> 
         )
     if not _ATTACHED.isdisjoint(model.modules()):
         raise ValueError("the model is attached already; call remove() on the handle that attach() returned")
-
-
-def _check_images(gradients: str, update: str, dtype: torch.dtype | None, bits: int) -> None:
-    if isinstance(bits, bool) or bits not in (16, *BITS):
-        raise ValueError(f"grad_bits is {bits!r}; use 16 (the gradient's dtype), 8 or 4")
-    chosen = [f"grad_dtype is {dtype}"] * (dtype is not None) + [f"grad_bits is {bits}"] * (bits != 16)
-    if len(chosen) == 2:
-        raise ValueError(f"{' and '.join(chosen)}; leave out one of them: codes have no dtype")
-    if chosen and (gradients == "full" or update == "backward"):
-        raise ValueError(
-            f"{chosen[0]}, and no images wait for step() with gradients={gradients!r}, update={update!r}; leave it "
-            "out, or use 'projected' or 'fused' with update='step'"
-        )
 
 
 def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from galore_torch.gradients.attach import Gradients, Update, attach
+from galore_torch.gradients.attach import attach
+from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.optim import GaLore, GaLoreAdamW, param_groups
 from galore_torch.optim.warn import meant, warn
 
@@ -60,8 +61,8 @@ class GaLoreFactory:
         *,
         rank: int,
         optimizer: Callable[..., GaLore] = GaLoreAdamW,
-        gradients: Gradients = "full",
-        update: Update = "step",
+        gradients: Gradients = DEFAULT_GRADIENTS,
+        update: Update = DEFAULT_UPDATE,
         group_weight_decay: float | None = None,
         **arguments: Any,
     ) -> GaLore:
@@ -91,8 +92,12 @@ class GaLoreFactory:
         known = _arguments_of(optimizer)
         if trainer is not None:
             _report_ignored(trainer, arguments)
-            if update == "backward":
-                _check_applicable(trainer.args)
+            check_modes(
+                gradients,
+                update,
+                gradient_accumulation_steps=trainer.args.gradient_accumulation_steps,
+                max_grad_norm=trainer.args.max_grad_norm or 0.0,
+            )
             arguments = {**_from_training_arguments(trainer.args, known, group_weight_decay), **arguments}
         if "lr" not in arguments:
             raise ValueError(
@@ -222,17 +227,3 @@ def _outside(trainer: Any, model: nn.Module) -> dict[str, Tensor]:
         for name, weight in module.named_parameters()
         if weight.requires_grad and id(weight) not in held
     }
-
-
-def _check_applicable(args: Any) -> None:
-    """What cannot be done to gradients that are applied inside the backward pass is told before training starts."""
-    if args.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and update is 'backward', which "
-            "applies each gradient at once; use update='step', with gradients='projected' or 'fused' to save memory"
-        )
-    if args.max_grad_norm:
-        raise ValueError(
-            f"max_grad_norm is {args.max_grad_norm} and update is 'backward', which leaves nothing to clip; set "
-            "max_grad_norm=0, or use update='step'"
-        )

@@ -59,9 +59,12 @@ def assert_untouched(model: nn.Module) -> None:
 BAD_CHOICES = {
     "an unknown way to form": ({"gradients": "fussed"}, "gradients is 'fussed'; use 'full', 'projected' or 'fused'"),
     "an unknown time": ({"update": "later"}, "update is 'later'; use 'step' or 'backward'"),
-    "images that nothing keeps": ({"gradients": "projected", "update": "backward"}, "'full' or 'fused'"),
-    "image dtype without images": ({"gradients": "full", "grad_dtype": torch.float32}, "grad_dtype is torch.float32"),
-    "image dtype in backward": (
+    "projected gradients that nothing keeps": ({"gradients": "projected", "update": "backward"}, "'full' or 'fused'"),
+    "a dtype without projected gradients": (
+        {"gradients": "full", "grad_dtype": torch.float32},
+        "grad_dtype is torch.float32",
+    ),
+    "a dtype in the backward": (
         {"gradients": "fused", "update": "backward", "grad_dtype": torch.float32},
         "update='step'",
     ),

@@ -13,6 +13,8 @@ ARGUMENTS = {
     "adam_beta1": 0.8,
     "adam_beta2": 0.95,
     "adam_epsilon": 1e-6,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
 }
 
 

@@ -15,6 +15,7 @@ STEPS = 12
 # Fused gradients have the norm of their images; full ones have their own.
 NORMS = {"full": 1e-4, "fused": 0.5}
 GALORE = {"rank": 8, "update_proj_gap": 4, "lr": 0.01}
+FULL = {"gradients": "full"}
 
 
 class MixedIn(GaLoreTrainerMixin, Trainer):
@@ -56,7 +57,7 @@ def losses(log):
 
 @pytest.mark.parametrize("gradients", ["projected", "fused"])
 def test_accumulation_clipping_and_the_logged_norm_are_those_of_the_images(tmp_path, gradients):
-    plain = by_factory(tmp_path, {}, gradient_accumulation_steps=2, max_grad_norm=1e6)
+    plain = by_factory(tmp_path, FULL, gradient_accumulation_steps=2, max_grad_norm=1e6)
     formed = by_factory(tmp_path, {"gradients": gradients}, gradient_accumulation_steps=2, max_grad_norm=1e6)
     expected, got = trained(plain), trained(formed)
     # The first basis comes from the first micro-batch here, and from both there.
@@ -68,7 +69,7 @@ def test_accumulation_clipping_and_the_logged_norm_are_those_of_the_images(tmp_p
 
 @pytest.mark.parametrize("gradients", ["full", "fused"])
 def test_updates_inside_the_backward_train_as_step_does(tmp_path, gradients):
-    expected = trained(by_factory(tmp_path, {}, max_grad_norm=0))
+    expected = trained(by_factory(tmp_path, FULL, max_grad_norm=0))
     got = trained(by_factory(tmp_path, {"gradients": gradients, "update": "backward"}, max_grad_norm=0))
     assert losses(got) == pytest.approx(losses(expected), rel=1e-4)
     for key in ("learning_rate", "grad_norm"):

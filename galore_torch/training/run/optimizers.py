@@ -213,7 +213,7 @@ class TrainerOptimizer:
     ) -> Optimizer:
         """Make the optimizer, see `build`, and form and apply gradients as the settings say."""
         from galore_torch import GaLore, attach
-        from galore_torch.gradients.attach import Gradients, Update
+        from galore_torch.gradients.modes import Gradients, Update
 
         made = build(model, config, seed, targets)
         if isinstance(made, GaLore):

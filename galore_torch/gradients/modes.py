@@ -1,0 +1,90 @@
+"""Which ways to form gradients exist, when they can be applied, and which of these exclude each other.
+
+The one place for these rules: `attach` calls it, and so does whoever knows the choices before there is a model (the
+Trainer factory, the command line).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from galore_torch.lowbit import BITS
+
+Gradients = Literal["full", "projected", "fused"]
+Update = Literal["step", "backward"]
+
+GRADIENTS: tuple[Gradients, ...] = get_args(Gradients)
+UPDATES: tuple[Update, ...] = get_args(Update)
+GRAD_BITS = (16, *BITS)
+"""The values of `gradients`, of `update` and of `grad_bits`; see `attach`."""
+
+DEFAULT_GRADIENTS: Gradients = "fused"
+DEFAULT_UPDATE: Update = "step"
+
+
+def check_modes(
+    gradients: str,
+    update: str,
+    *,
+    grad_dtype: torch.dtype | None = None,
+    grad_bits: int = 16,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 0.0,
+) -> None:
+    """Checks that choices of `attach` are known and do not exclude each other.
+
+    Args:
+        gradients: how gradients are formed: one of `GRADIENTS`.
+        update: when they are applied: one of `UPDATES`.
+        grad_dtype: of projected gradients that wait for `step()`; None for the gradient's own.
+        grad_bits: of projected gradients that wait for `step()`: one of `GRAD_BITS`.
+        gradient_accumulation_steps: micro-batches whose gradients are added before a step.
+        max_grad_norm: the norm to which gradients are clipped before a step; 0 for none.
+
+    Raises:
+        ValueError: naming the choice, its value and the remedy.
+
+    Example:
+        >>> check_modes("fused", "step", grad_bits=8, max_grad_norm=1.0)
+        >>> check_modes("projected", "backward")
+        Traceback (most recent call last):
+        ...
+        ValueError: gradients='projected' keeps gradients until step() and update='backward' does not; use \
+gradients='full' or 'fused' with it
+    """
+    if gradients not in GRADIENTS:
+        raise ValueError(f"gradients is {gradients!r}; use {_one_of(GRADIENTS)}")
+    if update not in UPDATES:
+        raise ValueError(f"update is {update!r}; use {_one_of(UPDATES)}")
+    if isinstance(grad_bits, bool) or grad_bits not in GRAD_BITS:
+        raise ValueError(f"grad_bits is {grad_bits!r}; use 16 (the gradient's dtype), 8 or 4")
+    if gradients == "projected" and update == "backward":
+        raise ValueError(
+            "gradients='projected' keeps gradients until step() and update='backward' does not; use gradients='full' "
+            "or 'fused' with it"
+        )
+    if grad_dtype is not None and grad_bits != 16:
+        raise ValueError(f"grad_dtype is {grad_dtype} and grad_bits is {grad_bits}; leave out one of them")
+    for name, value, default in (("grad_dtype", grad_dtype, None), ("grad_bits", grad_bits, 16)):
+        if value != default and (gradients == "full" or update == "backward"):
+            raise ValueError(
+                f"{name} is {value}, which has no effect with gradients={gradients!r}, update={update!r}: no projected "
+                "gradients wait for step(). Leave it out, or use gradients='projected' or 'fused' with update='step'"
+            )
+    if update == "backward" and gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {gradient_accumulation_steps} and update is 'backward', which applies "
+            "each gradient at once; use update='step', with gradients='projected' or 'fused' to save memory"
+        )
+    if update == "backward" and max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm is {max_grad_norm} and update is 'backward', which leaves nothing to clip; set "
+            "max_grad_norm=0, or use update='step'"
+        )
+
+
+def _one_of(choices: tuple[str, ...]) -> str:
+    *first, last = map(repr, choices)
+    return f"{', '.join(first)} or {last}"

@@ -1,0 +1,53 @@
+"""The choices of `attach` and their rules are declared once, in `galore_torch.gradients.modes`."""
+
+import inspect
+
+import pytest
+import torch
+
+from galore_torch.gradients import attach
+from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, GRAD_BITS, GRADIENTS, UPDATES, check_modes
+from galore_torch.integrations.transformers import GaLoreFactory
+
+FREE = [(gradients, update) for gradients in GRADIENTS for update in UPDATES if update == "step"]
+IN_BACKWARD = [("full", "backward"), ("fused", "backward")]
+
+
+@pytest.mark.parametrize("function", [attach, GaLoreFactory.__call__], ids=["attach", "factory"])
+def test_the_defaults_are_the_same_everywhere(function):
+    declared = inspect.signature(function).parameters
+    assert declared["gradients"].default == DEFAULT_GRADIENTS == "fused"
+    assert declared["update"].default == DEFAULT_UPDATE == "step"
+
+
+@pytest.mark.parametrize("mode", [*FREE, *IN_BACKWARD])
+def test_these_go_together(mode):
+    check_modes(*mode)
+
+
+@pytest.mark.parametrize("gradients", ["projected", "fused"])
+@pytest.mark.parametrize("bits", GRAD_BITS)
+def test_what_waits_may_be_stored_in_few_bits_accumulated_and_clipped(gradients, bits):
+    check_modes(gradients, "step", grad_bits=bits, gradient_accumulation_steps=4, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "words"),
+    [
+        (("half", "step"), {}, ["gradients is 'half'", "'fused'"]),
+        (("full", "never"), {}, ["update is 'never'", "'backward'"]),
+        (("projected", "backward"), {}, ["gradients='projected'", "update='backward'"]),
+        (("fused", "step"), {"grad_bits": 5}, ["grad_bits is 5", "8 or 4"]),
+        (("fused", "step"), {"grad_bits": True}, ["grad_bits is True"]),
+        (("fused", "step"), {"grad_bits": 8, "grad_dtype": torch.float32}, ["grad_bits is 8", "grad_dtype is torch.f"]),
+        (("full", "step"), {"grad_bits": 8}, ["grad_bits is 8", "gradients='full'"]),
+        (("full", "step"), {"grad_dtype": torch.float32}, ["grad_dtype is torch.float32", "gradients='full'"]),
+        (("fused", "backward"), {"grad_bits": 4}, ["grad_bits is 4", "update='backward'"]),
+        (("fused", "backward"), {"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps is 2", "'step'"]),
+        (("full", "backward"), {"max_grad_norm": 0.5}, ["max_grad_norm is 0.5", "max_grad_norm=0"]),
+    ],
+)
+def test_these_exclude_each_other(mode, given, words):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the words are checked one by one)
+        check_modes(*mode, **given)
+    assert [word for word in words if word not in str(raised.value)] == []
