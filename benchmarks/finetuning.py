@@ -46,7 +46,7 @@ OPTIONS = {
     ),
     "docstrings": (
         "--max-length 128 --steps 40 --batch 8 --answers 4 --method full --lr full=2e-4 "
-        "--method galore --lr galore=1.2e-3 --others-lr galore=2e-4 --set galore:gap=20"
+        "--method galore --lr galore=1.2e-3 --others-lr galore=2e-4 --set galore:update_proj_gap=20"
     ),
 }
 

@@ -1,7 +1,7 @@
 """How much of a gradient's energy each way of finding a basis captures, on the real gradients of a run.
 
     python -m benchmarks.subspaces                        # the demo's model on the Python standard library, minutes
-    python -m benchmarks.subspaces --steps 120 --gap 40
+    python -m benchmarks.subspaces --steps 120 --update-proj-gap 40
 
 A `galore pretrain` run is made with the default decomposition. At every renewal of every layer each candidate finds a
 basis from the same gradient (and the same old basis), and the energy in it is compared with the exact SVD's of the
@@ -114,17 +114,22 @@ def table(records: dict[tuple[str, ...], Record]) -> Table:
 
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 200,
-    gap: Annotated[int, typer.Option(min=1, help="Steps between two renewals of a layer.")] = 50,
+    update_proj_gap: Annotated[int, typer.Option(min=1, help="Steps between two renewals of a layer.")] = 50,
     preset: Annotated[str, typer.Option(help="The model and its recipe.")] = "llama-tiny",
 ) -> None:
     """Run, compare and print the table."""
     records: dict[tuple[str, ...], Record] = {}
-    settings: dict[str, Any] = {"optimizer": "galore-adamw", "decomposition": "warm", "steps": steps, "gap": gap}
+    settings: dict[str, Any] = {
+        "optim": "galore-adamw",
+        "decomposition": "warm",
+        "steps": steps,
+        "update_proj_gap": update_proj_gap,
+    }
     DECOMPOSITIONS["warm"] = recorder(records, DECOMPOSITIONS["warm"])
     with tempfile.TemporaryDirectory() as folder:
         result = new_run(configure(preset, **settings), Path(folder) / "run", console=Console(stderr=True)).train()
     console = Console()
-    console.print(f"{preset}, {result.step} steps, gap {gap}, perplexity {result.perplexity:.1f}")
+    console.print(f"{preset}, {result.step} steps, gap {update_proj_gap}, perplexity {result.perplexity:.1f}")
     console.print(table(records))
 
 

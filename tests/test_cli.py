@@ -23,7 +23,7 @@ TEXT = "\n\n".join(
 )
 TINY = [
     "--vocab", "300", "--seq", "16", "--eval-tokens", "64", "--hidden", "16", "--intermediate", "32", "--layers", "1",
-    "--heads", "2", "--rank", "4", "--gap", "4", "--batch", "4", "--micro-batch", "4", "--eval-every", "0",
+    "--heads", "2", "--rank", "4", "--update-proj-gap", "4", "--batch", "4", "--micro-batch", "4", "--eval-every", "0",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Training steps of LLaMA-7B on a CPU, in less than 24 GiB: how long they take, what memory, and of what kind.
 
     python -m benchmarks.llama_7b                                # 8-bit GaLore, 8-bit bases, bfloat16 weights
-    python -m benchmarks.llama_7b --basis-bits 4 --weight-bits 8 --checkpointing
+    python -m benchmarks.llama_7b --basis-bits 4 --weight-bits 8 --gradient-checkpointing
     python -m benchmarks.llama_7b --layers 2 --plot steps.png    # two of its layers, to try
 
 The model is the preset llama-7b, 6.7 billion parameters, with random weights that are made layer by layer. It is
@@ -83,7 +83,7 @@ def run(given: argparse.Namespace, messages: Console) -> console.Report:
         state_bits=8,
         basis_bits=given.basis_bits,
         weight_bits=given.weight_bits,
-        recomputes=given.checkpointing,
+        recomputes=given.gradient_checkpointing,
     )
     case = Case(size=size, method=method, learning_rate=given.learning_rate)
     outcome = measure(case, given.steps, given.floor_rounds, messages)
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--gradients", choices=["full", "fused"], default="fused", help="how gradients are formed (fused)")
     add("--basis-bits", type=int, choices=[16, 8, 4], default=8, help="in what bases are kept (8)")
     add("--weight-bits", type=int, choices=[16, 8], default=16, help="in what matrices are kept (16)")
-    add("--checkpointing", action="store_true", help="let the backward compute activations again")
+    add("--gradient-checkpointing", action="store_true", help="let the backward compute activations again")
     add("--rank", type=number(1), help="left out, the preset's")
     add("--tokens", type=number(2), default=256, help="tokens a step (256)")
     add("--layers", type=number(1), help="left out, all; fewer to try")

@@ -62,7 +62,7 @@ def test_sizes_are_those_of_the_presets(name):
     model = config.model
     assert (size.hidden, size.intermediate, size.layers) == (model.hidden, model.intermediate, model.layers)
     assert (size.heads, size.vocabulary, size.sequence) == (model.heads, config.data.vocab, config.data.seq)
-    assert (size.rank, size.gap) == (config.optimizer.rank, config.optimizer.gap)
+    assert (size.rank, size.gap) == (config.optimizer.rank, config.optimizer.update_proj_gap)
 
 
 def test_a_worker_that_dies_is_told_with_its_last_words():

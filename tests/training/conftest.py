@@ -39,8 +39,8 @@ def tiny(texts: Path, cache: Path):
     def make(**given) -> PretrainConfig:
         settings = {
             "data": str(texts), "cache": str(cache), "vocab": 400, "seq": 32, "eval_tokens": 640, "hidden": 32,
-            "intermediate": 64, "layers": 2, "heads": 2, "rank": 8, "gap": 3, "steps": 8, "batch": 8, "micro_batch": 4,
-            "eval_every": 4,
+            "intermediate": 64, "layers": 2, "heads": 2, "rank": 8, "update_proj_gap": 3, "steps": 8, "batch": 8,
+            "micro_batch": 4, "eval_every": 4,
         }  # fmt: skip
         return configure("llama-tiny", **{**settings, **given})
 

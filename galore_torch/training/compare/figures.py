@@ -151,7 +151,9 @@ def subspaces(comparison: Comparison, out: Path, field: str, label: str) -> Figu
         ]
         if not renewals:
             continue
-        width = max(row.outcomes[0].run.config.optimizer.gap, math.ceil(max(step for step, _ in renewals) / _BINS))
+        width = max(
+            row.outcomes[0].run.config.optimizer.update_proj_gap, math.ceil(max(step for step, _ in renewals) / _BINS)
+        )
         bins: dict[int, list[tuple[int, float]]] = {}
         for step, value in renewals:
             bins.setdefault((step - 1) // width, []).append((step, value))

@@ -12,7 +12,7 @@ from galore_torch.training.settings.fields import plain_type, typed_fields
 from galore_torch.training.settings.methods import heeds
 from galore_torch.training.settings.sections import suggest
 
-WHAT_DIFFERS = ("optimizer", "adapter")
+WHAT_DIFFERS = ("optim", "adapter")
 """The methods' own settings; another value would make it another method."""
 
 _OPTIONS = {"lr": "--lr METHOD=X", "others_lr": "--others-lr METHOD=X", "seed": "--seed N"}

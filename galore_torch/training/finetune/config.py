@@ -16,7 +16,7 @@ class BaseModelConfig:
     model: str = setting("FacebookAI/roberta-base", "Name on the Hugging Face Hub, or folder, of the model.")
     gguf_file: str | None = setting(None, "A GGUF file in that folder, which holds the weights.")
     dtype: str = setting("float32", "What weights are stored in.", choices=("float32", "bfloat16"))
-    targets: str | None = setting(
+    target_modules: str | None = setting(
         None,
         "Which modules are projected or adapted: parts of their names by comma, or all-linear.",
         shown="the linear layers in the model's numbered layers; not embeddings, pooler and head",
@@ -142,15 +142,15 @@ class FinetuneConfig:
     @property
     def title(self) -> str:
         """What is trained in a word or two."""
-        adapter, optimizer = self.adapter.adapter, self.optimizer.optimizer
+        adapter, optimizer = self.adapter.adapter, self.optimizer.optim
         return optimizer if adapter == "none" else f"{adapter}-{optimizer}"
 
     @property
-    def targets(self) -> str | list[str]:
+    def target_modules(self) -> str | list[str]:
         """Which modules hold the matrices, by the rules of `galore_torch.param_groups`."""
-        if self.model.targets is None:
+        if self.model.target_modules is None:
             return r".+\.\d+\..+"  # in a numbered layer: so are the attention's and the MLP's, however they are called
-        return "all-linear" if self.model.targets == "all-linear" else self.model.targets.split(",")
+        return "all-linear" if self.model.target_modules == "all-linear" else self.model.target_modules.split(",")
 
     def to_toml(self) -> str:
         """The whole configuration as TOML."""

@@ -68,8 +68,8 @@ def configure(
         raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
     start = {**PRESETS[preset], **BY_TASK.get(preset, {}).get(task, {})}
     config = made({**start, **settings})  # judges every value, before the learning rate depends on one
-    trained = config.adapter.adapter if config.adapter.adapter != "none" else kind_of(config.optimizer.optimizer)
-    start |= own_defaults(config.optimizer.optimizer)
+    trained = config.adapter.adapter if config.adapter.adapter != "none" else kind_of(config.optimizer.optim)
+    start |= own_defaults(config.optimizer.optim)
     config = made({**start, "lr": LEARNING_RATES[preset][trained], **settings})
     refuse_unheeded(method, flags, config.optimizer, config.adapter)
     return config

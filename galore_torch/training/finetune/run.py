@@ -145,7 +145,7 @@ def _prepare(
     else:
         folder.create(config, rows.digest)
     log = MetricsLog(folder.metrics, config.schedule.batch, unit="examples", scores=kind.scores_of)
-    choice = {"config": config.optimizer, "seed": config.schedule.seed, "targets": config.targets}
+    choice = {"config": config.optimizer, "seed": config.schedule.seed, "targets": config.target_modules}
     trainer = kind.trainer(
         arguments,
         callbacks=callbacks_of(config, folder, log, console, callbacks),
@@ -166,11 +166,11 @@ def _prepare(
 
 def _prepare_weights(config: FinetuneConfig, kind: Kind) -> torch.optim.Optimizer:
     """Put adapters or few bits into the model, and let an optimizer judge it before anything is written."""
-    adapt(kind.model, config.adapter, config.targets, task_type=kind.task_type)
+    adapt(kind.model, config.adapter, config.target_modules, task_type=kind.task_type)
     if config.optimizer.weight_bits == 8:
         stochastic = config.optimizer.weight_rounding == "stochastic"
-        quantize_weights(kind.model, config.targets, stochastic_rounding=stochastic, seed=config.schedule.seed)
-    return optimizers.build(kind.model, config.optimizer, config.schedule.seed, config.targets)
+        quantize_weights(kind.model, config.target_modules, stochastic_rounding=stochastic, seed=config.schedule.seed)
+    return optimizers.build(kind.model, config.optimizer, config.schedule.seed, config.target_modules)
 
 
 def _announce(config: FinetuneConfig, rows: Rows, parameters: int, console: Console) -> None:
@@ -200,7 +200,7 @@ def _arguments(
             learning_rate=config.optimizer.lr,
             lr_scheduler_type=schedule.decay if schedule.decay != "constant" else "constant_with_warmup",
             warmup_steps=schedule.warmup,  # below 1 it is a share of the steps
-            max_grad_norm=config.optimizer.clip,
+            max_grad_norm=config.optimizer.max_grad_norm,
             logging_steps=1,  # a loss averaged over steps on both sides of an interruption would not be the same
             logging_nan_inf_filter=False,
             seed=schedule.seed,

@@ -36,7 +36,7 @@ class LookConfig:
         above=0,
         shown="where the run's has come, at least a tenth of its peak; 0.0001 for --model",
     )
-    targets: str | None = setting(
+    target_modules: str | None = setting(
         None,
         "Which modules are looked at: parts of their names by comma, or all-linear.",
         shown="those that are projected",

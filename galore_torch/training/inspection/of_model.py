@@ -124,7 +124,7 @@ def _subject(recipe: FinetuneConfig, model: Any, make_trainer: Any) -> Subject:
             "learning_rate": recipe.optimizer.lr,
             "lr_scheduler_type": schedule.decay if schedule.decay != "constant" else "constant_with_warmup",
             "warmup_steps": schedule.warmup,  # below 1 it is a share of the steps
-            "max_grad_norm": recipe.optimizer.clip,
+            "max_grad_norm": recipe.optimizer.max_grad_norm,
         },
         optimizer=recipe.optimizer,
         targets=recipe.targets,
@@ -133,7 +133,7 @@ def _subject(recipe: FinetuneConfig, model: Any, make_trainer: Any) -> Subject:
         facts={
             "model": recipe.model.model,
             "data": recipe.data.data or recipe.data.task,
-            "optimizer": recipe.optimizer.optimizer,
+            "optimizer": recipe.optimizer.optim,
             "learning rate": f"constant {recipe.optimizer.lr:g}",
             "sequences or rows a step": schedule.batch,
             "tokens of one, at most": recipe.data.max_length,

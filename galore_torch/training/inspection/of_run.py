@@ -124,7 +124,7 @@ def _notes(config: PretrainConfig | FinetuneConfig, changed: bool) -> list[str]:
         notes.append("The data have changed since the run was started; gradients are of the data as they are now.")
     if config.optimizer.weight_bits != 16:
         notes.append("The run kept INT8 weights; they are inspected as they were saved, in its own dtype.")
-    if is_projected(config.optimizer.optimizer) and config.optimizer.proj_type != "std":
+    if is_projected(config.optimizer.optim) and config.optimizer.proj_type != "std":
         notes.append(
             f"The run projects by proj_type = {config.optimizer.proj_type!r}; bases here are those of std, on the "
             "shorter side."
@@ -153,7 +153,7 @@ def _pretrained(folder: RunFolder, place: Place, looks: LookConfig, console: Con
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": schedule.micro_batch,
         "gradient_accumulation_steps": schedule.batch // schedule.micro_batch,
-        "max_grad_norm": config.optimizer.clip,
+        "max_grad_norm": config.optimizer.max_grad_norm,
         "learning_rate": recipe.optimizer.lr,
         "lr_scheduler_type": "constant",
         "max_steps": looks.steps,
@@ -194,7 +194,7 @@ def _loaded(weights: Path, config: PretrainConfig) -> LlamaForCausalLM:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # whatever files can be wrong in
         raise ValueError(f"run: {str(weights)!r} cannot be loaded: {sentence(error)}") from error
     model.config.use_cache = False
-    if config.schedule.checkpointing:
+    if config.schedule.gradient_checkpointing:
         recompute_activations(model)
     return model
 
@@ -232,7 +232,7 @@ def _facts(folder: RunFolder, place: Place, config: Any, rate: float) -> dict[st
         "run": folder.root,
         "weights": place.weights or "fresh",
         "data": config.data.data or config.data.task,
-        "optimizer": config.optimizer.optimizer,
-        "rank and gap of the run": f"{config.optimizer.rank}, {config.optimizer.gap}",
+        "optimizer": config.optimizer.optim,
+        "rank and gap of the run": f"{config.optimizer.rank}, {config.optimizer.update_proj_gap}",
         "learning rate": f"{peak}{rate:g}",
     }

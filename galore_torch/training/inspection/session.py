@@ -75,7 +75,7 @@ def session(subject: Subject, config: InspectConfig, console: Console) -> Iterat
     """
     looks = config.looks
     rank = looks.rank or subject.rank
-    observer = Observer(subject.weights(looks.targets), looks, rank)
+    observer = Observer(subject.weights(looks.target_modules), looks, rank)
     progress = StepProgress(console, looks.looks * looks.every)
     with tempfile.TemporaryDirectory(prefix="galore-inspect-") as scratch:
         trainer = subject.trainer(scratch, [observer, progress])

@@ -66,7 +66,7 @@ class Subject:
                 warnings.simplefilter("ignore")  # what is tied or no matrix is not asked for here
                 groups = param_groups(self.model, 1, chosen)
         except ValueError as error:
-            field = "model" if targets is None else f"targets = {targets!r}"
+            field = "model" if targets is None else f"target_modules = {targets!r}"
             raise ValueError(f"{field}: {error}.") from error
         return {
             name: weight

@@ -40,7 +40,7 @@ class ScheduleConfig:
     steps: int = setting(10_000, "Optimizer steps.", minimum=1)
     batch: int = setting(512, "Sequences a step.", minimum=1)
     micro_batch: int = setting(32, "Sequences at once; bounds memory and changes nothing else.", minimum=1)
-    checkpointing: bool = setting(
+    gradient_checkpointing: bool = setting(
         False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
     )
     warmup: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.", minimum=0, below=1)
@@ -92,7 +92,7 @@ class PretrainConfig:
     @property
     def title(self) -> str:
         """What is trained in a word or two: the optimizer's name, after the adapter's if there is one."""
-        adapter, optimizer = self.adapter.adapter, self.optimizer.optimizer
+        adapter, optimizer = self.adapter.adapter, self.optimizer.optim
         return optimizer if adapter == "none" else f"{adapter}-{optimizer}"
 
     def to_toml(self) -> str:

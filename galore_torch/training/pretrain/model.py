@@ -43,7 +43,7 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> L
         use_cache=False,
     )
     model = fresh_llama(architecture, getattr(torch, config.model.dtype), _quantizer(config))
-    if config.schedule.checkpointing:
+    if config.schedule.gradient_checkpointing:
         recompute_activations(model)
     return model
 

@@ -13,8 +13,8 @@ DEFAULT_PRESET = "llama-tiny"
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-tiny": {
         "hidden": 256, "intermediate": 688, "layers": 4, "heads": 4, "rank": 64, "dtype": "float32", "vocab": 2048,
-        "seq": 128, "steps": 400, "batch": 8, "micro_batch": 8, "gap": 50, "eval_tokens": 65_536, "eval_every": 200,
-        "save_every": 0,
+        "seq": 128, "steps": 400, "batch": 8, "micro_batch": 8, "update_proj_gap": 50, "eval_tokens": 65_536,
+        "eval_every": 200, "save_every": 0,
     },
     "llama-60m": {
         "hidden": 512, "intermediate": 1376, "layers": 8, "heads": 8, "rank": 128, "steps": 10_000,
@@ -34,9 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "llama-7b": {
         "hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32, "rank": 1024, "steps": 150_000,
-        "optimizer": "galore-adamw8bit", "gap": 500,
+        "optim": "galore-adamw8bit", "update_proj_gap": 500,
         # Weights that move inside the backward leave nothing to accumulate. The paper's 512 are for 64 GPUs.
-        "batch": 16, "micro_batch": 16, "checkpointing": True,
+        "batch": 16, "micro_batch": 16, "gradient_checkpointing": True,
     },
 }  # fmt: skip
 """Settings of each preset by name. What a preset leaves out has the setting's own default."""
@@ -47,7 +47,7 @@ BY_OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
     "llama-7b": {
         # The paper clips at 1.0. Where each layer moves as soon as its gradient is there, nothing is left to clip.
         PROJECTED: {"gradients": "fused", "update": "backward"},
-        FULL_RANK: {"clip": 1.0},
+        FULL_RANK: {"max_grad_norm": 1.0},
         "galore-adamw8bit": {"basis_bits": 8},
     },
 }
@@ -119,7 +119,7 @@ def configure(
         raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
     settings = over_file(values, method, flags)
     config = from_values({**PRESETS[preset], **settings})  # judges every value, before others depend on one
-    optimizer, adapter = config.optimizer.optimizer, config.adapter.adapter
+    optimizer, adapter = config.optimizer.optim, config.adapter.adapter
     by_optimizer = BY_OPTIMIZER.get(preset, {})
     besides = {**own_defaults(optimizer), **by_optimizer.get(kind_of(optimizer), {}), **by_optimizer.get(optimizer, {})}
     rates = {} if "lr" in settings else learning_rates(preset, optimizer, adapter)

@@ -160,7 +160,7 @@ def _arguments(config: PretrainConfig, folder: RunFolder, reported: list[str]) -
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": schedule.final_lr},
             warmup_steps=round(schedule.warmup * schedule.steps),
-            max_grad_norm=config.optimizer.clip,
+            max_grad_norm=config.optimizer.max_grad_norm,
             logging_steps=1,  # a loss averaged over steps on both sides of an interruption would not be the same
             logging_nan_inf_filter=False,
             eval_strategy="steps",

@@ -145,9 +145,9 @@ def groups_of(model: Module, config: OptimizerConfig, targets: str | Sequence[st
 
     groups = param_groups(
         model,
-        config.rank if is_projected(config.optimizer) else 1,  # which weights are matrices does not depend on it
+        config.rank if is_projected(config.optim) else 1,  # which weights are matrices does not depend on it
         targets,
-        update_proj_gap=config.gap,
+        update_proj_gap=config.update_proj_gap,
         scale=config.scale,
         proj_type=config.proj_type,
         decomposition=config.decomposition,
@@ -156,13 +156,13 @@ def groups_of(model: Module, config: OptimizerConfig, targets: str | Sequence[st
         cos_threshold=config.cos_threshold,
         gamma_proj=config.gamma_proj,
         queue_size=config.queue_size,
-        project_adapters=not is_projected(config.optimizer),  # the matrices of adapters have their learning rate
+        project_adapters=not is_projected(config.optim),  # the matrices of adapters have their learning rate
     )
     matrices = [group for group in groups if "rank" in group]
     others = [group for group in groups if "rank" not in group]
     for group in others:
         group["lr"] = config.lr if config.others_lr is None else config.others_lr
-    if not is_projected(config.optimizer):
+    if not is_projected(config.optim):
         keys = {"rank", *PROJECTED_DEFAULTS}
         matrices = [{key: group[key] for key in group if key not in keys} for group in matrices]
     return [*matrices, *others]
@@ -175,11 +175,11 @@ def build(model: Module, config: OptimizerConfig, seed: int, targets: str | Sequ
         ValueError: when the projection's settings do not fit the model.
         ImportError: when the optimizer's library is not installed.
     """
-    name = config.optimizer
+    name = config.optim
     if config.update == "backward" and not is_projected(name):
         name = f"galore-{name}"  # whose hooks move each weight inside the backward; groups without a rank stay whole
     with warnings.catch_warnings():
-        if name != config.optimizer:
+        if name != config.optim:
             warnings.filterwarnings("ignore", message="no parameter group has a `rank`")  # as is meant here
         return _BUILDERS[name](groups_of(model, config, targets), config, seed)
 
@@ -194,14 +194,14 @@ def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
     from galore_torch.optim.groups import projection_in
     from galore_torch.optim.keys import PROJECTED_DEFAULTS
 
-    if not heeds(config.optimizer, "beta2"):  # one moment or a factored one
+    if not heeds(config.optim, "beta2"):  # one moment or a factored one
         return 0
     least = 0
     for group in optimizer.param_groups:
         whole = {**PROJECTED_DEFAULTS, **group}
         for weight in group["params"]:
             numbers = projection_in(whole, weight).state_elements if "rank" in group else 2 * weight.numel()
-            least += numbers * (1 if "8bit" in config.optimizer else weight.element_size())
+            least += numbers * (1 if "8bit" in config.optim else weight.element_size())
     return least
 
 

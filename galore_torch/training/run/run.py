@@ -174,7 +174,7 @@ class Run(ABC, Generic[ConfigT, ResultT]):
         galore = galore_in(optimizer)
         return {
             "out": str(self.folder.root),
-            "optimizer": self.config.optimizer.optimizer,
+            "optimizer": self.config.optimizer.optim,
             "adapter": self.config.adapter.adapter,
             "finished": finished,
             "step": state.global_step,

@@ -11,6 +11,8 @@ import typer
 
 from galore_torch.training.settings.fields import plain_type, typed_fields
 
+_OFF = "no_"
+
 Presets = Mapping[str, Mapping[str, Any]]
 
 
@@ -34,6 +36,9 @@ def with_settings(
     """
 
     def run(**values: Any) -> None:
+        for name in [name for name in values if name.startswith(_OFF)]:
+            if values.pop(name):
+                values[name.removeprefix(_OFF)] = False
         command(**values)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
@@ -42,6 +47,7 @@ def with_settings(
     for section, config in sections.items():
         settings = [(field, hint) for field, hint in typed_fields(config) if field.name not in taken]
         parameters += [_flag(section, field, hint, presets, shown) for field, hint in settings]
+        parameters += [_off(section, field.name) for field, hint in settings if plain_type(hint) is bool]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = command.__doc__
@@ -52,7 +58,7 @@ def _flag(section: str, field: dataclasses.Field[Any], hint: Any, presets: Prese
     kind = plain_type(hint)
     name = field.name.replace("_", "-")
     option = typer.Option(
-        f"--{name}/--no-{name}" if kind is bool else f"--{name}",
+        f"--{name}",
         help=field.metadata["help"] + _default(field, presets, preset),
         rich_help_panel=section.capitalize(),
         show_default=False,
@@ -61,6 +67,15 @@ def _flag(section: str, field: dataclasses.Field[Any], hint: Any, presets: Prese
     # One of these types or None: typer reads it, no type checker does.
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _off(section: str, name: str) -> inspect.Parameter:
+    """The flag that says no to a setting. One of its own, for two long names side by side leave help no room."""
+    flag = name.replace("_", "-")
+    option = typer.Option(f"--no-{flag}", help=f"Not --{flag}.", rich_help_panel=section.capitalize())
+    return inspect.Parameter(
+        _OFF + name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
     )
 
 

@@ -23,27 +23,27 @@ from galore_torch.training.settings.optimizer import heeds as optimizer_heeds
 
 # Said by every method, for a file may say otherwise.
 _AS_USUAL: dict[str, Any] = {"adapter": "none", "gradients": "full", "update": "step", "weight_bits": 16}
-_PER_LAYER: dict[str, Any] = {**_AS_USUAL, "update": "backward", "clip": 0.0}  # nothing is left to clip
+_PER_LAYER: dict[str, Any] = {**_AS_USUAL, "update": "backward", "max_grad_norm": 0.0}  # nothing is left to clip
 
 _FEW_BITS: dict[str, Any] = {
-    "optimizer": "qgalore-adamw8bit", "weight_bits": 8, **own_defaults("qgalore-adamw8bit"),
+    "optim": "qgalore-adamw8bit", "weight_bits": 8, **own_defaults("qgalore-adamw8bit"),
 }  # fmt: skip
 
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {**_AS_USUAL, "optimizer": "adamw"},
-    "adam8bit": {**_AS_USUAL, "optimizer": "adamw8bit"},
-    "adafactor": {**_AS_USUAL, "optimizer": "adafactor"},
-    "low-rank": {**_AS_USUAL, "optimizer": "adamw", "adapter": "low-rank"},
-    "lora": {**_AS_USUAL, "optimizer": "adamw", "adapter": "lora"},
-    "relora": {**_AS_USUAL, "optimizer": "adamw", "adapter": "relora"},
-    "galore": {**_AS_USUAL, "optimizer": "galore-adamw"},
-    "galore-8bit": {**_AS_USUAL, "optimizer": "galore-adamw8bit"},
-    "galore-adafactor": {**_AS_USUAL, "optimizer": "galore-adafactor"},
+    "full": {**_AS_USUAL, "optim": "adamw"},
+    "adam8bit": {**_AS_USUAL, "optim": "adamw8bit"},
+    "adafactor": {**_AS_USUAL, "optim": "adafactor"},
+    "low-rank": {**_AS_USUAL, "optim": "adamw", "adapter": "low-rank"},
+    "lora": {**_AS_USUAL, "optim": "adamw", "adapter": "lora"},
+    "relora": {**_AS_USUAL, "optim": "adamw", "adapter": "relora"},
+    "galore": {**_AS_USUAL, "optim": "galore-adamw"},
+    "galore-8bit": {**_AS_USUAL, "optim": "galore-adamw8bit"},
+    "galore-adafactor": {**_AS_USUAL, "optim": "galore-adafactor"},
     "qgalore": {**_AS_USUAL, **_FEW_BITS},
-    "full-per-layer": {**_PER_LAYER, "optimizer": "adamw"},
-    "adam8bit-per-layer": {**_PER_LAYER, "optimizer": "adamw8bit"},
-    "galore-per-layer": {**_PER_LAYER, "optimizer": "galore-adamw"},
-    "galore-8bit-per-layer": {**_PER_LAYER, "optimizer": "galore-adamw8bit"},
+    "full-per-layer": {**_PER_LAYER, "optim": "adamw"},
+    "adam8bit-per-layer": {**_PER_LAYER, "optim": "adamw8bit"},
+    "galore-per-layer": {**_PER_LAYER, "optim": "galore-adamw"},
+    "galore-8bit-per-layer": {**_PER_LAYER, "optim": "galore-adamw8bit"},
     "qgalore-per-layer": {**_PER_LAYER, **_FEW_BITS},
 }
 """Settings of each method by its name."""
@@ -71,7 +71,7 @@ HELP: dict[str, str] = {
 """What each method is, in a line, and where it comes from."""
 
 # Settings of the projection that mean nothing without one, beside those that are then refused whatever asks for them.
-_PROJECTION = ("rank", "gap", "scale", "proj_type", "decomposition", "stagger", "gamma_proj", "queue_size")
+_PROJECTION = ("rank", "update_proj_gap", "scale", "proj_type", "decomposition", "stagger", "gamma_proj", "queue_size")
 
 
 def method_settings(method: str | None) -> dict[str, Any]:
@@ -104,24 +104,24 @@ def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str,
     Raises:
         ValueError: when there is no such method.
 
-    >>> over_file({"lr": 0.1, "optimizer": "sgd"}, "full", {"rank": 8})["optimizer"]
+    >>> over_file({"lr": 0.1, "optim": "sgd"}, "full", {"rank": 8})["optim"]
     'adamw'
     """
     chosen = method_settings(method)
-    own = own_defaults(str(values.get("optimizer")))
+    own = own_defaults(str(values.get("optim")))
     suited = {"lr", "others_lr", *(name for name, value in own.items() if values.get(name) == value)}
     kept = {name: value for name, value in values.items() if not (chosen and name in suited)}
     return {**kept, **chosen, **flags}
 
 
 def heeds(name: str, optimizer: OptimizerConfig, adapter: AdapterConfig) -> bool:
-    """Whether a setting, such as ``gap``, means anything to what is trained in this way.
+    """Whether a setting, such as ``update_proj_gap``, means anything to what is trained in this way.
 
-    >>> heeds("gap", OptimizerConfig(optimizer="adamw"), AdapterConfig())
+    >>> heeds("update_proj_gap", OptimizerConfig(optim="adamw"), AdapterConfig())
     False
     """
-    if name not in (*_PROJECTION, *PROJECTED_ONLY) or is_projected(optimizer.optimizer):
-        return optimizer_heeds(optimizer.optimizer, name)
+    if name not in (*_PROJECTION, *PROJECTED_ONLY) or is_projected(optimizer.optim):
+        return optimizer_heeds(optimizer.optim, name)
     return name == "rank" and adapter.adapter != "none"
 
 
@@ -144,7 +144,7 @@ def refuse_unheeded(
     for name, value in given.items():
         if name in OF_SOME and not heeds(name, optimizer, adapter):
             raise ValueError(
-                f"{name} = {value!r} has no effect on method = {method!r}, whose optimizer is {optimizer.optimizer}; "
+                f"{name} = {value!r} has no effect on method = {method!r}, whose optimizer is {optimizer.optim}; "
                 "leave it out."
             )
         if not heeds(name, optimizer, adapter):

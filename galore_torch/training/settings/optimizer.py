@@ -1,4 +1,4 @@
-"""The optimizer's settings, and what each name that ``--optimizer`` takes stands for."""
+"""The optimizer's settings, and what each name that ``--optim`` takes stands for."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ OF_SOME = frozenset({"beta1", "beta2", "eps", "state_dtype"})
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What a name that ``--optimizer`` takes stands for.
+    """What a name that ``--optim`` takes stands for.
 
     Attributes:
         projected: whether its groups carry the projection's keys.
@@ -44,7 +44,7 @@ KINDS: dict[str, Kind] = {
     "adafactor": Kind(projected=False),
     "sgd": Kind(projected=False, heeds=_MOMENTUM, prunable=True),
 }
-"""Every optimizer by the name that ``--optimizer`` takes; `galore_torch.training.run.optimizers` builds them."""
+"""Every optimizer by the name that ``--optim`` takes; `galore_torch.training.run.optimizers` builds them."""
 
 NAMES = tuple(KINDS)
 
@@ -97,7 +97,7 @@ _UPDATES = ("step", "backward")
 class OptimizerConfig:
     """What moves the weights."""
 
-    optimizer: str = setting(
+    optim: str = setting(
         "galore-adamw",
         f"One of {', '.join(NAMES)}. A galore- optimizer projects the attention's and the MLPs' matrices.",
         choices=NAMES,
@@ -110,7 +110,7 @@ class OptimizerConfig:
         shown="the preset's if --lr is not given, else lr",
     )
     rank: int = setting(128, "Rank of the subspace, in dimensions.", minimum=1)
-    gap: int = setting(200, "Steps between two renewals of a basis.", minimum=1)
+    update_proj_gap: int = setting(200, "Steps between two renewals of a basis.", minimum=1)
     scale: float = setting(0.25, "Factor on the update that comes back from the subspace.", above=0)
     proj_type: str = setting("std", "Which side is projected: std is the shorter one.", choices=_PROJ_TYPES)
     decomposition: str = setting(
@@ -120,7 +120,7 @@ class OptimizerConfig:
     cos_threshold: float | None = setting(
         None,
         "Renew lazily: a layer's gap grows while successive subspaces overlap by this much, from 0 (as random ones do) "
-        "to 1; it shrinks again, down to gap, where they move.",
+        "to 1; it shrinks again, down to update_proj_gap, where they move.",
         minimum=0,
         maximum=1,
         shown="renew at the fixed gap; qgalore-adamw8bit: 0.4",
@@ -131,7 +131,7 @@ class OptimizerConfig:
     beta2: float = setting(0.999, "Decay of the second moment per step.", minimum=0, below=1)
     eps: float = setting(1e-8, "Added to the root of the second moment.", above=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay per unit of learning rate.", minimum=0)
-    clip: float = setting(
+    max_grad_norm: float = setting(
         0.0,
         "Clip the gradient to this norm; 0 clips nothing.",
         minimum=0,
@@ -178,9 +178,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check(self)
         _refuse_without_projection(self)
-        if self.state_dtype is not None and not heeds(self.optimizer, "state_dtype"):
+        if self.state_dtype is not None and not heeds(self.optim, "state_dtype"):
             raise ValueError(
-                f"state_dtype = {self.state_dtype!r} has no effect on {self.optimizer!r}; leave it out, or choose one "
+                f"state_dtype = {self.state_dtype!r} has no effect on {self.optim!r}; leave it out, or choose one "
                 f"of {', '.join(heeding('state_dtype'))}."
             )
         if self.weight_bits == 16 and self.weight_rounding == "nearest":
@@ -192,10 +192,10 @@ class OptimizerConfig:
             )
         if self.update == "backward" and self.gradients == "projected":
             raise ValueError("gradients = 'projected' waits for the step; with update = 'backward' use full or fused.")
-        if self.update == "backward" and self.clip:
+        if self.update == "backward" and self.max_grad_norm:
             raise ValueError(
-                f"clip = {self.clip} and update = 'backward', which leaves nothing to clip; give clip = 0, or "
-                "update = 'step'."
+                f"max_grad_norm = {self.max_grad_norm} and update = 'backward', which leaves nothing to clip; "
+                "give max_grad_norm = 0, or update = 'step'."
             )
 
 
@@ -213,13 +213,13 @@ PROJECTED_ONLY = (
 
 def _refuse_without_projection(config: OptimizerConfig) -> None:
     """Settings that only an optimizer that projects can heed must be as they are by default for the others."""
-    if is_projected(config.optimizer):
+    if is_projected(config.optim):
         return
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
         if each.name in PROJECTED_ONLY and value != each.default:
             raise ValueError(
-                f"{each.name} = {value!r} is for the galore- optimizers, not for {config.optimizer!r}; leave it out."
+                f"{each.name} = {value!r} is for the galore- optimizers, not for {config.optim!r}; leave it out."
             )
 
 
@@ -231,10 +231,10 @@ def refuse_beside_adapter(adapter: AdapterConfig, config: OptimizerConfig) -> No
     """
     if adapter.adapter == "none":
         return
-    if is_projected(config.optimizer):
+    if is_projected(config.optim):
         full_rank = ", ".join(name for name in NAMES if not is_projected(name))
         raise ValueError(
-            f"adapter = {adapter.adapter!r} and optimizer = {config.optimizer!r}, which projects what has a low rank "
+            f"adapter = {adapter.adapter!r} and optim = {config.optim!r}, which projects what has a low rank "
             f"already; choose one of {full_rank} (method = {adapter.adapter!r} does), or adapter = 'none'."
         )
     if config.update == "backward":
@@ -242,8 +242,8 @@ def refuse_beside_adapter(adapter: AdapterConfig, config: OptimizerConfig) -> No
             f"update = 'backward' and adapter = {adapter.adapter!r}, whose few gradients wait for the step; leave out "
             "one of them."
         )
-    if adapter.adapter == "relora" and 0 < adapter.restart_prune < 1 and not is_prunable(config.optimizer):
+    if adapter.adapter == "relora" and 0 < adapter.restart_prune < 1 and not is_prunable(config.optim):
         raise ValueError(
             f"restart_prune = {adapter.restart_prune} would pick numbers from the state of "
-            f"optimizer = {config.optimizer!r}, which does not keep them one by one; give restart_prune = 1."
+            f"optim = {config.optim!r}, which does not keep them one by one; give restart_prune = 1."
         )

@@ -31,7 +31,7 @@ def given(tiny):
         for section in (config.model, config.data, config.schedule)
         for name, value in vars(section).items()
         if value is not None and name != "seed"
-    } | {"rank": 8, "gap": 3}
+    } | {"rank": 8, "update_proj_gap": 3}
 
 
 def plan(given, methods=("full", "galore"), lrs=("0.01",), others=(), seeds=(0,), sets=(), job=PRETRAIN):
@@ -68,9 +68,9 @@ def test_the_plan_is_every_rate_with_every_seed(given):
         ({"sets": ("galore:stagger=perhaps",)}, "'perhaps' is not true or false"),
         ({"sets": ("galore:rank=0",)}, "rank = 0 is out of range; it must be at least 1"),
         ({"sets": ("galore:rank=2", "galore:rank=3")}, "sets rank of galore a second time"),
-        ({"sets": ("full:gap=3",)}, "gap = 3 says nothing to method = 'full'"),
+        ({"sets": ("full:update_proj_gap=3",)}, "update_proj_gap = 3 says nothing to method = 'full'"),
         ({"sets": ("full:adapter_rank=3",)}, "adapter_rank = 3 is for adapter = 'low-rank' or 'lora'"),
-        ({"sets": ("galore:optimizer=adamw",)}, "optimizer is what the methods differ in; choose them by --method"),
+        ({"sets": ("galore:optim=adamw",)}, "optim is what the methods differ in; choose them by --method"),
         ({"sets": ("galore:lr=1",)}, "give --lr METHOD=X"),
         ({"sets": ("galore:seed=1",)}, "give --seed N"),
         ({"sets": ("galore:seq=16",)}, "runs with another seq cannot be compared; give --seq for all"),
@@ -81,7 +81,7 @@ def test_a_wrong_plan_is_refused(given, change, words):
     with pytest.raises(ValueError, match=words):
         plan(given, **change)
     with pytest.raises(ValueError, match="choose them by --method"):
-        plan({**given, "optimizer": "adamw"})
+        plan({**given, "optim": "adamw"})
 
 
 def test_a_setting_for_all_that_suits_one_method_is_refused_with_the_way_to_give_it(given):
@@ -103,16 +103,22 @@ def test_another_plan_is_refused_with_what_differs(given, tmp_path):
 
 
 def test_a_setting_of_one_method_is_its_alone(given):
-    sets = ("lora:adapter-rank=2", "galore:rank=4", "galore:stagger=false", "galore:micro_batch=4", "full:clip=1")
+    sets = (
+        "lora:adapter-rank=2",
+        "galore:rank=4",
+        "galore:stagger=false",
+        "galore:micro_batch=4",
+        "full:max_grad_norm=1",
+    )
     configs = {run.method: run.config for run in plan(given, methods=("full", "galore", "lora"), sets=sets)}
     assert configs["lora"].adapter.adapter_rank == 2
     assert [config.optimizer.rank for config in configs.values()] == [8, 4, 8]
     assert [config.optimizer.stagger for config in configs.values()] == [True, False, True]
-    assert [config.optimizer.clip for config in configs.values()] == [1.0, 0.0, 0.0]
+    assert [config.optimizer.max_grad_norm for config in configs.values()] == [1.0, 0.0, 0.0]
     apart, shared = apart_and_shared(configs)
     assert apart["rank"] == {"galore": 4}
     assert apart["adapter_rank"] == {"lora": 2}
-    assert apart["gap"] == {"galore": 3}
+    assert apart["update_proj_gap"] == {"galore": 3}
     assert apart["micro_batch"] == {"full": 8, "galore": 4, "lora": 8}
     assert shared["steps"] == 6
     assert not {"seed", "lr", "others_lr", "cos_threshold"} & {*apart, *shared}

@@ -44,7 +44,7 @@ def given(tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(rows))
     return [
         "--model", str(folder / "bert"), "--data", str(folder / "rows.jsonl"), "--max-length", "12", "--epochs", "6",
-        "--batch", "8", "--gap", "5", "--save-every", "5", "--lr", "0.003", "--held-out-share", "0.25",
+        "--batch", "8", "--update-proj-gap", "5", "--save-every", "5", "--lr", "0.003", "--held-out-share", "0.25",
         "--method", "full", "--method", "galore", "--set", "galore:rank=2",
     ]  # fmt: skip
 
@@ -191,7 +191,7 @@ def test_how_far_a_run_is():
 def test_the_settings_of_every_run_survive_its_file(tmp_path):
     sets = ("lora:adapter_rank=2", "galore:rank=8", "galore:stagger=false")
     methods = ("full", "galore", "lora", "qgalore", "full-per-layer")
-    for run in make_plan(FINETUNE, None, methods, (), (), (3,), {"task": "cola", "clip": 0.0}, sets):
+    for run in make_plan(FINETUNE, None, methods, (), (), (3,), {"task": "cola", "max_grad_norm": 0.0}, sets):
         path = tmp_path / "run.toml"
         path.write_text(run.config.to_toml(), encoding="utf-8")
         assert FINETUNE.configure(None, path) == run.config

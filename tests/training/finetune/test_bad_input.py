@@ -76,7 +76,7 @@ def constant(rows=ROWS):
         (ROWS, {"max_length": 65}, ["max_length = 65", "64 positions"]),
         (
             ROWS,
-            {"method": "galore", "targets": "attn.c_proj"},
+            {"method": "galore", "target_modules": "attn.c_proj"},
             ["target_modules", "attn.c_proj", "match no linear layer", "all-linear"],
         ),
         (ROWS, {"method": "lora", "rank": 64}, ["adapter_rank = 64", "at most 32"]),

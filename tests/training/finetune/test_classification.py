@@ -22,7 +22,7 @@ from tests.training.learning import learns
 def test_every_method_learns(classify, tmp_path, method):
     given = {"rank": 8} if "galore" in method or "lora" in method else {}
     if "galore" in method:
-        given["gap"] = 10
+        given["update_proj_gap"] = 10
     if method == "relora":  # the steps after a restart are large until the new moments know the gradients
         given |= {"restart_every": 40, "restart_warmup": 0.9}
     # An adapter's product begins at zero, and a random frozen encoder gives it little to work with.
@@ -79,11 +79,11 @@ def test_the_linear_layers_of_the_numbered_blocks_are_projected_and_nothing_else
 
 @pytest.mark.parametrize(("targets", "count"), [("query,value", 4), ("all-linear", 14)])
 def test_targets_can_be_named(classify, tmp_path, targets, count):
-    run = new_run(classify(method="galore", targets=targets, steps=1), tmp_path / "run")
+    run = new_run(classify(method="galore", target_modules=targets, steps=1), tmp_path / "run")
     run.train()
     names = {id(weight) for weight in run.trainer.optimizer.param_groups[0]["params"]}
     assert len(names) == count
-    assert count == len(param_groups(run.model, 4, target_modules=run.config.targets)[0]["params"])
+    assert count == len(param_groups(run.model, 4, target_modules=run.config.target_modules)[0]["params"])
 
 
 @pytest.mark.learning
@@ -153,7 +153,7 @@ def test_the_form_of_the_file_changes_nothing(classify, write, tmp_path, kind):
 
 def test_micro_batches_make_their_batch(classify, tmp_path):
     for name, micro in (("whole", 8), ("parts", 2)):
-        config = classify(steps=4, micro_batch=micro, method="galore", gap=2)
+        config = classify(steps=4, micro_batch=micro, method="galore", update_proj_gap=2)
         run = new_run(config, tmp_path / name)
         for module in run.model.modules():
             if isinstance(module, torch.nn.Dropout):

@@ -55,7 +55,7 @@ def test_a_classification_goes_on_exactly(classify, tmp_path, method):
 
 @pytest.mark.slow
 def test_a_supervised_one_goes_on_exactly_in_the_middle_of_an_epoch(supervise, tmp_path):
-    config = supervise(method="galore", rank=8, gap=3, gradients="fused", steps=None, epochs=2.0)
+    config = supervise(method="galore", rank=8, update_proj_gap=3, gradients="fused", steps=None, epochs=2.0)
     gone_on_exactly(config, tmp_path, 7)
 
 

@@ -36,7 +36,7 @@ def learnt(run) -> list[str]:
 def test_every_method_learns(supervise, tmp_path, method):
     given = {"rank": 8} if "galore" in method or "lora" in method else {}
     if "galore" in method:
-        given["gap"] = 5
+        given["update_proj_gap"] = 5
     if method == "relora":  # the steps after a restart are large until the new moments know the gradients
         given |= {"restart_every": 24, "restart_warmup": 0.9}
     # An adapter's product begins at zero, and a random frozen model gives it little to work with.
@@ -80,7 +80,11 @@ def test_plain_text_is_learnt_whole(supervise, write, tmp_path):
 
 @pytest.mark.parametrize("gradients", [None, "fused"])
 def test_micro_batches_make_their_batch(supervise, tmp_path, gradients):
-    how = {"method": "galore", "rank": 4, "gap": 2, "gradients": gradients} if gradients else {"method": "full"}
+    how = (
+        {"method": "galore", "rank": 4, "update_proj_gap": 2, "gradients": gradients}
+        if gradients
+        else {"method": "full"}
+    )
     for name, micro in (("whole", 8), ("parts", 2)):
         new_run(supervise(steps=4, micro_batch=micro, **how), tmp_path / name).train()
     whole, parts = (torch.tensor(losses(tmp_path / name)) for name in ("whole", "parts"))

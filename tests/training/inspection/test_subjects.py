@@ -92,7 +92,7 @@ def test_a_fine_tuning_is_inspected_from_both_ends(tuning):
 
 def test_a_model_is_inspected_on_text_and_on_rows(run, rows, texts, cache):
     model = RunFolder(run).model
-    text = of_model(model, texts, cache=str(cache), max_length=32, rank=8, targets="mlp")
+    text = of_model(model, texts, cache=str(cache), max_length=32, rank=8, target_modules="mlp")
     assert list(text["kinds"]) == ["gate_proj", "up_proj", "down_proj"]
     assert (text["rank"], text["facts"]["tokens of one, at most"]) == (8, "32")
     classes = of_model(model, rows, task="classify", max_length=16, rank=4)
@@ -102,14 +102,14 @@ def test_a_model_is_inspected_on_text_and_on_rows(run, rows, texts, cache):
 
 
 def test_int8_weights_are_inspected_as_they_were_saved(tiny, tmp_path):
-    new_run(tiny(eval_every=0, weight_bits=8, optimizer="qgalore-adamw8bit"), tmp_path / "run").train()
+    new_run(tiny(eval_every=0, weight_bits=8, optim="qgalore-adamw8bit"), tmp_path / "run").train()
     told = of_run(tmp_path / "run")
     assert any("INT8" in note for note in told["notes"])
     assert list(told["kinds"]) == KINDS
 
 
 def test_an_adapters_run_is_refused_with_what_can_be_inspected(tiny, tmp_path):
-    config = tiny(optimizer="adamw", adapter="lora", adapter_rank=4)
+    config = tiny(optim="adamw", adapter="lora", adapter_rank=4)
     RunFolder(tmp_path / "run").create(config, "0" * 64)
     result = inspected("--run", tmp_path / "run", "--out", tmp_path / "out", code=2)
     assert "trained adapter = 'lora'" in result.stderr

@@ -34,27 +34,36 @@ def test_a_paper_preset_is_the_papers_recipe(preset):
     assert (config.data.seq, schedule.batch, model.dtype) == (256, 16 if largest else 512, "bfloat16")
     assert (schedule.warmup, schedule.final_lr) == (0.1, 0.1)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.scale) == (0.9, 0.999, 0.0, 0.25)
-    assert (optimizer.lr, optimizer.gap) == ((0.005, 500) if largest else (0.01, 200))
+    assert (optimizer.lr, optimizer.update_proj_gap) == ((0.005, 500) if largest else (0.01, 200))
 
 
 def test_the_largest_preset_takes_the_least_memory_and_clips_where_there_is_something_to_clip():
     config = configure("llama-7b")
     optimizer, schedule = config.optimizer, config.schedule
-    assert (optimizer.optimizer, optimizer.gradients, optimizer.update) == ("galore-adamw8bit", "fused", "backward")
-    assert (optimizer.clip, schedule.micro_batch, schedule.checkpointing) == (0.0, schedule.batch, True)
-    assert [configure("llama-7b", optimizer=name).optimizer.basis_bits for name in WITH_BASES] == [8, 16, 4]
-    full_rank = configure("llama-7b", optimizer="adamw").optimizer
-    assert (full_rank.gradients, full_rank.update, full_rank.clip, full_rank.lr) == ("full", "step", 1.0, 0.001)
-    usual = configure("llama-7b", update="step", clip=1.0, batch=512, micro_batch=4, lr=1e-3)
-    assert (usual.optimizer.gradients, usual.optimizer.clip, usual.optimizer.lr) == ("fused", 1.0, 1e-3)
+    assert (optimizer.optim, optimizer.gradients, optimizer.update) == ("galore-adamw8bit", "fused", "backward")
+    assert (optimizer.max_grad_norm, schedule.micro_batch, schedule.gradient_checkpointing) == (
+        0.0,
+        schedule.batch,
+        True,
+    )
+    assert [configure("llama-7b", optim=name).optimizer.basis_bits for name in WITH_BASES] == [8, 16, 4]
+    full_rank = configure("llama-7b", optim="adamw").optimizer
+    assert (full_rank.gradients, full_rank.update, full_rank.max_grad_norm, full_rank.lr) == (
+        "full",
+        "step",
+        1.0,
+        0.001,
+    )
+    usual = configure("llama-7b", update="step", max_grad_norm=1.0, batch=512, micro_batch=4, lr=1e-3)
+    assert (usual.optimizer.gradients, usual.optimizer.max_grad_norm, usual.optimizer.lr) == ("fused", 1.0, 1e-3)
     with pytest.raises(ValueError, match="leaves nothing to clip"):
-        configure("llama-7b", clip=1.0)
+        configure("llama-7b", max_grad_norm=1.0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("optimizer", ["galore-adamw", "adamw"])
 def test_a_configuration_survives_its_toml(preset, optimizer, tmp_path):
-    config = configure(preset, optimizer=optimizer, decomposition="svd", stagger=False)
+    config = configure(preset, optim=optimizer, decomposition="svd", stagger=False)
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
     assert configure(file=file) == config
@@ -90,17 +99,18 @@ def test_no_setting_is_infinite(name, value):
 def test_flags_override_the_file_and_the_file_overrides_the_preset(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
-        'preset = "llama-130m"\n[optimizer]\nrank = 64\ngap = 100\n[schedule]\nwarmup = 0\n', encoding="utf-8"
+        'preset = "llama-130m"\n[optimizer]\nrank = 64\nupdate_proj_gap = 100\n[schedule]\nwarmup = 0\n',
+        encoding="utf-8",
     )
-    config = configure(file=file, gap=50, rank=None)
-    assert (config.model.hidden, config.optimizer.rank, config.optimizer.gap) == (768, 64, 50)
+    config = configure(file=file, update_proj_gap=50, rank=None)
+    assert (config.model.hidden, config.optimizer.rank, config.optimizer.update_proj_gap) == (768, 64, 50)
     assert config.schedule.warmup == 0.0
     assert configure("llama-350m", file).model.hidden == 1024
 
 
 def test_a_learning_rate_that_is_given_brings_no_other_with_it():
-    assert configure("llama-tiny", optimizer="adamw").optimizer.others_lr is not None
-    assert configure("llama-tiny", optimizer="adamw", lr=1e-3).optimizer.others_lr is None
+    assert configure("llama-tiny", optim="adamw").optimizer.others_lr is not None
+    assert configure("llama-tiny", optim="adamw", lr=1e-3).optimizer.others_lr is None
 
 
 def test_no_two_sections_share_a_name():
@@ -126,16 +136,16 @@ def test_configs_are_frozen_and_keyword_only():
         (OptimizerConfig, {"rank": 0}, ["rank = 0", "at least 1"]),
         (OptimizerConfig, {"rank": -3}, ["rank = -3", "at least 1"]),
         (OptimizerConfig, {"rank": 1.5}, ["rank = 1.5", "give a int"]),
-        (OptimizerConfig, {"gap": 0}, ["gap = 0", "at least 1"]),
+        (OptimizerConfig, {"update_proj_gap": 0}, ["update_proj_gap = 0", "at least 1"]),
         (OptimizerConfig, {"lr": float("nan")}, ["lr = nan", "more than 0"]),
         (OptimizerConfig, {"scale": float("inf")}, ["scale = inf", "give a finite number"]),
-        (OptimizerConfig, {"optimizer": "galore-adamw8bit", "state_dtype": "float32"}, ["no effect", "galore-sgd"]),
+        (OptimizerConfig, {"optim": "galore-adamw8bit", "state_dtype": "float32"}, ["no effect", "galore-sgd"]),
         (DataConfig, {"data": "caf\udce9.txt"}, ["data = 'caf", "UTF-8", "rename"]),
         (ScheduleConfig, {"seed": 2**32}, ["seed = 4294967296", "at most 4294967295"]),
         (OptimizerConfig, {"beta2": 1.0}, ["beta2 = 1.0", "less than 1"]),
         (OptimizerConfig, {"proj_type": "both"}, ["proj_type = 'both'", "std, reverse_std"]),
-        (OptimizerConfig, {"optimizer": "galore-adam"}, ["optimizer = 'galore-adam'", "did you mean 'galore-adamw'"]),
-        (OptimizerConfig, {"optimizer": "adamw", "state_dtype": "float32"}, ["state_dtype", "'adamw'", "leave it out"]),
+        (OptimizerConfig, {"optim": "galore-adam"}, ["optim = 'galore-adam'", "did you mean 'galore-adamw'"]),
+        (OptimizerConfig, {"optim": "adamw", "state_dtype": "float32"}, ["state_dtype", "'adamw'", "leave it out"]),
         (ScheduleConfig, {"batch": 10, "micro_batch": 4}, ["micro_batch = 4", "batch = 10", "divisor"]),
         (ScheduleConfig, {"warmup": 1}, ["warmup = 1.0", "less than 1"]),
         (ScheduleConfig, {"steps": True}, ["steps = True", "bool"]),
@@ -176,13 +186,13 @@ def test_a_missing_file_is_told():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"optimizer": "adamw", "gradients": "fused"}, "for the galore- optimizers"),
-        ({"optimizer": "adamw", "cos_threshold": 0.4}, "for the galore- optimizers"),
+        ({"optim": "adamw", "gradients": "fused"}, "for the galore- optimizers"),
+        ({"optim": "adamw", "cos_threshold": 0.4}, "for the galore- optimizers"),
         ({"cos_threshold": 1.1}, "at most 1"),
         ({"gamma_proj": 1.0}, "more than 1"),
         ({"queue_size": 0}, "at least 1"),
         ({"gradients": "projected", "update": "backward"}, "give|use full or fused"),
-        ({"update": "backward", "clip": 1.0}, "leaves nothing to clip"),
+        ({"update": "backward", "max_grad_norm": 1.0}, "leaves nothing to clip"),
         ({"update": "backward", "batch": 16, "micro_batch": 8}, "give both the same value"),
         ({"gradients": "never"}, "gradients = 'never'"),
     ],

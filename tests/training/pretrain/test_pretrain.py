@@ -111,7 +111,7 @@ def test_a_run_leaves_all_that_it_promises(tiny, tmp_path):
 
 
 def test_lazy_renewal_saves_renewals_and_tells_gap_and_overlap_of_each(tiny, tmp_path):
-    given = {"gap": 1, "steps": 12, "eval_every": 0}
+    given = {"update_proj_gap": 1, "steps": 12, "eval_every": 0}
     fixed = new_run(tiny(**given), tmp_path / "fixed").train()
     lazy = new_run(tiny(**given, cos_threshold=0.0, gamma_proj=3.0, queue_size=2), tmp_path / "lazy").train()
     assert fixed.renewals == 14 * 12
@@ -132,7 +132,7 @@ def test_lazy_renewal_saves_renewals_and_tells_gap_and_overlap_of_each(tiny, tmp
 
 
 def test_a_full_rank_optimizer_renews_nothing(tiny, tmp_path):
-    result = new_run(tiny(optimizer="adamw", steps=1, eval_every=0), tmp_path / "run").train()
+    result = new_run(tiny(optim="adamw", steps=1, eval_every=0), tmp_path / "run").train()
     assert (result.renewals, result.overlap) == (0, None)
     assert not RunFolder(tmp_path / "run").subspaces.exists()
 
@@ -162,11 +162,11 @@ def test_the_micro_batch_changes_nothing_else(tiny, tmp_path):
 
 
 def test_the_recipe_of_least_memory_trains_and_recomputing_changes_nothing(tiny, tmp_path):
-    recipe = {"optimizer": "galore-adamw8bit", "gradients": "fused", "update": "backward", "dtype": "bfloat16"}
+    recipe = {"optim": "galore-adamw8bit", "gradients": "fused", "update": "backward", "dtype": "bfloat16"}
     losses = []
     for checkpointing in (True, False):
         out = tmp_path / str(checkpointing)
-        run = new_run(tiny(**recipe, checkpointing=checkpointing, micro_batch=8, steps=5, eval_every=0), out)
+        run = new_run(tiny(**recipe, gradient_checkpointing=checkpointing, micro_batch=8, steps=5, eval_every=0), out)
         assert run.model.model.layers[0].gradient_checkpointing is checkpointing
         run.train()
         losses.append([record["loss"] for record in records.read(RunFolder(out).metrics) if "loss" in record])
@@ -194,9 +194,9 @@ def epoch_of_three_steps(texts: Path, folder: Path) -> Path:
     ],
 )
 def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny, texts, tmp_path, monkeypatch):
-    given = {"optimizer": optimizer}
+    given = {"optim": optimizer}
     if data == "lazy":
-        given |= {"cos_threshold": 0.0, "queue_size": 1, "gap": 1}
+        given |= {"cos_threshold": 0.0, "queue_size": 1, "update_proj_gap": 1}
     if data == "short":
         given["data"] = str(epoch_of_three_steps(texts, tmp_path / "short"))
     if data == "stream":
@@ -310,7 +310,7 @@ def test_a_launcher_of_many_processes_is_refused(tiny, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_recorded_as_such(tiny, tmp_path):
-    result = new_run(tiny(optimizer="sgd", lr=1e30, warmup=0.0, steps=4), tmp_path / "run").train()
+    result = new_run(tiny(optim="sgd", lr=1e30, warmup=0.0, steps=4), tmp_path / "run").train()
     lines = RunFolder(tmp_path / "run").metrics.read_text(encoding="utf-8").splitlines()
     strict = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert strict[3]["loss"] is None

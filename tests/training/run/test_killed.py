@@ -97,14 +97,14 @@ def command(tiny, tmp_path_factory):
         for name, value in vars(section).items()
         if value is not None and not isinstance(value, bool) and name != "seed"
     ]
-    compare = ["compare", "--method=full", "--method=galore", "--lr=0.01", "--rank=8", "--gap=3", *given]
+    compare = ["compare", "--method=full", "--method=galore", "--lr=0.01", "--rank=8", "--update-proj-gap=3", *given]
     return {"pretrain": ["pretrain", f"--config={made / 'pretrain.toml'}"], "compare": compare}
 
 
 @pytest.fixture
 def finetune(classify, tmp_path):
     path = tmp_path / "finetune.toml"
-    config = classify(steps=STEPS, save_every=2, method="galore", rank=4, gap=3)
+    config = classify(steps=STEPS, save_every=2, method="galore", rank=4, update_proj_gap=3)
     path.write_text(config.to_toml(), encoding="utf-8")
     return ["finetune", f"--config={path}"]
 

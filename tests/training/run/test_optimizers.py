@@ -28,7 +28,7 @@ def model():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_are_matrices_then_others_and_hold_every_weight_once(model, name):
-    groups = groups_of(model, OptimizerConfig(optimizer=name, rank=4, lr=0.02, others_lr=0.001))
+    groups = groups_of(model, OptimizerConfig(optim=name, rank=4, lr=0.02, others_lr=0.001))
     held = [name for group in groups for name in group["param_names"]]
     assert sorted(held) == sorted(name for name, _ in model.named_parameters())
     matrices, others = groups
@@ -42,7 +42,7 @@ def test_groups_are_matrices_then_others_and_hold_every_weight_once(model, name)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
     lr = 0.3 if "sgd" in name else 0.01
-    config = OptimizerConfig(optimizer=name, rank=4, gap=5, lr=lr)
+    config = OptimizerConfig(optim=name, rank=4, update_proj_gap=5, lr=lr)
     optimizer = build(model, config, seed=0)
     assert isinstance(optimizer, GaLore) is is_projected(name)
     tokens = torch.arange(64).repeat(2, 1)
@@ -55,7 +55,7 @@ def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     if is_projected(name):
-        full = build(model, OptimizerConfig(optimizer=name.removeprefix("galore-"), lr=lr), seed=0)
+        full = build(model, OptimizerConfig(optim=name.removeprefix("galore-"), lr=lr), seed=0)
         model(input_ids=tokens, labels=tokens).loss.backward()
         full.step()
         if "adafactor" not in name and "sgd" not in name:  # whose full state is smaller than a basis here
@@ -65,7 +65,7 @@ def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
 @pytest.mark.parametrize("name", [name for name in NAMES if not is_projected(name)])
 @pytest.mark.filterwarnings("error:no parameter group")
 def test_a_full_rank_optimizer_moves_each_weight_inside_the_backward_as_at_the_step(model, name):
-    config = OptimizerConfig(optimizer=name, lr=0.01, others_lr=0.001, weight_decay=0.1)
+    config = OptimizerConfig(optim=name, lr=0.01, others_lr=0.001, weight_decay=0.1)
     inside = dataclasses.replace(config, update="backward")
     tokens = torch.arange(64).repeat(2, 1)
     first = {key: value.clone() for key, value in model.state_dict().items()}
@@ -87,8 +87,9 @@ def test_a_full_rank_optimizer_moves_each_weight_inside_the_backward_as_at_the_s
 
 def test_settings_arrive(model):
     config = OptimizerConfig(
-        optimizer="galore-adamw", rank=5, gap=7, scale=0.5, proj_type="left", decomposition="svd", stagger=False,
-        cos_threshold=0.3, gamma_proj=3.0, queue_size=4, lr=0.03, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.1,
+        optim="galore-adamw", rank=5, update_proj_gap=7, scale=0.5, proj_type="left", decomposition="svd",
+        stagger=False, cos_threshold=0.3, gamma_proj=3.0, queue_size=4, lr=0.03, beta1=0.8, beta2=0.99,
+        eps=1e-6, weight_decay=0.1,
     )  # fmt: skip
     group = TrainerOptimizer()(model, config=config, seed=3).param_groups[0]
     expected = {

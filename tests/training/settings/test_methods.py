@@ -63,7 +63,7 @@ def by_method(texts: Path, cache: Path):
         if method not in FULL_RANK:
             settings |= {"rank": 8}
         if method in PROJECTED:
-            settings |= {"gap": 4}
+            settings |= {"update_proj_gap": 4}
         if method == "relora":
             settings |= {"restart_every": 3, "restart_warmup": 0.5}
         return configure("llama-tiny", method=method, **{**settings, **given})
@@ -89,8 +89,8 @@ def test_a_method_chooses_what_is_trained_and_leaves_the_rest_to_the_preset(pres
     assert config.optimizer.update == ("backward" if method.endswith("per-layer") else "step")
     assert config.adapter.adapter == (method if method in ADAPTED else "none")
     assert config.adapter.adapter_rank == (plain.optimizer.rank if method in ADAPTED else None)
-    assert ("galore" in config.optimizer.optimizer) is (method in PROJECTED)
-    assert ("8bit" in config.optimizer.optimizer) is ("8bit" in method or "qgalore" in method)
+    assert ("galore" in config.optimizer.optim) is (method in PROJECTED)
+    assert ("8bit" in config.optimizer.optim) is ("8bit" in method or "qgalore" in method)
     restarted = config.adapter.restart_every
     assert restarted == (config.schedule.steps // 4 if method == "relora" else None)
 
@@ -107,10 +107,10 @@ def test_flags_override_a_method_and_a_method_overrides_the_file(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(configure("llama-tiny", method="galore-per-layer", rank=16).to_toml(), encoding="utf-8")
     full = configure(file=file, method="full")
-    assert (full.optimizer.optimizer, full.optimizer.update, full.optimizer.rank) == ("adamw", "step", 16)
+    assert (full.optimizer.optim, full.optimizer.update, full.optimizer.rank) == ("adamw", "step", 16)
     assert full.optimizer.lr == configure("llama-tiny", method="full").optimizer.lr
-    lora = configure(file=file, method="lora", adapter_rank=4, optimizer="sgd", lr=0.5)
-    assert (lora.adapter.adapter_rank, lora.optimizer.optimizer, lora.optimizer.lr) == (4, "sgd", 0.5)
+    lora = configure(file=file, method="lora", adapter_rank=4, optim="sgd", lr=0.5)
+    assert (lora.adapter.adapter_rank, lora.optimizer.optim, lora.optimizer.lr) == (4, "sgd", 0.5)
     assert lora.optimizer.others_lr is None
     for method in ("qgalore", "galore-adafactor"):  # whose bits and dtypes say nothing to others
         file.write_text(configure("llama-tiny", method=method).to_toml(), encoding="utf-8")
@@ -123,22 +123,22 @@ def test_flags_override_a_method_and_a_method_overrides_the_file(tmp_path):
         ({"method": "gallore"}, ["method = 'gallore'", "did you mean 'galore'"]),
         ({"method": "x"}, ["method = 'x'", "choose one of full, adam8bit"]),
         ({"method": "full", "rank": 64}, ["rank = 64", "method = 'full'", "lora"]),
-        ({"method": "adam8bit", "gap": 100}, ["gap = 100", "projects nothing", "galore"]),
+        ({"method": "adam8bit", "update_proj_gap": 100}, ["update_proj_gap = 100", "projects nothing", "galore"]),
         ({"method": "lora", "scale": 0.5}, ["scale = 0.5", "method = 'lora'"]),
         ({"method": "galore-adafactor", "beta2": 0.99}, ["beta2 = 0.99 has no effect", "leave it out"]),
         ({"method": "galore-8bit", "state_dtype": "bfloat16"}, ["state_dtype = 'bfloat16'", "galore-adamw"]),
         ({"method": "lora", "gradients": "fused"}, ["gradients = 'fused'", "galore-"]),
         ({"method": "low-rank", "weight_bits": 8}, ["weight_bits = 8", "galore-"]),
         ({"method": "relora", "update": "backward"}, ["update = 'backward'", "adapter = 'relora'"]),
-        ({"method": "relora", "optimizer": "adamw8bit"}, ["restart_prune = 0.99", "give restart_prune = 1"]),
-        ({"method": "lora", "optimizer": "galore-adamw"}, ["optimizer = 'galore-adamw'", "adamw8bit"]),
+        ({"method": "relora", "optim": "adamw8bit"}, ["restart_prune = 0.99", "give restart_prune = 1"]),
+        ({"method": "lora", "optim": "galore-adamw"}, ["optim = 'galore-adamw'", "adamw8bit"]),
         ({"method": "lora", "restart_every": 5}, ["restart_every = 5", "adapter = 'relora'", "leave it out"]),
         ({"method": "low-rank", "adapter_dropout": 0.1}, ["adapter_dropout = 0.1", "'lora' or 'relora'"]),
         ({"method": "galore", "adapter_rank": 4}, ["adapter_rank = 4", "not for 'none'"]),
         ({"method": "lora", "adapter_rank": 0}, ["adapter_rank = 0", "at least 1"]),
         ({"method": "relora", "restart_prune": 1.5}, ["restart_prune = 1.5", "at most 1"]),
         ({"method": "full", "adapter": "lore"}, ["adapter = 'lore'", "did you mean 'lora'"]),
-        ({"method": "full-per-layer", "clip": 1.0}, ["clip = 1.0", "nothing to clip"]),
+        ({"method": "full-per-layer", "max_grad_norm": 1.0}, ["max_grad_norm = 1.0", "nothing to clip"]),
         ({"method": "full-per-layer", "batch": 16}, ["micro_batch = 8", "give both the same value"]),
     ],
 )  # fmt: skip
@@ -149,7 +149,7 @@ def test_what_excludes_each_other_is_told_before_anything_starts(given, words):
 
 
 def test_flags_that_runs_share_are_refused_for_named_methods_only():
-    assert configure("llama-tiny", optimizer="adamw", rank=4).optimizer.rank == 4
+    assert configure("llama-tiny", optim="adamw", rank=4).optimizer.rank == 4
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_moving_each_weight_inside_the_backward_changes_nothing_but_cost(pair, b
         ("low-rank", 4, {}),
         ("lora", 4, {"adapter_dropout": 0.3}),
         ("relora", 6, {}),  # at a restart
-        ("relora", 5, {"restart_prune": 1.0, "optimizer": "adamw8bit"}),  # while it warms up again
+        ("relora", 5, {"restart_prune": 1.0, "optim": "adamw8bit"}),  # while it warms up again
         ("relora", 2, {"batch": 8, "micro_batch": 4, "adapter_dropout": 0.3, "dtype": "bfloat16"}),
         ("full-per-layer", 4, {}),
         ("adam8bit", 4, {}),
