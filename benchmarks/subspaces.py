@@ -26,7 +26,8 @@ from benchmarks.common.console import table as table_of
 from galore_torch.projection import decompositions
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Wanted
 from galore_torch.training.pretrain.presets import configure
-from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.pretrain.run import Pretraining
+from galore_torch.training.run.run import new_run
 
 Finder = Callable[[Tensor, Wanted], dict[str, Tensor]]
 
@@ -127,7 +128,9 @@ def main(
     }
     DECOMPOSITIONS["warm"] = recorder(records, DECOMPOSITIONS["warm"])
     with tempfile.TemporaryDirectory() as folder:
-        result = new_run(configure(preset, **settings), Path(folder) / "run", console=Console(stderr=True)).train()
+        result = new_run(
+            Pretraining, configure(preset, **settings), Path(folder) / "run", console=Console(stderr=True)
+        ).train()
     console = Console()
     console.print(f"{preset}, {result.step} steps, gap {update_proj_gap}, perplexity {result.perplexity:.1f}")
     console.print(table(records))

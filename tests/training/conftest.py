@@ -56,7 +56,9 @@ def drawn() -> None:
 def _quickly_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the picture of a run's losses where no test looks: it takes as long as to train a small model."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("galore_torch.training.run.run.plot_losses", lambda runs, picture, unit: picture.touch())
+        monkeypatch.setattr(
+            "galore_torch.training.run.run.plot_losses", lambda label, metrics, picture, unit: picture.touch()
+        )
 
 
 @pytest.fixture

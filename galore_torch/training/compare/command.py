@@ -13,9 +13,9 @@ from rich.console import Console
 from galore_torch.training.compare.default_command import FirstByDefault
 from galore_torch.training.compare.job import FINETUNE, PRETRAIN, Amount, Job
 from galore_torch.training.compare.plan import PLAN, PlannedRun, make_plan, read_plan, require_same_plan
-from galore_torch.training.run.errors import told
+from galore_torch.training.run.command import reported_errors
 from galore_torch.training.run.files import write_whole
-from galore_torch.training.run.stopping import exit_status, stoppable
+from galore_torch.training.run.signals import exit_status, stoppable
 from galore_torch.training.settings.flags import with_settings
 from galore_torch.training.settings.methods import METHODS
 
@@ -123,7 +123,7 @@ def _command(job: Job) -> Callable[..., None]:
         folder = out or Path("runs") / f"compare-{job.title(preset, settings)}"
         console = Console(stderr=json)
         with stoppable(lambda: f"Stopped. What is in {folder} is kept; the same command goes on."):
-            with told(f"galore compare {job.subcommand}"):
+            with reported_errors(f"galore compare {job.subcommand}"):
                 rates = (lr or (), others_lr or (), seed or (0,))
                 runs = make_plan(job, preset, method or job.methods, *rates, settings, sets or ())
                 require_same_plan(folder / PLAN, job, runs, needed=report_only)
@@ -131,7 +131,7 @@ def _command(job: Job) -> Callable[..., None]:
                     _show_plan(runs, console)
                     return
                 ended = report_only or _make(job, runs, folder, console)
-            with told(f"galore compare {job.subcommand}"):
+            with reported_errors(f"galore compare {job.subcommand}"):
                 _tell(job, runs, folder, console, json=json, ended=ended)
 
     compare.__doc__ = f"""Compare methods on {job.doing}, at equal data: every learning rate with every seed.

@@ -19,8 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 import galore_torch
-from galore_torch.training.run.signals import handled_by
-from galore_torch.training.run.stopping import heard
+from galore_torch.training.run.signals import handled_by, heard
 
 _CHILD = "GALORE_CHILD"
 """The environment variable that tells a process that it is one."""

@@ -14,7 +14,7 @@ from galore_torch.training.compare.plan import PLAN, PlannedRun, lock_of, requir
 from galore_torch.training.compare.process import Ended, run_child
 from galore_torch.training.compare.score import shown
 from galore_torch.training.run import records
-from galore_torch.training.run.errors import REFUSED
+from galore_torch.training.run.command import REFUSED
 from galore_torch.training.run.files import take_back, write_whole
 from galore_torch.training.run.folder import RunFolder
 

@@ -78,7 +78,7 @@ class Classification:
         trainer.model_accepts_loss_kwargs = False
         return trainer
 
-    def scores_of(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """The scores among the Trainer's metrics."""
         return {name: metrics[f"eval_{name}"] for name in self.labels.metrics}
 

@@ -89,7 +89,7 @@ class Supervised:
         )
         return trainer
 
-    def scores_of(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """The perplexity."""
         return {"perplexity": records.perplexity(metrics["eval_loss"])}
 

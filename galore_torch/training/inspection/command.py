@@ -16,8 +16,8 @@ from rich.console import Console
 from galore_torch.training.finetune.tasks import GLUE
 from galore_torch.training.inspection.config import InspectConfig, SubjectConfig, configure
 from galore_torch.training.inspection.folder import require_free, write
-from galore_torch.training.run.errors import told
-from galore_torch.training.run.stopping import deferred, stoppable
+from galore_torch.training.run.command import reported_errors
+from galore_torch.training.run.signals import deferred, stoppable
 
 if TYPE_CHECKING:
     from galore_torch.training.inspection.result import Inspection
@@ -90,7 +90,7 @@ def inspect(
         lambda: f"Stopped after the end: {folder} is written." if written else "Stopped. Nothing was written."
     ):
         console = Console(stderr=json)
-        with told(_COMMAND):
+        with reported_errors(_COMMAND):
             config = configure(**given)
             subject = _subject(run, model, data, given, config, folder, console, fresh=fresh)
         found = _observed(subject, config, console)
@@ -129,7 +129,7 @@ def _subject(
     with console.status(_LOADING):
         from galore_torch.training.inspection import of_model, of_run
         from galore_torch.training.run.machine import ignore_accelerate, require_one_process
-    require_one_process("an inspection")
+    require_one_process()
     ignore_accelerate(console)
     if run is not None:
         place = of_run.require_run(run, fresh)
@@ -167,11 +167,11 @@ def _observed(subject: Subject, config: InspectConfig, console: Console) -> Insp
     from galore_torch.training.inspection.session import session
 
     with ExitStack() as ready:
-        with told(_COMMAND):
+        with reported_errors(_COMMAND):
             steps = ready.enter_context(session(subject, config, console))
         console.print(steps.announcement, highlight=False, soft_wrap=True)
         steps.make_steps()
-        with told(_COMMAND):
+        with reported_errors(_COMMAND):
             return steps.conclude()
 
 

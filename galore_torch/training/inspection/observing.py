@@ -5,19 +5,15 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from galore_torch.training.inspection.config import LookConfig
 from galore_torch.training.inspection.watch import Watch
-from galore_torch.training.run.progress import PLAIN_LINES, step_bar
-from galore_torch.training.run.stopping import stop_if_asked
-from galore_torch.training.run.units import duration
+from galore_torch.training.run.signals import stop_if_asked
 
 
 class Observer(TrainerCallback):
@@ -81,55 +77,3 @@ def require_steps(trainer: Trainer, looks: LookConfig) -> None:
         raise ValueError(
             f"steps = {looks.steps} is beyond the {available} steps that the run makes in all; give at most that."
         )
-
-
-class StepProgress(TrainerCallback):
-    """One line with a bar in a terminal, plain lines elsewhere; with the estimated end.
-
-    Args:
-        console: where it is shown.
-        steps: how many there will be.
-
-    Attributes:
-        losses: of the steps.
-    """
-
-    def __init__(self, console: Console, steps: int) -> None:
-        self._console = console
-        self._steps = steps
-        self._first = 0.0
-        self.losses: list[float] = []
-        self._bar = step_bar(console)
-        self._task = self._bar.add_task("starting", total=steps)
-
-    def __enter__(self) -> StepProgress:
-        """Draw the bar."""
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Take the bar away, also when a signal ended the steps."""
-        self._bar.stop()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Show a step."""
-        if not logs or "loss" not in logs:
-            return
-        step = state.global_step
-        self.losses.append(logs["loss"])
-        now = time.perf_counter()
-        self._first = self._first or now
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=step, description=f"loss {logs['loss']:.3f}")
-        elif step == 1 or step % max(1, self._steps // PLAIN_LINES) == 0:
-            left = (now - self._first) / (step - 1) * (self._steps - step) if step > 1 else None
-            told = "" if left is None else f"  {duration(left)} left"
-            self._console.print(f"step {step}/{self._steps}  loss {logs['loss']:.3f}{told}", soft_wrap=True)

@@ -12,9 +12,10 @@ from rich.markup import escape
 from transformers import Trainer
 
 from galore_torch.training.inspection.config import InspectConfig
-from galore_torch.training.inspection.observing import Observer, StepProgress, require_steps
+from galore_torch.training.inspection.observing import Observer, require_steps
 from galore_torch.training.inspection.result import Inspection, concluded
 from galore_torch.training.inspection.subject import Subject
+from galore_torch.training.run.progress import StepProgress
 from galore_torch.training.run.units import megabytes
 
 
@@ -49,8 +50,10 @@ class Session:
 
     def make_steps(self) -> None:
         """Train and look. Only once."""
-        with self.progress:
+        try:
             self.trainer.train()
+        finally:
+            self.progress.stop()
 
     def conclude(self) -> Inspection:
         """The figures.
@@ -58,7 +61,8 @@ class Session:
         Raises:
             ValueError: when no gradient could be looked at.
         """
-        return concluded(self.subject, self.config, self.observer.watches, self.progress.losses, self.rank)
+        losses = [log["loss"] for log in self.trainer.state.log_history if "loss" in log]
+        return concluded(self.subject, self.config, self.observer.watches, losses, self.rank)
 
 
 @contextmanager
@@ -76,7 +80,7 @@ def session(subject: Subject, config: InspectConfig, console: Console) -> Iterat
     looks = config.looks
     rank = looks.rank or subject.rank
     observer = Observer(subject.weights(looks.target_modules), looks, rank)
-    progress = StepProgress(console, looks.looks * looks.every)
+    progress = StepProgress(console, steps=looks.looks * looks.every)
     with tempfile.TemporaryDirectory(prefix="galore-inspect-") as scratch:
         trainer = subject.trainer(scratch, [observer, progress])
         require_steps(trainer, looks)

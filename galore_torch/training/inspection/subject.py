@@ -14,7 +14,6 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from galore_torch import param_groups
 from galore_torch.training.run import optimizers
-from galore_torch.training.run.machine import on_one_gpu
 from galore_torch.training.settings.optimizer import OptimizerConfig
 
 MakeTrainer = Callable[..., Trainer]
@@ -96,12 +95,14 @@ class Subject:
             dataloader_pin_memory=torch.cuda.is_available(),
             **self.arguments,
         )
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        optimizer = optimizers.build(self.model, self.optimizer, self.seed, self.targets)
         trainer = self.make_trainer(
-            args=on_one_gpu(arguments),
+            args=arguments,
             callbacks=list(callbacks),
             optimizer_cls_and_kwargs=(
                 optimizers.TrainerOptimizer,
-                {"config": self.optimizer, "seed": self.seed, "targets": self.targets},
+                {"optimizer": optimizer, "config": self.optimizer},
             ),
         )
         trainer.remove_callback(PrinterCallback)

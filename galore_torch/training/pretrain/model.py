@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from galore_torch.optim import quantize_weights
 from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.run.units import sentence
 from galore_torch.training.text.tokenizer import entries
 
 
@@ -60,6 +63,18 @@ def _quantizer(config: PretrainConfig) -> Callable[[nn.Module], None]:
             quantize_weights(module, stochastic_rounding=stochastic, seed=next(seeds))
 
     return made
+
+
+def load_llama(folder: Path, config: PretrainConfig) -> LlamaForCausalLM:
+    """The LLaMA of a pre-training, with the weights that were saved in a folder; a ValueError says why it is not."""
+    try:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # whatever files can be wrong in
+        raise ValueError(f"run: {str(folder)!r} cannot be loaded: {sentence(error)}") from error
+    model.config.use_cache = False
+    if config.schedule.gradient_checkpointing:
+        recompute_activations(model)
+    return model
 
 
 def recompute_activations(model: LlamaForCausalLM) -> None:

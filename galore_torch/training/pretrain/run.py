@@ -1,26 +1,23 @@
-"""Pre-train a LLaMA from scratch on Transformers' Trainer: the run itself."""
+"""Pre-train a LLaMA from scratch: the job's data, model and schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
-from galore_torch.training.baselines.layers import adapt
 from galore_torch.training.pretrain.config import PretrainConfig, recorded
-from galore_torch.training.pretrain.model import build_model
-from galore_torch.training.run import optimizers
+from galore_torch.training.pretrain.model import build_model, load_llama
+from galore_torch.training.run import optimizers, records
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.machine import ignore_accelerate, on_one_gpu, require_one_process, trackers
-from galore_torch.training.run.metrics import MetricsLog
-from galore_torch.training.run.run import Run, RunResult, callbacks_of, require_room, resumable, without_printer
+from galore_torch.training.run.job import Job
+from galore_torch.training.run.run import RunResult
 from galore_torch.training.text import packing
-from galore_torch.training.text.prepare import Text, amount, prepare_text
+from galore_torch.training.text.prepare import amount, prepare_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,152 +34,78 @@ class PretrainResult(RunResult):
     perplexity: float | None
     tokens_per_second: float
 
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainRun(Run[PretrainConfig, PretrainResult]):
-    """A pre-training that is ready to train."""
-
-    def _result(self) -> PretrainResult:
-        shared = self._shared()
-        tokens = shared["step"] * self.config.tokens_per_step
-        return PretrainResult(
-            **shared,
-            tokens=tokens,
-            perplexity=self.log.evaluation.get("perplexity") if shared["finished"] else None,
-            tokens_per_second=self._per_second(tokens),
-        )
+    @property
+    def headline(self) -> str:
+        """Perplexity and tokens a second."""
+        return f"perplexity {self.perplexity:,.2f}  {self.tokens_per_second:,.0f} tok/s"
 
 
-def new_run(
-    config: PretrainConfig, out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
-) -> PretrainRun:
-    """Prepare a run in a new folder.
+class Pretraining(Job):
+    """A pre-training of a LLaMA with newly initialized weights.
 
     Args:
-        config: see `galore_torch.training.pretrain.presets.configure`.
-        out: the run folder, which must not hold anything yet; it is made once data, model and optimizer stand.
-        console: where progress is shown; nowhere if None.
-        callbacks: further callbacks for the Trainer.
-
-    Raises:
-        ValueError: when a setting does not fit, the data cannot be read, or the folder holds something.
+        config: its settings, see `galore_torch.training.pretrain.presets.configure`.
+        console: where progress is shown.
+        weights: folder of weights to start from; None for new ones.
     """
-    folder = RunFolder(out)
-    folder.require_new()
-    with folder.being_prepared():
-        return _prepare(config, folder, console, callbacks, resumed=False)
 
+    command = "pretrain"
+    unit = "tokens"
+    result = PretrainResult
 
-def resumed_run(out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> PretrainRun:
-    """Prepare to go on with a run that was stopped, exactly: its losses will be those of one that never was.
-
-    Args:
-        out: the run folder; its own ``config.toml`` decides everything.
-        console: where progress is shown; nowhere if None.
-        callbacks: further callbacks for the Trainer.
-
-    Raises:
-        ValueError: when the folder holds no run, one that has ended, one that another process works on, or only
-            damaged checkpoints.
-    """
-    folder = RunFolder(out)
-    folder.require_unfinished()
-    folder.hold()
-    with folder.being_prepared():
-        return _prepare(recorded(folder), folder, console, callbacks, resumed=True)
-
-
-def _prepare(
-    config: PretrainConfig,
-    folder: RunFolder,
-    console: Console | None,
-    callbacks: Sequence[TrainerCallback],
-    *,
-    resumed: bool,
-) -> PretrainRun:
-    console = console or Console(quiet=True)
-    require_one_process("a pre-training")
-    ignore_accelerate(console)
-    reported = trackers(config.schedule.report_to)
-    text = prepare_text(config.data, console, batch=config.schedule.batch, seed=config.schedule.seed)
-    set_seed(config.schedule.seed)
-    model = build_model(config, text.tokenizer)
-    parameters = model.num_parameters()
-    adapt(model, config.adapter, optimizers.MATRICES)
-    # Made once to be judged before anything is written; the Trainer makes its own.
-    judged = optimizers.build(model, config.optimizer, config.schedule.seed)
-    require_room(folder, model, judged, config.optimizer)
-    arguments = _arguments(config, folder, reported)
-    _announce(config, parameters, text, console)
-    checkpoint = None
-    if resumed:
-        folder.require_text(text.digest, config.data.data)
-        checkpoint = resumable(folder, console)
-    else:
-        folder.create(config, text.digest)
-    log = MetricsLog(folder.metrics, config.tokens_per_step)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=text.train,
-        eval_dataset=text.held_out,
-        data_collator=packing.collate,
-        processing_class=text.tokenizer,
-        callbacks=callbacks_of(config, folder, log, console, callbacks),
-        # A factory is allowed, though the annotation names classes only.
-        optimizer_cls_and_kwargs=(  # type: ignore[arg-type]
-            optimizers.TrainerOptimizer,
-            {"config": config.optimizer, "seed": config.schedule.seed},
-        ),
-    )
-    return PretrainRun(
-        config=config,
-        folder=folder,
-        model=model,
-        tokenizer=text.tokenizer,
-        trainer=without_printer(trainer),
-        log=log,
-        parameters=parameters,
-        checkpoint=checkpoint,
-    )
-
-
-def _arguments(config: PretrainConfig, folder: RunFolder, reported: list[str]) -> TrainingArguments:
-    schedule = config.schedule
-    return on_one_gpu(
-        TrainingArguments(
-            output_dir=str(folder.checkpoints.tmp),
-            max_steps=schedule.steps,
-            per_device_train_batch_size=schedule.micro_batch,
-            per_device_eval_batch_size=schedule.micro_batch,
-            gradient_accumulation_steps=schedule.batch // schedule.micro_batch,
-            learning_rate=config.optimizer.lr,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": schedule.final_lr},
-            warmup_steps=round(schedule.warmup * schedule.steps),
-            max_grad_norm=config.optimizer.max_grad_norm,
-            logging_steps=1,  # a loss averaged over steps on both sides of an interruption would not be the same
-            logging_nan_inf_filter=False,
-            eval_strategy="steps",
-            eval_steps=schedule.eval_every or schedule.steps,
-            save_strategy="steps",
-            save_steps=schedule.save_every or schedule.steps,
-            prediction_loss_only=True,
-            seed=schedule.seed,
-            data_seed=schedule.seed,
-            report_to=reported,
-            run_name=folder.root.name,
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
+    def __init__(self, config: PretrainConfig, console: Console, weights: Path | None = None) -> None:
+        schedule = config.schedule
+        self.config, self.data, self.target_modules = config, config.data.data, optimizers.MATRICES
+        self.text = prepare_text(config.data, console, batch=schedule.batch, seed=schedule.seed)
+        self.tokenizer, self.digest = self.text.tokenizer, self.text.digest
+        set_seed(schedule.seed)
+        self.model = build_model(config, self.tokenizer) if weights is None else load_llama(weights, config)
+        self.units_per_step = config.tokens_per_step
+        self.announcement = (
+            f"[bold]{config.title}[/] on a LLaMA of {self.model.num_parameters():,} parameters; "
+            f"{escape(self.data)} ({amount(self.text, config.data)}); "
+            f"{schedule.steps:,} steps of {config.tokens_per_step:,} tokens"
         )
-    )
 
+    @classmethod
+    def load(cls, config: PretrainConfig, console: Console) -> Pretraining:
+        """Read, tokenize and pack the text; make the model."""
+        return cls(config, console)
 
-def _announce(config: PretrainConfig, parameters: int, text: Text, console: Console) -> None:
-    console.print(
-        f"[bold]{config.title}[/] on a LLaMA of {parameters:,} parameters; "
-        f"{escape(config.data.data)} ({amount(text, config.data)}); "
-        f"{config.schedule.steps:,} steps of {config.tokens_per_step:,} tokens",
-        highlight=False,
-        soft_wrap=True,
-    )
+    @classmethod
+    def recorded(cls, folder: RunFolder) -> PretrainConfig:
+        """The settings that a run was started with."""
+        return recorded(folder)
+
+    def schedule(self) -> dict[str, Any]:
+        """A warmup, then a cosine down to a share of the peak."""
+        schedule = self.config.schedule
+        return {
+            "max_steps": schedule.steps,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": schedule.final_lr},
+            "warmup_steps": round(schedule.warmup * schedule.steps),
+            "eval_steps": schedule.eval_every or schedule.steps,
+            "save_steps": schedule.save_every or schedule.steps,
+            "prediction_loss_only": True,
+        }
+
+    def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
+        """Transformers' own, on packed sequences."""
+        return Trainer(
+            model=self.model,
+            args=args,
+            train_dataset=self.text.train,
+            eval_dataset=self.text.held_out,
+            data_collator=packing.collate,
+            processing_class=self.tokenizer,
+            **more,
+        )
+
+    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The perplexity."""
+        return {"perplexity": records.perplexity(metrics["eval_loss"])}
+
+    def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
+        """The perplexity of the last evaluation."""
+        return {"perplexity": scores.get("perplexity")}

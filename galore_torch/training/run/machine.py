@@ -11,22 +11,14 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
-from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 
-def require_one_process(job: str) -> None:
-    """Refuse a launcher of many processes.
-
-    Args:
-        job: what runs in one, for the message.
-
-    Raises:
-        ValueError: when this process is one of several.
-    """
+def require_one_process() -> None:
+    """Refuse a launcher of many processes with a ValueError."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
-        raise ValueError(f"WORLD_SIZE = {processes}: {job} runs in one process; start it without a launcher.")
+        raise ValueError(f"WORLD_SIZE = {processes}: a run is one process; start it without a launcher.")
 
 
 _ACCELERATE = "ACCELERATE_"
@@ -45,7 +37,7 @@ def ignore_accelerate(console: Console) -> None:
     asking = [f"{name} = {value!r}" for name, value in found.items() if value.lower() not in _OFF]
     if asking:
         console.print(
-            f"Without effect here, for a run's settings decide: {', '.join(asking)}",
+            f"{', '.join(asking)} has no effect: a run's settings decide.",
             soft_wrap=True,
             highlight=False,
             markup=False,
@@ -70,13 +62,6 @@ def trackers(report_to: str) -> list[str]:
                 f"none{''.join(', ' + each for each in available)}."
             )
     return names
-
-
-def on_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
-    """Keep the Trainer to one GPU: DataParallel would multiply the batch."""
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments
 
 
 def peak_memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Which optimizer a name stands for, and the factory through which Transformers' Trainer makes it.
+"""Which optimizer a name stands for, and how Transformers' Trainer comes by it.
 
 Every entry is fed the same parameter groups: first the matrices (the attention's and the MLPs' linear weights, which
 GaLore projects), then the others (embeddings, head, norms), whose learning rate may differ. A full-rank optimizer gets
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import torch
+from torch.nn import Module
+from torch.optim import Optimizer
+
+import galore_torch
+from galore_torch.gradients.modes import Gradients, Update
+from galore_torch.optim.groups import projection_in
+from galore_torch.optim.keys import PROJECTED_DEFAULTS
 from galore_torch.training.settings.optimizer import OptimizerConfig, heeds, is_projected
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-    from torch.optim import Optimizer
-
 
 Groups = list[dict[str, Any]]
 
@@ -26,73 +29,25 @@ MATRICES = ("attn", "mlp")
 
 def _adam(config: OptimizerConfig) -> dict[str, Any]:
     """What every Adam takes, by the names that torch, bitsandbytes and ours share."""
-    return {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
+    betas = (config.beta1, config.beta2)
+    return {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
+
+
+def _sgd(config: OptimizerConfig) -> dict[str, Any]:
+    return {"lr": config.lr, "momentum": config.beta1, "weight_decay": config.weight_decay}
+
+
+def _factored(config: OptimizerConfig) -> dict[str, Any]:
+    return {"lr": config.lr, "weight_decay": config.weight_decay, "scale_parameter": False, "relative_step": False}
 
 
 def _state_dtype(config: OptimizerConfig) -> dict[str, Any]:
-    """What the moments are stored in, if it is said."""
-    import torch
-
     return {} if config.state_dtype is None else {"state_dtype": getattr(torch, config.state_dtype)}
 
 
-def _galore_adamw(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
-    from galore_torch import GaLoreAdamW
-
-    return GaLoreAdamW(groups, **_adam(config), **_state_dtype(config), seed=seed)
-
-
-def _galore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
-    from galore_torch import GaLoreAdamW8bit
-
-    return GaLoreAdamW8bit(groups, **_adam(config), seed=seed)
-
-
-def _qgalore_adamw8bit(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
-    from galore_torch import QGaLoreAdamW8bit
-
-    # Said here, for its groups take a value that is GaLore's own default for one that nobody said.
-    return QGaLoreAdamW8bit(
-        groups, **_adam(config), basis_bits=config.basis_bits, cos_threshold=config.cos_threshold, seed=seed
-    )
-
-
-def _galore_adafactor(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
-    from galore_torch import GaLoreAdafactor
-
-    return GaLoreAdafactor(
-        groups,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        scale_parameter=False,
-        relative_step=False,
-        seed=seed,
-        **_state_dtype(config),
-    )
-
-
-def _galore_sgd(groups: Groups, config: OptimizerConfig, seed: int) -> Optimizer:
-    from galore_torch import GaLoreSGD
-
-    return GaLoreSGD(
-        groups,
-        lr=config.lr,
-        momentum=config.beta1,
-        weight_decay=config.weight_decay,
-        seed=seed,
-        **_state_dtype(config),
-    )
-
-
-def _adamw(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
-    import torch
-
-    return torch.optim.AdamW(groups, **_adam(config), fused=True)
+def _few_bits(config: OptimizerConfig) -> dict[str, Any]:
+    # Said to the optimizer too, for its groups take a value that is GaLore's own default for one that nobody said.
+    return {"basis_bits": config.basis_bits, "cos_threshold": config.cos_threshold}
 
 
 def _adamw8bit(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
@@ -104,49 +59,41 @@ def _adamw8bit(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer
 def _adafactor(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
     from transformers import Adafactor
 
-    return Adafactor(  # type: ignore[no-untyped-call]
-        groups, lr=config.lr, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
-    )
-
-
-def _sgd(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
-    import torch
-
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, weight_decay=config.weight_decay)
+    return Adafactor(groups, **_factored(config))  # type: ignore[no-untyped-call]
 
 
 _BUILDERS: dict[str, Callable[[Groups, OptimizerConfig, int], Optimizer]] = {
-    "galore-adamw": _galore_adamw,
-    "galore-adamw8bit": _galore_adamw8bit,
-    "qgalore-adamw8bit": _qgalore_adamw8bit,
-    "galore-adafactor": _galore_adafactor,
-    "galore-sgd": _galore_sgd,
-    "adamw": _adamw,
+    "galore-adamw": lambda g, c, seed: galore_torch.GaLoreAdamW(g, **_adam(c), **_state_dtype(c), seed=seed),
+    "galore-adamw8bit": lambda g, c, seed: galore_torch.GaLoreAdamW8bit(g, **_adam(c), seed=seed),
+    "qgalore-adamw8bit": lambda g, c, seed: galore_torch.QGaLoreAdamW8bit(g, **_adam(c), **_few_bits(c), seed=seed),
+    "galore-adafactor": lambda g, c, seed: galore_torch.GaLoreAdafactor(
+        g, **_factored(c), **_state_dtype(c), seed=seed
+    ),
+    "galore-sgd": lambda g, c, seed: galore_torch.GaLoreSGD(g, **_sgd(c), **_state_dtype(c), seed=seed),
+    "adamw": lambda g, c, _: torch.optim.AdamW(g, **_adam(c), fused=True),
     "adamw8bit": _adamw8bit,
     "adafactor": _adafactor,
-    "sgd": _sgd,
+    "sgd": lambda g, c, _: torch.optim.SGD(g, **_sgd(c)),
 }
 """What makes each optimizer from the parameter groups, the settings and the run's seed."""
 
 
-def groups_of(model: Module, config: OptimizerConfig, targets: str | Sequence[str] = MATRICES) -> Groups:
+def groups_of(model: Module, config: OptimizerConfig, target_modules: str | Sequence[str] = MATRICES) -> Groups:
     """The model's parameter groups, matrices first, with the learning rate of each.
 
     Args:
         model: a Transformers model.
         config: the projection's settings and the learning rates.
-        targets: which modules hold the matrices; see `galore_torch.param_groups`.
+        target_modules: which modules hold the matrices; see `galore_torch.param_groups`.
 
     Returns:
         Groups for a torch optimizer; they carry the projection's keys if the optimizer projects.
     """
-    from galore_torch import param_groups
-    from galore_torch.optim.keys import PROJECTED_DEFAULTS
-
-    groups = param_groups(
+    projected = is_projected(config.optim)
+    groups = galore_torch.param_groups(
         model,
-        config.rank if is_projected(config.optim) else 1,  # which weights are matrices does not depend on it
-        targets,
+        config.rank if projected else 1,  # which weights are matrices does not depend on it
+        target_modules,
         update_proj_gap=config.update_proj_gap,
         scale=config.scale,
         proj_type=config.proj_type,
@@ -156,19 +103,21 @@ def groups_of(model: Module, config: OptimizerConfig, targets: str | Sequence[st
         cos_threshold=config.cos_threshold,
         gamma_proj=config.gamma_proj,
         queue_size=config.queue_size,
-        project_adapters=not is_projected(config.optim),  # the matrices of adapters have their learning rate
+        project_adapters=not projected,  # the matrices of adapters have their learning rate
     )
     matrices = [group for group in groups if "rank" in group]
     others = [group for group in groups if "rank" not in group]
     for group in others:
         group["lr"] = config.lr if config.others_lr is None else config.others_lr
-    if not is_projected(config.optim):
+    if not projected:
         keys = {"rank", *PROJECTED_DEFAULTS}
         matrices = [{key: group[key] for key in group if key not in keys} for group in matrices]
     return [*matrices, *others]
 
 
-def build(model: Module, config: OptimizerConfig, seed: int, targets: str | Sequence[str] = MATRICES) -> Optimizer:
+def build(
+    model: Module, config: OptimizerConfig, seed: int, target_modules: str | Sequence[str] = MATRICES
+) -> Optimizer:
     """Make the optimizer that the settings name, over the model's parameters.
 
     Raises:
@@ -181,19 +130,11 @@ def build(model: Module, config: OptimizerConfig, seed: int, targets: str | Sequ
     with warnings.catch_warnings():
         if name != config.optim:
             warnings.filterwarnings("ignore", message="no parameter group has a `rank`")  # as is meant here
-        return _BUILDERS[name](groups_of(model, config, targets), config, seed)
+        return _BUILDERS[name](groups_of(model, config, target_modules), config, seed)
 
 
 def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
-    """What the state of an optimizer will take at least, before it has any.
-
-    Args:
-        optimizer: as `build` makes it.
-        config: by which.
-    """
-    from galore_torch.optim.groups import projection_in
-    from galore_torch.optim.keys import PROJECTED_DEFAULTS
-
+    """What the state of an optimizer that `build` made will take at least, before it has any."""
     if not heeds(config.optim, "beta2"):  # one moment or a factored one
         return 0
     least = 0
@@ -206,17 +147,14 @@ def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
 
 
 class TrainerOptimizer:
-    """What ``Trainer(optimizer_cls_and_kwargs=(TrainerOptimizer, {...}))`` calls once it has the model."""
+    """Gives ``Trainer(optimizer_cls_and_kwargs=(TrainerOptimizer, {...}))`` its optimizer once it has placed the model.
 
-    def __call__(
-        self, model: Module, *, config: OptimizerConfig, seed: int, targets: str | Sequence[str] = MATRICES
-    ) -> Optimizer:
-        """Make the optimizer, see `build`, and form and apply gradients as the settings say."""
-        from galore_torch import GaLore, attach
-        from galore_torch.gradients.modes import Gradients, Update
+    The Trainer makes one without arguments and calls it with the model.
+    """
 
-        made = build(model, config, seed, targets)
-        if isinstance(made, GaLore):
+    def __call__(self, model: Module, *, optimizer: Optimizer, config: OptimizerConfig) -> Optimizer:
+        """Form and apply gradients as the settings say, and return the optimizer that `build` made of the model."""
+        if isinstance(optimizer, galore_torch.GaLore):
             modes = cast(Gradients, config.gradients), cast(Update, config.update)
-            attach(model, made, *modes, grad_bits=config.grad_bits)
-        return made
+            galore_torch.attach(model, optimizer, *modes, grad_bits=config.grad_bits)
+        return optimizer

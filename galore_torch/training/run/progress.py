@@ -1,4 +1,4 @@
-"""The live display of a run: one line with a bar in a terminal, plain lines elsewhere."""
+"""How far something is: one line with a bar in a terminal, plain lines elsewhere."""
 
 # ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
 
@@ -8,18 +8,19 @@ from typing import Any
 
 import datasets
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from galore_torch.optim import state_bytes
-from galore_torch.training.run.metrics import MetricsLog
+from galore_torch.training.run.callbacks import Recorder
 from galore_torch.training.run.units import duration, megabytes
 
 PLAIN_LINES = 20
 """How many lines show a run where there is no terminal."""
 
-_UNITS = {"tokens": "tok/s", "examples": "examples/s"}
+_PACES = {"tokens": "tok/s", "examples": "examples/s"}
+_JUDGED = {"tokens": "text", "examples": "rows"}
 
 
 def quiet(console: Console) -> None:
@@ -31,85 +32,59 @@ def quiet(console: Console) -> None:
         datasets.disable_progress_bars()
 
 
-def step_bar(console: Console) -> Progress:
-    """A bar of steps with the time that is left, gone when it stops.
+def progress_bar(console: Console, *columns: str | ProgressColumn) -> Progress:
+    """Bars as all commands have them: as wide as the terminal, gone when they stop, and nothing elsewhere."""
+    return Progress(*columns, console=console, expand=True, transient=True, disable=not console.is_terminal)
+
+
+class StepProgress(TrainerCallback):
+    """Shows the steps of a Trainer with loss, learning rate, pace, optimizer state and the time that is left.
 
     Args:
-        console: where it is drawn.
+        console: where.
+        recorder: of the run, whose evaluations are lines too; if None, only the loss is shown.
+        steps: how many there will be, if fewer than the Trainer expects.
     """
-    return Progress(
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        expand=True,
-        transient=True,
-    )
 
-
-class LiveProgress(TrainerCallback):
-    """Shows step, loss, learning rate, tokens/s, optimizer state and the estimated end; evaluations as lines."""
-
-    def __init__(self, console: Console, log: MetricsLog) -> None:
-        self._console = console
-        self._log = log
-        self._first = (0, 0.0)  # the first step shown, and the time by then
-        self._bar = step_bar(console)
+    def __init__(self, console: Console, recorder: Recorder | None = None, steps: int | None = None) -> None:
+        self._console, self._recorder, self._steps = console, recorder, steps
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._bar = progress_bar(console, *columns, TimeRemainingColumn(), TextColumn("left"))
         self._task = self._bar.add_task("starting")
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw the bar."""
-        self._first = (0, 0.0)
-        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
-        if self._console.is_terminal and state.is_world_process_zero:
-            self._bar.start()
+        self._bar.update(self._task, total=self._steps or state.max_steps, completed=state.global_step)
+        self._bar.start()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show a step."""
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        logs, recorder, step = kwargs.get("logs") or {}, self._recorder, state.global_step
+        if "loss" not in logs:
             return
-        now = self._log.last
-        self._first = self._first if self._first[0] else (state.global_step, self._log.seconds)
-        unit = self._log.unit
-        pace = f"{now[f'{unit}_per_second']:,.0f} {_UNITS[unit]}"
-        text = (
-            f"loss {now['loss']:.3f}  lr {now['lr']:.1e}  {pace}  state {megabytes(state_bytes(kwargs['optimizer']))}"
-        )
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=state.global_step, description=text)
-        elif state.global_step % max(1, state.max_steps // PLAIN_LINES) == 0 or state.global_step == 1:
-            self._console.print(
-                f"step {state.global_step}/{state.max_steps}  {text}{self._left(state)}", soft_wrap=True
-            )
+        text = f"loss {logs['loss']:.3f}"
+        if recorder is not None:
+            pace = f"{recorder.step[f'{recorder.unit}_per_second']:,.0f} {_PACES[recorder.unit]}"
+            state_size = megabytes(state_bytes(kwargs["optimizer"]))
+            text += f"  lr {logs['learning_rate']:.1e}  {pace}  state {state_size}"
+        self._bar.update(self._task, completed=step, description=text)
+        total, left = self._steps or state.max_steps, self._bar.tasks[self._task].time_remaining
+        if not self._console.is_terminal and (step == 1 or step % max(1, total // PLAIN_LINES) == 0):
+            end = "" if left is None else f"  {duration(left)} left"
+            self._console.print(f"step {step}/{total}  {text}{end}", soft_wrap=True)
 
-    def _left(self, state: TrainerState) -> str:
-        """The estimated time to the end, by the pace since the first step, which is slower than the others."""
-        step, seconds = self._first
-        if state.global_step == step:
-            return ""
-        pace = (self._log.seconds - seconds) / (state.global_step - step)
-        return f"  {duration(pace * (state.max_steps - state.global_step))} left"
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print an evaluation."""
-        if state.is_world_process_zero:
-            scores = ", ".join(f"{name} {_short(value)}" for name, value in self._log.scores.items())
-            judged = "text" if self._log.unit == "tokens" else "rows"
+        if self._recorder is not None:
+            named = self._recorder.scores.items()
+            scores = ", ".join(f"{name} {score:{',.2f' if score >= 10 else '.4f'}}" for name, score in named)
+            judged = _JUDGED[self._recorder.unit]
             self._console.print(f"step {state.global_step}/{state.max_steps}  {scores} on held-out {judged}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take the bar away."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away, also where an error or a signal has ended the steps."""
         self._bar.stop()
-
-
-def _short(score: float) -> str:
-    return f"{score:,.2f}" if score >= 10 else f"{score:.4f}"

@@ -1,71 +1,35 @@
-"""A run that is ready to train, and what it comes to: all that a pre-training and a fine-tuning have in common."""
-
-# ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
+"""One run, whatever its job: prepared, trained, and finished or stopped so that it can be gone on with."""
 
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from galore_torch.integrations.callback import GaLoreCallback, figures_of, galore_in, renewals_of
 from galore_torch.optim import state_bytes
-from galore_torch.optim.subspaces import Subspace
 from galore_torch.training.baselines import restarts
-from galore_torch.training.baselines.layers import merged
-from galore_torch.training.run import optimizers, records
+from galore_torch.training.baselines.layers import adapt, merged
+from galore_torch.training.run import callbacks as watching
+from galore_torch.training.run import machine, optimizers, records
 from galore_torch.training.run.checkpoints import KEPT
 from galore_torch.training.run.disk import require_space
 from galore_torch.training.run.files import sync
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.interrupt import SaveOnInterrupt
-from galore_torch.training.run.machine import peak_memory_bytes
+from galore_torch.training.run.job import Job, make_trainer
 from galore_torch.training.run.manifest import write_manifest
-from galore_torch.training.run.metrics import MetricsLog
 from galore_torch.training.run.plots import plot_losses
-from galore_torch.training.run.progress import LiveProgress
-from galore_torch.training.run.saving import CompleteCheckpoints
-from galore_torch.training.run.stopping import deferred, was_asked
+from galore_torch.training.run.progress import StepProgress, quiet
+from galore_torch.training.run.signals import deferred, was_asked
 from galore_torch.training.run.units import megabytes
-from galore_torch.training.settings.adapter import AdapterConfig
-from galore_torch.training.settings.optimizer import OptimizerConfig
 
 _NOT_RECORDED = ("out", "finished", "checkpoint")
-
-
-class RunConfig(Protocol):
-    """What a run asks of its settings."""
-
-    @property
-    def title(self) -> str:
-        """What is trained in a word or two."""
-        ...
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """The optimizer's settings."""
-        ...
-
-    @property
-    def adapter(self) -> AdapterConfig:
-        """The adapters' settings, as resolved."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,191 +68,236 @@ class RunResult:
     overlap: float | None
     checkpoint: str | None
 
-
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
-ResultT = TypeVar("ResultT", bound=RunResult)
+    @property
+    def headline(self) -> str:
+        """The scores and the pace, for people."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(ABC, Generic[ConfigT, ResultT]):
+class Run:
     """A run that is ready to train: everything that could be wrong with its settings and its data has been judged.
 
     Attributes:
-        config: its settings.
+        job: what it is of.
         folder: where it leaves what it makes.
-        model: with its adapters, if it has any.
-        tokenizer: the model's.
-        trainer: with `callbacks_of` among its callbacks.
-        log: the first of them.
+        trainer: with our callbacks.
+        recorder: the first of them.
+        progress: shows the steps.
         parameters: of the model without adapters.
         checkpoint: where it goes on from.
     """
 
-    config: ConfigT
+    job: Job
     folder: RunFolder
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     trainer: Trainer
-    log: MetricsLog
+    recorder: watching.Recorder
+    progress: StepProgress
     parameters: int
     checkpoint: Path | None
 
-    def train(self) -> ResultT:
-        """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record."""
+    @property
+    def config(self) -> Any:
+        """The settings."""
+        return self.job.config
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """With its adapters, if it has any."""
+        return self.job.model
+
+    def train(self) -> Any:
+        """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record.
+
+        Returns:
+            The job's kind of `RunResult`.
+        """
         try:
             self._make_steps()
             with deferred():
                 result = self._result()
-                if result.finished and self.trainer.is_world_process_zero():
+                if result.finished:
                     self._finish(result)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or was_asked():
                 self.folder.abandon()
             raise
         finally:
+            self.progress.stop()
             self.folder.release()
         return result
 
     def _make_steps(self) -> None:
         """Make those that are left: none, where the process was killed between its last checkpoint and its end."""
         trainer = self.trainer
-        trainer.add_callback(_NoneBeyondTheLast())  # after all others
+        trainer.add_callback(watching.EndAfterLastStep())  # after all others
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        except _NoStepLeftError:
+        except watching.NoStepLeftError:
             trainer.is_in_train = False
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-            if self.log.evaluation.get("step") != trainer.state.global_step:  # its record was lost
+            if self.recorder.evaluation.get("step") != trainer.state.global_step:  # its record was lost
                 trainer.evaluate()
 
-    @abstractmethod
-    def _result(self) -> ResultT:
-        """`_shared`, and what this kind of run has besides."""
-
-    def _shared(self) -> dict[str, Any]:
-        """The fields of `RunResult` by name."""
-        state, optimizer = self.trainer.state, self.trainer.optimizer
-        assert optimizer is not None
+    def _result(self) -> Any:
+        state, recorder, unit = self.trainer.state, self.recorder, self.job.unit
         finished = state.global_step >= state.max_steps
         checkpoint = None if finished else self.folder.checkpoints.newest()
-        galore = galore_in(optimizer)
-        return {
-            "out": str(self.folder.root),
-            "optimizer": self.config.optimizer.optim,
-            "adapter": self.config.adapter.adapter,
-            "finished": finished,
-            "step": state.global_step,
-            "eval_loss": self.log.evaluation.get("eval_loss") if finished else None,
-            "state_bytes": state_bytes(optimizer),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "parameters": self.parameters,
-            "trained_parameters": self.model.num_parameters(only_trainable=True),
-            "seconds": self.log.seconds,
-            "renewals": 0 if galore is None else renewals_of(galore),
-            "overlap": None if galore is None else figures_of(galore.subspaces().values()).get("galore/overlap"),
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-        }
+        galore = galore_in(self.trainer.optimizer)
+        amount = state.global_step * self.job.units_per_step
+        pace = amount / recorder.seconds if recorder.seconds else 0.0
+        return self.job.result(
+            out=str(self.folder.root),
+            optimizer=self.config.optimizer.optim,
+            adapter=self.config.adapter.adapter,
+            finished=finished,
+            step=state.global_step,
+            eval_loss=recorder.evaluation.get("eval_loss") if finished else None,
+            state_bytes=state_bytes(self.trainer.optimizer),
+            peak_memory_bytes=machine.peak_memory_bytes(),
+            parameters=self.parameters,
+            trained_parameters=self.model.num_parameters(only_trainable=True),
+            seconds=recorder.seconds,
+            renewals=0 if galore is None else renewals_of(galore),
+            overlap=None if galore is None else figures_of(galore.subspaces().values()).get("galore/overlap"),
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            **{unit: amount, f"{unit}_per_second": pace},
+            **self.job.figures(recorder.scores if finished else {}),
+        )
 
-    def _per_second(self, amount: int) -> float:
-        """An amount by the time that training it took."""
-        return amount / self.log.seconds if self.log.seconds else 0.0
-
-    def _finish(self, result: ResultT) -> None:
-        """Leave behind the model with its tokenizer, the plot and, as the sign that all is there, the last record."""
+    def _finish(self, result: RunResult) -> None:
+        """Leave behind predictions, model, tokenizer, plot and, as the sign that all is there, the last record."""
+        predictions = self.job.predictions(self.trainer)
+        self.folder.predictions.unlink(missing_ok=True)
+        for line in predictions:
+            records.append(self.folder.predictions, line)
         self.model.config.use_cache = True  # for generation, by whoever loads it
         merged(self.model).save_pretrained(self.folder.model)
-        self.tokenizer.save_pretrained(self.folder.model)
+        self.job.tokenizer.save_pretrained(self.folder.model)
         write_manifest(self.folder.model)
-        plot_losses(self.config.title, self.folder.metrics, self.folder.plot, self.log.unit)
+        plot_losses(self.config.title, self.folder.metrics, self.folder.plot, self.job.unit)
         for path in (*self.folder.model.rglob("*"), self.folder.model):
             sync(path)
         record = {name: value for name, value in asdict(result).items() if name not in _NOT_RECORDED}
         records.append(self.folder.metrics, {"final": True, **record})
 
 
-def require_room(
-    folder: RunFolder, model: PreTrainedModel, optimizer: torch.optim.Optimizer, config: OptimizerConfig
-) -> None:
-    """Refuse a disk that will be full before the run has ended.
+def new_run(
+    job: type[Job], config: Any, out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> Run:
+    """Prepare a run in a new folder.
 
     Args:
-        folder: of the run.
-        model: with its adapters.
-        optimizer: of its weights.
-        config: of the optimizer.
+        job: what it is of.
+        config: the job's settings.
+        out: the run folder, which must not hold anything yet; it is made once data, model and optimizer stand.
+        console: where progress is shown; nowhere if None.
+        callbacks: further callbacks for the Trainer.
 
     Raises:
-        ValueError: when less is free than the model and its checkpoints take at least.
+        ValueError: when a setting does not fit, data or model cannot be read, or the folder holds something.
+
+    Example:
+        new_run(Pretraining, configure("llama-60m", data="texts/"), Path("runs/60m")).train()
     """
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    checkpoint = weights + optimizers.least_state_bytes(optimizer, config)
+    folder = RunFolder(out)
+    folder.require_new()
+    with folder.being_prepared():
+        return _prepare(job, config, folder, console, callbacks, resumed=False)
+
+
+def resumed_run(
+    job: type[Job], out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> Run:
+    """Prepare to go on with a run that was stopped, exactly: its losses will be those of one that never was.
+
+    Args:
+        job: what it is of.
+        out: the run folder; its own ``config.toml`` decides everything.
+        console: where progress is shown; nowhere if None.
+        callbacks: further callbacks for the Trainer.
+
+    Raises:
+        ValueError: when the folder holds no run, one that has ended, one that another process works on, or only
+            damaged checkpoints, or its data have changed.
+    """
+    folder = RunFolder(out)
+    folder.require_unfinished()
+    folder.hold()
+    with folder.being_prepared():
+        return _prepare(job, job.recorded(folder), folder, console, callbacks, resumed=True)
+
+
+def _prepare(
+    kind: type[Job],
+    config: Any,
+    folder: RunFolder,
+    console: Console | None,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    resumed: bool,
+) -> Run:
+    console = console or Console(quiet=True)
+    quiet(console)
+    machine.require_one_process()
+    machine.ignore_accelerate(console)
+    reported = machine.trackers(config.schedule.report_to)
+    job = kind.load(config, console)
+    parameters = job.model.num_parameters()
+    adapt(job.model, config.adapter, job.target_modules, task_type=job.task_type)
+    optimizer = optimizers.build(job.model, config.optimizer, config.schedule.seed, job.target_modules)
+    _require_room(folder, job, optimizer)
+    console.print(job.announcement, highlight=False, soft_wrap=True)
+    checkpoint = None
+    if resumed:
+        folder.require_text(job.digest, job.data)
+        checkpoint = _newest_checkpoint(folder, console)
+    else:
+        folder.create(config, job.digest)
+    recorder = watching.Recorder(folder, job)
+    progress = StepProgress(console, recorder)
+    renewals = GaLoreCallback(on_renewal=recorder.record_renewal)
+    ours = [recorder, renewals, progress, watching.SaveOnSignal(), *restarts.callbacks_for(config.adapter)]
+    trainer = make_trainer(
+        job,
+        str(folder.checkpoints.tmp),
+        optimizer,
+        callbacks=[*ours, *callbacks],
+        report_to=reported,
+        run_name=folder.root.name,
+    )
+    return Run(
+        job=job,
+        folder=folder,
+        trainer=trainer,
+        recorder=recorder,
+        progress=progress,
+        parameters=parameters,
+        checkpoint=checkpoint,
+    )
+
+
+def _require_room(folder: RunFolder, job: Job, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a disk on which less is free than the model and its checkpoints take at least."""
+    tensors = (*job.model.parameters(), *job.model.buffers())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    checkpoint = weights + optimizers.least_state_bytes(optimizer, job.config.optimizer)
     there = len(folder.checkpoints.newest_first())
     needed = weights + max(1, KEPT + 1 - there) * checkpoint  # one more while it is written
     what = f"checkpoints of {megabytes(checkpoint)} each and the model of {megabytes(weights)}"
     require_space(folder.root, needed, what)
 
 
-class _NoStepLeftError(Exception):
-    """Every step had been made when the Trainer was about to begin."""
-
-
-class _NoneBeyondTheLast(TrainerCallback):
-    """Stops a Trainer that was resumed after its last step, which would make one more before it looks at the end."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop if no step is left: model, optimizer and records are as the checkpoint has them by now."""
-        if state.global_step >= state.max_steps:
-            raise _NoStepLeftError
-
-
-def resumable(folder: RunFolder, console: Console) -> Path | None:
-    """What a run goes on from: its newest checkpoint that is whole.
-
-    Args:
-        folder: of the run, which this process holds.
-        console: where it is said if that is not the newest one; if it shows nothing, that is a warning.
-
-    Returns:
-        The checkpoint; None if there is none, and the run starts again.
-
-    Raises:
-        ValueError: when there are checkpoints, and all are damaged.
-    """
+def _newest_checkpoint(folder: RunFolder, console: Console) -> Path | None:
+    """The newest whole checkpoint; None if there is none, and the run starts again. Nothing of that is silent."""
     folder.checkpoints.clear()
-    told: list[str] = []
-    found = folder.checkpoints.newest_whole(told.append)
+    lines: list[str] = []
+    found = folder.checkpoints.newest_whole(lines.append)
     if found is None:
-        told.append(f"{folder.root} has no checkpoint; its run starts again.")
-    for line in told:
+        lines.append(f"{folder.root} has no checkpoint; its run starts again.")
+    for line in lines:
         if console.quiet:
             warnings.warn(line, stacklevel=4)  # at the call of resumed_run
         else:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     return found
-
-
-def callbacks_of(
-    config: RunConfig, folder: RunFolder, log: MetricsLog, console: Console, more: Sequence[TrainerCallback]
-) -> list[TrainerCallback]:
-    """What watches and steers every run: records, display, Ctrl-C and restarts.
-
-    Args:
-        config: of the run.
-        folder: its folder.
-        log: its records.
-        console: where progress is shown.
-        more: further ones, which come last.
-    """
-
-    def record(step: int, weight: str, subspace: Subspace) -> None:
-        records.append(folder.subspaces, {"step": step, "weight": weight, **asdict(subspace)})
-
-    complete = CompleteCheckpoints(folder.checkpoints, [folder.metrics, folder.subspaces])  # its time is not the log's
-    ours = [complete, log, GaLoreCallback(on_renewal=record), LiveProgress(console, log), SaveOnInterrupt()]
-    return [*ours, *restarts.callbacks_for(config.adapter), *more]
-
-
-def without_printer(trainer: Trainer) -> Trainer:
-    """Take away the Trainer's own lines: ours are shown."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer

@@ -1,4 +1,11 @@
-"""Who hears Ctrl-C and a cluster's SIGTERM for a while, and what is to end before it does."""
+"""Ctrl-C (and a cluster's SIGTERM) at any moment of a command: a saved state or an untouched folder, and a line on it.
+
+| moment | what a signal does |
+| --- | --- |
+| while a run is prepared | `stoppable` ends the command; its folder is as it was |
+| while it trains | `SaveOnSignal` (in `callbacks`) ends the step and saves; a second one ends it at once |
+| while the finished run is written | `deferred` lets that end first; a second one ends the command at once |
+"""
 
 from __future__ import annotations
 
@@ -9,24 +16,121 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import typer
+from rich.console import Console
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a command to stop."""
+
+STOPPED = tuple(128 + number for number in SIGNALS)
+"""Exit statuses of a command that a signal stopped, as shells have them: 130 after Ctrl-C, 143 after SIGTERM."""
 
 Handler = Callable[[int, FrameType | None], None]
 
 
+class Stop(KeyboardInterrupt):
+    """What a signal raises.
+
+    A class of its own, because Python ends a process by SIGINT, whatever its exit status should be, once a bare
+    KeyboardInterrupt has passed through code that `exec` compiled, as dataclasses do while a library is imported.
+    """
+
+
+class _Asked:
+    """Whether the command that runs was asked to stop, for a library may have swallowed the exception, and by what."""
+
+    now = False
+    by: int = signal.SIGINT
+
+
+def heard(number: int) -> None:
+    """Remember which signal asked the command to stop, for `exit_status`."""
+    _Asked.by = number
+
+
+def exit_status() -> int:
+    """The exit status of this command after the signal that stopped it: one of `STOPPED`."""
+    return 128 + _Asked.by
+
+
+def was_asked() -> bool:
+    """Whether a signal came to the command that runs."""
+    return _Asked.now
+
+
+def stop_if_asked() -> None:
+    """Raise `Stop` now if a signal came and the exception that it raised was lost on the way."""
+    if _Asked.now:
+        raise Stop
+
+
+def handle(handler: Handler | signal.Handlers) -> Callable[[], None]:
+    """Let a handler hear the signals, and return what gives them back. Only in the main thread anything changes."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in SIGNALS}
+
+    def give_back() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    return give_back
+
+
 @contextmanager
 def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
-    """Let the signals go to a handler for a while. Only the main thread can; in others nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in SIGNALS}
+    """Let a handler hear the signals while the body runs."""
+    give_back = handle(handler)
     try:
         yield
     finally:
-        for number, own in before.items():
-            signal.signal(number, own)
+        give_back()
+
+
+@contextmanager
+def stoppable(left: Callable[[], str]) -> Iterator[None]:
+    """Make a command's body end in order when a signal comes.
+
+    Args:
+        left: puts in order what the body leaves behind, disturbed by no signal, and says what that is.
+
+    Raises:
+        typer.Exit: with `exit_status`, after the sentence was printed to stderr.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        _Asked.now, _Asked.by = True, number
+        raise Stop
+
+    _Asked.now, _Asked.by = False, signal.SIGINT
+    with handled_by(stop):
+        try:
+            yield
+        except BaseException as error:
+            # What a library made of the interruption is one too; an end that the body chose itself is not.
+            stopped = isinstance(error, KeyboardInterrupt) or (_Asked.now and isinstance(error, Exception))
+            if not stopped or isinstance(error, typer.Exit):
+                raise
+            with handled_by(signal.SIG_IGN):
+                Console(stderr=True).print(left(), highlight=False, soft_wrap=True, markup=False)
+            raise typer.Exit(exit_status()) from None
+        finally:
+            _Asked.now = False
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let the body end before a first signal counts, which is then forgotten: all is written. A second one raises."""
+    seen: list[int] = []
+
+    def wait(number: int, _frame: FrameType | None) -> None:
+        heard(number)
+        seen.append(number)
+        if len(seen) > 1:
+            raise Stop
+
+    with handled_by(wait):
+        yield
 
 
 @contextmanager

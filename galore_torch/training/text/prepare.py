@@ -13,7 +13,6 @@ import datasets
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from galore_torch.training.run.progress import quiet
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.caches import kept
 from galore_torch.training.text.config import DataConfig
@@ -61,7 +60,6 @@ def prepare_text(config: DataConfig, console: Console, *, batch: int, seed: int)
     Raises:
         ValueError: when it cannot be read or is too little.
     """
-    quiet(console)
     cache = cache_folder(config)
     with console.status("Reading the text"):
         files = sources.local_files(config)

@@ -8,10 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainer
 from galore_torch.training.baselines.layers import adapt, lora_layers
 from galore_torch.training.baselines.restarts import Restarts, callbacks_for, jagged, prune_state, restart
 from galore_torch.training.pretrain.presets import configure
-from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.optimizers import MATRICES
+from galore_torch.training.run.run import new_run
 from galore_torch.training.settings.adapter import AdapterConfig
 
 RELORA = AdapterConfig(adapter="relora", adapter_rank=4, restart_every=3, restart_warmup=0.5)
@@ -146,7 +147,7 @@ def test_a_run_restarts_when_it_is_time_but_not_after_its_last_step(texts, cache
         restart_every=4, restart_warmup=0.5, final_lr=1.0,
     )  # fmt: skip
     seen = Norms()
-    new_run(config, tmp_path / "run", callbacks=[seen]).train()
+    new_run(Pretraining, config, tmp_path / "run", callbacks=[seen]).train()
     begun = [step for step, norm in enumerate(seen.norms, 1) if norm == 0]
     assert begun == [1, 4, 5, 8, 9]  # the first step of each rise has a learning rate of zero
     rates = [record["lr"] for record in records.read(RunFolder(tmp_path / "run").metrics) if "lr" in record]

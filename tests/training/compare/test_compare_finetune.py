@@ -13,8 +13,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from galore_torch.training.compare.display import share_done
 from galore_torch.training.compare.job import FINETUNE
 from galore_torch.training.compare.plan import make_plan
-from galore_torch.training.finetune.run import new_run, resumed_run
+from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
+from galore_torch.training.run.run import new_run, resumed_run
 from tests.training.compare.test_compare import kill_with_children
 from tests.waiting import DEADLINE, wait_for
 
@@ -106,8 +107,8 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_exactly(at, whole, tmp_pat
             control.should_save = control.should_training_stop = state.global_step == at
 
     config = whole[0] / "galore" / RATE / "seed-0" / "config.toml"
-    new_run(FINETUNE.configure(None, config), tmp_path / "run", callbacks=[Stop()]).train()
-    assert resumed_run(tmp_path / "run").train().finished
+    new_run(Finetuning, FINETUNE.configure(None, config), tmp_path / "run", callbacks=[Stop()]).train()
+    assert resumed_run(Finetuning, tmp_path / "run").train().finished
     history = records.read(tmp_path / "run" / "metrics.jsonl")
     assert [record.get("loss") for record in history] == [record.get("loss") for record in measured(whole[0], "galore")]
 

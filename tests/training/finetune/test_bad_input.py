@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from galore_torch.cli import build_app
 from galore_torch.training.finetune import tasks
 from galore_torch.training.finetune.presets import configure
-from galore_torch.training.finetune.run import new_run
+from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run.manifest import write_manifest
+from galore_torch.training.run.run import new_run
 from tests.training.finetune.conftest import sentences
 
 ROWS = [{"text": text, "label": label} for text, label in sentences()]
@@ -88,7 +89,7 @@ def constant(rows=ROWS):
 def test_rows_and_models_that_do_not_fit(classify, write, tmp_path, rows, given, words):
     out = tmp_path / "run"
     with pytest.raises(ValueError, match=r".") as wrong:
-        new_run(classify(**{"data": write("given.jsonl", rows), **given}), out)
+        new_run(Finetuning, classify(**{"data": write("given.jsonl", rows), **given}), out)
     for word in words:
         assert word in str(wrong.value)
     assert not out.exists()
@@ -111,7 +112,7 @@ def test_files_that_cannot_be_read(classify, tmp_path, name, content, words):
     if content is not None:
         (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="data = ") as wrong:
-        new_run(classify(data=str(folder / name)), tmp_path / "run")
+        new_run(Finetuning, classify(data=str(folder / name)), tmp_path / "run")
     for word in words:
         assert word in str(wrong.value)
     assert not (tmp_path / "run").exists()
@@ -120,14 +121,14 @@ def test_files_that_cannot_be_read(classify, tmp_path, name, content, words):
 def test_a_class_that_is_only_held_out(classify, write, tmp_path):
     held_out = write("held_out.jsonl", [{"text": "a line", "label": "json"}])
     with pytest.raises(ValueError, match=r"holds 'json' in held-out rows only; train on it too"):
-        new_run(classify(held_out=held_out), tmp_path / "run")
+        new_run(Finetuning, classify(held_out=held_out), tmp_path / "run")
 
 
 def test_numbers_that_are_not_finite(classify, write, tmp_path):
     rows = [{"text": text, "label": float(index)} for index, (text, _) in enumerate(sentences())]
     data = write("numbers.csv", [*rows, {"text": "endless", "label": float("inf")}])
     with pytest.raises(ValueError, match=r"label_column = 'label' holds inf; give finite numbers"):
-        new_run(classify(data=data), tmp_path / "run")
+        new_run(Finetuning, classify(data=data), tmp_path / "run")
 
 
 def test_a_tokenizer_that_does_not_fit(classify, encoder, tmp_path):
@@ -138,7 +139,7 @@ def test_a_tokenizer_that_does_not_fit(classify, encoder, tmp_path):
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w1", unk_token="w0"
     ).save_pretrained(folder)
     with pytest.raises(ValueError, match="embeds 400 tokens and its tokenizer has 500"):
-        new_run(classify(model=str(folder)), tmp_path / "run")
+        new_run(Finetuning, classify(model=str(folder)), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_a_tokenizer_that_does_not_fit(classify, encoder, tmp_path):
 )
 def test_rows_that_nothing_can_be_learnt_from(supervise, write, tmp_path, rows, given, words):
     with pytest.raises(ValueError, match=r".") as wrong:
-        new_run(supervise(data=write("given.jsonl", rows), **given), tmp_path / "run")
+        new_run(Finetuning, supervise(data=write("given.jsonl", rows), **given), tmp_path / "run")
     for word in words:
         assert word in str(wrong.value)
     assert not (tmp_path / "run").exists()
@@ -174,7 +175,7 @@ def test_answers_alone_need_a_template_that_marks_them(supervise, causal, write,
         (folder / "chat_template.jinja").unlink(missing_ok=template is None)
         tokenizer.save_pretrained(folder)
         with pytest.raises(ValueError, match=words):
-            new_run(supervise(model=str(folder), data=data, answers_only=True), tmp_path / "run")
+            new_run(Finetuning, supervise(model=str(folder), data=data, answers_only=True), tmp_path / "run")
 
 
 @pytest.mark.parametrize("arguments", [["--task", "colla"], ["--data", "nowhere.csv"], ["--resume"], ["--rank", "x"]])
@@ -188,7 +189,7 @@ def test_the_command_tells_it_in_a_line_and_leaves_nothing(arguments, tmp_path, 
 
 def test_glue_without_a_network_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"task = 'rte' is not given by the Hugging Face Hub: .* Check the network"):
-        new_run(configure(task="rte", steps=1), tmp_path / "run")
+        new_run(Finetuning, configure(task="rte", steps=1), tmp_path / "run")
     assert set(tasks.GLUE) <= set(tasks.TASKS)
 
 
@@ -200,7 +201,7 @@ def test_a_finished_model_that_was_damaged_is_not_tuned(classify, causal, tmp_pa
     content[-5] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"model\.safetensors is not as it was written.*Restore"):
-        new_run(classify(model=str(folder)), tmp_path / "run")
+        new_run(Finetuning, classify(model=str(folder)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -212,5 +213,5 @@ def test_weights_that_are_not_finite_are_not_tuned(value, classify, tmp_path):
     shutil.copytree(classify().model.model, tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"model = .*not finite: bert\.encoder\.layer\.1\.output\.dense\.weight.*give"):
-        new_run(classify(model=str(tmp_path / "model")), tmp_path / "run")
+        new_run(Finetuning, classify(model=str(tmp_path / "model")), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,9 +8,10 @@ from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from galore_torch import param_groups
-from galore_torch.training.finetune.run import new_run
+from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.finetune.scores import METRICS, score
 from galore_torch.training.run import records
+from galore_torch.training.run.run import new_run
 from galore_torch.training.settings.methods import TUNING
 from tests.training.finetune.conftest import losses, sentences
 from tests.training.learning import learns
@@ -28,7 +29,7 @@ def test_every_method_learns(classify, tmp_path, method):
     # An adapter's product begins at zero, and a random frozen encoder gives it little to work with.
     steps, share = (80, 0.9) if "lora" in method else (40, 0.7)
     config = classify(method=method, steps=steps, lr=2e-2 if "adafactor" in method else 3e-3, eval_every=None, **given)
-    result = learns(new_run(config, tmp_path / "run"), share)
+    result = learns(new_run(Finetuning, config, tmp_path / "run"), share)
     assert result.finished
     assert len(losses(tmp_path / "run")) == steps
     assert (result.renewals > 0) is ("galore" in method)
@@ -38,7 +39,7 @@ def test_every_method_learns(classify, tmp_path, method):
 @pytest.mark.usefixtures("drawn")
 def test_what_is_left_behind_is_whole_and_says_what_was_scored(classify, tmp_path):
     out = tmp_path / "run"
-    result = new_run(classify(method="galore", steps=30, lr=5e-3), out).train()
+    result = new_run(Finetuning, classify(method="galore", steps=30, lr=5e-3), out).train()
     said = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(said) == 14  # a tenth of the rows
     right = [row["prediction"] == row["label"] for row in said]
@@ -58,7 +59,7 @@ def test_what_is_left_behind_is_whole_and_says_what_was_scored(classify, tmp_pat
 @pytest.mark.parametrize("method", ["lora", "relora"])
 def test_adapters_are_merged_into_what_is_left_behind(classify, tmp_path, method):
     out = tmp_path / "run"
-    run = new_run(classify(method=method, steps=6), out)
+    run = new_run(Finetuning, classify(method=method, steps=6), out)
     run.train()
     inputs = torch.arange(24)[None] + 7
     loaded = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
@@ -67,7 +68,7 @@ def test_adapters_are_merged_into_what_is_left_behind(classify, tmp_path, method
 
 
 def test_the_linear_layers_of_the_numbered_blocks_are_projected_and_nothing_else(classify, tmp_path):
-    run = new_run(classify(method="galore", steps=1), tmp_path / "run")
+    run = new_run(Finetuning, classify(method="galore", steps=1), tmp_path / "run")
     run.train()
     projected, others = run.trainer.optimizer.param_groups[0], run.trainer.optimizer.param_groups[1:]
     names = {id(weight): name for name, weight in run.model.named_parameters()}
@@ -79,7 +80,7 @@ def test_the_linear_layers_of_the_numbered_blocks_are_projected_and_nothing_else
 
 @pytest.mark.parametrize(("targets", "count"), [("query,value", 4), ("all-linear", 14)])
 def test_targets_can_be_named(classify, tmp_path, targets, count):
-    run = new_run(classify(method="galore", target_modules=targets, steps=1), tmp_path / "run")
+    run = new_run(Finetuning, classify(method="galore", target_modules=targets, steps=1), tmp_path / "run")
     run.train()
     names = {id(weight) for weight in run.trainer.optimizer.param_groups[0]["params"]}
     assert len(names) == count
@@ -90,7 +91,7 @@ def test_targets_can_be_named(classify, tmp_path, targets, count):
 def test_numbers_are_met(classify, write, tmp_path):
     rows = [{"text": text, "label": len(text) / 70} for text, _ in sentences()]
     config = classify(data=write("lengths.csv", rows), method="galore", steps=60, lr=5e-3, eval_every=60)
-    result = learns(new_run(config, tmp_path / "run"), 0.5)
+    result = learns(new_run(Finetuning, config, tmp_path / "run"), 0.5)
     assert list(result.scores) == ["pearson", "spearman"]
     assert result.scores["pearson"] > 0.5
     said = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
@@ -103,20 +104,20 @@ def test_pairs_are_read_as_pairs(classify, write, tmp_path):
     config = classify(
         data=write("pairs.jsonl", rows), text_column="one", text_pair_column="two", label_column="same", max_length=64
     )
-    run = new_run(config, tmp_path / "run")
+    run = new_run(Finetuning, config, tmp_path / "run")
     plain = AutoTokenizer.from_pretrained(run.config.model.model)
-    row = run.kind.train[0]
+    row = run.job.kind.train[0]
     texts = {tuple(plain(each["one"], each["two"], truncation=True, max_length=64)["input_ids"]) for each in rows}
     assert tuple(row["input_ids"]) in texts
-    assert run.kind.labels.metrics == ("accuracy", "matthews", "f1")
+    assert run.job.kind.labels.metrics == ("accuracy", "matthews", "f1")
 
 
 def test_long_rows_are_truncated_and_counted(classify, tmp_path, capsys):
     from rich.console import Console
 
-    run = new_run(classify(max_length=8), tmp_path / "run", console=Console(width=200))
-    lengths = [len(run.kind.tokenizer(text)["input_ids"]) for text, _ in sentences()]
-    assert max(len(ids) for ids in run.kind.train["input_ids"]) == 8
+    run = new_run(Finetuning, classify(max_length=8), tmp_path / "run", console=Console(width=200))
+    lengths = [len(run.job.kind.tokenizer(text)["input_ids"]) for text, _ in sentences()]
+    assert max(len(ids) for ids in run.job.kind.train["input_ids"]) == 8
     told = capsys.readouterr().out
     assert f"{sum(length > 8 for length in lengths)} rows are longer than 8 tokens and are truncated." in told
     assert "Fresh, for" in told
@@ -127,8 +128,8 @@ def test_long_rows_are_truncated_and_counted(classify, tmp_path, capsys):
 def test_every_seed_is_judged_by_the_same_rows_and_the_same_seed_says_the_same(classify, tmp_path, seed):
     held_out, results = [], []
     for index, each in enumerate([0, seed, seed]):
-        run = new_run(classify(seed=each, steps=3), tmp_path / str(index))
-        held_out.append(run.kind.held_out["input_ids"])
+        run = new_run(Finetuning, classify(seed=each, steps=3), tmp_path / str(index))
+        held_out.append(run.job.kind.held_out["input_ids"])
         results.append(run.train())
     assert held_out[0] == held_out[1] == held_out[2]
     assert losses(tmp_path / "1") == losses(tmp_path / "2")
@@ -146,15 +147,15 @@ def test_the_form_of_the_file_changes_nothing(classify, write, tmp_path, kind):
         datasets.Dataset.from_list(rows).to_parquet(data)
     else:
         data = write("rows.jsonl", rows)
-    new_run(classify(data=data, steps=3), tmp_path / "other").train()
-    new_run(classify(steps=3), tmp_path / "csv").train()
+    new_run(Finetuning, classify(data=data, steps=3), tmp_path / "other").train()
+    new_run(Finetuning, classify(steps=3), tmp_path / "csv").train()
     assert losses(tmp_path / "other") == losses(tmp_path / "csv")
 
 
 def test_micro_batches_make_their_batch(classify, tmp_path):
     for name, micro in (("whole", 8), ("parts", 2)):
         config = classify(steps=4, micro_batch=micro, method="galore", update_proj_gap=2)
-        run = new_run(config, tmp_path / name)
+        run = new_run(Finetuning, config, tmp_path / name)
         for module in run.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

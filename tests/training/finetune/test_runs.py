@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.finetune.presets import BY_TASK, PRESETS, configure
-from galore_torch.training.finetune.run import new_run, resumed_run
+from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.finetune.tasks import GLUE
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.settings.methods import TUNING
 from tests.training.finetune.conftest import CtrlC, losses, sentences
 from tests.training.signalled import signalled
@@ -31,12 +32,12 @@ def _terminal():
 
 
 def gone_on_exactly(config, tmp_path, step):
-    new_run(config, tmp_path / "whole").train()
-    part = new_run(config, tmp_path / "parts", callbacks=[CtrlC(step)]).train()
+    new_run(Finetuning, config, tmp_path / "whole").train()
+    part = new_run(Finetuning, config, tmp_path / "parts", callbacks=[CtrlC(step)]).train()
     assert not part.finished
     assert part.step == step
     assert part.scores == {}
-    done = resumed_run(tmp_path / "parts").train()
+    done = resumed_run(Finetuning, tmp_path / "parts").train()
     assert done.finished
     whole, parts = (records.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     told = ("step", "loss", "eval_loss", "lr", "grad_norm", "accuracy", "perplexity")
@@ -60,20 +61,20 @@ def test_a_supervised_one_goes_on_exactly_in_the_middle_of_an_epoch(supervise, t
 
 
 def test_other_rows_are_refused(classify, labelled, write, tmp_path):
-    new_run(classify(), tmp_path / "run", callbacks=[CtrlC(3)]).train()
+    new_run(Finetuning, classify(), tmp_path / "run", callbacks=[CtrlC(3)]).train()
     write("rows.csv", [{"text": text, "label": label} for text, label in sentences()[2:]])
     with pytest.raises(ValueError, match="has changed since the run"):
-        resumed_run(tmp_path / "run")
+        resumed_run(Finetuning, tmp_path / "run")
 
 
 def test_what_has_ended_or_never_began_is_refused(classify, tmp_path):
-    new_run(classify(steps=2), tmp_path / "run").train()
+    new_run(Finetuning, classify(steps=2), tmp_path / "run").train()
     with pytest.raises(ValueError, match="ended after step 2"):
-        resumed_run(tmp_path / "run")
+        resumed_run(Finetuning, tmp_path / "run")
     with pytest.raises(ValueError, match="already holds a run"):
-        new_run(classify(steps=2), tmp_path / "run")
+        new_run(Finetuning, classify(steps=2), tmp_path / "run")
     with pytest.raises(ValueError, match="holds no run to resume"):
-        resumed_run(tmp_path / "nowhere")
+        resumed_run(Finetuning, tmp_path / "nowhere")
 
 
 @pytest.mark.slow
@@ -96,7 +97,7 @@ def test_a_real_command_leaves_a_state_or_nothing(moment, number, classify, tmp_
     if moment == "step":
         assert 5 <= step_of(folder.checkpoints.newest()) < 10
         assert f"galore finetune --resume --out {out}" in told
-        assert resumed_run(out).train().step == 10
+        assert resumed_run(Finetuning, out).train().step == 10
     else:
         assert not out.exists()
 
@@ -126,7 +127,7 @@ def hub(monkeypatch):
 def test_each_task_of_glue_is_judged_by_its_own_metrics_on_its_own_split(hub, encoder, tmp_path, task):
     config = configure(task=task, model=str(encoder), max_length=48, steps=1, epochs=1.0)
     assert config.schedule.batch == (32 if task == "cola" else 16)
-    result = new_run(config, tmp_path / "run").train()
+    result = new_run(Finetuning, config, tmp_path / "run").train()
     assert tuple(result.scores) == GLUE[task].metrics
     assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 40
 

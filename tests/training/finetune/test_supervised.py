@@ -7,8 +7,9 @@ import torch
 from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from galore_torch.training.finetune.run import new_run
+from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
+from galore_torch.training.run.run import new_run
 from galore_torch.training.settings.methods import TUNING
 from tests.training.finetune.conftest import losses, sentences
 from tests.training.learning import learns
@@ -25,7 +26,7 @@ def learnt(run) -> list[str]:
     """The texts of the first batch that count for the loss, special tokens included."""
     batch = next(iter(run.trainer.get_train_dataloader()))
     return [
-        run.tokenizer.decode(ids[labels != -100])
+        run.job.tokenizer.decode(ids[labels != -100])
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
     ]
 
@@ -41,14 +42,16 @@ def test_every_method_learns(supervise, tmp_path, method):
         given |= {"restart_every": 24, "restart_warmup": 0.9}
     # An adapter's product begins at zero, and a random frozen model gives it little to work with.
     steps, lr, share = (48, 3e-3, 0.95) if "lora" in method else (16, 1e-2, 0.7)
-    result = learns(new_run(supervise(method=method, steps=steps, lr=lr, answers=0, **given), tmp_path / "run"), share)
+    result = learns(
+        new_run(Finetuning, supervise(method=method, steps=steps, lr=lr, answers=0, **given), tmp_path / "run"), share
+    )
     assert result.finished
     final = records.final(tmp_path / "run" / "metrics.jsonl")
     assert final["scores"] == {"perplexity": pytest.approx(records.perplexity(result.eval_loss))}
 
 
 def test_of_prompt_and_completion_the_completion_alone_is_learnt(supervise, tmp_path):
-    run = new_run(supervise(), tmp_path / "run")
+    run = new_run(Finetuning, supervise(), tmp_path / "run")
     assert {text.replace("</s>", "") for text in learnt(run)} <= {"calendar", "heapq"}
     run.train()
     said = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
@@ -62,9 +65,9 @@ def test_of_prompt_and_completion_the_completion_alone_is_learnt(supervise, tmp_
 
 def test_of_messages_all_or_the_answers_are_learnt(supervise, write, tmp_path):
     data = write("chats.jsonl", chats())
-    whole = new_run(supervise(data=data), tmp_path / "whole")
+    whole = new_run(Finetuning, supervise(data=data), tmp_path / "whole")
     assert all(text.startswith("<|user|>") for text in learnt(whole))
-    answers = new_run(supervise(data=data, answers_only=True), tmp_path / "answers")
+    answers = new_run(Finetuning, supervise(data=data, answers_only=True), tmp_path / "answers")
     assert {text.replace("</s>", "") for text in learnt(answers)} <= {"calendar", "heapq"}
     result = answers.train()
     assert result.finished
@@ -74,7 +77,7 @@ def test_of_messages_all_or_the_answers_are_learnt(supervise, write, tmp_path):
 
 def test_plain_text_is_learnt_whole(supervise, write, tmp_path):
     rows = [{"line": text} for text, _ in sentences()[:48]]
-    run = new_run(supervise(data=write("text.csv", rows), text_column="line"), tmp_path / "run")
+    run = new_run(Finetuning, supervise(data=write("text.csv", rows), text_column="line"), tmp_path / "run")
     assert {text.replace("</s>", "").replace("<s>", "") for text in learnt(run)} <= {row["line"] for row in rows}
 
 
@@ -86,7 +89,7 @@ def test_micro_batches_make_their_batch(supervise, tmp_path, gradients):
         else {"method": "full"}
     )
     for name, micro in (("whole", 8), ("parts", 2)):
-        new_run(supervise(steps=4, micro_batch=micro, **how), tmp_path / name).train()
+        new_run(Finetuning, supervise(steps=4, micro_batch=micro, **how), tmp_path / name).train()
     whole, parts = (torch.tensor(losses(tmp_path / name)) for name in ("whole", "parts"))
     torch.testing.assert_close(whole, parts, rtol=2e-3, atol=0)
 
@@ -142,8 +145,8 @@ def packed(causal, tmp_path):
 
 
 def test_a_gguf_file_is_trained_as_the_model_that_it_holds(packed, supervise, tmp_path):
-    run = new_run(supervise(model=str(packed), gguf_file="model.gguf", steps=4), tmp_path / "packed-run")
-    whole = new_run(supervise(steps=4), tmp_path / "run")
+    run = new_run(Finetuning, supervise(model=str(packed), gguf_file="model.gguf", steps=4), tmp_path / "packed-run")
+    whole = new_run(Finetuning, supervise(steps=4), tmp_path / "run")
     ids = torch.arange(20)[None] + 10
     torch.testing.assert_close(run.model(ids).logits, whole.model(ids).logits, atol=1e-5, rtol=1e-4)
     assert run.train().finished

@@ -5,16 +5,17 @@ import json
 import pytest
 
 from galore_torch.training.finetune.presets import configure as configure_tuning
-from galore_torch.training.finetune.run import new_run as new_tuning
-from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.finetune.run import Finetuning
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.run import new_run
 
 
 @pytest.fixture(scope="session")
 def run(tiny, tmp_path_factory):
     """The folder of a finished run of eight steps."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    new_run(tiny(eval_every=0), folder).train()
+    new_run(Pretraining, tiny(eval_every=0), folder).train()
     return folder
 
 
@@ -35,5 +36,5 @@ def tuning(run, rows, tmp_path_factory):
     config = configure_tuning(
         task="classify", data=str(rows), model=str(RunFolder(run).model), steps=6, batch=4, max_length=16, rank=4
     )
-    new_tuning(config, folder).train()
+    new_run(Finetuning, config, folder).train()
     return folder

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from galore_torch.training.inspection.config import configure
 from galore_torch.training.inspection.observing import Observer
 from galore_torch.training.inspection.of_run import require_run, subject_of_run
-from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.run import new_run
 from tests.training.inspection.looking import KINDS, digests, inspected, of_model, of_run
 
 pytestmark = pytest.mark.slow
@@ -68,7 +69,7 @@ def test_a_stopped_run_is_inspected_from_its_checkpoint(tiny, tmp_path):
             if state.global_step == 3:
                 signal.raise_signal(signal.SIGINT)
 
-    new_run(tiny(eval_every=0), tmp_path / "run", callbacks=[Stop()]).train()
+    new_run(Pretraining, tiny(eval_every=0), tmp_path / "run", callbacks=[Stop()]).train()
     before, folder = digests(tmp_path / "run"), RunFolder(tmp_path / "run")
     stopped = step_of(folder.checkpoints.newest())
     told = of_run(tmp_path / "run")
@@ -102,7 +103,7 @@ def test_a_model_is_inspected_on_text_and_on_rows(run, rows, texts, cache):
 
 
 def test_int8_weights_are_inspected_as_they_were_saved(tiny, tmp_path):
-    new_run(tiny(eval_every=0, weight_bits=8, optim="qgalore-adamw8bit"), tmp_path / "run").train()
+    new_run(Pretraining, tiny(eval_every=0, weight_bits=8, optim="qgalore-adamw8bit"), tmp_path / "run").train()
     told = of_run(tmp_path / "run")
     assert any("INT8" in note for note in told["notes"])
     assert list(told["kinds"]) == KINDS

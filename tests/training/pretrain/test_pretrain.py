@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from galore_torch.training.pretrain.presets import configure
-from galore_torch.training.pretrain.run import Run, new_run, resumed_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.text import packing, tokenizer
 
 
@@ -70,7 +71,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_all_that_it_promises(tiny, tmp_path):
     config = tiny()
-    result = new_run(config, tmp_path / "run").train()
+    result = new_run(Pretraining, config, tmp_path / "run").train()
     folder = RunFolder(tmp_path / "run")
 
     assert configure(file=folder.config) == config
@@ -112,8 +113,10 @@ def test_a_run_leaves_all_that_it_promises(tiny, tmp_path):
 
 def test_lazy_renewal_saves_renewals_and_tells_gap_and_overlap_of_each(tiny, tmp_path):
     given = {"update_proj_gap": 1, "steps": 12, "eval_every": 0}
-    fixed = new_run(tiny(**given), tmp_path / "fixed").train()
-    lazy = new_run(tiny(**given, cos_threshold=0.0, gamma_proj=3.0, queue_size=2), tmp_path / "lazy").train()
+    fixed = new_run(Pretraining, tiny(**given), tmp_path / "fixed").train()
+    lazy = new_run(
+        Pretraining, tiny(**given, cos_threshold=0.0, gamma_proj=3.0, queue_size=2), tmp_path / "lazy"
+    ).train()
     assert fixed.renewals == 14 * 12
     assert lazy.renewals < fixed.renewals
     renewals = records.read(RunFolder(tmp_path / "lazy").subspaces)
@@ -132,13 +135,13 @@ def test_lazy_renewal_saves_renewals_and_tells_gap_and_overlap_of_each(tiny, tmp
 
 
 def test_a_full_rank_optimizer_renews_nothing(tiny, tmp_path):
-    result = new_run(tiny(optim="adamw", steps=1, eval_every=0), tmp_path / "run").train()
+    result = new_run(Pretraining, tiny(optim="adamw", steps=1, eval_every=0), tmp_path / "run").train()
     assert (result.renewals, result.overlap) == (0, None)
     assert not RunFolder(tmp_path / "run").subspaces.exists()
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_share(tiny, tmp_path):
-    new_run(tiny(steps=20, warmup=0.2, final_lr=0.1, lr=0.01, eval_every=0), tmp_path / "run").train()
+    new_run(Pretraining, tiny(steps=20, warmup=0.2, final_lr=0.1, lr=0.01, eval_every=0), tmp_path / "run").train()
     rates = [record["lr"] for record in records.read(RunFolder(tmp_path / "run").metrics) if "lr" in record]
     assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01])
     assert rates == pytest.approx(rates[:5] + sorted(rates[5:], reverse=True))
@@ -147,7 +150,7 @@ def test_the_learning_rate_warms_up_and_ends_at_its_share(tiny, tmp_path):
 
 def test_the_same_seed_gives_the_same_run_and_another_another(tiny, tmp_path):
     for name, seed in (("one", 5), ("two", 5), ("three", 6)):
-        new_run(tiny(steps=3, eval_every=0, seed=seed), tmp_path / name).train()
+        new_run(Pretraining, tiny(steps=3, eval_every=0, seed=seed), tmp_path / name).train()
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert trajectory(tmp_path / "one") != trajectory(tmp_path / "three")
 
@@ -156,7 +159,7 @@ def test_the_micro_batch_changes_nothing_else(tiny, tmp_path):
     losses = []
     for micro_batch in (2, 8):
         out = tmp_path / str(micro_batch)
-        new_run(tiny(steps=4, micro_batch=micro_batch, eval_every=0), out).train()
+        new_run(Pretraining, tiny(steps=4, micro_batch=micro_batch, eval_every=0), out).train()
         losses.append([record["loss"] for record in records.read(RunFolder(out).metrics) if "loss" in record])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -166,7 +169,9 @@ def test_the_recipe_of_least_memory_trains_and_recomputing_changes_nothing(tiny,
     losses = []
     for checkpointing in (True, False):
         out = tmp_path / str(checkpointing)
-        run = new_run(tiny(**recipe, gradient_checkpointing=checkpointing, micro_batch=8, steps=5, eval_every=0), out)
+        run = new_run(
+            Pretraining, tiny(**recipe, gradient_checkpointing=checkpointing, micro_batch=8, steps=5, eval_every=0), out
+        )
         assert run.model.model.layers[0].gradient_checkpointing is checkpointing
         run.train()
         losses.append([record["loss"] for record in records.read(RunFolder(out).metrics) if "loss" in record])
@@ -211,13 +216,13 @@ def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny,
             lambda *_, streaming: load("text", data_files=files, sample_by="document", streaming=streaming),
         )
     config = tiny(**given)
-    new_run(config, tmp_path / "whole").train()
+    new_run(Pretraining, config, tmp_path / "whole").train()
 
-    stopped = new_run(config, tmp_path / "parts", callbacks=[During(stop, ctrl_c)]).train()
+    stopped = new_run(Pretraining, config, tmp_path / "parts", callbacks=[During(stop, ctrl_c)]).train()
     assert (stopped.finished, stopped.step) == (False, stop)
     assert Path(stopped.checkpoint).name == f"checkpoint-{stop}"
     assert not RunFolder(tmp_path / "parts").model.exists()
-    resumed = resumed_run(tmp_path / "parts").train()
+    resumed = resumed_run(Pretraining, tmp_path / "parts").train()
     assert resumed.finished
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -225,29 +230,31 @@ def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny,
 @pytest.mark.parametrize(("gradients", "update"), [("projected", "step"), ("fused", "step"), ("fused", "backward")])
 def test_forms_of_gradients_change_nothing_but_cost(gradients, update, tiny, tmp_path):
     batch = tiny().schedule.batch
-    plain = new_run(tiny(micro_batch=batch), tmp_path / "plain").train()
-    formed = new_run(tiny(micro_batch=batch, gradients=gradients, update=update), tmp_path / "formed").train()
+    plain = new_run(Pretraining, tiny(micro_batch=batch), tmp_path / "plain").train()
+    formed = new_run(
+        Pretraining, tiny(micro_batch=batch, gradients=gradients, update=update), tmp_path / "formed"
+    ).train()
     assert formed.eval_loss == pytest.approx(plain.eval_loss, rel=1e-4)
     assert formed.state_bytes == plain.state_bytes
 
 
 def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(tiny, tmp_path):
     config = tiny(save_every=3)
-    new_run(config, tmp_path / "whole").train()
+    new_run(Pretraining, config, tmp_path / "whole").train()
     with pytest.raises(RuntimeError, match="went down"):
-        new_run(config, tmp_path / "parts", callbacks=[During(5, crash)]).train()
+        new_run(Pretraining, config, tmp_path / "parts", callbacks=[During(5, crash)]).train()
     with RunFolder(tmp_path / "parts").metrics.open("a") as file:
         file.write('{"step": 5, "lo')  # cut short by the crash
-    resumed_run(tmp_path / "parts").train()
+    resumed_run(Pretraining, tmp_path / "parts").train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_run_that_crashed_before_its_first_checkpoint_starts_again(tiny, tmp_path):
     config = tiny(steps=4)
-    new_run(config, tmp_path / "whole").train()
+    new_run(Pretraining, config, tmp_path / "whole").train()
     with pytest.raises(RuntimeError, match="went down"):
-        new_run(config, tmp_path / "parts", callbacks=[During(2, crash)]).train()
-    resumed_run(tmp_path / "parts").train()
+        new_run(Pretraining, config, tmp_path / "parts", callbacks=[During(2, crash)]).train()
+    resumed_run(Pretraining, tmp_path / "parts").train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -255,37 +262,37 @@ def test_a_run_does_not_go_on_with_another_text(tiny, tmp_path):
     book = tmp_path / "book.txt"
     paragraphs = [f"In paragraph {index} there are only a few words to be learnt." for index in range(400)]
     book.write_text("\n\n".join(paragraphs), encoding="utf-8")
-    new_run(tiny(data=str(book)), tmp_path / "run", callbacks=[During(2, ctrl_c)]).train()
+    new_run(Pretraining, tiny(data=str(book)), tmp_path / "run", callbacks=[During(2, ctrl_c)]).train()
     book.write_text("\n\n".join(paragraphs).replace("few words", "few letters"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"book\.txt' has changed since the run .* restore the text"):
-        resumed_run(tmp_path / "run")
+        resumed_run(Pretraining, tmp_path / "run")
     book.write_text("\n\n".join(paragraphs), encoding="utf-8")
-    assert resumed_run(tmp_path / "run").train().finished
+    assert resumed_run(Pretraining, tmp_path / "run").train().finished
 
 
 def test_a_second_ctrl_c_acts_as_it_always_does(tiny, tmp_path):
     twice = During(2, lambda: (ctrl_c(), ctrl_c()))
     with pytest.raises(KeyboardInterrupt):
-        new_run(tiny(), tmp_path / "run", callbacks=[twice]).train()
+        new_run(Pretraining, tiny(), tmp_path / "run", callbacks=[twice]).train()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_folder_that_holds_something_is_refused_and_untouched(tiny, tmp_path):
     config = tiny(steps=1, eval_every=0)
-    new_run(config, tmp_path / "run").train()
+    new_run(Pretraining, config, tmp_path / "run").train()
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=r"already holds a run; go on with it by --resume .* another --out"):
-        new_run(config, tmp_path / "run")
+        new_run(Pretraining, config, tmp_path / "run")
     with pytest.raises(ValueError, match=r"ended after step 1; choose another --out"):
-        resumed_run(tmp_path / "run")
+        resumed_run(Pretraining, tmp_path / "run")
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear", encoding="utf-8")
     with pytest.raises(ValueError, match="no empty folder; choose another --out"):
-        new_run(config, tmp_path / "mine")
+        new_run(Pretraining, config, tmp_path / "mine")
     with pytest.raises(ValueError, match="holds no run to resume"):
-        resumed_run(tmp_path / "mine")
+        resumed_run(Pretraining, tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -299,18 +306,18 @@ def test_a_folder_that_holds_something_is_refused_and_untouched(tiny, tmp_path):
 )
 def test_what_cannot_be_trained_on_leaves_no_folder(given, words, tiny, tmp_path):
     with pytest.raises(ValueError, match=words):
-        new_run(tiny(**given), tmp_path / "run")
+        new_run(Pretraining, tiny(**given), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_launcher_of_many_processes_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE = 2.*without a launcher"):
-        new_run(tiny(), tmp_path / "run")
+        new_run(Pretraining, tiny(), tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_is_recorded_as_such(tiny, tmp_path):
-    result = new_run(tiny(optim="sgd", lr=1e30, warmup=0.0, steps=4), tmp_path / "run").train()
+    result = new_run(Pretraining, tiny(optim="sgd", lr=1e30, warmup=0.0, steps=4), tmp_path / "run").train()
     lines = RunFolder(tmp_path / "run").metrics.read_text(encoding="utf-8").splitlines()
     strict = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert strict[3]["loss"] is None
@@ -320,6 +327,8 @@ def test_a_loss_that_is_not_finite_is_recorded_as_such(tiny, tmp_path):
 
 def test_callbacks_of_ones_own_are_called(tiny, tmp_path):
     seen = []
-    run: Run = new_run(tiny(steps=2, eval_every=0), tmp_path / "run", callbacks=[During(2, lambda: seen.append(2))])
+    run = new_run(
+        Pretraining, tiny(steps=2, eval_every=0), tmp_path / "run", callbacks=[During(2, lambda: seen.append(2))]
+    )
     run.train()
     assert seen == [2]

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.pretrain.presets import configure
-from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.run import new_run
 
 MEGABYTES = 48
 RUNS = 3
@@ -93,7 +94,7 @@ def filled_at_random(number: int, settings: Path, disk: Path, whole: bytes) -> s
 @pytest.mark.slow
 def test_a_disk_that_fills_is_told_and_nothing_is_lost(tiny, disk, tmp_path):
     given = {"save_every": 2, "steps": 12}
-    new_run(tiny(**given), tmp_path / "whole").train()
+    new_run(Pretraining, tiny(**given), tmp_path / "whole").train()
     whole = (RunFolder(tmp_path / "whole").model / "model.safetensors").read_bytes()
     config = configure(**{**flat(tiny(**given)), "cache": str(disk / "cache")})
     settings = tmp_path / "run.toml"

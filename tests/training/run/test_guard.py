@@ -10,7 +10,7 @@ import typer
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.stopping import deferred, stop_if_asked, stoppable
+from galore_torch.training.run.signals import deferred, stop_if_asked, stoppable
 from tests.training.signalled import MOMENTS, signalled
 
 

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.compare.process import run_child
-from galore_torch.training.pretrain.run import new_run, resumed_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import disk
 from galore_torch.training.run import machine as surroundings
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.run import new_run, resumed_run
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
@@ -87,7 +88,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(where, setti
     assert out.exists() is (where != "text")
     if where != "text":
         assert f"galore pretrain --resume --out {out}" in said
-        assert resumed_run(out).train().finished
+        assert resumed_run(Pretraining, out).train().finished
 
 
 def test_a_disk_that_will_be_full_is_refused_before_anything_is_written(settings, tmp_path, monkeypatch):
@@ -144,7 +145,7 @@ def stopped(tiny, tmp_path) -> Path:
     from tests.training.pretrain.test_pretrain import During, crash
 
     with pytest.raises(RuntimeError, match="went down"):
-        new_run(tiny(save_every=2), tmp_path / "stopped", callbacks=[During(6, crash)]).train()
+        new_run(Pretraining, tiny(save_every=2), tmp_path / "stopped", callbacks=[During(6, crash)]).train()
     return tmp_path / "stopped"
 
 
@@ -154,7 +155,7 @@ def model_of(out: Path) -> bytes:
 
 @pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_damage_to_a_stopped_run_is_told_or_harmless(count, stopped, tiny, tmp_path):
-    new_run(tiny(save_every=2), tmp_path / "whole").train()
+    new_run(Pretraining, tiny(save_every=2), tmp_path / "whole").train()
     outcomes = {"told": 0, "harmless": 0}
     for file, how, at in damages(stopped, count):
         out = tmp_path / "run"
@@ -190,7 +191,7 @@ def test_settings_that_are_not_as_they_were_are_not_trained_by(name, how, stoppe
 def test_what_accelerate_would_read_changes_nothing_and_is_told(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    run = new_run(tiny(steps=1, eval_every=0), tmp_path / "run", console=Console(width=200))
+    run = new_run(Pretraining, tiny(steps=1, eval_every=0), tmp_path / "run", console=Console(width=200))
     said = capsys.readouterr().out
     assert "ACCELERATE_MIXED_PRECISION = 'bf16'" in said
     assert "USE_CPU" not in said

@@ -72,7 +72,7 @@ def test_a_full_rank_optimizer_moves_each_weight_inside_the_backward_as_at_the_s
     after = []
     for each in (config, inside):
         model.load_state_dict(first)
-        optimizer = TrainerOptimizer()(model, config=each, seed=0)
+        optimizer = TrainerOptimizer()(model, optimizer=build(model, each, seed=0), config=each)
         for _ in range(3):
             model(input_ids=tokens, labels=tokens).loss.backward()
             left = [parameter for parameter in model.parameters() if parameter.grad is not None and each is inside]
@@ -91,7 +91,7 @@ def test_settings_arrive(model):
         stagger=False, cos_threshold=0.3, gamma_proj=3.0, queue_size=4, lr=0.03, beta1=0.8, beta2=0.99,
         eps=1e-6, weight_decay=0.1,
     )  # fmt: skip
-    group = TrainerOptimizer()(model, config=config, seed=3).param_groups[0]
+    group = build(model, config, seed=3).param_groups[0]
     expected = {
         "rank": 5, "update_proj_gap": 7, "scale": 0.5, "proj_type": "left", "decomposition": "svd", "stagger": False,
         "cos_threshold": 0.3, "gamma_proj": 3.0, "queue_size": 4, "lr": 0.03, "betas": (0.8, 0.99), "eps": 1e-6,

@@ -13,8 +13,9 @@ from galore_torch.training.baselines.layers import LowRankLinear, lora_layers
 from galore_torch.training.baselines.restarts import Restarts
 from galore_torch.training.pretrain.config import SECTIONS, recorded
 from galore_torch.training.pretrain.presets import configure
-from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.run import new_run
 from galore_torch.training.settings.adapter import heeded_by
 from galore_torch.training.settings.methods import METHODS, heeds
 from galore_torch.training.settings.optimizer import OptimizerConfig
@@ -121,7 +122,7 @@ def assert_recorded_is_built(config, out: Path, monkeypatch) -> set[str]:
         attached.extend([gradients, update, grad_bits])
 
     monkeypatch.setattr(galore_torch, "attach", attach)
-    run = new_run(config, out)
+    run = new_run(Pretraining, config, out)
     assert recorded(RunFolder(out)) == config
     found = {**of_trainer(run), **of_adapters(run), **of_optimizer(run, attached)}
     compared = set()

@@ -9,9 +9,10 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from galore_torch.training.pretrain.run import new_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.plots import COLORS, plot_losses, smooth
+from galore_torch.training.run.run import new_run
 
 
 def step_record(step, loss):
@@ -76,7 +77,7 @@ def test_a_plot_shows_training_and_held_out_losses_in_their_colors(tmp_path):
 
 def test_a_terminal_gets_a_bar_with_an_estimated_end(tiny, tmp_path):
     screen = io.StringIO()
-    new_run(tiny(), tmp_path / "run", console=Console(file=screen, force_terminal=True, width=100)).train()
+    new_run(Pretraining, tiny(), tmp_path / "run", console=Console(file=screen, force_terminal=True, width=100)).train()
     text = screen.getvalue()
     assert all(word in text for word in ("8/8", "loss", "lr", "tok/s", "state", "left", "perplexity"))
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from galore_torch.training.pretrain.run import new_run, resumed_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import manifest, records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.locks import Lock
 from galore_torch.training.run.manifest import MANIFEST, damage, write_manifest
+from galore_torch.training.run.run import new_run, resumed_run
 
 HOLD = """
 import sys
@@ -46,7 +47,7 @@ class Crash(TrainerCallback):
 def whole(tiny, tmp_path_factory):
     """An undisturbed run of eight steps."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    new_run(tiny(save_every=2), out).train()
+    new_run(Pretraining, tiny(save_every=2), out).train()
     return out
 
 
@@ -55,7 +56,7 @@ def crashed(tiny, tmp_path_factory):
     """The same run, gone down in its seventh step."""
     out = tmp_path_factory.mktemp("crashed") / "run"
     with pytest.raises(RuntimeError, match="went down"):
-        new_run(tiny(save_every=2), out, callbacks=[Crash(begin=7)]).train()
+        new_run(Pretraining, tiny(save_every=2), out, callbacks=[Crash(begin=7)]).train()
     return out
 
 
@@ -109,7 +110,7 @@ def test_every_harm_to_every_file_is_seen(harm, crashed, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_model(name, copied, whole):
     flip(copied / "checkpoints" / "checkpoint-6" / name)
     with pytest.warns(UserWarning, match=r"checkpoint-6 is damaged: .*\. Going on from checkpoint-4\.") as told:
-        run = resumed_run(copied)
+        run = resumed_run(Pretraining, copied)
     assert [Path(one.filename) for one in told if "checkpoint-6" in str(one.message)] == [Path(__file__)]
     assert name in str(told[0].message)
     run.train()
@@ -127,7 +128,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_trained_and_nothing_remove
     )
     for _ in range(2):  # and the folder is free again
         with pytest.raises(ValueError, match=words):
-            resumed_run(copied)
+            resumed_run(Pretraining, copied)
     assert set(before) <= {*copied.rglob("*"), copied / "checkpoints" / "tmp"}
 
 
@@ -135,7 +136,7 @@ def test_what_was_being_written_is_no_checkpoint(copied, whole):
     torn = copied / "checkpoints" / "tmp" / "checkpoint-8"
     shutil.copytree(copied / "checkpoints" / "checkpoint-6", torn)
     (torn / MANIFEST).unlink()
-    run = resumed_run(copied)
+    run = resumed_run(Pretraining, copied)
     assert run.checkpoint.name == "checkpoint-6"
     run.train()
     assert model(copied) == model(whole)
@@ -144,8 +145,8 @@ def test_what_was_being_written_is_no_checkpoint(copied, whole):
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_makes_no_further_step(tiny, whole, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="went down"):
-        new_run(tiny(save_every=2), out, callbacks=[Crash(save=8)]).train()
-    result = resumed_run(out).train()
+        new_run(Pretraining, tiny(save_every=2), out, callbacks=[Crash(save=8)]).train()
+    result = resumed_run(Pretraining, out).train()
     assert (result.finished, result.step) == (True, 8)
     assert model(out) == model(whole)
     ends = [records.final(RunFolder(folder).metrics) for folder in (out, whole)]
@@ -157,10 +158,10 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_makes_no_further_s
 def test_an_evaluation_whose_record_was_lost_is_made_again(tiny, whole, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="went down"):
-        new_run(tiny(save_every=2), out, callbacks=[Crash(save=8)]).train()
+        new_run(Pretraining, tiny(save_every=2), out, callbacks=[Crash(save=8)]).train()
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:-1]))
-    assert resumed_run(out).train().eval_loss == records.final(RunFolder(whole).metrics)["eval_loss"]
+    assert resumed_run(Pretraining, out).train().eval_loss == records.final(RunFolder(whole).metrics)["eval_loss"]
 
 
 def held_elsewhere(path):
@@ -175,22 +176,24 @@ def test_a_second_process_is_refused_by_name_until_the_first_one_is_gone(copied,
     words = r"run' is in use by process {} on \S+ \(galore .*\); wait for its end, or choose another --out"
     with held_elsewhere(copied / "run.lock") as first:
         with pytest.raises(ValueError, match=words.format(first.pid)):
-            resumed_run(copied)
+            resumed_run(Pretraining, copied)
         first.kill()
-    assert resumed_run(copied).train().finished
+    assert resumed_run(Pretraining, copied).train().finished
 
     (tmp_path / "new").mkdir()
     with held_elsewhere(tmp_path / "new" / "run.lock") as first:
         with pytest.raises(ValueError, match=rf"in use by process {first.pid}"):
-            new_run(tiny(steps=1), tmp_path / "new")
+            new_run(Pretraining, tiny(steps=1), tmp_path / "new")
         first.kill()
-    assert new_run(tiny(steps=1), tmp_path / "new").train().finished  # what a killed start leaves is no hindrance
+    assert (
+        new_run(Pretraining, tiny(steps=1), tmp_path / "new").train().finished
+    )  # what a killed start leaves is no hindrance
 
 
 def test_one_process_does_not_work_twice_on_a_run(copied):
-    run = resumed_run(copied)
+    run = resumed_run(Pretraining, copied)
     with pytest.raises(ValueError, match="in use by process"):
-        resumed_run(copied)
+        resumed_run(Pretraining, copied)
     assert run.train().finished
 
 
@@ -230,7 +233,7 @@ def test_what_cannot_be_prepared_is_taken_back(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr("galore_torch.training.pretrain.run.Trainer", refuse)
     with pytest.raises(ValueError, match="no trainer"):
-        new_run(tiny(), tmp_path / "run")
+        new_run(Pretraining, tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

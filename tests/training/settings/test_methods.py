@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.pretrain.presets import PRESETS, configure
-from galore_torch.training.pretrain.run import new_run, resumed_run
+from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.settings.methods import HELP, METHODS
 from tests.training.learning import learns
 
@@ -157,7 +158,7 @@ def test_flags_that_runs_share_are_refused_for_named_methods_only():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_leaves_a_plain_model_that_computes_the_same(method, by_method, tmp_path):
     last = Logits()
-    result = learns(new_run(by_method(method), tmp_path / "run", callbacks=[last]), 0.88)
+    result = learns(new_run(Pretraining, by_method(method), tmp_path / "run", callbacks=[last]), 0.88)
     model, told = AutoModelForCausalLM.from_pretrained(RunFolder(tmp_path / "run").model, output_loading_info=True)
     assert not any(told.values()), told
     with torch.no_grad():
@@ -170,7 +171,7 @@ def test_every_method_learns_and_leaves_a_plain_model_that_computes_the_same(met
 
 def test_state_is_two_moments_of_what_is_trained(by_method, tmp_path):
     results = {
-        method: new_run(by_method(method, steps=1), tmp_path / method).train()
+        method: new_run(Pretraining, by_method(method, steps=1), tmp_path / method).train()
         for method in ("full", "full-per-layer", "adam8bit", "adafactor", *ADAPTED)
     }
     for method in ("full", *ADAPTED):
@@ -184,7 +185,7 @@ def test_state_is_two_moments_of_what_is_trained(by_method, tmp_path):
 
 @pytest.mark.parametrize("pair", [("full", "full-per-layer"), ("galore", "galore-per-layer")])
 def test_moving_each_weight_inside_the_backward_changes_nothing_but_cost(pair, by_method, tmp_path):
-    at_step, per_layer = (new_run(by_method(method), tmp_path / method).train() for method in pair)
+    at_step, per_layer = (new_run(Pretraining, by_method(method), tmp_path / method).train() for method in pair)
     assert per_layer.eval_loss == pytest.approx(at_step.eval_loss, rel=1e-4)
 
 
@@ -204,10 +205,10 @@ def test_moving_each_weight_inside_the_backward_changes_nothing_but_cost(pair, b
 )
 def test_a_run_by_a_method_that_was_interrupted_goes_on_exactly(method, stop, given, by_method, tmp_path):
     config = by_method(method, **given)
-    new_run(config, tmp_path / "whole").train()
-    stopped = new_run(config, tmp_path / "parts", callbacks=[CtrlC(stop)]).train()
+    new_run(Pretraining, config, tmp_path / "whole").train()
+    stopped = new_run(Pretraining, config, tmp_path / "parts", callbacks=[CtrlC(stop)]).train()
     assert (stopped.finished, stopped.step) == (False, stop)
-    assert resumed_run(tmp_path / "parts").train().finished
+    assert resumed_run(Pretraining, tmp_path / "parts").train().finished
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     kept, remade = (load_file(RunFolder(tmp_path / name).model / "model.safetensors") for name in ("whole", "parts"))
     assert kept.keys() == remade.keys()

@@ -1,0 +1,144 @@
+"""What watches and steers a Trainer: it records, completes checkpoints, and stops when a signal asks for it."""
+
+# ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from galore_torch.optim.subspaces import Subspace
+from galore_torch.training.run import records
+from galore_torch.training.run.files import sync
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.job import Job
+from galore_torch.training.run.records import Record
+from galore_torch.training.run.signals import handle, heard, stop_if_asked
+
+
+class Recorder(TrainerCallback):
+    """Records every step, evaluation and renewal of a basis, and makes whole checkpoints of what the Trainer saves.
+
+    Attributes:
+        unit: what is counted: tokens or examples.
+        seconds: time spent in training steps so far, over all resumptions; evaluations and saves do not count.
+        step: the newest record of a step.
+        evaluation: the newest record of an evaluation.
+        scores: what that evaluation came to, beside its loss.
+    """
+
+    def __init__(self, folder: RunFolder, job: Job) -> None:
+        self._folder, self._job, self.unit = folder, job, job.unit
+        self.step: Record = {}
+        self.evaluation: Record = {}
+        self.scores: Record = {}
+        self.seconds = 0.0
+        self._since = 0.0
+        self._saved: Path | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take up the records where the checkpoint ends."""
+        for path in (self._folder.metrics, self._folder.subspaces):
+            if path.exists():
+                records.keep_until(path, state.global_step)
+        kept = records.read(self._folder.metrics)
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self.evaluation = next((record for record in reversed(kept) if "eval_loss" in record), {})
+        of_all = {"step", self.unit, "eval_loss", "seconds"}
+        self.scores = {name: value for name, value in self.evaluation.items() if name not in of_all}
+        self._saved = self._folder.checkpoints.root / f"checkpoint-{state.global_step}" if state.global_step else None
+        self._since = time.perf_counter()
+
+    def record_renewal(self, step: int, weight: str, subspace: Subspace) -> None:
+        """Record the renewal of a weight's basis in a step: for `GaLoreCallback`."""
+        records.append(self._folder.subspaces, {"step": step, "weight": weight, **dataclasses.asdict(subspace)})
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Record a step."""
+        logs = kwargs.get("logs") or {}
+        if "loss" not in logs:
+            return
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self.seconds += seconds
+        self.step = {
+            "step": state.global_step,
+            # Of a run whose length is told in epochs, so that a reader knows how far it is.
+            **({"epoch": state.epoch} if args.max_steps <= 0 else {}),
+            **self._seen(state),
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            f"{self.unit}_per_second": self._job.units_per_step / seconds,
+            "seconds": self.seconds,
+        }
+        records.append(self._folder.metrics, self.step)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Record an evaluation."""
+        measured = kwargs["metrics"]
+        self.scores = self._job.scores(measured)
+        of_all = {"step": state.global_step, **self._seen(state), "eval_loss": measured["eval_loss"]}
+        self.evaluation = {**of_all, **self.scores, "seconds": self.seconds}
+        records.append(self._folder.metrics, self.evaluation)
+        self._since = time.perf_counter()
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Complete the checkpoint, which the records must not be behind after a loss of power."""
+        for path in (self._folder.metrics, self._folder.subspaces):
+            if path.exists():
+                sync(path)
+        self._saved = self._folder.checkpoints.complete(state.global_step, before=self._saved)
+        self._since = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave nothing but checkpoints."""
+        self._folder.checkpoints.clear()
+
+    def _seen(self, state: TrainerState) -> Record:
+        return {self.unit: state.global_step * self._job.units_per_step}
+
+
+class SaveOnSignal(TrainerCallback):
+    """Turns the first signal into a save and a stop at the end of the step; a second one acts as it always does."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._give_back: Callable[[], None] = lambda: None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Hear the signals."""
+        self._give_back = handle(self._ask)
+        stop_if_asked()
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        self._asked = True
+        heard(number)
+        self._give_back()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop once asked to."""
+        if self._asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Hear no more."""
+        self._give_back()
+
+
+class NoStepLeftError(Exception):
+    """Every step had been made when the Trainer was about to begin."""
+
+
+class EndAfterLastStep(TrainerCallback):
+    """Stops a Trainer that was resumed after its last step, which would make one more before it looks at the end."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raise if no step is left: model, optimizer and records are as the checkpoint has them by now."""
+        if state.global_step >= state.max_steps:
+            raise NoStepLeftError

@@ -1,0 +1,176 @@
+"""What the commands of jobs share: their options, and all from the settings to the result on the screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_format
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from galore_torch.training.run import records
+from galore_torch.training.run.checkpoints import step_of
+from galore_torch.training.run.disk import failed_write
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.signals import exit_status, stoppable
+from galore_torch.training.run.units import duration, megabytes
+
+if TYPE_CHECKING:
+    from galore_torch.training.run.job import Job
+    from galore_torch.training.run.run import RunResult
+
+REFUSED = 2
+"""The exit status of a command that was asked for something it cannot do, as shells have it."""
+
+FAILED = 1
+"""The exit status of a command that could not finish what it had begun."""
+
+PANEL = "Run"
+"""The heading under which ``--help`` lists a command's own options."""
+
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML file of settings, such as a run folder's config.toml.", rich_help_panel=PANEL),
+]
+Out = Annotated[Path | None, typer.Option(help="Run folder to make, by default in runs/.", rich_help_panel=PANEL)]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in --out, by its own settings.", rich_help_panel=PANEL)
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as one JSON object; progress goes to stderr.", rich_help_panel=PANEL),
+]
+
+_ROOM = "Free some space there, or allow writing; --out, --cache and TMPDIR choose other places."
+
+
+@contextmanager
+def reported_errors(command: str, left: Callable[[], str] | None = None) -> Iterator[None]:
+    """Print an error of the body as a line on stderr, without a traceback, where it says what the user can do.
+
+    Args:
+        command: whose it is, such as ``galore pretrain``.
+        left: of a body at work, whose failed writes alone are reported: says what is left, and how to go on.
+
+    Raises:
+        typer.Exit: with `FAILED` where a body at work could not write; with `REFUSED` for a ValueError, a missing
+            library, or a file that cannot be read or written, which are about what was asked for.
+    """
+    try:
+        yield
+    except Exception as error:
+        failed = failed_write(error)
+        file = error if isinstance(error, OSError) and error.filename is not None else None
+        if failed is None and file is not None and left is not None:
+            failed = f"{file.strerror}: {file.filename}"
+        if failed is not None:
+            text = f"a file could not be written: {failed}. {_ROOM}" + ("" if left is None else f" {left()}")
+        elif left is None and isinstance(error, (ValueError, ImportError)):
+            text = str(error)
+        elif left is None and file is not None:
+            text = f"{file.filename!r} cannot be used: {file.strerror}. Allow it, or give another path."
+        else:
+            raise
+        Console(stderr=True).print(f"[bold red]{command}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(REFUSED if left is None else FAILED) from error
+
+
+def run_command(
+    load: Callable[[], type[Job]],
+    command: str,
+    configure: Callable[[], tuple[Any, str]],
+    given: Mapping[str, Any],
+    *,
+    out: Path | None,
+    resume: bool,
+    json: bool,
+    instead: Callable[[Any, Console], None] | None = None,
+) -> None:
+    """Be the command of a job, from its options to the result on the screen.
+
+    Args:
+        load: imports the job, which takes seconds: a wrong option is reported at once.
+        command: the subcommand's name.
+        configure: makes the settings, and names the run folder if nobody does.
+        given: all options that name settings, which a resumed run has of its own.
+        out: the run folder.
+        resume: whether to go on with it.
+        json: whether the result is printed as JSON.
+        instead: what is done with the settings instead of a run.
+
+    Raises:
+        typer.Exit: with the status of a command that was refused, failed or stopped.
+    """
+    console, name = Console(stderr=json), f"galore {command}"
+    folder: RunFolder | None = None
+    with stoppable(lambda: _stopped(folder, name, resumed=resume)):
+        with reported_errors(name):
+            if resume:
+                found, settings = RunFolder.to_resume(out, given), None
+            else:
+                settings, default = configure()
+                if instead is not None:
+                    instead(settings, console)
+                    return
+                found = out or Path("runs", default)
+                RunFolder(found).require_new()
+            folder = RunFolder(found)
+            with console.status("Loading Transformers"):
+                from galore_torch.training.run.run import new_run, resumed_run
+
+                job = load()
+            run = resumed_run(job, found, console=console) if resume else new_run(job, settings, found, console=console)
+        with reported_errors(name, lambda: _failed(run.folder, name)):
+            result: RunResult = run.train()
+        if json:
+            print(json_format.dumps(dataclasses.asdict(result)))
+        else:
+            for line in _shown(result, name):
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
+        if not result.finished:
+            raise typer.Exit(exit_status())
+
+
+def _shown(result: RunResult, name: str) -> list[str]:
+    """What a run came to, and what to do with it."""
+    if not result.finished:
+        return [
+            f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; go on with:",
+            f"  {name} --resume --out {result.out}",
+        ]
+    folder = RunFolder(Path(result.out))
+    files = {"model": folder.model, "metrics": folder.metrics, "plot": folder.plot, "predictions": folder.predictions}
+    return [
+        f"{result.headline}  optimizer state {megabytes(result.state_bytes)}  "
+        f"peak memory {megabytes(result.peak_memory_bytes)}  {duration(result.seconds)} of training",
+        "  ".join(f"{what} {path}" for what, path in files.items() if path.exists()),
+    ]
+
+
+def _failed(folder: RunFolder, name: str) -> str:
+    """What a run whose process failed has left, and how to go on."""
+    saved = folder.checkpoints.newest()
+    what = "has no checkpoint yet" if saved is None else f"is saved as of step {step_of(saved):,}"
+    again = "start it again with" if saved is None else "go on with"
+    return f"{folder.root} {what}; then {again}:\n  {name} --resume --out {folder.root}"
+
+
+def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
+    """Leave a saved state or an untouched folder of the run that a stopped command was at work on, and say which."""
+    if folder is None or not (resumed or folder.was_begun_here):
+        return "Stopped. Nothing was written."
+    folder.abandon()
+    root, saved = folder.root, folder.checkpoints.newest()
+    if records.final(folder.metrics) is not None:
+        return f"Stopped after the end: {root} holds the finished run."
+    if saved is not None:
+        return f"Stopped. {root} is saved as of step {step_of(saved):,}; go on with:\n  {name} --resume --out {root}"
+    if folder.config.exists():
+        text = f"Stopped. {root} is as it was, before its first checkpoint; start it again with:"
+        return f"{text}\n  {name} --resume --out {root}"
+    return f"Stopped before there was anything to save: {root} is {'as it was' if root.exists() else 'not there'}."

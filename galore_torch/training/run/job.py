@@ -1,0 +1,126 @@
+"""What a run is of: a job brings data, model and schedule, and `galore_torch.training.run.run` does the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+
+from galore_torch.training.run import optimizers
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.settings.optimizer import OptimizerConfig
+
+
+class Job(ABC):
+    """A pre-training, a fine-tuning or an inspection, with its data and its model loaded.
+
+    Attributes:
+        command: the subcommand of ``galore`` that runs it.
+        unit: what its records count: tokens or examples.
+        result: the dataclass of what it comes to, see `galore_torch.training.run.run.RunResult`.
+        task_type: PEFT's name of what the model is trained for; None for newly initialized weights.
+        config: its settings: ``optimizer``, ``adapter``, ``schedule`` and ``title``.
+        model: without adapters, on the CPU.
+        tokenizer: the model's.
+        target_modules: which modules hold the matrices, by the rules of `galore_torch.param_groups`.
+        data: the name of what it is trained on.
+        digest: changes with any token or row of that.
+        units_per_step: tokens or examples that an optimizer step sees.
+        announcement: what is about to be trained, in Rich's markup.
+    """
+
+    command: ClassVar[str]
+    unit: ClassVar[str]
+    result: ClassVar[Callable[..., Any]]
+    task_type: str | None = None
+
+    config: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    target_modules: str | Sequence[str]
+    data: str
+    digest: str
+    units_per_step: int
+    announcement: str
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: Any, console: Console) -> Job:
+        """Load data and model, seeded; raise a ValueError when they cannot be read or do not fit the settings."""
+
+    @classmethod
+    @abstractmethod
+    def recorded(cls, folder: RunFolder) -> Any:
+        """The settings that a run was started with; raise a ValueError when they are not as they were written."""
+
+    @abstractmethod
+    def schedule(self) -> dict[str, Any]:
+        """Length, learning rate's schedule, evaluations and saves, by the names of `TrainingArguments`."""
+
+    @abstractmethod
+    def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
+        """The Trainer with the data in it; ``more`` are further arguments of its constructor."""
+
+    @abstractmethod
+    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """What the Trainer's metrics of an evaluation say of the model besides the loss."""
+
+    def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
+        """The fields that `result` has of the last scores; of none, where the run was stopped."""
+        return {"scores": scores}
+
+    def predictions(self, trainer: Trainer) -> list[dict[str, Any]]:  # noqa: ARG002
+        """What the finished model says of what is held out: the lines of ``predictions.jsonl``, if there are any."""
+        return []
+
+
+def make_trainer(
+    job: Job,
+    folder: str,
+    optimizer: torch.optim.Optimizer,
+    config: OptimizerConfig | None = None,
+    callbacks: Sequence[Any] = (),
+    **given: Any,
+) -> Trainer:
+    """Make the Trainer of a job: whatever it is of, everything here is the same.
+
+    Args:
+        job: what is trained.
+        folder: which the Trainer may write into.
+        optimizer: over the model's parameters, see `galore_torch.training.run.optimizers.build`.
+        config: how it forms and applies gradients, if not as the job's settings say.
+        callbacks: for the Trainer.
+        given: `TrainingArguments` that take the place of the job's.
+    """
+    settings, schedule = job.config.optimizer, job.config.schedule
+    micro_batch = schedule.micro_batch or schedule.batch
+    arguments: dict[str, Any] = {
+        "learning_rate": settings.lr,
+        "max_grad_norm": settings.max_grad_norm,
+        "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
+        "gradient_accumulation_steps": schedule.batch // micro_batch,
+        "logging_steps": 1,  # a loss averaged over steps on both sides of an interruption would not be the same
+        "logging_nan_inf_filter": False,
+        # By steps also where an epoch is meant: the Trainer evaluates at an epoch's end after it has saved that step's
+        # state, and an evaluation draws a random number, so that a run resumed from there would be another.
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "seed": schedule.seed,
+        "data_seed": schedule.seed,
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": False,  # weights have the dtype that the settings say, and SFTConfig would have it otherwise
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    args = TrainingArguments(output_dir=folder, **(arguments | job.schedule() | given))
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # DataParallel would multiply the batch
+    factory = (optimizers.TrainerOptimizer, {"optimizer": optimizer, "config": config or settings})
+    trainer = job.trainer(args, callbacks=list(callbacks), optimizer_cls_and_kwargs=factory)
+    trainer.remove_callback(PrinterCallback)  # our own lines are shown
+    return trainer
