@@ -59,8 +59,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _make_known() -> None:
-    """Tells `torch.load` of our tensors, as `weights_only` wants it: importing what defines them does."""
+    """Tells `torch.load` of our tensors, as `weights_only` wants it, and `attach` of other processes.
+
+    Importing what defines them does.
+    """
     importlib.import_module(f"{__name__}.optim")
+    importlib.import_module(f"{__name__}.distributed")
 
 
 class _AfterTorch(importlib.abc.MetaPathFinder):

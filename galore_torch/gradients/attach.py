@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.gradients.applied import AppliedGradient
-from galore_torch.gradients.data_parallel import refuse_data_parallel
+from galore_torch.gradients.data_parallel import JOIN, Traffic, refuse_data_parallel
 from galore_torch.gradients.hooks import apply_when_complete, make_room, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
 from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
@@ -114,21 +114,36 @@ def attach(
             "update='step'"
         )
     attachment = Attachment(gradients, update)
-    if gradients != "full" or update != "step":
+    early = {} if gradients == "full" and update == "step" else projected
+    traffic = _traffic(model, optimizer, early, grad_dtype, update)
+    if traffic is not None:
+        attachment._undo.append(traffic.remove)
+        projected = {name: weight for name, weight in projected.items() if traffic.takes(weight)}
+    elif early:
         attachment._undo.append(refuse_data_parallel(model, _ATTACHED).remove)
     if gradients == "fused":
         _fuse_linears(model, optimizer, projected, attachment)
     if update == "backward":
-        _apply_in_backward(model, optimizer, attachment)
+        _apply_in_backward(model, optimizer, attachment, projected, traffic)
     elif gradients != "full":
-        hook = project_when_complete(optimizer, grad_dtype, grad_bits)
+        form = project_when_complete(optimizer, grad_dtype, grad_bits)
+        hook = form if traffic is None else traffic.completes(form, None)
         for weight in projected.values():
             _hook(attachment, weight, hook)
-            room = weight.register_hook(make_room(optimizer, weight))  # type: ignore[no-untyped-call]
-            attachment._undo.append(room.remove)
+            room = make_room(optimizer, weight)
+            arrival = weight.register_hook(room if traffic is None else traffic.arrives(room))  # type: ignore[no-untyped-call]
+            attachment._undo.append(arrival.remove)
     _ATTACHED.update(model.modules())
     attachment._undo.append(lambda: _ATTACHED.difference_update(model.modules()))
     return attachment
+
+
+def _traffic(
+    model: nn.Module, optimizer: GaLore, early: dict[str, Tensor], dtype: torch.dtype | None, update: Update
+) -> Traffic | None:
+    """What averages the gradients that are projected early over processes; None in a job of one."""
+    joined = (join(model, optimizer, early, dtype, update == "backward") for join in JOIN)
+    return next(filter(None, joined), None)
 
 
 def _check(model: nn.Module, optimizer: GaLore) -> None:
@@ -180,12 +195,22 @@ def _hook(attachment: Attachment, weight: Tensor, hook: Callable[[Tensor], None]
     attachment._undo.append(handle.remove)
 
 
-def _apply_in_backward(model: nn.Module, optimizer: GaLore, attachment: Attachment) -> None:
+def _apply_in_backward(
+    model: nn.Module,
+    optimizer: GaLore,
+    attachment: Attachment,
+    projected: dict[str, Tensor],
+    traffic: Traffic | None,
+) -> None:
     moved = MovedWeights()
-    hook = apply_when_complete(optimizer, moved)
+    apply = of_projected = of_others = apply_when_complete(optimizer, moved)
+    if traffic is not None:
+        of_projected = traffic.completes(project_when_complete(optimizer, None), apply)
+        of_others = traffic.leaves(apply)
+    identities = {id(weight) for weight in projected.values()}
     for weight in model.parameters():
         if weight.requires_grad:
-            _hook(attachment, weight, hook)
+            _hook(attachment, weight, of_projected if id(weight) in identities else of_others)
 
     def free() -> None:
         """The gradients that were applied are gone; `step()` finds nothing left to do."""

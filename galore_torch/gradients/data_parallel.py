@@ -1,20 +1,55 @@
-"""DistributedDataParallel averages full gradients, after our hooks have seen them: refused before one is formed."""
+"""What a model does inside DistributedDataParallel, which averages full gradients after our hooks have seen them.
+
+`distributed/` answers here how projected gradients are averaged in its place. Where it has no answer, for `attach` knew
+of no other processes, the model refuses to run inside DDP.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Any
+from collections.abc import Callable, Container, Mapping
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
+
+from galore_torch.optim.galore import GaLore
+
+Hook = Callable[[Tensor], None]
+
+
+class Traffic(Protocol):
+    """What averages the gradients of projected weights over the processes of a job, while it runs inside DDP."""
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether it averages this one of them."""
+
+    def arrives(self, local: Hook) -> Hook:
+        """What is done before a gradient is added to a weight's; `local` outside DDP."""
+
+    def completes(self, form: Hook, apply: Hook | None) -> Hook:
+        """What is done when a weight's gradient is complete: it is formed, averaged, and applied if it is not None."""
+
+    def leaves(self, apply: Hook) -> Hook:
+        """The same for a weight that DDP averages: nothing, or `apply` outside DDP."""
+
+    def remove(self) -> None:
+        """Ends it."""
+
+
+Join = Callable[[nn.Module, GaLore, Mapping[str, Tensor], torch.dtype | None, bool], Traffic | None]
+
+JOIN: list[Join] = []
+"""Gives a model its traffic, from its optimizer, the weights (by name) that are projected before `step()`, the dtype of
+their images, and whether they are applied in the backward. None in a job of one process. `distributed/` fills it."""
 
 _ATTACHED_TO: list[Container[nn.Module]] = []
 """Where the hook looks, which is a plain function, for models are pickled with their hooks."""
 
 
 def refuse_data_parallel(model: nn.Module, attached: Container[nn.Module]) -> RemovableHandle:
-    """Makes a model refuse to run inside DDP, wrapped before or after.
+    """Makes a model refuse to run inside DDP.
 
     Args:
         model: the model.
@@ -22,12 +57,7 @@ def refuse_data_parallel(model: nn.Module, attached: Container[nn.Module]) -> Re
 
     Returns:
         A handle to take the refusal off again.
-
-    Raises:
-        ValueError: the model is, or contains, a DDP wrapper.
     """
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        _refuse()
     _ATTACHED_TO[:] = [attached]
     return model.register_forward_pre_hook(_check)
 
@@ -35,12 +65,8 @@ def refuse_data_parallel(model: nn.Module, attached: Container[nn.Module]) -> Re
 def _check(module: nn.Module, _: Any) -> None:
     active = DistributedDataParallel._active_ddp_module
     if active is not None and any(module in attached for attached in _ATTACHED_TO):
-        _refuse()
-
-
-def _refuse() -> None:
-    raise ValueError(
-        "the model runs inside DistributedDataParallel, which averages the processes' full gradients, and with this "
-        'attach(...) there are none: the processes would drift apart. Use attach(..., gradients="full", '
-        'update="step"), or no attach at all: the optimizer\'s state is as small'
-    )
+        raise ValueError(
+            "the model runs inside DistributedDataParallel, and attach(...) was called while there was one process: "
+            "its projected gradients would not be averaged. Call torch.distributed.init_process_group before "
+            "attach(...), and attach(...) before DistributedDataParallel(model)"
+        )

@@ -23,22 +23,23 @@ from galore_torch.optim.agreement import Agreement
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks, coordinates_of
+from galore_torch.optim.clock import Clock
 from galore_torch.optim.fits import Fits
 from galore_torch.optim.folding import fold
 from galore_torch.optim.group_report import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
 from galore_torch.optim.known import Known
 from galore_torch.optim.lending import Written, lent_group
-from galore_torch.optim.nonfinite import count_nonfinite, peaks, projected_only
+from galore_torch.optim.nonfinite import count_nonfinite, projected_only
 from galore_torch.optim.places import Place, places
 from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
-from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.quantize import require_current
+from galore_torch.optim.renewals import Renew, renew_each, renewable
 from galore_torch.optim.rule import Traits
 from galore_torch.optim.rules import Rules
 from galore_torch.optim.state_size import report_unquantized
 from galore_torch.optim.subspaces import Subspace, subspaces_of
-from galore_torch.optim.work import Clock, Work
+from galore_torch.optim.work import Work
 from galore_torch.projection import turn_offset
 
 
@@ -130,6 +131,7 @@ class GaLore(Optimizer):
         self._written = Written()
         self._clock = Clock()
         self._rules = Rules(self._settings)
+        self._renew: Renew = renew_each  # `distributed/` divides the work among processes
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings}
@@ -267,7 +269,7 @@ class GaLore(Optimizer):
                 self.state[one.weight], one.is_kept = one.state, True
         self._lend_groups(work)
         self._fits.prepare(work)
-        self._renew(work)
+        self._renew(renewable(work))
         for chunk in chunks(work):
             self._move(chunk)
 
@@ -313,14 +315,6 @@ class GaLore(Optimizer):
             clock=self._clock,
             turn=turn_offset(place.among_projected, place.projected, group["update_proj_gap"]) if staggered else 0,
         )
-
-    def _renew(self, work: list[Work]) -> None:
-        """Finds a new basis for the weights whose turn it is, from gradients that are finite and not zero."""
-        due = [one for one in work if one.is_due]
-        grads = [one.grad.image if isinstance(one.grad, ProjectedGradient) else one.grad for one in due]
-        for one, peak in zip(due, peaks(grads).tolist() if due else (), strict=True):
-            if 0 < peak < float("inf"):
-                one.renew()
 
     def _move(self, chunk: list[Work]) -> None:
         """The rule moves the coordinates (or parameters) of a chunk, and they are folded into the weights."""

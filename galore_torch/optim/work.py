@@ -20,22 +20,12 @@ import torch
 from torch import Tensor
 
 from galore_torch.lowbit import Rounding, Storage
+from galore_torch.optim.clock import Clock
 from galore_torch.optim.groups import storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Lent, Rule, Traits
 from galore_torch.optim.warn import warn
 from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
-
-
-@dataclass(slots=True)
-class Clock:
-    """What an optimizer's renewals have taken; not part of its state, for no two runs agree on it.
-
-    Attributes:
-        seconds: on the host, since the optimizer was made.
-    """
-
-    seconds: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -210,13 +200,13 @@ class Work:
     def _keep(self, basis: Basis) -> None:
         self.state["basis"] = self.storage.store(basis)
 
-    def find_basis(self) -> Basis | None:
+    def decompose(self) -> dict[str, Tensor] | None:
         """The basis that the gradient tells, which must be full, finite and not zero. It changes nothing.
 
         The random numbers depend on the seed, on `index` and on the number of the renewal alone.
 
         Returns:
-            The factors by mode, stored as the state would hold them; None if the decomposition failed.
+            The factors by mode, of the weight's dtype; None if the decomposition failed.
         """
         start = time.perf_counter()
         generator = torch.Generator()  # of the CPU: the same numbers on every device
@@ -233,23 +223,41 @@ class Work:
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})")
             return None
-        storage, dtype = self.storage, self.weight.dtype
-        stored = storage.store({name: factor.to(dtype) for name, factor in basis.items()})
+        found = {name: factor.to(self.weight.dtype) for name, factor in basis.items()}
         self.clock.seconds += time.perf_counter() - start
-        return storage.read(stored, self.projection.factor_shapes, dtype)
+        return found
+
+    def as_stored(self, factors: Basis) -> Basis:
+        """A basis as the state would hold it.
+
+        Args:
+            factors: by mode, of the weight's dtype.
+
+        Returns:
+            The same ones; in few bits what is left of them.
+        """
+        return self.storage.read(self.storage.store(factors), self.projection.factor_shapes, self.weight.dtype)
+
+    def find_basis(self) -> Basis | None:
+        """What `decompose` finds, as the state would hold it; None if it failed."""
+        found = self.decompose()
+        return None if found is None else self.as_stored(found)
 
     def renew(self) -> None:
         """Takes the basis that the gradient brings or, in full, tells."""
         grad = self.grad
         basis = grad.basis if isinstance(grad, ProjectedGradient) else self.find_basis()
         if basis is not None:
-            self._take(basis)
+            self.take(basis)
 
-    def _take(self, basis: Basis) -> None:
+    def take(self, basis: Basis) -> None:
         """Puts a new basis in the old one's place, and notes what of it is still to be found.
 
         A basis that lacks directions is filled up from the next gradients, as long as they bring any; a matrix of a
         stack that has none at all waits for its first gradient, however long.
+
+        Args:
+            basis: as `as_stored` gives it.
         """
         state, is_filled_up, old = self.state, self.is_filled_up, self.basis
         if state["renewals"] and not is_filled_up:

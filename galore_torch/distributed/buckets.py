@@ -1,0 +1,166 @@
+"""Gradients on their way through an all-reduce: some weights' images, and full gradients where a basis is due.
+
+All processes hold the same state, and so know alike, before a gradient is there, what each of a bucket's is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.work import Work
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Weights whose gradients are averaged in one collective.
+
+    Attributes:
+        work: the weights, of one dtype and device, in the order that all processes know.
+        fills: whether their bases are found from these gradients, which are full.
+        dtype: in which they are averaged.
+        waits_for: the identities of the weights whose gradients are not complete.
+        flat: what is reduced: the gradients, and for each whether a process has it.
+        shapes: of the gradients.
+        handle: of the collective.
+    """
+
+    work: list[Work]
+    fills: bool
+    dtype: torch.dtype
+    waits_for: set[int] = field(default_factory=set)
+    flat: Tensor | None = None
+    shapes: Sequence[tuple[int, ...]] = ()
+    handle: Any = None
+
+    def __post_init__(self) -> None:
+        self.waits_for = {id(one.weight) for one in self.work}
+
+    def reduce(self, group: dist.ProcessGroup) -> None:
+        """Begins to average the gradients there are; one that is missing counts as zeros.
+
+        Args:
+            group: the processes.
+        """
+        grads = [one.weight.grad for one in self.work]
+        self.shapes = [self._shape(one) for one in self.work]
+        parts = [
+            torch.zeros(math.prod(shape), dtype=self.dtype, device=one.weight.device)
+            if grad is None
+            else _stored(grad).reshape(-1).to(self.dtype)
+            for one, grad, shape in zip(self.work, grads, self.shapes, strict=True)
+        ]
+        has = torch.tensor([grad is not None for grad in grads], dtype=self.dtype)
+        self.flat = torch.cat((*parts, has.to(parts[0].device, non_blocking=True)))
+        self.flat.div_(dist.get_world_size(group))
+        self.handle = dist.all_reduce(self.flat, group=group, async_op=True)
+
+    def averages(self) -> Iterator[tuple[Work, Tensor]]:
+        """Waits for the collective.
+
+        Yields:
+            Each weight that a process has a gradient of, and the average: of its image's shape, or of its own.
+        """
+        assert self.flat is not None
+        self.handle.wait()
+        flat, self.flat, self.handle = self.flat, None, None
+        # What this process has, another cannot lack: only a weight that it has not used is asked about.
+        has = None
+        start = 0
+        for place, (one, shape) in enumerate(zip(self.work, self.shapes, strict=True)):
+            part = flat[start : start + math.prod(shape)].view(shape)
+            start += part.numel()
+            if one.weight.grad is None:
+                has = flat[-len(self.work) :].tolist() if has is None else has
+                if has[place] == 0:
+                    continue
+            yield one, part
+
+    def _shape(self, one: Work) -> tuple[int, ...]:
+        grad = one.weight.grad
+        full = self.fills or one.turn_has_come if grad is None else not isinstance(grad, ProjectedGradient)
+        return tuple(one.weight.shape) if full else one.projection.image_shape
+
+
+def _stored(grad: Tensor) -> Tensor:
+    return grad.image if isinstance(grad, ProjectedGradient) else grad
+
+
+def put(one: Work, average: Tensor) -> None:
+    """Makes an average the gradient of its weight.
+
+    Args:
+        one: the weight.
+        average: of its image's shape, or of its own.
+    """
+    grad, weight = one.weight.grad, one.weight
+    if isinstance(grad, ProjectedGradient):
+        grad.image = average.to(grad.image.dtype)
+    elif grad is not None or tuple(average.shape) != one.projection.image_shape or one.turn_has_come:
+        weight.grad = average.to(weight.dtype)
+    else:
+        weight.grad = ProjectedGradient(average, one.projection, one.basis, weight.dtype)
+
+
+def layout(
+    work: Iterable[Work], *, most_bytes: int, most_fills: int, dtype: torch.dtype | None, only_fills: bool
+) -> list[Bucket]:
+    """Which weights share a bucket in this backward pass.
+
+    Args:
+        work: all weights, about in the order in which their gradients come.
+        most_bytes: of a bucket of more than one weight.
+        most_fills: how many weights whose bases are found share a bucket of their own; 0 if these are as others.
+        dtype: in which images accumulate; the weight's when None.
+        only_fills: whether nothing else is averaged in this pass.
+
+    Returns:
+        The buckets, in the order in which they are reduced.
+    """
+    buckets: list[Bucket] = []
+    kind: Any = None
+    room = 0
+    for one in work:
+        fills = most_fills > 0 and one.is_filled_up and not isinstance(one.weight.grad, ProjectedGradient)
+        if only_fills and not fills:
+            continue
+        weight = one.weight
+        of_image = torch.promote_types(weight.dtype, dtype or weight.dtype)
+        size = 1 if fills else of_image.itemsize * (weight.numel() if one.turn_has_come else one.coordinate_count)
+        is_alike = kind == (fills, of_image, weight.device)
+        if not is_alike or size > room:
+            kind, room = (fills, of_image, weight.device), most_fills if fills else most_bytes
+            buckets.append(Bucket([], fills, of_image))
+        buckets[-1].work.append(one)
+        buckets[-1].waits_for.add(id(weight))
+        room -= size
+    return buckets
+
+
+def drop_empty(work: Sequence[Work], group: dist.ProcessGroup) -> None:
+    """Lets go of images that are zeros in all processes and could not take up what is to come.
+
+    Args:
+        work: all weights.
+        group: the processes.
+    """
+    kept = []
+    for one in work:
+        grad = one.weight.grad
+        if isinstance(grad, ProjectedGradient) and (one.turn_has_come or not grad.is_in(one.basis)):
+            kept.append((one, grad))
+    if not kept:
+        return
+    device = kept[0][0].weight.device
+    some = torch.stack([grad.image.any().to(device) for _, grad in kept]).to(torch.int32)
+    dist.all_reduce(some, op=dist.ReduceOp.MAX, group=group)
+    for (one, _), is_some in zip(kept, some.tolist(), strict=True):
+        if not is_some:
+            one.weight.grad = None

@@ -1,0 +1,104 @@
+"""Renewals are divided among processes: an owner finds a layer's basis, and the others get it.
+
+All processes hold the same gradient then, the same state and the same list of layers. What they decide from these they
+decide alike; what they compute, one of them computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from galore_torch.lowbit import QuantizedWeight
+from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.work import Work
+from galore_torch.projection import Basis
+
+
+def renew_together(work: Sequence[Work], group: dist.ProcessGroup) -> None:
+    """Renews bases, each found by one process.
+
+    Args:
+        work: the weights, the same ones in all processes, with the same gradients.
+        group: the processes.
+
+    Raises:
+        RuntimeError: the processes hold different weights or bases, in all of them.
+    """
+    told = [one for one in work if not isinstance(one.grad, ProjectedGradient)]
+    for one in work:
+        if isinstance(one.grad, ProjectedGradient):  # it brings the basis that was found in the backward
+            one.renew()
+    for one, basis in zip(told, bases_of(told, group), strict=True):
+        if basis is not None:
+            one.take(basis)
+
+
+def bases_of(work: Sequence[Work], group: dist.ProcessGroup) -> list[Basis | None]:
+    """The bases that full gradients tell.
+
+    Args:
+        work: the weights, the same ones in all processes, with the same gradients.
+        group: the processes.
+
+    Returns:
+        One for each; None where the decomposition failed, in every process alike.
+
+    Raises:
+        RuntimeError: the processes hold different weights or bases, in all of them.
+    """
+    if not work:
+        return []
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    owners = [(place + one.state["step"]) % size for place, one in enumerate(work)]
+    found = [one.decompose() if owner == rank else None for one, owner in zip(work, owners, strict=True)]
+    is_found = _agree(work, [basis is not None for basis in found], group)
+    return [
+        _share(one, basis, owner, group) if exists else None
+        for one, basis, owner, exists in zip(work, found, owners, is_found, strict=True)
+    ]
+
+
+def _share(one: Work, found: dict[str, Tensor] | None, owner: int, group: dist.ProcessGroup) -> Basis:
+    weight, factors = one.weight, {}
+    for name, shape in one.projection.factor_shapes.items():
+        if found is None:
+            factor = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        else:
+            factor = found[name].contiguous()
+        dist.broadcast(factor, group_src=owner, group=group)
+        factors[name] = factor
+    return one.as_stored(factors)
+
+
+def _agree(work: Sequence[Work], found: Sequence[bool], group: dist.ProcessGroup) -> list[bool]:
+    """Tells all processes what was found, and checks on the way that they hold the same weights and bases."""
+    device = work[0].weight.device
+    sums = torch.stack([_checksum(one).to(device) for one in work])
+    most = torch.cat((torch.tensor(found, dtype=torch.int64, device=device), sums, -sums))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    is_found, largest, smallest = most.view(3, -1).tolist()
+    for one, high, low in zip(work, largest, smallest, strict=True):
+        if high != -low:
+            raise RuntimeError(
+                f"the processes hold different values of {one.name} or of its basis: they have drifted apart since its "
+                f"last renewal, before step {one.state['step'] + 1}. Load a checkpoint, and let nothing change weights "
+                "or gradients in one process alone"
+            )
+    return [bool(flag) for flag in is_found]
+
+
+def _checksum(one: Work) -> Tensor:
+    """Of a weight and its basis: a sum of their bits, which is exact in any order and on any device."""
+    weight = one.weight.codes if isinstance(one.weight, QuantizedWeight) else one.weight
+    parts = [weight, *(one.basis.values() if one.state["renewals"] else ())]
+    return torch.stack([_bits(part.detach()).sum(dtype=torch.int64) for part in parts]).sum() % 2**61
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

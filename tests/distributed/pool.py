@@ -1,0 +1,123 @@
+"""Processes that stay for many cases, for starting one takes seconds. Each case makes its own process group."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import queue
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+DEADLINE = 120
+"""Seconds that a case may take, on a machine that does other work too."""
+
+COLLECTIVE = 60
+"""Seconds that a process waits for the others."""
+
+
+class Pool:
+    """Up to four processes, which run functions of modules.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        self._folder = tempfile.TemporaryDirectory()
+        self._size = size
+        self._case = 0
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.trained"])
+        self._answers = context.Queue()
+        self._questions = [context.Queue() for _ in range(self._size)]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, questions, self._answers), daemon=True)
+            for rank, questions in enumerate(self._questions)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, case: Callable[..., Any], world: int, **given: Any) -> list[Any]:
+        """What a case returns in each of some processes.
+
+        Args:
+            case: a function of a module, called with its rank, how many there are, and what is given.
+            world: how many.
+            **given: for it.
+
+        Raises:
+            RuntimeError: it raised, or was not done in time.
+        """
+        answers = self.ask(case, world, **given)
+        wrong = [answer for answer in answers if isinstance(answer, Raised)]
+        if wrong:
+            raise RuntimeError(f"{case.__name__} on {world}: {wrong[0].text}")
+        return answers
+
+    def ask(self, case: Callable[..., Any], world: int, **given: Any) -> list[Any]:
+        """The same, with what was raised among the answers."""
+        if not self._processes:
+            self._start()
+        self._case += 1
+        store = str(Path(self._folder.name) / f"store{self._case}")
+        for questions in self._questions[:world]:
+            questions.put((self._case, case, world, store, given))
+        answers: list[Any] = [None] * world
+        try:
+            for _ in range(world):
+                number, rank, answer = self._answers.get(timeout=DEADLINE)
+                assert number == self._case
+                answers[rank] = answer
+        except queue.Empty:
+            self.close()
+            raise RuntimeError(f"{case.__name__} on {world} was not done in {DEADLINE} s") from None
+        return answers
+
+    def close(self) -> None:
+        """Ends the processes; the next case starts others."""
+        for process in self._processes:
+            process.kill()
+        self._processes = []
+
+
+class Raised:
+    """What a process raised.
+
+    Attributes:
+        kind: the name of the error's class.
+        text: its message, and where.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self.kind = type(error).__name__
+        self.text = f"{self.kind}: {error}\n{''.join(traceback.format_exc()[-3000:])}"
+
+
+def _serve(rank: int, questions: Any, answers: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    timeout = datetime.timedelta(seconds=COLLECTIVE)
+    while True:
+        number, case, world, store, given = questions.get()
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+            answer = case(rank, world, **given)
+            dist.barrier()
+        except BaseException as error:
+            answer = Raised(error)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        answers.put((number, rank, answer))

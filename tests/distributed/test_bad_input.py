@@ -1,0 +1,146 @@
+"""What cannot be served in several processes is told in every one of them, before anything moves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from galore_torch import GaLoreAdamW, attach, param_groups
+from tests.distributed.trained import batch, distance, llama, loss_of, optimizer_of, trained, weights_of
+
+
+def step(net: nn.Module, optimizer: Any, rank: int, world: int) -> None:
+    loss_of(net, batch(0).tensor_split(world)[rank]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+DISAGREEMENTS: dict[str, Any] = {
+    "rank": lambda rank: {"rank": 3 + rank},
+    "update_proj_gap": lambda rank: {"update_proj_gap": 7 + rank},
+    "seed": lambda rank: {"seed": rank},
+    "decomposition": lambda rank: {"decomposition": ("warm", "svd")[rank]},
+}
+
+
+@pytest.mark.parametrize("name", [*DISAGREEMENTS, "weight"])
+@pytest.mark.parametrize("gradients", ["projected", "full"])
+def test_processes_that_disagree_are_told(pool, name, gradients):
+    for answer in pool.ask(disagreeing, 2, name=name, gradients=gradients):
+        assert answer.kind == "ValueError"
+        assert name in answer.text
+        assert "rank 0" in answer.text
+        assert "rank 1" in answer.text
+
+
+def disagreeing(rank: int, world: int, name: str, gradients: Any) -> None:
+    model = llama()
+    if name == "weight":
+        groups = param_groups(model, rank=4)
+        for group in groups:
+            if rank == 1:
+                group["params"].reverse()
+        optimizer = GaLoreAdamW(groups)
+    else:
+        optimizer = optimizer_of(model, **DISAGREEMENTS[name](rank))
+    before = weights_of(model)
+    attach(model, optimizer, gradients=gradients)
+    try:
+        step(DistributedDataParallel(model), optimizer, rank, world)
+    finally:
+        assert torch.equal(before, weights_of(model))
+
+
+REFUSED = {
+    "attached to DDP": "attach(model, optimizer) first",
+    "attached to a part": "the very model that is wrapped",
+    "removed": "Wrap the model anew",
+    "join": "join()",
+    "no_sync with update='backward'": "use update='step'",
+    "create_graph": "create_graph=True",
+    "one of several": "DistributedDataParallel already",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_served_is_refused(pool, name):
+    for answer in pool.ask(refused, 2, name=name):
+        assert answer is not None
+        assert answer.kind == "ValueError"
+        assert REFUSED[name] in answer.text
+
+
+def refused(rank: int, world: int, name: str) -> None:
+    model = llama()
+    optimizer = optimizer_of(model)
+    match name:
+        case "attached to DDP":
+            attach(DistributedDataParallel(model), optimizer)
+        case "one of several":
+            attach(nn.Sequential(DistributedDataParallel(model)), optimizer)
+        case "attached to a part":
+            attach(model, optimizer)
+            step(DistributedDataParallel(nn.Sequential(model)), optimizer, rank, world)
+        case "removed":
+            attachment = attach(model, optimizer)
+            net = DistributedDataParallel(model)
+            attachment.remove()
+            step(net, optimizer, rank, world)
+        case "join":
+            attach(model, optimizer)
+            net = DistributedDataParallel(model)
+            with net.join():
+                step(net, optimizer, rank, world)
+        case "no_sync with update='backward'":
+            attach(model, optimizer, "fused", "backward")
+            net = DistributedDataParallel(model)
+            with net.no_sync():
+                step(net, optimizer, rank, world)
+        case "create_graph":
+            attach(model, optimizer)
+            loss_of(DistributedDataParallel(model), batch(0)).backward(create_graph=True)
+
+
+def test_a_copy_of_an_attached_model_is_a_plain_one(pool):
+    ranks = pool.run(as_a_copy, 2)
+    assert torch.equal(*ranks)
+    assert distance(ranks[0], trained(0, 1, mode=None, steps=10)) <= 1e-12
+
+
+def as_a_copy(rank: int, world: int) -> torch.Tensor:
+    model = llama()
+    attach(model, optimizer_of(model))
+    other = copy.deepcopy(model)
+    optimizer = optimizer_of(other)
+    net = DistributedDataParallel(other)
+    for number in range(10):
+        loss_of(net, batch(number).tensor_split(world)[rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(other)
+
+
+def test_a_model_of_which_all_is_projected_leaves_one_weight_to_ddp(pool):
+    for mode in (("fused", "step"), ("fused", "backward")):
+        ranks = pool.run(all_projected, 2, mode=mode)
+        assert torch.equal(*ranks)
+        assert distance(ranks[0], all_projected(0, 1, mode=mode)) <= 1e-12
+
+
+def all_projected(rank: int, world: int, mode: Any) -> torch.Tensor:
+    model = llama()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("proj" in name)
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, *mode)
+    net = DistributedDataParallel(model) if world > 1 else model
+    for number in range(10):
+        loss_of(net, batch(number).tensor_split(world)[rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)

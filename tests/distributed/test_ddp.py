@@ -1,0 +1,227 @@
+"""DDP: several processes, each with a part of the batch, make the steps of one process with all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from galore_torch import attach
+from galore_torch.distributed import ddp
+from galore_torch.optim.work import Work
+from tests.distributed.trained import BAR, GAP, RANK, batch, distance, llama, loss_of, optimizer_of, trained, weights_of
+
+MODES = {
+    "full, at step": ("full", "step"),
+    "projected, at step": ("projected", "step"),
+    "fused, at step": ("fused", "step"),
+    "full, in backward": ("full", "backward"),
+    "fused, in backward": ("fused", "backward"),
+}
+every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+LOW_RANK = {name: mode for name, mode in MODES.items() if mode[0] != "full"}
+every_low_rank_mode = pytest.mark.parametrize("mode", LOW_RANK.values(), ids=LOW_RANK)
+SHORT = 14
+
+
+def on_one_process(step: int, rank: int) -> bool:
+    return step % 3 == 1 and rank == 1
+
+
+def on_all_processes(step: int, rank: int) -> bool:
+    return step % 3 != 1
+
+
+def at_first_on_one(step: int, rank: int) -> bool:
+    return step < 2 and rank == 0
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "accumulated with no_sync": {"micro": 2},
+    "accumulated, averaged each time": {"micro": 2, "no_sync": False},
+    "clipped, accumulated": {"micro": 2, "clip": 0.05},
+    "gradients set to zero": {"micro": 2, "to_none": False},
+    "static_graph": {"ddp": {"static_graph": True}},
+    "find_unused_parameters": {"ddp": {"find_unused_parameters": True}},
+    "gradient_as_bucket_view": {"ddp": {"gradient_as_bucket_view": True}},
+    "tied": {"shape": {"tied": True}},
+    "accumulated in another dtype": {"attachment": {"grad_dtype": torch.float64}},
+    "unused on one process": {"skips": on_one_process, "ddp": {"find_unused_parameters": True}},
+    "unused on all processes": {"skips": on_all_processes, "ddp": {"find_unused_parameters": True}},
+    "unused on one process at first": {"skips": at_first_on_one, "ddp": {"find_unused_parameters": True}},
+    "unused, accumulated": {"skips": at_first_on_one, "micro": 2, "ddp": {"find_unused_parameters": True}},
+    "lazy": {"cos_threshold": 0.2, "queue_size": 2},
+    "not staggered": {"stagger": False},
+    "both sides": {"proj_type": "full"},
+    "every matrix": {"target_modules": "all-linear"},
+}
+
+
+def assert_as_one(pool: Any, world: int, bar: float = BAR, **given: Any) -> None:
+    ranks = pool.run(trained, world, **given)
+    assert all(torch.equal(ranks[0], other) for other in ranks[1:])
+    own = {key: value for key, value in given.items() if key != "ddp"}
+    assert distance(ranks[0], trained(0, 1, **own, parts=world)) <= bar
+
+
+@every_mode
+def test_two_processes_train_as_one(pool, mode):
+    assert_as_one(pool, 2, mode=mode)
+
+
+@pytest.mark.slow
+@every_mode
+def test_four_processes_train_as_one(pool, mode):
+    assert_as_one(pool, 4, mode=mode)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("gradients", ["projected", "fused"])
+def test_a_variant_trains_as_one(pool, name, gradients):
+    assert_as_one(pool, 2, mode=(gradients, "step"), steps=SHORT, **VARIANTS[name])
+
+
+@pytest.mark.parametrize("gradients", ["full", "fused"])
+@pytest.mark.parametrize("name", ["find_unused_parameters", "tied", "not staggered", "both sides", "every matrix"])
+def test_a_variant_applied_in_the_backward_trains_as_one(pool, name, gradients):
+    assert_as_one(pool, 2, mode=(gradients, "backward"), steps=SHORT, **VARIANTS[name])
+
+
+@every_low_rank_mode
+def test_small_buckets_change_nothing(pool, mode):
+    ranks = pool.run(in_small_buckets, 2, mode=mode, steps=SHORT)
+    assert torch.equal(*ranks)
+    assert distance(ranks[0], trained(0, 1, mode=mode, steps=SHORT)) <= BAR
+
+
+def in_small_buckets(rank: int, world: int, **given: Any) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ddp, "BUCKET_BYTES", 600)
+        return trained(rank, world, **given)
+
+
+@every_low_rank_mode
+def test_all_begin_from_the_first_ones_weights(pool, mode):
+    ranks = pool.run(from_its_own_start, 2, mode=mode)
+    assert torch.equal(*ranks)
+    assert distance(ranks[0], trained(0, 1, mode=mode, steps=SHORT)) <= BAR
+
+
+def from_its_own_start(rank: int, world: int, mode: Any) -> torch.Tensor:
+    return trained(rank, world, mode=mode, steps=SHORT, seed_of_model=rank)
+
+
+@every_mode
+def test_a_gradient_that_is_not_finite_on_one_process_is_so_on_all(pool, mode):
+    for counts, weights in pool.run(with_an_infinite_gradient, 2, mode=mode):
+        assert set(counts.values()) == {2}
+        assert bool(weights.isfinite().all())
+    assert torch.equal(*(weights for _, weights in pool.run(with_an_infinite_gradient, 2, mode=mode)))
+
+
+def with_an_infinite_gradient(rank: int, world: int, mode: Any) -> Any:
+    model = llama()
+    optimizer = optimizer_of(model, skip_nonfinite=True)
+    attach(model, optimizer, *mode)
+    net = DistributedDataParallel(model)
+    for step in range(SHORT):
+        spoilt = rank == 1 and step in (0, 9)
+        (loss_of(net, batch(step).tensor_split(world)[rank]) * (float("inf") if spoilt else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer.nonfinite_counts(), weights_of(model)
+
+
+@pytest.mark.parametrize("mode", [("fused", "step"), ("fused", "backward"), ("full", "step")])
+@pytest.mark.parametrize("recipe", ["sgd", "adafactor"])
+def test_a_recipe_trains_as_one(pool, recipe, mode):
+    assert_as_one(pool, 2, mode=mode, recipe=recipe, steps=2 * SHORT)
+
+
+@pytest.mark.parametrize("mode", [("fused", "step"), ("projected", "step"), ("full", "backward")])
+@pytest.mark.parametrize(
+    "given", [{"recipe": "adamw8bit"}, {"recipe": "qgalore", "int8": True}], ids=["8bit", "qgalore"]
+)
+def test_in_few_bits_all_processes_hold_the_same(pool, given, mode):
+    assert torch.equal(*pool.run(trained, 2, mode=mode, dtype=torch.float32, steps=SHORT, **given))
+
+
+@every_mode
+def test_svd_trains_as_one(pool, mode):
+    """Its directions turn with the last digits of a gradient: rounding alone moves weights as far in one process."""
+    assert_as_one(pool, 2, bar=1e-6, mode=mode, steps=2 * SHORT, decomposition="svd")
+
+
+# What a step sends, and who decomposes --------------------------------------------------------------------------------
+
+
+@every_low_rank_mode
+def test_an_ordinary_step_sends_images_alone(pool, mode):
+    for sent, images, others in pool.run(bytes_of_a_step, 2, mode=mode):
+        assert sent <= 1.02 * images
+        assert others == 0
+
+
+def bytes_of_a_step(rank: int, world: int, mode: Any) -> tuple[int, int, int]:
+    """Of the projected layers: bytes handed to collectives in a step without a renewal, those of images, and more."""
+    model = llama(width=96, inner=160)
+    optimizer = optimizer_of(model, stagger=False)
+    attach(model, optimizer, *mode)
+    net = DistributedDataParallel(model)
+    sent: list[int] = []
+    reduce, broadcast = dist.all_reduce, dist.broadcast
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "all_reduce", lambda one, **given: sent.append(one.nbytes) or reduce(one, **given))
+        patched.setattr(
+            dist, "broadcast", lambda one, *args, **given: others.append(one) or broadcast(one, *args, **given)
+        )
+        others: list[Any] = []
+        for step in range(3):
+            sent.clear()
+            others.clear()
+            loss_of(net, batch(step).tensor_split(world)[rank]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    held = (one for group in optimizer.param_groups if "rank" in group for one in group["params"])
+    images = sum(RANK * max(weight.shape) * weight.element_size() for weight in held)
+    return sum(sent), images, len(others)
+
+
+@pytest.mark.parametrize("mode", [("fused", "step"), ("full", "step")])
+def test_renewals_are_divided(pool, mode):
+    counts = pool.run(decompositions, 4, mode=mode)
+    assert sum(counts) == 14 * 2
+    assert max(counts) <= -(-14 // 4) * 2
+
+
+def decompositions(rank: int, world: int, mode: Any) -> int:
+    """How many bases a process finds: 14 weights, twice."""
+    found = []
+    decompose = Work.decompose
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Work, "decompose", lambda one: found.append(one) or decompose(one))
+        trained(rank, world, mode=mode, steps=GAP + 1, stagger=False)
+    return len(found)
+
+
+def test_a_process_that_has_drifted_apart_is_found_at_the_next_renewal(pool):
+    for answer in pool.ask(drifting, 2):
+        assert answer.kind == "RuntimeError"
+        assert "different values of" in answer.text
+
+
+def drifting(rank: int, world: int) -> None:
+    model = llama()
+    optimizer = optimizer_of(model)
+    attach(model, optimizer)
+    net = DistributedDataParallel(model)
+    for step in range(2 * GAP):
+        loss_of(net, batch(step).tensor_split(world)[rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3 and rank == 1:
+            with torch.no_grad():
+                next(one for group in optimizer.param_groups if "rank" in group for one in group["params"]).mul_(1.001)
