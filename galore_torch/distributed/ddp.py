@@ -54,12 +54,12 @@ def join(
         applies: whether gradients are applied in the backward.
 
     Returns:
-        Its traffic; None in a job of one process.
+        Its traffic; None where there is no process group.
 
     Raises:
         ValueError: the model is wrapped already, and has such weights.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_available() or not dist.is_initialized():
         return None
     refuse_what_is_averaged_twice(model, weights)
     root = model.module if isinstance(model, DistributedDataParallel) else model

@@ -42,7 +42,7 @@ Join = Callable[[nn.Module, GaLore, Mapping[str, Tensor], torch.dtype | None, bo
 
 JOIN: list[Join] = []
 """Gives a model its traffic, from its optimizer, the weights (by name) that are projected before `step()`, the dtype of
-their images, and whether they are applied in the backward. None in a job of one process. `distributed/` fills it."""
+their images, and whether they are applied in the backward. None without a process group. `distributed/` fills it."""
 
 _ATTACHED_TO: list[Container[nn.Module]] = []
 """Where the hook looks, which is a plain function, for models are pickled with their hooks."""
@@ -66,7 +66,7 @@ def _check(module: nn.Module, _: Any) -> None:
     active = DistributedDataParallel._active_ddp_module
     if active is not None and any(module in attached for attached in _ATTACHED_TO):
         raise ValueError(
-            "the model runs inside DistributedDataParallel, and attach(...) was called while there was one process: "
-            "its projected gradients would not be averaged. Call torch.distributed.init_process_group before "
+            "the model runs inside DistributedDataParallel, and attach(...) was called without a process "
+            "group: its projected gradients would not be averaged. Call torch.distributed.init_process_group before "
             "attach(...), and attach(...) before DistributedDataParallel(model)"
         )

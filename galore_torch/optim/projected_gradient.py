@@ -206,7 +206,8 @@ class ProjectedGradient(Tensor):
         if func.namespace in COLLECTIVES:
             raise ValueError(
                 f"{func} cannot act on a projected gradient: the processes' bases may differ, and it would change a "
-                'copy. To average gradients over processes use attach(..., gradients="full"), or no attach at all'
+                "copy. To average gradients over processes call attach(...) before DistributedDataParallel(model); to "
+                'do so by hand use attach(..., gradients="full"), or no attach at all'
             )
         return func(*_full(args), **_full(kwargs))
 

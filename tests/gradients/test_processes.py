@@ -48,17 +48,11 @@ def refused(action: Any) -> str:
 # What is tried, by name; each gives what was said --------------------------------------------------------------------
 
 
-def ddp(bucket_view: bool, gradients: Any, update: Any = "step", attach_first: bool = True) -> str:
+def attached_to_ddp() -> str:
     net = model()
     optimizer = optimizer_of(net)
-    before = [weight.detach().clone() for weight in net.parameters()]
-    if attach_first:
-        attach(net, optimizer, gradients=gradients, update=update)
-    wrapped = DistributedDataParallel(net, gradient_as_bucket_view=bucket_view)
-    if not attach_first:
-        return refused(lambda: attach(wrapped, optimizer, gradients=gradients, update=update))
-    said = refused(lambda: step(wrapped, optimizer))
-    return said if all(map(torch.equal, net.parameters(), before)) else f"moved: {said}"
+    wrapped = DistributedDataParallel(net)
+    return refused(lambda: attach(wrapped, optimizer))
 
 
 def ddp_in_full() -> str:
@@ -125,13 +119,7 @@ def sharded(when: str) -> str:
 
 
 TRIALS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
-    **{
-        f"DDP, {gradients}, {'views' if view else 'copies'}": (ddp, (view, gradients), 'gradients="full"')
-        for gradients in ("projected", "fused")
-        for view in (True, False)
-    },
-    "DDP, applied in the backward": (ddp, (False, "fused", "backward"), 'update="step"'),
-    "attached to DDP": (ddp, (False, "projected", "step", False), 'gradients="full"'),
+    "attached to DDP": (attached_to_ddp, (), 'gradients="full"'),
     "DDP, in full": (ddp_in_full, (), "equal"),
     "all_reduce of a projected gradient": (reduced_by_hand, ("all_reduce",), 'gradients="full"'),
     "broadcast of a projected gradient": (reduced_by_hand, ("broadcast",), 'gradients="full"'),
