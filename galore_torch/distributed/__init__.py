@@ -1,8 +1,21 @@
-"""Floor 4: several processes. DDP's traffic in low rank, renewals that are divided among processes."""
+"""Floor 4: several processes. DDP's traffic in low rank, renewals that are divided among processes.
 
-from galore_torch.distributed.ddp import join
-from galore_torch.gradients.data_parallel import JOIN
+`import galore_torch` imports this much of it, so that the floors below can ask; the rest comes when they do.
+"""
 
-JOIN[:] = [join]
+from __future__ import annotations
+
+from typing import Any
+
+from galore_torch.optim.processes import JOIN
 
 __all__: list[str] = []
+
+
+def _join(*given: Any) -> Any:
+    from galore_torch.distributed.ddp import join
+
+    return join(*given)
+
+
+JOIN[:] = [_join]

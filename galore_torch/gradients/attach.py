@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.gradients.applied import AppliedGradient
-from galore_torch.gradients.data_parallel import JOIN, Traffic, refuse_data_parallel
+from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
 from galore_torch.gradients.hooks import apply_when_complete, make_room, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
 from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.gradients.moved import MovedWeights
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
+from galore_torch.optim.processes import JOIN
 from galore_torch.optim.warn import warn
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()

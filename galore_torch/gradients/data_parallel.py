@@ -6,15 +6,12 @@ of no other processes, the model refuses to run inside DDP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
-
-from galore_torch.optim.galore import GaLore
 
 Hook = Callable[[Tensor], None]
 
@@ -37,12 +34,6 @@ class Traffic(Protocol):
     def remove(self) -> None:
         """Ends it."""
 
-
-Join = Callable[[nn.Module, GaLore, Mapping[str, Tensor], torch.dtype | None, bool], Traffic | None]
-
-JOIN: list[Join] = []
-"""Gives a model its traffic, from its optimizer, the weights (by name) that are projected before `step()`, the dtype of
-their images, and whether they are applied in the backward. None without a process group. `distributed/` fills it."""
 
 _ATTACHED_TO: list[Container[nn.Module]] = []
 """Where the hook looks, which is a plain function, for models are pickled with their hooks."""
