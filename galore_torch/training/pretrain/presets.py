@@ -46,7 +46,7 @@ PROJECTED, FULL_RANK = "projected", "full rank"
 BY_OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
     "llama-7b": {
         # The paper clips at 1.0. Where each layer moves as soon as its gradient is there, nothing is left to clip.
-        PROJECTED: {"gradients": "fused", "update": "backward"},
+        PROJECTED: {"update": "backward"},
         FULL_RANK: {"max_grad_norm": 1.0},
         "galore-adamw8bit": {"basis_bits": 8},
     },

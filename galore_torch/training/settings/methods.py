@@ -25,9 +25,12 @@ from galore_torch.training.settings.optimizer import heeds as optimizer_heeds
 _AS_USUAL: dict[str, Any] = {"adapter": "none", "gradients": "full", "update": "step", "weight_bits": 16}
 _PER_LAYER: dict[str, Any] = {**_AS_USUAL, "update": "backward", "max_grad_norm": 0.0}  # nothing is left to clip
 
-_FEW_BITS: dict[str, Any] = {
-    "optim": "qgalore-adamw8bit", "weight_bits": 8, **own_defaults("qgalore-adamw8bit"),
-}  # fmt: skip
+
+def _galore(name: str) -> dict[str, Any]:
+    return {"optim": name, **own_defaults(name)}
+
+
+_FEW_BITS: dict[str, Any] = {**_galore("qgalore-adamw8bit"), "weight_bits": 8}
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {**_AS_USUAL, "optim": "adamw"},
@@ -36,14 +39,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "low-rank": {**_AS_USUAL, "optim": "adamw", "adapter": "low-rank"},
     "lora": {**_AS_USUAL, "optim": "adamw", "adapter": "lora"},
     "relora": {**_AS_USUAL, "optim": "adamw", "adapter": "relora"},
-    "galore": {**_AS_USUAL, "optim": "galore-adamw"},
-    "galore-8bit": {**_AS_USUAL, "optim": "galore-adamw8bit"},
-    "galore-adafactor": {**_AS_USUAL, "optim": "galore-adafactor"},
+    "galore": {**_AS_USUAL, **_galore("galore-adamw")},
+    "galore-8bit": {**_AS_USUAL, **_galore("galore-adamw8bit")},
+    "galore-adafactor": {**_AS_USUAL, **_galore("galore-adafactor")},
     "qgalore": {**_AS_USUAL, **_FEW_BITS},
     "full-per-layer": {**_PER_LAYER, "optim": "adamw"},
     "adam8bit-per-layer": {**_PER_LAYER, "optim": "adamw8bit"},
-    "galore-per-layer": {**_PER_LAYER, "optim": "galore-adamw"},
-    "galore-8bit-per-layer": {**_PER_LAYER, "optim": "galore-adamw8bit"},
+    "galore-per-layer": {**_PER_LAYER, **_galore("galore-adamw")},
+    "galore-8bit-per-layer": {**_PER_LAYER, **_galore("galore-adamw8bit")},
     "qgalore-per-layer": {**_PER_LAYER, **_FEW_BITS},
 }
 """Settings of each method by its name."""

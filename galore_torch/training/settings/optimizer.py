@@ -32,6 +32,7 @@ class Kind:
 _ADAM = frozenset({"beta1", "beta2", "eps"})
 _MOMENTUM = frozenset({"beta1"})
 _STATE = frozenset({"state_dtype"})
+_PROJECTED_DEFAULTS = {"gradients": "fused"}  # as `attach` has it
 
 KINDS: dict[str, Kind] = {
     "galore-adamw": Kind(projected=True, heeds=_ADAM | _STATE),
@@ -78,7 +79,8 @@ def own_defaults(name: str) -> Mapping[str, Any]:
     >>> own_defaults("qgalore-adamw8bit")["basis_bits"]
     4
     """
-    return KINDS[name].defaults if name in KINDS else {}
+    kind = KINDS.get(name)
+    return {**(_PROJECTED_DEFAULTS if kind.projected else {}), **kind.defaults} if kind else {}
 
 
 def is_prunable(name: str) -> bool:
@@ -156,7 +158,7 @@ class OptimizerConfig:
         "full",
         "How gradients are formed (galore- optimizers only): full, projected at once, or fused (never formed).",
         choices=_GRADIENTS,
-        shown="full; llama-7b with a galore- optimizer: fused",
+        shown="fused; full with a full-rank optimizer",
     )
     update: str = setting(
         "step",
