@@ -12,8 +12,7 @@ from typing import Any
 
 from galore_torch.training.compare.job import Amount, Job
 from galore_torch.training.compare.settings import WHAT_DIFFERS, own_settings
-from galore_torch.training.run.files import being_written, write_whole
-from galore_torch.training.run.locks import Lock
+from galore_torch.training.run.files import Lock, being_written, write_whole
 from galore_torch.training.settings.methods import method_settings, refuse_unheeded
 
 PLAN = "plan.json"

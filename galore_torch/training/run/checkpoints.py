@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from galore_torch.training.run.files import sync
@@ -25,29 +24,26 @@ KEPT = 2
 """Checkpoints that a run keeps: the newest, and the one before it in case that the newest gets damaged."""
 
 
-@dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run, below ``root``."""
+    """The checkpoints of one run, below ``root``; the Trainer writes into ``tmp``."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root, self.tmp = root, root / "tmp"
 
-    @property
-    def tmp(self) -> Path:
-        """The Trainer's output folder."""
-        return self.root / "tmp"
+    def newest_first(self) -> list[Path]:
+        """All of them, not looked into."""
+        found = [path for path in self.root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=step_of, reverse=True)
 
     def newest(self) -> Path | None:
         """The newest one, not looked into."""
         return next(iter(self.newest_first()), None)
 
-    def newest_whole(self, tell: Callable[[str], None]) -> Path | None:
-        """The newest one whose files are all as they were written.
+    def newest_whole(self, warn: Callable[[str], None]) -> Path | None:
+        """The newest one whose files are all as they were written; None if there are no checkpoints.
 
         Args:
-            tell: told of each newer one what is wrong with it, in a sentence.
-
-        Returns:
-            Its folder; None if there are no checkpoints.
+            warn: called for each newer one with what is wrong with it, in a sentence.
 
         Raises:
             ValueError: when there are some, and all are damaged.
@@ -57,7 +53,7 @@ class Checkpoints:
             wrong = damage(checkpoint)
             if wrong is None:
                 for each in damaged:
-                    tell(f"{each}. Going on from {checkpoint.name}.")
+                    warn(f"{each}. Going on from {checkpoint.name}.")
                 return checkpoint
             damaged.append(f"{checkpoint.name} is damaged: {wrong}")
         if damaged:
@@ -68,15 +64,7 @@ class Checkpoints:
         return None
 
     def complete(self, step: int, before: Path | None) -> Path:
-        """Make a checkpoint of what the Trainer has written, and remove what is older than the one before it.
-
-        Args:
-            step: after which it was written.
-            before: the one before it, which is kept.
-
-        Returns:
-            Its folder.
-        """
+        """Make a checkpoint of what the Trainer has written after a step, and remove all older than the one before."""
         target = self.root / f"checkpoint-{step}"
         written = self.tmp / target.name
         for path in written.rglob("*"):
@@ -95,11 +83,6 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove what a killed process was writing or removing."""
         shutil.rmtree(self.tmp, ignore_errors=True)
-
-    def newest_first(self) -> list[Path]:
-        """All of them."""
-        found = [path for path in self.root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        return sorted(found, key=step_of, reverse=True)
 
     def _remove(self, checkpoint: Path) -> None:
         """Remove one, so that it is never seen without some of its files."""

@@ -111,7 +111,10 @@ def run_command(
     with stoppable(lambda: _stopped(folder, name, resumed=resume)):
         with reported_errors(name):
             if resume:
-                found, settings = RunFolder.to_resume(out, given), None
+                if out is None:
+                    raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
+                RunFolder(out).require_unfinished(given)
+                found, settings = out, None
             else:
                 settings, default = configure()
                 if instead is not None:

@@ -1,4 +1,4 @@
-"""A disk that is full or may not be written to: known again in what every library makes of it, and told."""
+"""A disk that is full or may not be written to: known again in what every library makes of it, and reported."""
 
 from __future__ import annotations
 
@@ -13,43 +13,25 @@ from galore_torch.training.run.units import megabytes
 _FAILED_WRITES = frozenset(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO") if hasattr(errno, name)
 )
-_TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+|file write failed")
-# What safetensors, tokenizers, Arrow and torch say, whose errors are not the system's.
-_WORDS = re.compile(
-    r"no space left|disk quota exceeded|read-only file system|file too large|os error (28|122|30|27|5)\b"
-    r"|PytorchStreamWriter failed|unexpected pos \d+|file write failed",
-    re.IGNORECASE,
-)
+# What torch says, and then safetensors, tokenizers and Arrow, whose errors are not the system's.
+_TORCH = "PytorchStreamWriter failed|unexpected pos \\d+|file write failed"
+_OTHERS = "no space left|disk quota exceeded|read-only file system|file too large|os error (28|122|30|27|5)\\b"
 
 
 def failed_write(error: BaseException) -> str | None:
-    """What the system said of a write that failed.
-
-    Args:
-        error: any, whose causes are looked at too.
-
-    Returns:
-        Its words, with the file if that is known; None if the error is about something else.
-    """
+    """What the system said of a write that failed, by an error or one of its causes; None if none is about a write."""
     for each in _with_causes(error):
         if isinstance(each, OSError) and each.errno in _FAILED_WRITES:
             return f"{each.strerror}: {each.filename}" if each.filename else str(each.strerror)
-        found = _WORDS.search(str(each))
-        if found and not isinstance(each, ValueError):  # which is about what was asked for, and says more
+        # A ValueError is about what was asked for, and says more.
+        if not isinstance(each, ValueError) and re.search(f"{_OTHERS}|{_TORCH}", str(each), re.IGNORECASE):
             words = str(each).strip().splitlines()[0].rstrip(".")
-            return f"no more could be written, as to a full disk ({words})" if _TORCH.search(words) else words
+            return f"no more could be written, as to a full disk ({words})" if re.search(_TORCH, words) else words
     return None
 
 
 def raise_failed_write(error: BaseException) -> None:
-    """Raise an OSError if a write has failed, for what a library has made of it reads as if the data were wrong.
-
-    Args:
-        error: the library's.
-
-    Raises:
-        OSError: of that write.
-    """
+    """Raise an OSError if a write has failed, for what a library has made of it reads as if the data were wrong."""
     words = failed_write(error)
     if words is not None:
         raise OSError(errno.ENOSPC, words) from error
@@ -67,28 +49,13 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def free_bytes(path: Path) -> int:
-    """What is free on the disk that a path is on, or would be.
-
-    Args:
-        path: which need not exist.
-    """
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
+    """What is free on the disk that a path is on, or would be."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     return shutil.disk_usage(there).free
 
 
 def require_space(out: Path, needed: int, what: str) -> None:
-    """Refuse a disk on which there is too little room.
-
-    Args:
-        out: the folder that is written into.
-        needed: bytes.
-        what: they are for, for the message.
-
-    Raises:
-        ValueError: when less is free.
-    """
+    """Refuse, with a ValueError, a folder on whose disk fewer bytes are free than are needed for what is said."""
     free = free_bytes(out)
     if free < needed:
         raise ValueError(

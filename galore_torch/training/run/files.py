@@ -1,18 +1,20 @@
-"""Files that are there whole or not at all, whatever stops the process that writes them, or the machine."""
+"""Files that are there whole or not at all, whatever stops the process that writes them, and one process at a time."""
+
+from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one move: a reader, or a crash, finds the old text or the new one, never half of it.
-
-    Args:
-        path: the file; its folder is made if it is missing.
-        text: what it is to hold, kept as UTF-8.
-    """
+    """Write a text file, as UTF-8, in one move: a reader, or a crash, finds the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = being_written(path)
     unfinished.write_text(text, encoding="utf-8")
@@ -27,29 +29,75 @@ def being_written(path: Path) -> Path:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk, so that it outlasts a loss of power."""
-    if path.is_dir():
-        if os.name != "posix":  # elsewhere a folder cannot be opened, and needs not be
-            return
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened, and needs not be
         return
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
-    """Remove files that this process has made, and those of its folders that nobody has put anything into.
-
-    Args:
-        files: with what a killed `write_whole` leaves of them; those that are not there are passed over.
-        folders: inner ones first.
-    """
+    """Remove files that this process has made, and those of its folders, inner ones first, that nobody else uses."""
     for file in files:
         file.unlink(missing_ok=True)
         being_written(file).unlink(missing_ok=True)
     for folder in folders:
         with suppress(OSError):  # somebody else's file is in it, or it was never made
             folder.rmdir()
+
+
+class Lock:
+    """A file that at most one process has locked. The system frees it when that process ends, however it ends.
+
+    Args:
+        path: the lock's file, in a folder that exists. Beside it stands, for messages, a file that says who holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.files = (path, path.with_suffix(".holder"))
+        self._lock = FileLock(str(path), thread_local=False)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds it."""
+        return self._lock.is_locked
+
+    def acquire(self, *, waiting: Callable[[str], None] | None = None) -> bool:
+        """Lock it, and return whether that was possible.
+
+        Args:
+            waiting: called with the holder before an unlimited wait, where another process holds it; None not to wait.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            if waiting is None:
+                return False
+            waiting(self.holder())
+            self._lock.acquire()
+        command, since = " ".join(["galore", *sys.argv[1:2]]), time.strftime("%Y-%m-%d %H:%M:%S")
+        write_whole(self.files[1], f"process {os.getpid()} on {socket.gethostname()} ({command}, since {since})\n")
+        return True
+
+    def holder(self) -> str:
+        """Who holds it, for a message."""
+        try:
+            return self.files[1].read_text(encoding="utf-8").strip() or "another process"
+        except (OSError, ValueError):  # it has only just been acquired
+            return "another process"
+
+    def release(self, *, remove: bool = False) -> None:
+        """Free it, if this object holds it; ``remove`` its file too, which nobody may be waiting for."""
+        if not self.is_held:
+            return
+        path, holder = self.files
+        holder.unlink(missing_ok=True)
+        if remove:  # while it is held: whoever has opened it meanwhile sees that it is gone, and makes a new one
+            with suppress(PermissionError):  # Windows removes no open file
+                path.unlink(missing_ok=True)
+        self._lock.release()
+        if remove and os.name == "nt":
+            with suppress(OSError):
+                path.unlink(missing_ok=True)

@@ -11,7 +11,8 @@ runs/NAME/
   predictions.jsonl  what a fine-tuned model says of the held-out rows
   run.lock        locked by the process that works on the run; run.holder says which that is
 
-Only what a process has made itself is removed by it, and a run with a checkpoint never.
+Only what a process has made itself is removed by it, and a run with a checkpoint never. All that a folder is refused
+for is a ValueError with the remedy.
 """
 
 from __future__ import annotations
@@ -22,97 +23,40 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints
-from galore_torch.training.run.files import being_written, take_back, write_whole
-from galore_torch.training.run.locks import Lock
+from galore_torch.training.run.files import Lock, being_written, take_back, write_whole
 from galore_torch.training.run.signals import held_back
-
-_TEXT = "text"
-_HEX = re.compile(r"[0-9a-f]{64}")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Configuration(Protocol):
-    """The settings of any kind of run."""
-
-    def to_toml(self) -> str:
-        """All of them, as resolved."""
-        ...
 
 
 @dataclass(frozen=True)
 class _Hold:
-    """A run folder that this process works in, or has worked in.
-
-    Attributes:
-        lock: keeps others out; released when the work has ended.
-        began: whether the run was begun by this process.
-        made: whether the folder was.
-    """
+    """A run folder that this process works in, or has worked in."""
 
     lock: Lock
-    began: bool
-    made: bool
+    began: bool  # the run was begun by this process
+    made: bool  # the folder was
 
 
 _holds: dict[Path, _Hold] = {}
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run, below ``root``."""
+    """The paths of a run, below ``root``, as the module describes them."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """Every setting, as resolved."""
-        return self.root / "config.toml"
-
-    @property
-    def text(self) -> Path:
-        """The digest of the text."""
-        return self.root / "text.sha256"
-
-    @property
-    def metrics(self) -> Path:
-        """The records; see `galore_torch.training.run.records`."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def subspaces(self) -> Path:
-        """The records of renewals; see `galore_torch.training.run.records`."""
-        return self.root / "subspaces.jsonl"
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """The resumable states."""
-        return Checkpoints(self.root / "checkpoints")
-
-    @property
-    def model(self) -> Path:
-        """The finished model and its tokenizer."""
-        return self.root / "model"
-
-    @property
-    def predictions(self) -> Path:
-        """What a fine-tuned model says of the held-out rows."""
-        return self.root / "predictions.jsonl"
-
-    @property
-    def plot(self) -> Path:
-        """The losses drawn."""
-        return self.root / "loss.png"
-
-    @property
-    def _lock(self) -> Lock:
-        return Lock(self.root / "run.lock")
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.toml"
+        self.text = root / "text.sha256"
+        self.metrics = root / "metrics.jsonl"
+        self.subspaces = root / "subspaces.jsonl"
+        self.checkpoints = Checkpoints(root / "checkpoints")
+        self.model = root / "model"
+        self.predictions = root / "predictions.jsonl"
+        self.plot = root / "loss.png"
+        self._lock = Lock(root / "run.lock")
 
     @property
     def _hold(self) -> _Hold | None:
@@ -128,29 +72,22 @@ class RunFolder:
         Raises:
             ValueError: when another process, or another run of this one, works in it.
         """
-        lock, hold = self._lock, self._hold
-        if (hold is not None and hold.lock.is_held) or not lock.acquire():
-            raise ValueError(
-                f"out = {str(self.root)!r} is in use by {lock.holder()}; wait for its end, or choose another --out."
-            )
-        _holds[self.root.resolve()] = _Hold(lock, began, made)
+        hold = self._hold
+        if (hold is not None and hold.lock.is_held) or not self._lock.acquire():
+            holder = self._lock.holder()
+            raise self._refused(f"is in use by {holder}; wait for its end, or choose another --out.")
+        _holds[self.root.resolve()] = _Hold(self._lock, began, made)
 
     def release(self) -> None:
         """Let others work in it."""
-        hold = self._hold
-        if hold is not None:
-            hold.lock.release()
+        if self._hold is not None:
+            self._hold.lock.release()
 
     def wait_until_free(self, waiting: Callable[[str], None]) -> None:
-        """Wait for whoever works in it.
-
-        Args:
-            waiting: called with the holder before a wait.
-        """
+        """Wait for whoever works in it; ``waiting`` is called with the holder before a wait."""
         if self.root.is_dir():
-            lock = self._lock
-            lock.acquire(waiting=waiting)
-            lock.release()
+            self._lock.acquire(waiting=waiting)
+            self._lock.release()
 
     @property
     def was_begun_here(self) -> bool:
@@ -158,30 +95,21 @@ class RunFolder:
         return self._hold is not None and self._hold.began
 
     def require_new(self) -> None:
-        """Refuse a folder that already holds something, other than a start that was killed leaves.
-
-        Raises:
-            ValueError: when the folder is not empty or is no folder.
-        """
+        """Refuse a folder that already holds something, other than a start that was killed leaves."""
         if self.config.exists():
-            raise ValueError(
-                f"out = {str(self.root)!r} already holds a run; go on with it by --resume --out {self.root}, "
-                "or choose another --out."
+            raise self._refused(
+                f"already holds a run; go on with it by --resume --out {self.root}, or choose another --out."
             )
         started = {*self._lock.files, self.text, self.config}
         started |= {being_written(file) for file in started}
         if self.root.exists() and not (self.root.is_dir() and started.issuperset(self.root.iterdir())):
-            raise ValueError(f"out = {str(self.root)!r} exists and is no empty folder; choose another --out.")
+            raise self._refused("exists and is no empty folder; choose another --out.")
 
-    def create(self, config: Configuration, text_digest: str) -> None:
-        """Make the folder, hold it, and write into it what the run is.
-
-        Raises:
-            ValueError: when the folder holds something by now, or another process works in it.
-        """
+    def create(self, config: Any, digest: str) -> None:
+        """Make the folder, hold it, and write into it what the run is: its settings and the digest of its text."""
         self.require_new()
-        settings = config.to_toml()
-        digests = {_TEXT: text_digest, self.config.name: _digest(settings)}
+        settings: str = config.to_toml()
+        digests = {"text": digest, self.config.name: _digest(settings)}
         with held_back():
             made = not self.root.exists()
             self.root.mkdir(parents=True, exist_ok=True)
@@ -219,86 +147,61 @@ class RunFolder:
             self.abandon()
             raise
 
-    def require_unfinished(self) -> None:
-        """Refuse a folder in which nothing is left to do.
-
-        Raises:
-            ValueError: when there is no run, or it has ended.
-        """
-        if not self.config.exists():
-            raise ValueError(f"out = {str(self.root)!r} holds no run to resume; leave out --resume to start one there.")
-        final = records.final(self.metrics)
-        if final is not None:
-            raise ValueError(
-                f"out = {str(self.root)!r} holds a run that ended after step {final['step']}; "
-                "choose another --out to train anew."
-            )
-        records.read(self.subspaces)  # which is read again once the training begins
-
-    @staticmethod
-    def to_resume(out: Path | None, others: Mapping[str, Any]) -> Path:
-        """The folder of a run that can be gone on with.
-
-        Args:
-            out: as given.
-            others: settings by name, which must all be None: the run has its own.
-
-        Raises:
-            ValueError: when there is no such run, or it has ended, or settings are given.
-        """
-        if out is None:
-            raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
-        also = [name for name, value in others.items() if value is not None]
+    def require_unfinished(self, others: Mapping[str, Any] | None = None) -> None:
+        """Refuse a folder in which nothing is left to do, and settings beside the run's own, by their names."""
+        also = [name for name, value in (others or {}).items() if value is not None]
         if also:
             raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
-        RunFolder(out).require_unfinished()
-        return out
+        if not self.config.exists():
+            raise self._refused("holds no run to resume; leave out --resume to start one there.")
+        final = records.final(self.metrics)
+        if final is not None:
+            step = final["step"]
+            raise self._refused(f"holds a run that ended after step {step}; choose another --out to train anew.")
+        records.read(self.subspaces)  # which is read again once the training begins
 
     def require_settings(self) -> None:
-        """Refuse a ``config.toml`` that is not as it was written: what it lacks would be as it is by default.
-
-        Raises:
-            ValueError: when it has been damaged or edited.
-        """
-        try:
-            settings = self.config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            settings = ""
-        if _digest(settings) != self._digests()[self.config.name]:
+        """Refuse a ``config.toml`` that is not as it was written: what it lacks would be as it is by default."""
+        if _digest(_read(self.config)) != self._digest_of(self.config.name):
             raise ValueError(
                 f"{self.config} is not as it was when the run was started: it is damaged, or was edited. Restore it, "
                 "or start anew with another --out."
             )
 
     def text_digest(self) -> str:
-        """The digest of what the run is trained on.
-
-        Raises:
-            ValueError: when it is missing or damaged.
-        """
-        return self._digests()[_TEXT]
-
-    def _digests(self) -> dict[str, str]:
-        try:
-            lines = self.text.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            lines = []
-        found = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        if found.keys() != {_TEXT, self.config.name} or not all(map(_HEX.fullmatch, found.values())):
-            raise ValueError(
-                f"{self.text} is missing or damaged, so that nobody can tell whether settings and data are those that "
-                "the run was started with. Restore it from a copy, or start anew with another --out."
-            )
-        return found
+        """The digest of what the run is trained on."""
+        return self._digest_of("text")
 
     def require_text(self, digest: str, data: str) -> None:
-        """Refuse to go on with another text than the run was started on.
-
-        Raises:
-            ValueError: when the digests differ.
-        """
+        """Refuse to go on with another text than the run was started on, by their digests."""
         if self.text_digest() != digest:
             raise ValueError(
                 f"data = {data!r} has changed since the run in {str(self.root)!r} was started; "
                 "restore the text, or start anew with another --out."
             )
+
+    def _digest_of(self, name: str) -> str:
+        lines = (line.partition("  ") for line in _read(self.text).splitlines())
+        found = {name: digest for digest, _, name in lines}
+        whole = all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in found.values())
+        if not whole or found.keys() != {"text", self.config.name}:
+            raise ValueError(
+                f"{self.text} is missing or damaged, so that nobody can tell whether settings and data are those "
+                "that the run was started with. Restore it from a copy, or start anew with another --out."
+            )
+        return found[name]
+
+    def _refused(self, why: str) -> ValueError:
+        return ValueError(f"out = {str(self.root)!r} {why}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path) -> str:
+    """What is in a file; nothing if it is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,4 +1,4 @@
-"""The machine that a run is on: what it asks of it (one process, one GPU, trackers), what it is, and memory taken."""
+"""The machine that a run is on: what a run asks of it (one process, trackers), what it is, and the memory taken."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import torch
 from rich.console import Console
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+_ACCELERATE = "ACCELERATE_"
+_OFF = ("", "0", "1", "no", "false")  # what a launcher of one process says of what is not asked for
+
 
 def require_one_process() -> None:
     """Refuse a launcher of many processes with a ValueError."""
@@ -21,38 +24,20 @@ def require_one_process() -> None:
         raise ValueError(f"WORLD_SIZE = {processes}: a run is one process; start it without a launcher.")
 
 
-_ACCELERATE = "ACCELERATE_"
-_OFF = ("", "0", "1", "no", "false")  # what a launcher of one process says of what is not asked for
-
-
 def ignore_accelerate(console: Console) -> None:
-    """Take away what Accelerate would read from the environment: all that decides a run is in its settings.
+    """Take away what Accelerate would read from the environment, and say what of it asked for something.
 
     Otherwise ``ACCELERATE_MIXED_PRECISION``, say, which a launcher or a shell has left, trains in another precision.
-
-    Args:
-        console: where what asks for something is told.
     """
     found = {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith(_ACCELERATE)}
     asking = [f"{name} = {value!r}" for name, value in found.items() if value.lower() not in _OFF]
     if asking:
-        console.print(
-            f"{', '.join(asking)} has no effect: a run's settings decide.",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
+        line = f"{', '.join(asking)} has no effect: all that decides a run is in its settings."
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def trackers(report_to: str) -> list[str]:
-    """The trackers that are to be reported to.
-
-    Args:
-        report_to: their names, by comma; ``none`` is none.
-
-    Raises:
-        ValueError: when one is not installed.
-    """
+    """The trackers that a setting names, by comma, ``none`` being none; a ValueError says that one is not installed."""
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     available: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in names:
@@ -86,28 +71,15 @@ def peak_memory_bytes() -> int:
 
 
 def versions(libraries: tuple[str, ...] = ()) -> dict[str, str]:
-    """What the runs were made with: versions, and the processors' names.
-
-    Args:
-        libraries: told beside torch and Transformers.
-    """
+    """What runs are made with: versions of Python, torch, Transformers and more libraries, and the processors."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", *libraries, "galore-torch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # noqa: PERF203
             found[name] = "not installed as a package"
-    return {**found, "processor": _processor(), **_gpu()}
-
-
-def _gpu() -> dict[str, str]:
-    return {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found["processor"] = names[0] if names else platform.processor() or platform.machine()
+    return {**found, "GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else found

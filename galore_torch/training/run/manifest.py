@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from galore_torch.training.run.files import write_whole
 
@@ -16,21 +15,21 @@ _CHUNK = 1 << 20  # bytes
 
 def write_manifest(folder: Path) -> None:
     """Write down size and digest of each file of a folder."""
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST and path.suffix != ".lock":
-            name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": digest_of_file(path)}
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest_of_file(folder / name)}
+        for name in sorted(files_in(folder))
+    }
     write_whole(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
-def listed(folder: Path) -> set[str]:
-    """The files that the manifest names, by their names from the folder on.
+def files_in(folder: Path) -> set[str]:
+    """All files by their names from the folder on, but locks and the manifest."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix() for path in found}
 
-    Raises:
-        OSError: when there is no manifest.
-        ValueError: when it cannot be read.
-    """
+
+def listed(folder: Path) -> set[str]:
+    """The files that the manifest names; an OSError or a ValueError says that there is none that can be read."""
     return {name for name, _, _ in _entries(folder)}
 
 
@@ -43,14 +42,7 @@ def _entries(folder: Path) -> list[tuple[str, int, str]]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the first file that is not as the manifest says.
-
-    Args:
-        folder: with a manifest.
-
-    Returns:
-        Some words that name the file; None if all is as it was written.
-    """
+    """What is wrong with the first file that is not as the manifest says; None if all is as it was written."""
     try:
         known = _entries(folder)
     except FileNotFoundError:
@@ -72,16 +64,7 @@ def damage(folder: Path) -> str | None:
 
 
 def require_whole(field: str, name: str, folder: Path) -> None:
-    """Refuse a folder that is not as its manifest says.
-
-    Args:
-        field: the setting that named it.
-        name: its value.
-        folder: with a manifest.
-
-    Raises:
-        ValueError: with the first file that is not as it was written.
-    """
+    """Refuse, with a ValueError, a folder that is not as its manifest says, which a setting has named."""
     wrong = damage(folder)
     if wrong is not None:
         raise ValueError(

@@ -38,6 +38,15 @@ Record = dict[str, Any]
 
 _TAIL = 8192  # bytes; more than two records
 
+# What a record has besides, by the field that tells its kind.
+_KINDS: dict[str, tuple[str, ...]] = {
+    "final": ("step", "state_bytes", "peak_memory_bytes", "trained_parameters", "seconds"),
+    "weight": ("step", "renewals", "gap", "overlap", "captured"),
+    "eval_loss": ("step", "seconds"),
+    "loss": ("step", "seconds", "lr"),
+}
+_TEXTS = frozenset({"weight", "optimizer", "adapter", "task"})
+
 
 def read(path: Path) -> list[Record]:
     """All records of a run, in order; none if the file does not exist. A last line cut short by a crash is left out.
@@ -45,31 +54,18 @@ def read(path: Path) -> list[Record]:
     Raises:
         ValueError: when the file is damaged, with the line and the remedy.
     """
-    if not path.exists():
-        return []
     found: list[Record] = []
-    step = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
         if not line.endswith(b"\n"):
             continue
         record = _record(line)
-        if record is None or record["step"] < step:
+        if record is None or (found and record["step"] < found[-1]["step"]):
             raise ValueError(
                 f"{path} is damaged in line {number}, which is no record of a run. Restore the file from a copy, or "
                 "take that line out: a run that is gone on with needs no records of the past."
             )
-        step = record["step"]
         found.append(record)
     return found
-
-
-_KINDS: dict[str, tuple[str, ...]] = {
-    "final": ("step", "state_bytes", "peak_memory_bytes", "trained_parameters", "seconds"),
-    "weight": ("step", "renewals", "gap", "overlap", "captured"),
-    "eval_loss": ("step", "seconds"),
-    "loss": ("step", "seconds", "lr"),
-}
-"""What a record has besides, by the field that tells its kind."""
 
 
 def _record(line: bytes) -> Record | None:
@@ -87,9 +83,6 @@ def _record(line: bytes) -> Record | None:
     return record if whole and (kind == "weight" or isinstance(record["seconds"], (int, float))) else None
 
 
-_TEXTS = frozenset({"weight", "optimizer", "adapter", "task"})
-
-
 def final(path: Path) -> Record | None:
     """The record of the whole run, if it has ended."""
     return next((record for record in read(path) if record.get("final")), None)
@@ -101,8 +94,8 @@ def last(path: Path) -> Record | None:
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
-        lines = file.read().decode("utf-8", errors="ignore").splitlines(keepends=True)
-    whole = (_record(line.encode()) for line in reversed(lines) if line.endswith("\n"))
+        lines = file.read().splitlines(keepends=True)
+    whole = (_record(line) for line in reversed(lines) if line.endswith(b"\n"))
     return next((record for record in whole if record is not None), None)
 
 
@@ -125,8 +118,7 @@ def _finite(value: Any) -> Any:
 
 def keep_until(path: Path, step: int) -> None:
     """Drop what was recorded after a step: a resumed run makes those steps again."""
-    kept = [record for record in read(path) if record["step"] <= step]
-    write_whole(path, "".join(map(_line, kept)))
+    write_whole(path, "".join(_line(record) for record in read(path) if record["step"] <= step))
 
 
 def perplexity(loss: float) -> float:

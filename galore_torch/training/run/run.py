@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from galore_torch.integrations.callback import GaLoreCallback, figures_of, galore_in, renewals_of
 from galore_torch.optim import state_bytes
 from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
-from galore_torch.training.run import callbacks as watching
 from galore_torch.training.run import machine, optimizers, records
+from galore_torch.training.run.callbacks import EndAfterLastStep, NoStepLeftError, Recorder, SaveOnSignal
 from galore_torch.training.run.checkpoints import KEPT
 from galore_torch.training.run.disk import require_space
 from galore_torch.training.run.files import sync
@@ -74,37 +74,58 @@ class RunResult:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, kw_only=True)
 class Run:
     """A run that is ready to train: everything that could be wrong with its settings and its data has been judged.
 
+    Made by `new_run` and `resumed_run`.
+
     Attributes:
-        job: what it is of.
-        folder: where it leaves what it makes.
+        job: what it is of, with the model and its adapters.
+        config: the job's settings.
+        folder: where the run leaves what it makes.
         trainer: with our callbacks.
-        recorder: the first of them.
-        progress: shows the steps.
-        parameters: of the model without adapters.
-        checkpoint: where it goes on from.
+        checkpoint: where the run goes on from.
     """
 
-    job: Job
-    folder: RunFolder
-    trainer: Trainer
-    recorder: watching.Recorder
-    progress: StepProgress
-    parameters: int
-    checkpoint: Path | None
-
-    @property
-    def config(self) -> Any:
-        """The settings."""
-        return self.job.config
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """With its adapters, if it has any."""
-        return self.job.model
+    def __init__(
+        self,
+        kind: type[Job],
+        config: Any,
+        folder: RunFolder,
+        console: Console,
+        callbacks: Sequence[TrainerCallback],
+        *,
+        resumed: bool,
+    ) -> None:
+        quiet(console)
+        machine.require_one_process()
+        machine.ignore_accelerate(console)
+        reported = machine.trackers(config.schedule.report_to)
+        self.job = job = kind.load(config, console)
+        self.config, self.folder, self.model = config, folder, job.model
+        self._parameters = job.model.num_parameters()
+        adapt(job.model, config.adapter, job.target_modules, task_type=job.task_type)
+        optimizer = optimizers.build(job.model, config.optimizer, config.schedule.seed, job.target_modules)
+        _require_room(folder, job, optimizer)
+        console.print(job.announcement, highlight=False, soft_wrap=True)
+        self.checkpoint: Path | None = None
+        if resumed:
+            folder.require_text(job.digest, job.data)
+            self.checkpoint = _newest_checkpoint(folder, console)
+        else:
+            folder.create(config, job.digest)
+        self._recorder = Recorder(folder, job)
+        self._progress = StepProgress(console, self._recorder)
+        renewals = GaLoreCallback(on_renewal=self._recorder.record_renewal)
+        ours = [self._recorder, renewals, self._progress, SaveOnSignal(), *restarts.callbacks_for(config.adapter)]
+        self.trainer = make_trainer(
+            job,
+            str(folder.checkpoints.tmp),
+            optimizer,
+            callbacks=[*ours, *callbacks],
+            report_to=reported,
+            run_name=folder.root.name,
+        )
 
     def train(self) -> Any:
         """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record.
@@ -123,27 +144,29 @@ class Run:
                 self.folder.abandon()
             raise
         finally:
-            self.progress.stop()
+            self._progress.stop()
             self.folder.release()
         return result
 
     def _make_steps(self) -> None:
         """Make those that are left: none, where the process was killed between its last checkpoint and its end."""
         trainer = self.trainer
-        trainer.add_callback(watching.EndAfterLastStep())  # after all others
+        trainer.add_callback(EndAfterLastStep())  # after all others
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
-        except watching.NoStepLeftError:
+        except NoStepLeftError:
             trainer.is_in_train = False
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-            if self.recorder.evaluation.get("step") != trainer.state.global_step:  # its record was lost
+            if self._recorder.evaluation.get("step") != trainer.state.global_step:  # its record was lost
                 trainer.evaluate()
 
     def _result(self) -> Any:
-        state, recorder, unit = self.trainer.state, self.recorder, self.job.unit
+        state, recorder, unit = self.trainer.state, self._recorder, self.job.unit
         finished = state.global_step >= state.max_steps
         checkpoint = None if finished else self.folder.checkpoints.newest()
-        galore = galore_in(self.trainer.optimizer)
+        optimizer = self.trainer.optimizer
+        assert optimizer is not None
+        galore = galore_in(optimizer)
         amount = state.global_step * self.job.units_per_step
         pace = amount / recorder.seconds if recorder.seconds else 0.0
         return self.job.result(
@@ -153,9 +176,9 @@ class Run:
             finished=finished,
             step=state.global_step,
             eval_loss=recorder.evaluation.get("eval_loss") if finished else None,
-            state_bytes=state_bytes(self.trainer.optimizer),
+            state_bytes=state_bytes(optimizer),
             peak_memory_bytes=machine.peak_memory_bytes(),
-            parameters=self.parameters,
+            parameters=self._parameters,
             trained_parameters=self.model.num_parameters(only_trainable=True),
             seconds=recorder.seconds,
             renewals=0 if galore is None else renewals_of(galore),
@@ -203,7 +226,7 @@ def new_run(
     folder = RunFolder(out)
     folder.require_new()
     with folder.being_prepared():
-        return _prepare(job, config, folder, console, callbacks, resumed=False)
+        return Run(job, config, folder, console or Console(quiet=True), callbacks, resumed=False)
 
 
 def resumed_run(
@@ -211,11 +234,7 @@ def resumed_run(
 ) -> Run:
     """Prepare to go on with a run that was stopped, exactly: its losses will be those of one that never was.
 
-    Args:
-        job: what it is of.
-        out: the run folder; its own ``config.toml`` decides everything.
-        console: where progress is shown; nowhere if None.
-        callbacks: further callbacks for the Trainer.
+    The arguments are those of `new_run`; the settings are those of the folder's ``config.toml``.
 
     Raises:
         ValueError: when the folder holds no run, one that has ended, one that another process works on, or only
@@ -225,56 +244,7 @@ def resumed_run(
     folder.require_unfinished()
     folder.hold()
     with folder.being_prepared():
-        return _prepare(job, job.recorded(folder), folder, console, callbacks, resumed=True)
-
-
-def _prepare(
-    kind: type[Job],
-    config: Any,
-    folder: RunFolder,
-    console: Console | None,
-    callbacks: Sequence[TrainerCallback],
-    *,
-    resumed: bool,
-) -> Run:
-    console = console or Console(quiet=True)
-    quiet(console)
-    machine.require_one_process()
-    machine.ignore_accelerate(console)
-    reported = machine.trackers(config.schedule.report_to)
-    job = kind.load(config, console)
-    parameters = job.model.num_parameters()
-    adapt(job.model, config.adapter, job.target_modules, task_type=job.task_type)
-    optimizer = optimizers.build(job.model, config.optimizer, config.schedule.seed, job.target_modules)
-    _require_room(folder, job, optimizer)
-    console.print(job.announcement, highlight=False, soft_wrap=True)
-    checkpoint = None
-    if resumed:
-        folder.require_text(job.digest, job.data)
-        checkpoint = _newest_checkpoint(folder, console)
-    else:
-        folder.create(config, job.digest)
-    recorder = watching.Recorder(folder, job)
-    progress = StepProgress(console, recorder)
-    renewals = GaLoreCallback(on_renewal=recorder.record_renewal)
-    ours = [recorder, renewals, progress, watching.SaveOnSignal(), *restarts.callbacks_for(config.adapter)]
-    trainer = make_trainer(
-        job,
-        str(folder.checkpoints.tmp),
-        optimizer,
-        callbacks=[*ours, *callbacks],
-        report_to=reported,
-        run_name=folder.root.name,
-    )
-    return Run(
-        job=job,
-        folder=folder,
-        trainer=trainer,
-        recorder=recorder,
-        progress=progress,
-        parameters=parameters,
-        checkpoint=checkpoint,
-    )
+        return Run(job, job.recorded(folder), folder, console or Console(quiet=True), callbacks, resumed=True)
 
 
 def _require_room(folder: RunFolder, job: Job, optimizer: torch.optim.Optimizer) -> None:

@@ -12,15 +12,15 @@ from transformers import TrainerCallback
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import manifest, records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
+from galore_torch.training.run.files import Lock
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.locks import Lock
 from galore_torch.training.run.manifest import MANIFEST, damage, write_manifest
 from galore_torch.training.run.run import new_run, resumed_run
 
 HOLD = """
 import sys
 from pathlib import Path
-from galore_torch.training.run.locks import Lock
+from galore_torch.training.run.files import Lock
 lock = Lock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
