@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from galore_torch.gradients import attach
+    from galore_torch.lowbit import dequantize_weights, quantize_weights
     from galore_torch.optim import (
         GaLore,
         GaLoreAdafactor,
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
         GaLoreSGD,
         ProjectedGradient,
         QGaLoreAdamW8bit,
-        dequantize_weights,
-        param_groups,
-        quantize_weights,
     )
+    from galore_torch.targets import param_groups
 
 __version__ = "2.0.0.dev0"
 
@@ -44,16 +43,22 @@ __all__ = [
     "quantize_weights",
 ]
 
-_FLOORS = ("gradients", "lowbit", "optim", "projection")
+_PACKAGES = ("gradients", "lowbit", "optim", "projection", "targets")
+_HOMES = {
+    "attach": "gradients",
+    "dequantize_weights": "lowbit",
+    "param_groups": "targets",
+    "quantize_weights": "lowbit",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: the command line answers, and hears Ctrl-C, before torch is there."""
-    if name in _FLOORS:
+    if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "gradients" if name == "attach" else "optim"
+    home = _HOMES.get(name, "optim")
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     return value
 
@@ -95,4 +100,4 @@ else:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_FLOORS})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -14,23 +14,22 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "galore_torch"
-FLOORS = {
-    "projection": 1,
-    "lowbit": 1,
-    "galore_projector": 1,
-    "extras": 1,
-    "optim": 2,
-    "gradients": 3,
-    "distributed": 4,
-    "memory": 4,
-    "integrations": 4,
-    "training": 5,
-    "cli": 6,
-    "__main__": 7,
-}
+LEVELS = (  # from the ground up: a package or module imports those of the levels before its own
+    ("extras", "galore_projector", "values", "messages"),
+    ("modules",),
+    ("projection", "lowbit"),
+    ("optim",),
+    ("targets",),
+    ("gradients",),
+    ("distributed", "memory", "integrations"),
+    ("training",),
+    ("cli",),
+    ("__main__",),
+)
+FLOORS = {home: level for level, homes in enumerate(LEVELS) for home in homes}
 ROOMS = ("settings", "baselines", "run", "text", "page", "pretrain", "finetune", "inspection", "compare")
-FACE_FLOOR = 3  # galore_torch/__init__.py shows floors 1 to 3: it may import them, and the floors above may import it
-TORCH_ALONE_FLOOR = 3  # up to here torch is the only library
+FACE_FLOOR = FLOORS["gradients"]  # galore_torch/__init__.py may import these, and those above may import it
+TORCH_ALONE_FLOOR = FLOORS["gradients"]  # up to here torch is the only library
 MAX_LINES = 350
 SOURCE_FOLDERS = (PACKAGE, "reference", "benchmarks", "examples", "tests")
 TEXT_PATTERNS = ("*.py", "*.md", "*.toml", "*.txt", "*.yml", "*.yaml", "Makefile", "run")
@@ -136,7 +135,7 @@ def climbing_imports(source: Source) -> list[str]:
 
 
 def costly_imports(source: Source) -> list[str]:
-    """Up to floor 3, importing a file imports the standard library, torch and the package, and nothing else."""
+    """Up to gradients/, importing a file imports the standard library, torch and the package, and nothing else."""
     floor = floor_of(source.home)
     if floor is None or floor > TORCH_ALONE_FLOOR:
         return []
@@ -167,6 +166,15 @@ def named_optimizers(source: Source) -> list[str]:
         if id(node) not in allowed
         for name in sorted(names_in(node) & OPTIMIZER_NAMES)
     ]
+
+
+def named_modules(source: Source) -> list[str]:
+    """No file of optim/ names `torch.nn.Module`: what of a model is projected is decided in targets/."""
+    if source.home != "optim":
+        return []
+    tree = ast.parse(source.text)
+    named = ((node, names_in(node) & {"Module"}) for node in ast.walk(tree) if not isinstance(node, ast.Constant))
+    return [f"{source.module}:{getattr(node, 'lineno', 0)} names nn.Module" for node, names in named if names]
 
 
 def names_in(node: ast.AST) -> set[str]:

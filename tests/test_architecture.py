@@ -19,6 +19,7 @@ from tests.architecture import (
     climbing_rooms,
     costly_imports,
     forbidden_text,
+    named_modules,
     named_optimizers,
     too_long,
 )
@@ -39,7 +40,9 @@ def text_files() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    "rule", [climbing_imports, climbing_rooms, costly_imports, named_optimizers], ids=lambda rule: rule.__name__
+    "rule",
+    [climbing_imports, climbing_rooms, costly_imports, named_optimizers, named_modules],
+    ids=lambda rule: rule.__name__,
 )
 def test_the_package_keeps_the_rule(rule):
     assert PACKAGE_FILES
@@ -168,6 +171,16 @@ def test_a_library_beside_torch_is_found_unless_it_is_imported_in_use():
 def test_a_named_optimizer_is_found(text):
     assert wrongs(named_optimizers, "optim.galore", text)
     assert wrongs(named_optimizers, "optim.recipes", text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from torch.nn import Module", "def f(model: torch.nn.Module): ...", "isinstance(params, nn.Module)"],
+)
+def test_a_named_module_is_found(text):
+    assert wrongs(named_modules, "optim.recipes.adamw", text)
+    assert wrongs(named_modules, "targets.param_groups", text) == []
+    assert wrongs(named_modules, "optim.galore", "weight = torch.nn.Parameter(tensor)  # of an nn.Module") == []
 
 
 def test_an_optimizer_may_be_named_in_prose_and_as_a_default():

@@ -1,4 +1,4 @@
-"""Floor 3: how a gradient is formed (full, projected as soon as complete, never formed), and when it is applied."""
+"""How a gradient is formed (full, projected as soon as complete, never formed), and when it is applied."""
 
 from galore_torch.gradients.attach import Attachment, attach
 

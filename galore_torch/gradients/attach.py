@@ -20,10 +20,10 @@ from galore_torch.gradients.hooks import apply_when_complete, make_room, project
 from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
 from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.gradients.moved import MovedWeights
+from galore_torch.messages import warn
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.processes import JOIN
-from galore_torch.optim.warn import warn
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules whose parameters are under an attachment. Not a mark on the module: a copy of it is not attached."""

@@ -1,1 +1,1 @@
-"""Floor 4: thin bridges to the trainers that people use. Each needs its library, which is imported where it is used."""
+"""Thin bridges to the trainers that people use. Each needs its library, which is imported where it is used."""

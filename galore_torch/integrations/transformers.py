@@ -27,8 +27,9 @@ from torch.optim import Optimizer
 
 from galore_torch.gradients.attach import attach
 from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
-from galore_torch.optim import GaLore, GaLoreAdamW, param_groups
-from galore_torch.optim.warn import meant, warn
+from galore_torch.messages import did_you_mean, warn
+from galore_torch.optim import GaLore, GaLoreAdamW
+from galore_torch.targets import param_groups
 
 _OF_GROUPS = frozenset(inspect.signature(param_groups).parameters) - {"model", "rank", "weight_decay"}
 _OF_ATTACH = frozenset(inspect.signature(attach).parameters) - {"model", "optimizer", "gradients", "update"}
@@ -108,7 +109,9 @@ class GaLoreFactory:
         for name, value in arguments.items():
             if name not in taken and None not in known:
                 names = sorted(str(one) for one in taken)
-                raise ValueError(f"{name}={value!r}: GaLoreFactory takes no argument named so; {meant(name, names)}")
+                raise ValueError(
+                    f"{name}={value!r}: GaLoreFactory takes no argument named so; {did_you_mean(name, names)}"
+                )
         of_groups = {name: arguments.pop(name) for name in _OF_GROUPS & arguments.keys()}
         of_attach = {name: arguments.pop(name) for name in _OF_ATTACH & arguments.keys()}
         groups = param_groups(model, rank, weight_decay=group_weight_decay, **of_groups)

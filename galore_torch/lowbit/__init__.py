@@ -1,9 +1,10 @@
-"""Floor 1: storage of bases, images and weights in few bits. Tensors only; it knows no optimizer."""
+"""Bases, projected gradients and weights in few bits, and `quantize_weights`. It knows no optimizer."""
 
 from galore_torch.lowbit import operations  # noqa: F401 (serves torch's operations on a QuantizedWeight)
 from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, orthonormality_loss
 from galore_torch.lowbit.codes import BITS, Codes, check_bits
 from galore_torch.lowbit.linear import linear
+from galore_torch.lowbit.quantize import dequantize_weights, quantize_weights
 from galore_torch.lowbit.random_bits import key_of
 from galore_torch.lowbit.rounding import ROUNDINGS, Rounding, add_rounded
 from galore_torch.lowbit.weights import COLLECTIVES, QuantizedWeight
@@ -19,8 +20,10 @@ __all__ = [
     "StoredBasis",
     "add_rounded",
     "check_bits",
+    "dequantize_weights",
     "is_same_basis",
     "key_of",
     "linear",
     "orthonormality_loss",
+    "quantize_weights",
 ]

@@ -1,9 +1,7 @@
-"""Floor 2: `GaLore` around any optimizer, the named recipes, parameter groups and `ProjectedGradient`."""
+"""`GaLore` around any torch optimizer, the named recipes, and `ProjectedGradient`. It knows no `nn.Module`."""
 
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.param_groups import param_groups, summarize
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.quantize import dequantize_weights, quantize_weights
 from galore_torch.optim.recipes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit
 from galore_torch.optim.state_size import state_bytes
 from galore_torch.optim.subspaces import Subspace
@@ -17,9 +15,5 @@ __all__ = [
     "ProjectedGradient",
     "QGaLoreAdamW8bit",
     "Subspace",
-    "dequantize_weights",
-    "param_groups",
-    "quantize_weights",
     "state_bytes",
-    "summarize",
 ]

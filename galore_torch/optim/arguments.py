@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from galore_torch.messages import did_you_mean
 from galore_torch.optim.groups import check_group, parameter_name
-from galore_torch.optim.keys import is_number, is_whole, plain
-from galore_torch.optim.warn import meant
+from galore_torch.values import is_number, is_whole, plain
 
 _FROM_A_MODEL = "pass param_groups(model, rank=...), a list of parameters, or a list of groups"
 
@@ -28,7 +28,7 @@ def listed(params: Any) -> list[Any]:
     Raises:
         ValueError: no such thing; the message says what was given instead.
     """
-    if isinstance(params, (Tensor, nn.Module, Mapping, str, set, frozenset)) or not isinstance(params, Iterable):
+    if _is_no_list(params):
         raise ValueError(f"params is a {type(params).__name__}; {_FROM_A_MODEL}")
     made = [{**one, "params": _of_group(one)} if isinstance(one, Mapping) else one for one in params]
     if not made:
@@ -43,6 +43,12 @@ def listed(params: Any) -> list[Any]:
     return made
 
 
+def _is_no_list(given: Any) -> bool:
+    """Whether something is not an iterable of parameters with an order, or is a model (some can be iterated over)."""
+    unordered = isinstance(given, (Tensor, Mapping, str, set, frozenset)) or hasattr(given, "named_parameters")
+    return unordered or not isinstance(given, Iterable)
+
+
 def _of_group(group: Mapping[str, Any]) -> list[Any]:
     if "params" not in group:
         raise ValueError(
@@ -51,7 +57,7 @@ def _of_group(group: Mapping[str, Any]) -> list[Any]:
     given = group["params"]
     if isinstance(given, Tensor):
         return [given]
-    if isinstance(given, (nn.Module, Mapping, str, set, frozenset)) or not isinstance(given, Iterable):
+    if _is_no_list(given):
         raise ValueError(f'"params" of a parameter group is a {type(given).__name__}; use a list of parameters')
     return list(given)
 
@@ -164,7 +170,7 @@ def checked_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments:
     for name, value in made.items():
         if name not in known and not takes_any:
             both = " and ".join(one.__name__ for one in classes)
-            raise ValueError(f"{name}={value!r} is no argument of {both}; {meant(name, known)}")
+            raise ValueError(f"{name}={value!r} is no argument of {both}; {did_you_mean(name, known)}")
     check_hyperparameters(made, known)
     return made
 

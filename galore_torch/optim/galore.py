@@ -27,13 +27,12 @@ from galore_torch.optim.clock import Clock
 from galore_torch.optim.fits import Fits
 from galore_torch.optim.folding import fold
 from galore_torch.optim.group_report import report_all, report_each
-from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in
+from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
 from galore_torch.optim.known import Known
 from galore_torch.optim.lending import Written, lent_group
 from galore_torch.optim.nonfinite import count_nonfinite, projected_only
 from galore_torch.optim.places import Place, places
 from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
-from galore_torch.optim.quantize import require_current
 from galore_torch.optim.renewals import Renew, renew_each, renewable
 from galore_torch.optim.rule import Traits
 from galore_torch.optim.rules import Rules

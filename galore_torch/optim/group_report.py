@@ -7,9 +7,9 @@ import reprlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from galore_torch.messages import list_names, nearest, warn
 from galore_torch.optim.groups import is_projected, is_trainable, parameter_name, projection_in
 from galore_torch.optim.keys import KEYS
-from galore_torch.optim.warn import kinds, nearest, warn
 
 _OF_FRAMEWORKS = frozenset(
     """
@@ -110,6 +110,6 @@ def _report_wasteful(groups: Sequence[dict[str, Any]]) -> None:
         ranks = ", ".join(map(str, sorted({rank for _, rank in wasteful})))
         warn(
             f"rank {ranks} saves no memory for {len(wasteful)} of {len(projected)} projected weights "
-            f"({kinds([name for name, _ in wasteful], 3)}): basis and moments take as much as plain ones. Lower the "
-            "rank, or leave them out of the group"
+            f"({list_names([name for name, _ in wasteful], 3)}): basis and moments take as much as plain ones. Lower "
+            "the rank, or leave them out of the group"
         )

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_torch.lowbit import Storage
-from galore_torch.optim.keys import FIXED_KEYS, KEYS, PROJECTED_DEFAULTS, checked_key, plain
-from galore_torch.optim.quantize import require_current
+from galore_torch.lowbit import QuantizedWeight, Storage
+from galore_torch.optim.keys import FIXED_KEYS, KEYS, PROJECTED_DEFAULTS, checked_key
 from galore_torch.projection import Projection
+from galore_torch.values import plain
 
 projection_of = functools.lru_cache(maxsize=None, typed=True)(Projection.of)  # typed: 4.0 and True are no ranks
 identity_of = functools.lru_cache(maxsize=None)(Projection.identity)
@@ -79,6 +79,35 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"the projected group (rank {group['rank']!r}) has no parameters; check your target modules")
     group |= {key: checked_key(key, group.get(key, declared.default)) for key, declared in KEYS.items()}
     _check_projections(group)
+
+
+def require_current(weight: Tensor) -> None:
+    """Checks that a weight has not been replaced, by `quantize_weights` or `fully_shard`, and is whole.
+
+    Args:
+        weight: a parameter that an optimizer holds.
+
+    Raises:
+        ValueError: it has been, or it is a DTensor; the message says what to do.
+    """
+    if hasattr(weight, "placements"):
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} is a DTensor, sharded over processes (by fully_shard, say), and "
+            'GaLore trains whole weights. Train with DDP and full gradients (no attach, or gradients="full"): the '
+            "optimizer's state is small in every process"
+        )
+    if not isinstance(weight, QuantizedWeight) and hasattr(weight, "_fsdp_orig_uid"):
+        raise ValueError(
+            f"the optimizer holds a weight of shape {tuple(weight.shape)} that is not in the model any more: "
+            "fully_shard has replaced it by its shard, and training it would change nothing. GaLore trains whole "
+            'weights: use DDP and full gradients (no attach, or gradients="full") in place of fully_shard'
+        )
+    by = getattr(weight, "_replaced_by", None)
+    if by is not None:
+        raise ValueError(
+            f"the optimizer holds a weight that is not in the model any more: it was replaced by {by}. Make the "
+            "optimizer after quantize_weights or dequantize_weights"
+        )
 
 
 def _check_parameter(group: Mapping[str, Any], index: int, parameter: Any) -> None:

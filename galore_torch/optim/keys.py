@@ -5,14 +5,14 @@ A group with a `rank` is projected. The keys are the ones that Transformers, LLa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from galore_torch.lowbit import BITS
-from galore_torch.optim.warn import meant
+from galore_torch.messages import did_you_mean
 from galore_torch.projection import DECOMPOSITIONS, LAYOUTS, PROJ_TYPES
+from galore_torch.values import is_number, is_whole, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,44 +32,6 @@ class Key:
     wanted: str
     help: str
     fixed: bool = False
-
-
-def plain(value: Any) -> Any:
-    """A number as Python has it where numpy's was given, so that checkpoints hold no other; anything else as it is.
-
-    Args:
-        value: of a key or an argument; in tuples and lists, each of them.
-
-    Returns:
-        The value.
-
-    Example:
-        >>> plain((0.9, 0.999)), plain("4")
-        ((0.9, 0.999), '4')
-    """
-    if type(value) in (tuple, list):
-        return type(value)(map(plain, value))
-    is_of_numpy = getattr(value, "ndim", None) == 0 and type(value).__module__ == "numpy"
-    return value.item() if is_of_numpy else value
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none.
-
-    Args:
-        value: of any type.
-    """
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_whole(value: Any, least: int = 1) -> bool:
-    """Whether a value is a whole number of at least some size.
-
-    Args:
-        value: of any type; 4.0 and True are no whole numbers.
-        least: the smallest.
-    """
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _one_of(*values: Any) -> Callable[[Any], bool]:
@@ -182,7 +144,7 @@ def checked_key(name: str, value: Any) -> Any:
         8
     """
     if name not in KEYS:
-        raise ValueError(f"{name}={value!r} is no key of a projected group; {meant(name, KEYS)}")
+        raise ValueError(f"{name}={value!r} is no key of a projected group; {did_you_mean(name, KEYS)}")
     value = plain(value)
     if not KEYS[name].accepts(value):
         raise ValueError(f"{name} is {value!r}; use {KEYS[name].wanted}")

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from galore_torch.messages import warn
 from galore_torch.optim.rule import Traits
-from galore_torch.optim.warn import warn
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from galore_torch.lowbit import Rounding, Storage
+from galore_torch.messages import warn
 from galore_torch.optim.clock import Clock
 from galore_torch.optim.groups import storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Lent, Rule, Traits
-from galore_torch.optim.warn import warn
 from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
 
 

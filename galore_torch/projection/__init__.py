@@ -1,4 +1,4 @@
-"""Floor 1: the mathematics of the projection, on tensors only.
+"""The mathematics of the projection, on tensors only.
 
 It knows no optimizer, no module and no process group. Four questions: what a projection does to a tensor
 (`geometry`), which subspace it uses (`decompositions`, `numerical_rank`, `subspace`), when that is renewed (`renewal`),

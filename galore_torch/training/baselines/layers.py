@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from galore_torch.optim.targets import find_targets
+from galore_torch.modules import find_targets
 from galore_torch.training.settings.adapter import AdapterConfig
 
 if TYPE_CHECKING:

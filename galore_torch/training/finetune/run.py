@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import Trainer, TrainingArguments, set_seed
 
-from galore_torch.optim import quantize_weights
+from galore_torch.lowbit import quantize_weights
 from galore_torch.training.finetune.classification import Classification
 from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load

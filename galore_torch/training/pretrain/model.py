@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from galore_torch.optim import quantize_weights
+from galore_torch.lowbit import quantize_weights
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.run.units import sentence
 from galore_torch.training.text.tokenizer import entries

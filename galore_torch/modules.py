@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from galore_torch.optim.warn import each_kind, kinds, warn
+from galore_torch.messages import collapse_indices, list_names, warn
 
 Suits = Callable[[nn.Module, str, Tensor], bool]
 """Whether a module's parameter, by its attribute, can be served."""
@@ -65,8 +65,8 @@ def find_targets(model: nn.Module, target_modules: Targets, suits: Suits, done: 
         else:
             shared.append(module_name)
     if shared or unsuited:
-        why = [f"{name} (its weight is tied to a module that is not linear)" for name in each_kind(shared)]
-        why += [f"{name} (not of a linear layer)" for name in each_kind(unsuited)]
+        why = [f"{name} (its weight is tied to a module that is not linear)" for name in collapse_indices(shared)]
+        why += [f"{name} (not of a linear layer)" for name in collapse_indices(unsuited)]
         warn(f"matched, but not {done}: {', '.join(why)}")
     if not found:
         raise ValueError(_nothing_matched(model, target_modules, suits, done))
@@ -208,16 +208,16 @@ def _report_unmatched(
     matches = _matcher(model, target_modules)
     left = [name for name in names if not matches(name)]
     if target_modules is None:
-        chosen = kinds([name for name in names if matches(name)], 12)
+        chosen = list_names([name for name in names if matches(name)], 12)
         warn(
             f"target_modules is left out, and {nothing} of this {type(model).__name__}; the linear layers of its "
-            f"repeated blocks are {done}: {chosen}" + (f". Not {done}: {kinds(left, 12)}" if left else "")
+            f"repeated blocks are {done}: {chosen}" + (f". Not {done}: {list_names(left, 12)}" if left else "")
         )
         return
     words = sorted({word for name in names for part in name.split(".") for word in (part, *part.split("_"))})
     close = [near for part in unmatched for near in difflib.get_close_matches(part, words, 1)]
     meant = f"; did you mean {' and '.join(map(repr, close))}?" if close else "; name other parts, or leave it out."
-    rest = f" Not {done}: {kinds(left, 12)}" if left else ""
+    rest = f" Not {done}: {list_names(left, 12)}" if left else ""
     warn(f"target_modules: {nothing} of this {type(model).__name__}{meant}{rest}")
 
 
@@ -236,4 +236,6 @@ def _nothing_matched(model: nn.Module, target_modules: Targets, suits: Suits, do
     could = [name for name, module, attribute, weight in owned(model) if suits(module, attribute, weight)]
     if not could:
         return f"the model has no linear layer that could be {done}"
-    return f'{what_holds(target_modules)} no linear layer. These could be named: {kinds(could, 20)}; or "all-linear"'
+    return (
+        f'{what_holds(target_modules)} no linear layer. These could be named: {list_names(could, 20)}; or "all-linear"'
+    )

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import torch
 
-_INSIDE = tuple(
-    f"{folder}/" for folder in (Path(__file__).parent.parent.as_posix(), Path(torch.__file__).parent.as_posix())
-)
+_INSIDE = tuple(f"{folder}/" for folder in (Path(__file__).parent.as_posix(), Path(torch.__file__).parent.as_posix()))
 
 
 def warn(message: str) -> None:
@@ -29,7 +27,7 @@ def warn(message: str) -> None:
 
 
 def nearest(wrong: str, names: Collection[str], cutoff: float = 0.6) -> str | None:
-    """The name that was probably meant.
+    """The right name that is nearest to a wrong one.
 
     Args:
         wrong: what was written.
@@ -53,7 +51,7 @@ def nearest(wrong: str, names: Collection[str], cutoff: float = 0.6) -> str | No
     return sharing[0] if cutoff <= 0.6 and len(sharing) == 1 else None
 
 
-def meant(wrong: str, names: Collection[str]) -> str:
+def did_you_mean(wrong: str, names: Collection[str]) -> str:
     """The end of a message about an unknown name: the nearest one, or all there are.
 
     Args:
@@ -67,20 +65,20 @@ def meant(wrong: str, names: Collection[str]) -> str:
     return f"did you mean {close}?" if close else f"use one of {', '.join(names)}"
 
 
-def each_kind(names: Iterable[str]) -> list[str]:
-    """Names with `*` for their numbers, each once: a deep model has as many as a shallow one.
+def collapse_indices(names: Iterable[str]) -> list[str]:
+    """Names with `*` for their numbers, each once: as many for a deep model as for a shallow one.
 
     Args:
         names: of modules or parameters.
 
     Returns:
-        The kinds of names, sorted.
+        The names, sorted.
     """
     return sorted({re.sub(r"\d+", "*", name) for name in names})
 
 
-def kinds(names: Iterable[str], most: int) -> str:
-    """The kinds of names, for a message.
+def list_names(names: Iterable[str], most: int) -> str:
+    """Names for a message, as `collapse_indices` has them.
 
     Args:
         names: of modules or parameters.
@@ -89,5 +87,5 @@ def kinds(names: Iterable[str], most: int) -> str:
     Returns:
         The names, with commas.
     """
-    found = each_kind(names)
+    found = collapse_indices(names)
     return ", ".join(found[:most]) + (f", and {len(found) - most} more" if len(found) > most else "")

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.trainer_utils import check_target_module_exists
 
 from galore_torch import GaLoreAdamW, param_groups
-from galore_torch.optim import state_bytes, summarize
+from galore_torch.optim import state_bytes
+from galore_torch.targets import summarize
 
 SMALL = {
     "vocab_size": 48,

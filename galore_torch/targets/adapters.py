@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from galore_torch.optim.targets import Targets, what_holds
-from galore_torch.optim.warn import kinds, warn
+from galore_torch.messages import list_names, warn
+from galore_torch.modules import Targets, what_holds
 
 
 def brought_by_adapters(model: nn.Module) -> set[int]:
@@ -57,5 +57,5 @@ def leave_out_adapters(model: nn.Module, targets: dict[str, Tensor], target_modu
         )
     left = [name for name, weight in targets.items() if name not in kept and weight.requires_grad]
     if left:
-        warn(f"trained, but not projected: {len(left)} matrices of adapters ({kinds(left, 3)})")
+        warn(f"trained, but not projected: {len(left)} matrices of adapters ({list_names(left, 3)})")
     return kept

@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from galore_torch.optim.adapters import leave_out_adapters
+from galore_torch.messages import list_names
+from galore_torch.modules import Suits, Targets, find_targets, owned, what_holds
 from galore_torch.optim.arguments import check_hyperparameters
 from galore_torch.optim.groups import check_group, is_projected, is_trainable, projection_in
-from galore_torch.optim.keys import PROJECTED_DEFAULTS, checked_key, is_number, plain
-from galore_torch.optim.targets import Suits, Targets, find_targets, owned, what_holds
-from galore_torch.optim.warn import kinds
+from galore_torch.optim.keys import PROJECTED_DEFAULTS, checked_key
+from galore_torch.targets.adapters import leave_out_adapters
+from galore_torch.values import is_number, plain
 
 
 def param_groups(
@@ -158,7 +159,7 @@ def _print_left(model: nn.Module, suits: Suits, targets: Mapping[str, Tensor]) -
     trained = [one for one in owned(model) if one[3].requires_grad and id(one[3]) not in served]
     left = [name for name, module, attribute, weight in trained if suits(module, attribute, weight)]
     if left:
-        print(f"Linear layers that are not projected: {kinds(left, 20)}")
+        print(f"Linear layers that are not projected: {list_names(left, 20)}")
 
 
 def _check_choices(weight_decay: Any, others_lr: Any, **switches: Any) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from galore_torch.lowbit import QuantizedWeight, check_bits
-from galore_torch.optim.keys import is_whole, plain
-from galore_torch.optim.targets import Targets, find_targets, owned
+from galore_torch.lowbit.codes import check_bits
+from galore_torch.lowbit.weights import QuantizedWeight
+from galore_torch.modules import Targets, find_targets, owned
+from galore_torch.values import is_whole, plain
 
 
 def quantize_weights(
@@ -83,35 +84,6 @@ def dequantize_weights(model: nn.Module) -> list[str]:
     named = model.named_parameters()
     targets: dict[str, Tensor] = {name: one for name, one in named if isinstance(one, QuantizedWeight)}
     return _replace(model, targets, lambda _, weight: weight.contiguous().detach(), "dequantize_weights")
-
-
-def require_current(weight: Tensor) -> None:
-    """Checks that a weight has not been replaced, by one of the functions above or by `fully_shard`, and is whole.
-
-    Args:
-        weight: a parameter that an optimizer holds.
-
-    Raises:
-        ValueError: it has been, or it is a DTensor; the message says what to do.
-    """
-    if hasattr(weight, "placements"):
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} is a DTensor, sharded over processes (by fully_shard, say), and "
-            'GaLore trains whole weights. Train with DDP and full gradients (no attach, or gradients="full"): the '
-            "optimizer's state is small in every process"
-        )
-    if not isinstance(weight, QuantizedWeight) and hasattr(weight, "_fsdp_orig_uid"):
-        raise ValueError(
-            f"the optimizer holds a weight of shape {tuple(weight.shape)} that is not in the model any more: "
-            "fully_shard has replaced it by its shard, and training it would change nothing. GaLore trains whole "
-            'weights: use DDP and full gradients (no attach, or gradients="full") in place of fully_shard'
-        )
-    by = getattr(weight, "_replaced_by", None)
-    if by is not None:
-        raise ValueError(
-            f"the optimizer holds a weight that is not in the model any more: it was replaced by {by}. Make the "
-            "optimizer after quantize_weights or dequantize_weights"
-        )
 
 
 def _is_quantizable(module: nn.Module, attribute: str, weight: Tensor) -> bool:
