@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from galore_torch import GaLoreAdamW, attach, dequantize_weights, quantize_weights
+from tests.lowbit.test_quantize import Small, codes, groups, quantized
 from tests.optim.small import assert_same
-from tests.optim.test_quantize import Small, codes, groups, quantized
 
 
 def with_nan() -> Small:
