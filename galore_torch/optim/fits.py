@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -25,6 +25,7 @@ class Fits:
     def __init__(self) -> None:
         self._forms: dict[int, tuple[_Form, tuple[Any, ...]]] = {}
         self._seen: dict[int, _Seen] = {}
+        self._together: tuple[Sequence[Work], list[Any], list[Any]] = ((), [], [])
 
     def note(self, work: Work) -> None:
         """Notes that a weight and its state fit, as they are.
@@ -35,6 +36,28 @@ class Fits:
         if not self._is_seen(work):
             self._forms[id(work.weight)] = _form(work), _shapes(work.state.get("inner"))
             self._seen[id(work.weight)] = _Seen.of(work)
+
+    def note_all(self, work: Sequence[Work]) -> None:
+        """The same for many, which are looked at together as long as they come together.
+
+        Args:
+            work: the weights.
+        """
+        if not self._are_seen(work):
+            for one in work:
+                self.note(one)
+            self._together = work, _parts(work), _values(work)
+
+    def _are_seen(self, work: Sequence[Work]) -> bool:
+        """Whether all are as when they were last noted together: compared in a few calls for all of them."""
+        before, parts, values = self._together
+        return (
+            len(work) == len(before)
+            and all(map(operator.is_, work, before))
+            and _values(work) == values
+            and len(now := _parts(work)) == len(parts)
+            and all(map(operator.is_, now, parts))
+        )
 
     def _is_seen(self, work: Work) -> bool:
         seen = self._seen.get(id(work.weight))
@@ -50,6 +73,8 @@ class Fits:
             ValueError: a state does not fit, or a group was changed in a way that a state cannot follow; nothing has
                 changed then.
         """
+        if self._are_seen(work):
+            return
         work = [one for one in work if not self._is_seen(one)]
         fitting = [self._fitting(one) for one in work]
         for one, state in zip(work, fitting, strict=True):
@@ -93,6 +118,16 @@ class _Seen(NamedTuple):
         if work is not self.work or inner is not self.inner or len(inner or ()) != len(self.values):
             return False
         return _others(work) == self.others and (not inner or all(map(operator.is_, inner.values(), self.values)))
+
+
+def _parts(work: Sequence[Work]) -> list[Any]:
+    """The objects in the rule's state of many weights, which are the same as long as nothing was replaced."""
+    inner = [one.state.get("inner") for one in work]
+    return [*inner, *chain.from_iterable([one.values() for one in inner if one])]
+
+
+def _values(work: Sequence[Work]) -> list[Any]:
+    return [(one.weight.dtype, one.weight.shape, one.weight.device, len(one.state)) for one in work]
 
 
 def _others(work: Work) -> tuple[Any, ...]:

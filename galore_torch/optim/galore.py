@@ -271,6 +271,7 @@ class GaLore(Optimizer):
         self._renew(renewable(work))
         for chunk in chunks(work):
             self._move(chunk)
+        self._fits.note_all(work)
 
     def _lend_groups(self, work: list[Work]) -> None:
         """Lets each weight have its group as the rule is to see it in this step."""
@@ -337,7 +338,6 @@ class GaLore(Optimizer):
             self._written.note(group, written[id(lent_as)])
         for one, (tensor, parts) in zip(chunk, lent, strict=True):
             one.take_back(parts)
-            self._fits.note(one)
             if one.through_coordinates:
                 fold(one, tensor)
             one.let_go()

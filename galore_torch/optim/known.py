@@ -102,7 +102,13 @@ class Known:
         return (
             len(groups) == len(self._seen)
             and all(seen.is_current(group) for seen, group in zip(self._seen, groups, strict=True))
-            and all(work.is_current(state.get(work.weight)) for work in self._works)
+            and self._states_are_current(state)
+        )
+
+    def _states_are_current(self, state: Mapping[Any, Any]) -> bool:
+        held = [state.get(work.weight) for work in self._works]
+        return all(map(operator.is_, held, [work.state for work in self._works])) or all(
+            work.is_current(one) for work, one in zip(self._works, held, strict=True)
         )
 
     def _make(self, groups: Sequence[dict[str, Any]], make: Make) -> None:

@@ -13,6 +13,7 @@ before the step; what they have written is put there once, when the step is clos
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,11 +209,13 @@ class Rule:
             except Exception:  # some complain that nothing is to be moved, after they have counted the step
                 if any(one.grad is not None for one in lent):
                     raise
-            for one, parameter in zip(lent, parameters, strict=True):
-                state = self._optimizer.state.get(parameter, {})
-                if state is not one.state:
-                    one.state.clear()
-                    one.state.update(state)
+            held = self._optimizer.state
+            if len(held) != len(lent) or not all(map(operator.is_, held.values(), [one.state for one in lent])):
+                for one, parameter in zip(lent, parameters, strict=True):
+                    state = held.get(parameter, {})
+                    if state is not one.state:
+                        one.state.clear()
+                        one.state.update(state)
             return {key: _written(group, before[key]) for key, group in groups.items()}
         finally:
             self._forget()
