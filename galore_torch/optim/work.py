@@ -103,13 +103,11 @@ class Work:
 
     @property
     def _is_due_anew(self) -> bool:
-        state, gap, turn = self.state, self.group["update_proj_gap"], self.turn
-        renewed_step = state["renewed_step"]
-        if self.group["cos_threshold"] is not None:
-            gap = self.gap
-            if state["renewals"] > 1:  # gaps that differ keep no common places: it counts from its last renewal
-                turn = renewed_step
-        return is_due(state["step"], renewed_step, gap, turn)
+        state = self.state
+        step, renewed_step = state["step"], state["renewed_step"]
+        # Gaps that differ keep no common places: after its first turn a lazy layer counts from its last.
+        counts_on = state["renewals"] > 1 and self.is_lazy
+        return is_due(step, renewed_step, self.gap, renewed_step if counts_on else self.turn)
 
     @property
     def is_lazy(self) -> bool:
@@ -145,8 +143,7 @@ class Work:
         Raises:
             ValueError: it is sparse or complex; the message names the weight.
         """
-        grad = self.weight.grad
-        assert grad is not None
+        grad = self.grad
         if grad.layout is not torch.strided:
             raise ValueError(f"the gradient of {self.name} is sparse; use dense gradients (sparse=False in embeddings)")
         if grad.dtype.is_complex:
@@ -295,8 +292,7 @@ class Work:
 
     def image(self) -> Tensor:
         """What the rule gets as gradient: R = P^T G, with L2 decay R = P^T (G + decay * W); G itself without one."""
-        grad = self.weight.grad
-        assert grad is not None
+        grad = self.grad
         if not self.through_coordinates:
             return grad
         if isinstance(grad, ProjectedGradient):
