@@ -25,9 +25,6 @@ def main() -> None:
         app = build_app()
     except ImportError as missing:
         sys.exit(f"galore: {missing}")
-    from galore_torch.training.compare.process import stop_with_parent
-
-    stop_with_parent()
     app()
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from galore_torch.training.compare.results import Comparison, Setting
-from galore_torch.training.compare.score import LOSS, Score
+from galore_torch.training.compare.results import LOSS, Comparison, Score, Summary
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.plots import add_legend, count_by, known, line_style, new_axes, smooth
@@ -36,22 +35,25 @@ def _band(axes: Axes, index: int, method: str, along: list[float], seeds: list[l
     style = line_style(index, len(along))
     axes.plot(along, _mean(seeds), label=method, **style)
     if len(seeds) > 1:
-        at_once = list(zip(*seeds, strict=True))
-        low, high = [min(at) for at in at_once], [max(at) for at in at_once]
+        low, high = ([limit(at) for at in zip(*seeds, strict=True)] for limit in (min, max))
         axes.fill_between(along, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def _histories(setting: Setting, out: Path, field: str) -> list[list[Record]]:
+def _histories(summary: Summary, out: Path, field: str) -> list[list[Record]]:
     """Of each seed, the records that have a field, as long as the shortest of them."""
-    seeds = []
-    for outcome in setting.outcomes:
-        history = records.read(RunFolder(out / outcome.run.folder).metrics)
-        seeds.append([record for record in history if field in record and not record.get("final")])
-    length = min(map(len, seeds))
-    return [history[:length] for history in seeds]
+    seeds = [
+        [record for record in records.read(RunFolder(out / end.run.folder).metrics) if field in record]
+        for end in summary.ends
+    ]
+    seeds = [[record for record in history if not record.get("final")] for history in seeds]
+    return [history[: min(map(len, seeds))] for history in seeds]
 
 
-def curves(comparison: Comparison, out: Path, by: str) -> Figure:
+def _held_out_label(score: Score) -> str:
+    return f"held-out {score.name if score.more_is_better else score.loss_label}"
+
+
+def losses(comparison: Comparison, out: Path, by: str) -> Figure:
     """Training losses, smoothed, by what is seen or by seconds.
 
     Args:
@@ -59,17 +61,16 @@ def curves(comparison: Comparison, out: Path, by: str) -> Figure:
         out: its folder.
         by: tokens, examples or seconds.
     """
-    assert comparison.score is not None
     figure, axes = new_axes("seconds of training", comparison.score.loss_label)
     top = -math.inf
-    for index, (method, row) in enumerate(comparison.best.items()):
-        seeds = _histories(row, out, "loss")
+    for index, (method, best) in enumerate(comparison.best.items()):
+        seeds = _histories(best, out, "loss")
         along = _mean([_thinned([record[by] for record in steps]) for steps in seeds])
-        losses = [smooth(_thinned(known(record["loss"] for record in steps))) for steps in seeds]
-        _band(axes, index, method, along, losses)
-        mean = _mean(losses)
-        top = max([top, *(value for value in mean[len(mean) // 20 :] if math.isfinite(value))])
-    if math.isfinite(top):
+        drawn = [smooth(_thinned(known(record["loss"] for record in steps))) for steps in seeds]
+        _band(axes, index, method, along, drawn)
+        mean = _mean(drawn)
+        top = max([top, *filter(math.isfinite, mean[len(mean) // 20 :])])
+    if math.isfinite(top):  # the first steps' losses would take up half of the figure
         axes.set_ylim(top=top + 0.02 * (top - axes.get_ylim()[0]))
     axes.set_xlim(left=0)
     if by != "seconds":
@@ -81,22 +82,17 @@ def curves(comparison: Comparison, out: Path, by: str) -> Figure:
 def held_out(comparison: Comparison, out: Path) -> Figure | None:
     """What decides which learning rate is best, at each evaluation; None if no run has several."""
     score, unit = comparison.score, comparison.job.unit
-    assert score is not None
     field = score.name if score.more_is_better else LOSS
     figure, axes = new_axes("", _held_out_label(score))
     several = False
-    for index, (method, row) in enumerate(comparison.best.items()):
-        seeds = _histories(row, out, field)
-        several |= len(seeds[0]) > 1
+    for index, (method, best) in enumerate(comparison.best.items()):
+        seeds = _histories(best, out, field)
         along = [float(record[unit]) for record in seeds[0]]
         _band(axes, index, method, along, [known(record[field] for record in history) for history in seeds])
+        several |= len(along) > 1
     count_by(axes, unit)
     add_legend(figure)
     return figure if several else None
-
-
-def _held_out_label(score: Score) -> str:
-    return f"held-out {score.name if score.more_is_better else score.loss_label}"
 
 
 def sensitivity(comparison: Comparison) -> Figure | None:
@@ -105,28 +101,24 @@ def sensitivity(comparison: Comparison) -> Figure | None:
     Returns:
         The figure, or None if no method has several learning rates.
     """
-    score = comparison.score
-    assert score is not None
-    figure, axes = new_axes("learning rate", _held_out_label(score))
-    better = max if score.more_is_better else min
-    tried: set[float] = set()
-    several = False
-    for index, method in enumerate(comparison.best):
-        found: dict[float, float] = {}
-        for each in comparison.settings_of(method):
-            value = comparison.criterion(each)
-            tried.add(each.lr)
+    figure, axes = new_axes("learning rate", _held_out_label(comparison.score))
+    better = max if comparison.score.more_is_better else min
+    found: dict[str, dict[float, float]] = {}
+    for index, (method, summaries) in enumerate(comparison.tried.items()):
+        found[method] = {}
+        for each in summaries:
+            value = comparison.decisive(each)
             if math.isfinite(value):
-                found[each.lr] = better(value, found.get(each.lr, value))
-        lrs = sorted(found)
-        several |= len(lrs) > 1
-        axes.plot(lrs, [found[lr] for lr in lrs], label=method, **line_style(index, len(lrs)))
+                found[method][each.run.lr] = better(value, found[method].get(each.run.lr, value))
+        points = sorted(found[method].items())
+        axes.plot(*zip(*points, strict=True), label=method, **line_style(index, len(points)))
     axes.set_xscale("log")
+    tried = sorted({each.run.lr for summaries in comparison.tried.values() for each in summaries})
     if len(tried) <= _TICKS:
-        axes.set_xticks(sorted(tried), [f"{lr:g}" for lr in sorted(tried)])
+        axes.set_xticks(tried, [f"{lr:g}" for lr in tried])
         axes.xaxis.minorticks_off()
     add_legend(figure)
-    return figure if several else None
+    return figure if any(len(by_lr) > 1 for by_lr in found.values()) else None
 
 
 def subspaces(comparison: Comparison, out: Path, field: str, label: str) -> Figure | None:
@@ -142,25 +134,17 @@ def subspaces(comparison: Comparison, out: Path, field: str, label: str) -> Figu
         The figure, or None if no method has renewed a basis.
     """
     figure, axes = new_axes("step", label)
-    for index, (method, row) in enumerate(comparison.best.items()):
-        renewals = [
-            (record["step"], record[field])
-            for outcome in row.outcomes
-            for record in records.read(RunFolder(out / outcome.run.folder).subspaces)
-            if record[field] is not None
-        ]
-        if not renewals:
-            continue
-        width = max(
-            row.outcomes[0].run.config.optimizer.update_proj_gap, math.ceil(max(step for step, _ in renewals) / _BINS)
-        )
-        bins: dict[int, list[tuple[int, float]]] = {}
-        for step, value in renewals:
-            bins.setdefault((step - 1) // width, []).append((step, value))
-        points = [_mean(bins[number]) for number in sorted(bins)]
-        axes.plot(*zip(*points, strict=True), label=method, **line_style(index, len(points)))
-    if not axes.lines:
-        return None
+    for index, (method, best) in enumerate(comparison.best.items()):
+        found = [record for end in best.ends for record in records.read(RunFolder(out / end.run.folder).subspaces)]
+        renewals = [(record["step"], record[field]) for record in found if record[field] is not None]
+        if renewals:
+            gap = best.run.config.optimizer.update_proj_gap
+            width = max(gap, math.ceil(max(renewals)[0] / _BINS))
+            bins: dict[int, list[tuple[int, float]]] = {}
+            for step, value in renewals:
+                bins.setdefault((step - 1) // width, []).append((step, value))
+            points = [_mean(bins[number]) for number in sorted(bins)]
+            axes.plot(*zip(*points, strict=True), label=method, **line_style(index, len(points)))
     axes.set_ylim(0, 1)
     add_legend(figure)
-    return figure
+    return figure if axes.lines else None

@@ -5,18 +5,31 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.compare.job import Amount, Job
-from galore_torch.training.compare.settings import WHAT_DIFFERS, own_settings
+from galore_torch.training.compare.jobs import Amount, ComparedJob
 from galore_torch.training.run.files import Lock, being_written, write_whole
+from galore_torch.training.settings.fields import plain_type, typed_fields
 from galore_torch.training.settings.methods import method_settings, refuse_unheeded
+from galore_torch.training.settings.sections import suggest
 
 PLAN = "plan.json"
 """The plan's name in a comparison's folder."""
+
+OF_METHODS = ("optim", "adapter")
+"""The methods' own settings; another value would make it another method."""
+
+OF_RUNS = {"lr": "--lr METHOD=X", "others_lr": "--others-lr METHOD=X", "seed": "--seed N"}
+"""Settings in which the runs of one method differ, and how they are given."""
+
+_SHARED = ("model", "data")  # sections without which two runs cannot be compared, but for
+_NOT_SHARED = ("dtype", "target_modules")
+_BOOLS = {"true": True, "false": False}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def lock_of(out: Path) -> Lock:
@@ -36,47 +49,88 @@ class PlannedRun:
     amount: Amount
 
     @property
-    def rates(self) -> str:
-        """The learning rates as the folder has them."""
-        others = "" if self.others_lr == self.lr else f"-others-{self.others_lr:g}"
-        return f"lr-{self.lr:g}{others}"
-
-    @property
     def folder(self) -> Path:
         """The run folder, below the comparison's."""
-        return Path(self.method) / self.rates / f"seed-{self.seed}"
+        others = "" if self.others_lr == self.lr else f"-others-{self.others_lr:g}"
+        return Path(self.method, f"lr-{self.lr:g}{others}", f"seed-{self.seed}")
 
     @property
     def label(self) -> str:
         """The run in words."""
-        return f"{self.method} {self.rates} seed {self.seed}"
+        return " ".join(self.folder.parts).replace("seed-", "seed ")
 
 
 def rates_by_method(option: str, given: Sequence[str], methods: Sequence[str]) -> dict[str, list[float | None]]:
     """Learning rates for each method from what was given: ``0.01`` for all, ``galore=0.01`` for one alone.
 
     Raises:
-        ValueError: when a rate is no number above 0 or names a method that is not compared.
+        ValueError: when a rate is no number or names a method that is not compared.
 
     >>> rates_by_method("lr", ["0.01", "galore=0.02"], ["full", "galore"])
     {'full': [0.01], 'galore': [0.02]}
     """
-    own: dict[str, list[float | None]] = {method: [] for method in methods}
-    shared: list[float | None] = []
+    rates: dict[str, list[float | None]] = {method: [] for method in ("", *methods)}
     for text in given:
-        method, found, number = text.rpartition("=")
-        if found and method not in own:
-            raise ValueError(f"{option} = {text!r} is for a method that is not compared; add --method {method}.")
+        method, _, number = text.rpartition("=")
+        _require_compared(f"{option} = {text!r}", method, rates)
         try:
-            rate = float(number)
+            rates[method].append(float(number))
         except ValueError as error:
             raise ValueError(f"{option} = {text!r} is no number; give one, or METHOD=NUMBER.") from error
-        (own[method] if found else shared).append(rate)
-    return {method: list(dict.fromkeys(rates or shared or [None])) for method, rates in own.items()}
+    return {method: list(dict.fromkeys(rates[method] or rates[""] or [None])) for method in methods}
+
+
+def _require_compared(given: str, method: str, methods: Iterable[str]) -> None:
+    if method not in methods:
+        raise ValueError(f"{given} is for a method that is not compared; add --method {method}.")
+
+
+def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What each method sets for itself, from texts such as ``lora:adapter_rank=2``; its configuration judges the value.
+
+    Raises:
+        ValueError: when a text has another form, names a method that is not compared or a setting that there is not,
+            or one that all runs share, or when its value is of the wrong type.
+
+    >>> from galore_torch.training.compare.jobs import PRETRAIN
+    >>> own_settings(PRETRAIN, ["lora:adapter-rank=2"], ["galore", "lora"])
+    {'galore': {}, 'lora': {'adapter_rank': 2}}
+    """
+    own: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    known = {
+        field.name: (section, plain_type(hint))
+        for section, kind in job.sections.items()
+        for field, hint in typed_fields(kind)
+    }
+    for text in given:
+        target, _, value = text.partition("=")
+        method, _, name = target.partition(":")
+        method, name, value = method.strip(), name.strip().replace("-", "_"), value.strip()
+        wrong = f"set = {text!r}"
+        if not (method and name and value):
+            raise ValueError(f"{wrong} is not METHOD:NAME=VALUE; give such as lora:adapter_rank=2.")
+        _require_compared(wrong, method, own)
+        if name not in known:
+            raise ValueError(f"{wrong}: {name} is no setting of {job.doing}; {suggest(name, known)}")
+        section, kind = known[name]
+        if name in OF_METHODS:
+            raise ValueError(f"{wrong}: {name} is what the methods differ in; choose them by --method.")
+        if name in OF_RUNS:
+            raise ValueError(f"{wrong}: {name} has an option of its own; give {OF_RUNS[name]}.")
+        if section in _SHARED and name not in _NOT_SHARED:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{wrong}: runs with another {name} cannot be compared; give {option} for all.")
+        if name in own[method]:
+            raise ValueError(f"{wrong} sets {name} of {method} a second time; leave out one of them.")
+        try:
+            own[method][name] = _BOOLS[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{wrong}: {value!r} is not {_TYPES[kind]}; give one.") from error
+    return own
 
 
 def make_plan(
-    job: Job,
+    job: ComparedJob,
     preset: str | None,
     methods: Sequence[str],
     lrs: Sequence[str],
@@ -95,12 +149,12 @@ def make_plan(
         others_lrs: the same for what is never projected.
         seeds: of the runs.
         given: further settings by name, for all runs.
-        sets: further settings for one method each, see `galore_torch.training.compare.settings.own_settings`.
+        sets: further settings for one method each, see `own_settings`.
 
     Raises:
         ValueError: when a setting does not fit.
     """
-    for name in WHAT_DIFFERS:
+    for name in OF_METHODS:
         if given.get(name) is not None:
             raise ValueError(f"{name} = {given[name]!r} is what the methods differ in; choose them by --method.")
     methods = list(dict.fromkeys(methods))
@@ -116,20 +170,24 @@ def make_plan(
                 config = job.configure(preset, **settings)
             except ValueError as error:
                 raise ValueError(f"{error}{_hint(job, preset, str(error), given, by_method)}") from error
-            optimizer = config.optimizer
-            refuse_unheeded(method, own[method], optimizer, config.adapter)
-            others_lr = optimizer.others_lr or optimizer.lr
-            runs.append(PlannedRun(method, optimizer.lr, others_lr, seed, config, job.amount(config)))
-    _require_equal_amounts(runs)
+            refuse_unheeded(method, own[method], config.optimizer, config.adapter)
+            lr, others = config.optimizer.lr, config.optimizer.others_lr or config.optimizer.lr
+            runs.append(PlannedRun(method, lr, others, seed, config, job.amount(config)))
+    for run in runs:
+        if run.amount != runs[0].amount:
+            raise ValueError(
+                f"set: {runs[0].method} would see {runs[0].amount} and {run.method} {run.amount}, and what saw more "
+                "would look better; give both the same length and batch, or leave them out of --set."
+            )
     return runs
 
 
-def _hint(job: Job, preset: str | None, error: str, given: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
+def _hint(
+    job: ComparedJob, preset: str | None, error: str, given: Mapping[str, Any], methods: Mapping[str, Any]
+) -> str:
     """What to add to an error about a setting for all runs that suits another method: that it can be that one's own."""
     name = error.partition(" ")[0]
-    if name not in given:
-        return ""
-    for method, settings in methods.items():
+    for method, settings in methods.items() if name in given else ():
         try:
             job.configure(preset, **{**settings, **given})
         except ValueError:
@@ -138,72 +196,55 @@ def _hint(job: Job, preset: str | None, error: str, given: Mapping[str, Any], me
     return ""
 
 
-def _require_equal_amounts(runs: Sequence[PlannedRun]) -> None:
-    first = runs[0]
-    for run in runs:
-        if run.amount != first.amount:
-            raise ValueError(
-                f"set: {first.method} would see {first.amount} and {run.method} {run.amount}, and what saw more would "
-                "look better; give both the same length and batch, or leave them out of --set."
-            )
-
-
-def _described(job: Job, runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    return {
-        "job": job.subcommand,
-        "runs": {str(run.folder): dataclasses.asdict(run.config) for run in runs},
-    }
-
-
-def require_same_plan(path: Path, job: Job, runs: Sequence[PlannedRun], *, needed: bool = False) -> None:
-    """Refuse a folder that was begun with other runs or other settings.
+def require_same_plan(path: Path, job: ComparedJob, runs: Sequence[PlannedRun], *, needed: bool = False) -> None:
+    """Refuse a folder that was begun with other runs or settings, which the ValueError names.
 
     Args:
         path: where the plan is kept.
         job: what the runs are of.
         runs: those that are asked for.
         needed: whether there must be a plan.
-
-    Raises:
-        ValueError: with what differs.
     """
-    if not path.exists():
-        folder = path.parent
-        if needed:
-            raise ValueError(f"out = {str(folder)!r} holds no comparison to report on; leave out --report-only.")
-        begun = {*lock_of(folder).files, path, being_written(path), *map(being_written, lock_of(folder).files)}
-        if folder.exists() and not begun.issuperset(folder.iterdir()):
-            raise ValueError(f"out = {str(folder)!r} holds something else; choose another --out.")
-        return
-    kept, now = read_plan(path), _described(job, runs)
-    differences = _differences(kept, now)
-    if differences:
-        raise ValueError(
-            f"out = {str(path.parent)!r} was begun with another plan: {'; '.join(differences[:6])}. Give the same "
-            "options, or choose another --out."
-        )
+    out = f"out = {str(path.parent)!r}"
+    if path.exists():
+        found = _differences(read_plan(path), _described(job, runs))
+        if found:
+            given = "Give the same options, or choose another --out."
+            raise ValueError(f"{out} was begun with another plan: {'; '.join(found[:6])}. {given}")
+    elif needed:
+        raise ValueError(f"{out} holds no comparison to report on; leave out --report-only.")
+    else:
+        begun = {path, *lock_of(path.parent).files}
+        begun |= {being_written(file) for file in begun}
+        if path.parent.exists() and not begun.issuperset(path.parent.iterdir()):
+            raise ValueError(f"{out} holds something else; choose another --out.")
+
+
+def keep_plan(path: Path, job: ComparedJob, runs: Sequence[PlannedRun], command: str) -> bool:
+    """Write the plan, with the command by which it is begun; False if there is the same already, which stays."""
+    require_same_plan(path, job, runs)
+    new = not path.exists()
+    if new:
+        write_whole(path, json.dumps({**_described(job, runs), "command": command}, indent=1) + "\n")
+    return new
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A comparison's plan, with the command by which it was begun.
-
-    Raises:
-        ValueError: when it is damaged.
-    """
+    """A comparison's plan, with the command by which it was begun; a damaged one is a ValueError."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        sections = [section for run in kept["runs"].values() for section in run.values()]
-        whole = isinstance(kept["job"], str) and isinstance(kept["command"], str)
-        whole = whole and all(isinstance(section, dict) for section in sections)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _differences(plan, plan)
+        shlex.split(plan["command"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged, and it says what is compared. Restore it from a copy, or choose another --out; "
             "finished runs in the folder stay as they are."
-        )
-    plan: dict[str, Any] = kept
+        ) from error
     return plan
+
+
+def _described(job: ComparedJob, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    return {"job": job.name, "runs": {str(run.folder): dataclasses.asdict(run.config) for run in runs}}
 
 
 def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -216,11 +257,3 @@ def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
             before = kept["runs"][run].get(section, {})
             found += [f"{name} was {before.get(name)!r}" for name in values if values[name] != before.get(name)]
     return list(dict.fromkeys(found))
-
-
-def write_plan(path: Path, job: Job, runs: Sequence[PlannedRun], command: str) -> bool:
-    """Keep the plan, and by which command it was begun; False if there is one, which stays."""
-    if path.exists():
-        return False
-    write_whole(path, json.dumps({**_described(job, runs), "command": command}, indent=1) + "\n")
-    return True

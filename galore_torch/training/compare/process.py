@@ -1,137 +1,153 @@
-"""A command of ours in a process of its own, whose memory is its alone.
-
-It stops in order, as at Ctrl-C, when the process that started it is gone: it watches its stdin, a pipe whose other end
-nobody else has.
-"""
+"""A function called in a process of its own, whose memory is its alone; what it returns or raises comes back."""
 
 from __future__ import annotations
 
 import _thread
+import multiprocessing
 import os
+import pickle
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
-import galore_torch
-from galore_torch.training.run.signals import handled_by, heard
+import typer
+from rich.console import Console
 
-_CHILD = "GALORE_CHILD"
-"""The environment variable that tells a process that it is one."""
+from galore_torch.training.run.signals import SIGNALS, Stop, handled_by, heard, stoppable
 
-# Not by -m, which imports from the working directory first: a datasets.py that lies there would be run. What -c puts
-# there is taken away before anything is imported; where the package is comes last, behind all that it needs itself.
-_HOME = Path(galore_torch.__file__).parents[1]
-_START = """import sys
-sys.path = [place for place in sys.path if place] + [sys.argv.pop(1)]
-from galore_torch.cli import main
-main()"""
+_SPAWN = multiprocessing.get_context("spawn")
+_POSIX = os.name == "posix"  # elsewhere a Ctrl-C reaches every process of the console
 
-_LOOK_EVERY = 0.25  # seconds
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a child ended.
-
-    Attributes:
-        status: its exit status.
-        output: what it wrote to stdout; empty if that went to a log.
-        stopped: whether we were asked to stop while it ran.
-    """
-
-    status: int
-    output: str
-    stopped: bool
+class ProcessDiedError(RuntimeError):
+    """The process was gone before its function returned: killed, out of memory, or crashed in native code."""
 
 
-def run_child(
-    arguments: Sequence[str],
-    *,
-    log: Path | None = None,
-    watch: Callable[[], None] | None = None,
-) -> Ended:
-    """Run ``galore ARGUMENTS`` and wait for it.
+def call_in_process(function: Callable[..., T], *args: Any, log: Path, console: Console) -> T:
+    """Call a function in a new process, and wait for it.
 
-    The child hears no Ctrl-C of the terminal: each signal to us is passed on to it, so that it comes once, and the
-    child saves and ends. So it does when we are killed.
+    The process hears no Ctrl-C of the terminal: each signal to this one is passed on, so that it comes once, and the
+    function ends as a command does. So it does when this process is killed.
 
     Args:
-        arguments: of the command, such as ``("pretrain", "--json")``.
-        log: where all that it prints goes, from the start of the file; if None, stderr is ours and stdout is returned.
-        watch: called a few times a second meanwhile.
+        function: of a module. Its last argument is a console that shows on our terminal; without one, in the log.
+        args: those before it, which can be pickled.
+        log: where stdout and stderr of the process go, from the start of the file.
+        console: ours.
 
     Returns:
-        Its status, its output and whether it was asked to stop.
+        What the function returned.
+
+    Raises:
+        Stop: when this process was asked to stop meanwhile; the function has ended too.
+        ProcessDiedError: when the process ended otherwise than by return or exception.
+        BaseException: what the function raised.
     """
-    command = [sys.executable, "-c", _START, str(_HOME), *arguments]
+    receiver, sender = _SPAWN.Pipe(duplex=False)
+    terminal = (2 if console.stderr else 1) if console.is_terminal else None
+    process = _SPAWN.Process(target=_serve, args=(sender, function, args, log, terminal, console.width))
     asked: list[int] = []
-    process: subprocess.Popen[str] | None = None
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
+    def interrupt(number: int, _frame: FrameType | None = None) -> None:
         heard(number)
-        asked.append(signal.SIGINT)
-        if process is not None and process.poll() is None:
-            process.send_signal(signal.SIGINT)
+        asked.append(number)
+        if _POSIX and process.is_alive():
+            os.kill(process.pid or 0, signal.SIGINT)
 
-    with handled_by(pass_on):
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with handled_by(interrupt):
+        with _quiet_start():
+            process.start()
+        sender.close()
         try:
-            with _lifeline() as stdin, nullcontext() if log is None else log.open("w", encoding="utf-8") as file:
-                process = subprocess.Popen(
-                    command,
-                    env={**os.environ, _CHILD: "1"},
-                    stdin=stdin,
-                    stdout=file or subprocess.PIPE,
-                    stderr=subprocess.STDOUT if file else None,
-                    text=True,
-                    start_new_session=True,
-                )
-                if asked:  # while it was being started
-                    process.send_signal(signal.SIGINT)
-                output = _wait(process, watch)
+            result, error = receiver.recv()
+        except EOFError:
+            process.join()
+            result, error = None, ProcessDiedError(_end(process.exitcode, log))
+        except BaseException:
+            interrupt(signal.SIGINT)
+            raise
         finally:
-            if process is not None:  # it stops, if an error took us here
-                process.wait()
-    return Ended(process.returncode, output, bool(asked))
+            process.join()
+            console.show_cursor()  # which a killed process may have hidden
+    if asked:
+        raise Stop
+    if error is not None:
+        raise error
+    returned: T = result
+    return returned
 
 
 @contextmanager
-def _lifeline() -> Iterator[int]:
-    """A pipe's end to read from, whose other end is ours alone and closes when we leave, or are killed."""
-    theirs, ours = os.pipe()
+def _quiet_start() -> Iterator[None]:
+    """Start a process that no signal ends before it listens, and that imports nothing from the working directory."""
+    resource_tracker.ensure_running()  # whose own start would let the signals in
+    imports = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if _POSIX:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield theirs
+        yield
     finally:
-        os.close(ours)
-        os.close(theirs)
+        if _POSIX:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        os.environ["PYTHONSAFEPATH"] = imports or ""  # empty is as unset
 
 
-def _wait(process: subprocess.Popen[str], watch: Callable[[], None] | None) -> str:
-    while True:
-        try:
-            output, _ = process.communicate(timeout=_LOOK_EVERY)
-        except subprocess.TimeoutExpired:  # noqa: PERF203
-            if watch is not None:
-                watch()
-        else:
-            return output or ""
+def _end(code: int | None, log: Path) -> str:
+    """How a process ended, and the last that it wrote."""
+    end = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
+    last = log.read_text(encoding="utf-8", errors="replace").split("\n")[-2:-1] if log.exists() else []
+    return ": ".join([f"the process {end}", *filter(None, last)])
 
 
-def stop_with_parent() -> None:
-    """If `run_child` started this process, stop it when the process that called that is gone."""
-    if os.environ.pop(_CHILD, None):
-        threading.Thread(target=_stop_at_the_end_of_stdin, daemon=True).start()
+def _serve(
+    sender: Connection, function: Callable[..., Any], args: tuple[Any, ...], log: Path, terminal: int | None, width: int
+) -> None:
+    """Be the process: call the function, and send what it returned or raised."""
+    screen = None if terminal is None else os.fdopen(os.dup(terminal), "w", encoding="utf-8")
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    answer: tuple[Any, BaseException | None]
+    try:
+        with stoppable(lambda: "Stopped."):
+            if _POSIX:
+                os.setsid()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            answer = function(*args, Console(file=screen, width=width if screen else None)), None
+    except typer.Exit:
+        answer = None, Stop()
+    except BaseException as error:
+        traceback.print_exc()
+        answer = None, _portable(error)
+    sender.send(answer)
 
 
-def _stop_at_the_end_of_stdin() -> None:
-    while os.read(0, 1):
-        pass
-    if os.name == "posix":
+def _portable(error: BaseException) -> BaseException:
+    """An exception that survives the way to the other process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _stop_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    if _POSIX:
         os.kill(os.getpid(), signal.SIGINT)  # which also ends a wait of the main thread
     else:
         _thread.interrupt_main()

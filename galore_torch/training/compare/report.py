@@ -1,15 +1,20 @@
-"""``report.html``: curves, table, learning rates and circumstances of a comparison on one page."""
+"""``report.html``: table, curves, learning rates and circumstances of a comparison on one page."""
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from galore_torch.training.compare import figures
+from galore_torch.training.compare.plan import OF_RUNS
 from galore_torch.training.compare.results import Comparison, notes, rows
-from galore_torch.training.compare.settings import apart_and_shared
 from galore_torch.training.page.page import Page
 from galore_torch.training.run.machine import versions
+from galore_torch.training.settings.adapter import heeded_by
+from galore_torch.training.settings.methods import heeds
 
 _COLUMNS = 38  # of a phone
 
@@ -22,12 +27,12 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
         out: the comparison's folder.
         command: by which it was begun.
     """
-    job, first = comparison.job, comparison.outcomes[0].run
-    seeds = len({outcome.run.seed for outcome in comparison.outcomes})
+    job, methods = comparison.job, comparison.methods
+    seeds = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
     page = Page(
-        f"{len(comparison.methods)} methods, {first.amount} each",
-        f"galore {job.subcommand} at equal data, order and length; each method at the best of the learning rates "
-        f"tried, over {seeds} seed{'s' if seeds > 1 else ''}.",
+        f"{len(methods)} methods, {comparison.ends[0].run.amount} each",
+        f"galore {job.name} at equal data, order and length; each method at the best of the learning rates "
+        f"tried, over {seeds}.",
     )
     _table(page, comparison)
     if comparison.best:
@@ -35,17 +40,55 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
     page.heading("How it was made")
     page.code(in_lines(command))
     page.facts(versions(job.libraries))
-    apart, shared = apart_and_shared({outcome.run.method: outcome.run.config for outcome in comparison.outcomes})
+    apart, shared = apart_and_shared({end.run.method: end.run.config for end in comparison.ends})
     page.heading("Settings of each method")
     page.table(
-        ["", *comparison.methods],
-        [[name, *(_told(values.get(method, "")) for method in comparison.methods)] for name, values in apart.items()],
-        caption="empty where a setting says nothing to a method",
-        words=1 + len(comparison.methods),
+        ["", *methods],
+        [[name, *(_words(values.get(method, "")) for method in methods)] for name, values in apart.items()],
+        caption="empty where a setting has no effect on a method",
+        words=1 + len(methods),
     )
     page.heading("Settings of all runs")
-    page.facts({name: _told(value) for name, value in shared.items()})
+    page.facts({name: _words(value) for name, value in shared.items()})
     return page
+
+
+def apart_and_shared(configs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The settings that methods differ in, and those that they have in common.
+
+    Args:
+        configs: a configuration of each method.
+
+    Returns:
+        Of each setting that differs or that has an effect on some methods alone, its value by method; and all others
+        that are set. Learning rates and seeds are in neither: runs of one method differ in them.
+    """
+    effective = {method: _effective(config) for method, config in configs.items()}
+    apart: dict[str, dict[str, Any]] = {}
+    shared: dict[str, Any] = {}
+    for name in dict.fromkeys(name for settings in effective.values() for name in settings):
+        values = {method: settings[name] for method, settings in effective.items() if name in settings}
+        if set(values.values()) == {None}:
+            continue
+        if len(values) < len(configs) or len(set(values.values())) > 1:
+            apart[name] = values
+        else:
+            shared[name] = next(iter(values.values()))
+    return apart, shared
+
+
+def _effective(config: Any) -> dict[str, Any]:
+    """All settings that have an effect, but for learning rates and the seed."""
+    adapter = config.adapter.adapter
+    return {
+        name: value
+        for section in dataclasses.asdict(config).values()
+        for name, value in section.items()
+        if name not in OF_RUNS
+        and heeds(name, config.optimizer, config.adapter)
+        and heeded_by(adapter, name)
+        and not (name == "rank" and adapter != "none")  # adapter_rank has it
+    }
 
 
 def in_lines(command: str) -> str:
@@ -69,53 +112,48 @@ def in_lines(command: str) -> str:
     return " \\\n".join(lines)
 
 
-def _told(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
+def _words(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else "none" if value is None else str(value)
 
 
 def _table(page: Page, comparison: Comparison) -> None:
-    job, score = comparison.job, comparison.score
-    name = "score" if score is None else score.name
-    beside = "" if score is None else score.beside_full
+    job, name, beside = comparison.job, comparison.score.name or "score", comparison.score.beside_full
+    spread = " ± std" if any(best.spread is not None for best in comparison.best.values()) else ""
     page.table(
-        ["method", "lr / others", f"{name} ± std", beside, f"{job.unit}/s", "state, MB", "peak memory, MB", "trained"],
+        ["method", "lr / others", name + spread, beside, f"{job.unit}/s", "state, MB", "peak memory, MB", "trained"],
         rows(comparison),
         caption=f"{name} on held-out {job.held_out}; memory of the optimizer's state and of the whole process; "
         "parameters that are trained",
     )
     for note in notes(comparison):
         page.text(note)
-    for outcome in comparison.outcomes:
-        if outcome.final is None:
-            page.text(f"{outcome.run.label}: {outcome.error or 'not finished'}")
+    for end in comparison.ends:
+        if end.final is None:
+            page.text(f"{end.run.label}: {end.error or 'not finished'}")
 
 
 def _figures(page: Page, comparison: Comparison, out: Path) -> None:
     job, score = comparison.job, comparison.score
-    assert score is not None
-    page.heading("Curves")
-    page.figure(
-        figures.curves(comparison, out, job.unit), f"Training loss by {job.unit} seen, smoothed; bands span the seeds."
-    )
-    page.figure(figures.curves(comparison, out, "seconds"), "The same by seconds spent in training steps.")
+    seeds = "; bands span the seeds" if comparison.seeds > 1 else ""
     judged = f"{score.name if score.more_is_better else 'loss'} on held-out {job.held_out}".capitalize()
-    on_the_way = figures.held_out(comparison, out)
-    if on_the_way is not None:
-        page.figure(on_the_way, f"{judged} at each evaluation; bands span the seeds.")
-    by_rate = figures.sensitivity(comparison)
-    if by_rate is not None:
-        page.heading("Learning rates")
-        page.figure(by_rate, f"{judged} by learning rate; the mean over the seeds.")
-    made = {
-        "How much of the basis before is left at a renewal: 1 all of it, 0 as of a random one. "
-        "Means over weights and seeds.": figures.subspaces(comparison, out, "overlap", "overlap"),
-        "Share of the gradient's energy that the basis before still held at a renewal; "
-        "the greater, the less is lost.": figures.subspaces(comparison, out, "captured", "captured energy"),
+    page.heading("Curves")
+    page.figure(figures.losses(comparison, out, job.unit), f"Training loss by {job.unit} seen, smoothed{seeds}.")
+    page.figure(figures.losses(comparison, out, "seconds"), "The same by seconds spent in training steps.")
+    _add(page, "", {f"{judged} at each evaluation{seeds}.": figures.held_out(comparison, out)})
+    _add(page, "Learning rates", {f"{judged} by learning rate; mean over the seeds.": figures.sensitivity(comparison)})
+    overlap = "How much of the old basis is left at a renewal: 1 all of it, 0 as of a random one; means over weights."
+    captured = "Share of the gradient's energy that the old basis still held at a renewal; more is better."
+    renewals = {
+        overlap: figures.subspaces(comparison, out, "overlap", "overlap"),
+        captured: figures.subspaces(comparison, out, "captured", "captured energy"),
     }
-    if any(made.values()):
-        page.heading("Subspaces")
-    for caption, figure in made.items():
-        if figure is not None:
-            page.figure(figure, caption)
+    _add(page, "Subspaces", renewals)
+
+
+def _add(page: Page, heading: str, drawn: Mapping[str, Any]) -> None:
+    """Add the figures that there are by their captions, under a heading if there is any."""
+    found = {caption: figure for caption, figure in drawn.items() if figure is not None}
+    if found and heading:
+        page.heading(heading)
+    for caption, figure in found.items():
+        page.figure(figure, caption)

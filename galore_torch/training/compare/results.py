@@ -1,4 +1,4 @@
-"""What the runs of a comparison came to: the best learning rate of each method, and the table."""
+"""What the runs of a comparison came to: each method's score at its best learning rate, and the table."""
 
 from __future__ import annotations
 
@@ -11,60 +11,116 @@ from typing import Any
 
 from rich.table import Table
 
-from galore_torch.training.compare.job import Job
+from galore_torch.training.compare.jobs import ComparedJob
 from galore_torch.training.compare.plan import PlannedRun
-from galore_torch.training.compare.runs import error_file
-from galore_torch.training.compare.score import LOSS, Score, shown
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
+
+LOSS = "eval_loss"
+"""The field of a final record that decides which learning rate is best where no score of a task does."""
 
 _FULL_RANK = ("full", "full-per-layer")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One run's end: its final record, or why there is none, and the digest of what it was trained on."""
+class Score:
+    """What methods are compared by: perplexity, of which less is better, or a task's score, of which more is."""
+
+    name: str
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether it is a task's score."""
+        return self.name != "perplexity"
+
+    @property
+    def loss_label(self) -> str:
+        """What the loss is, for an axis."""
+        return "loss" if self.more_is_better else "loss (nats per token)"
+
+    @property
+    def beside_full(self) -> str:
+        """How a method is put beside full rank, for a column."""
+        return "points to full" if self.more_is_better else "ratio to full"
+
+    def beside(self, own: float, full: float) -> str:
+        """A method's score beside that of full rank.
+
+        >>> Score("perplexity").beside(15.0, 10.0), Score("accuracy").beside(0.875, 0.9)
+        ('1.500', '-2.5')
+        """
+        if not (math.isfinite(own) and math.isfinite(full)):
+            return ""
+        return f"{100 * (own - full):+.1f}" if self.more_is_better else f"{own / full:.3f}"
+
+
+def shown(name: str, value: float | None, spread: float | None = None) -> str:
+    """A score for people, with its spread over seeds if there is one.
+
+    >>> shown("perplexity", 1234.567, 1.5), shown("accuracy", 0.91)
+    ('1,234.57 ±1.50', '0.9100')
+    """
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    digits = ",.2f" if name == "perplexity" else ".4f"
+    return f"{value:{digits}}" + ("" if spread is None else f" ±{spread:{digits}}")
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """How a run ended: its final record, or why there is none, and the digest of what it was trained on."""
 
     run: PlannedRun
-    final: dict[str, Any] | None
+    final: records.Record | None
     error: str | None
     digest: str | None = None
 
 
-def gather(runs: Sequence[PlannedRun], out: Path) -> list[Outcome]:
+def final_record(run: PlannedRun, out: Path) -> records.Record | None:
+    """The record of a finished run."""
+    return records.final(RunFolder(out / run.folder).metrics)
+
+
+def error_file(folder: Path) -> Path:
+    """Where a failed run's reason is kept, beside its folder."""
+    return folder.with_name(f"{folder.name}.error")
+
+
+def read_ends(runs: Sequence[PlannedRun], out: Path) -> list[RunEnd]:
     """Read how each run ended."""
     found = []
     for run in runs:
         folder = RunFolder(out / run.folder)
         failed = error_file(folder.root)
         error = failed.read_text(encoding="utf-8", errors="replace").strip() if failed.exists() else None
-        digest = folder.text_digest() if folder.text.exists() else None
-        found.append(Outcome(run, records.final(folder.metrics), error, digest))
+        found.append(RunEnd(run, final_record(run, out), error, folder.text_digest() if folder.text.exists() else None))
     return found
 
 
 @dataclass(frozen=True)
-class Setting:
+class Summary:
     """A method at one pair of learning rates, over its seeds.
 
     Attributes:
+        ends: of its finished runs.
         loss: mean held-out loss; infinite if a run's is not finite.
         score: mean of the score; infinite if a run's is not finite.
         spread: its standard deviation over the seeds; None for one seed.
-        pace: tokens or examples a second.
     """
 
-    method: str
-    lr: float
-    others_lr: float
-    outcomes: list[Outcome]
+    ends: list[RunEnd]
     loss: float
     score: float
     spread: float | None
-    pace: float
-    state_bytes: int
-    peak_memory_bytes: int
-    trained_parameters: int
+
+    @property
+    def run(self) -> PlannedRun:
+        """One of them: method and learning rates are those of all."""
+        return self.ends[0].run
+
+    def values(self, field: str) -> list[Any]:
+        """A field of the final records, by seed."""
+        return [end.final.get(field) for end in self.ends if end.final is not None]
 
 
 @dataclass(frozen=True)
@@ -73,77 +129,58 @@ class Comparison:
 
     Attributes:
         job: what they are of.
-        outcomes: of every planned run.
-        score: by what methods are compared; None until a run has ended.
-        best: by method, its best setting; methods without a finished run are left out.
+        ends: of every planned run.
+        score: by what methods are compared; nameless until a run has ended.
+        tried: by method, what came of its learning rates; those without a finished run are left out.
+        best: by method, the best of them.
     """
 
-    job: Job
-    outcomes: list[Outcome]
-    score: Score | None
-    best: dict[str, Setting]
+    job: ComparedJob
+    ends: list[RunEnd]
+    score: Score
+    tried: dict[str, list[Summary]]
+    best: dict[str, Summary]
 
     @property
     def methods(self) -> list[str]:
         """All that were planned."""
-        return list(dict.fromkeys(outcome.run.method for outcome in self.outcomes))
+        return list(dict.fromkeys(end.run.method for end in self.ends))
 
-    def settings_of(self, method: str) -> list[Setting]:
-        """A method's learning rates with their results; those without a finished run are left out."""
-        return _settings_of(self.job, self.score, self.outcomes, method)
+    @property
+    def seeds(self) -> int:
+        """How many were planned."""
+        return len({end.run.seed for end in self.ends})
 
-    def criterion(self, setting: Setting) -> float:
+    def decisive(self, summary: Summary) -> float:
         """What decides which learning rate is best: the task's score, of which more is better, or the loss."""
-        assert self.score is not None
-        return setting.score if self.score.more_is_better else setting.loss
+        return summary.score if self.score.more_is_better else summary.loss
 
 
-def compared(job: Job, outcomes: list[Outcome]) -> Comparison:
+def compare(job: ComparedJob, ends: list[RunEnd]) -> Comparison:
     """Judge each method at its best learning rates, of those that most seeds finished.
 
     Best is the mean over the seeds of a task's score, at equal scores the loss; without such a score, the loss alone.
     """
-    finals = [outcome.final for outcome in outcomes if outcome.final is not None]
-    score = Score(next(iter(job.scores(finals[0])))) if finals else None
-    more = score is not None and score.more_is_better
-    best = {}
-    for method in dict.fromkeys(outcome.run.method for outcome in outcomes):
-        found = _settings_of(job, score, outcomes, method)
-        if found:
-            best[method] = min(
-                found, key=lambda each: (-len(each.outcomes), -_least(each.score) if more else 0.0, each.loss)
-            )
-    return Comparison(job, outcomes, score, best)
+    groups: dict[str, dict[tuple[float, float], list[RunEnd]]] = {}
+    for end in ends:
+        if end.final is not None:
+            groups.setdefault(end.run.method, {}).setdefault((end.run.lr, end.run.others_lr), []).append(end)
+    score = Score(next((next(iter(job.scores(end.final))) for end in ends if end.final is not None), ""))
+    tried = {method: [_summary(job, score, each) for each in by_lr.values()] for method, by_lr in groups.items()}
+
+    def order(summary: Summary) -> tuple[float, float, float]:
+        least = -summary.score if math.isfinite(summary.score) else math.inf
+        return -len(summary.ends), least if score.more_is_better else 0.0, summary.loss
+
+    return Comparison(job, ends, score, tried, {method: min(each, key=order) for method, each in tried.items()})
 
 
-def _least(score: float) -> float:
-    return score if math.isfinite(score) else -math.inf
-
-
-def _settings_of(job: Job, score: Score | None, outcomes: Sequence[Outcome], method: str) -> list[Setting]:
-    groups: dict[tuple[float, float], list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.run.method == method and outcome.final is not None:
-            groups.setdefault((outcome.run.lr, outcome.run.others_lr), []).append(outcome)
-    return [] if score is None else [_setting(job, score, method, rates, group) for rates, group in groups.items()]
-
-
-def _setting(job: Job, score: Score, method: str, rates: tuple[float, float], group: list[Outcome]) -> Setting:
-    finals = [outcome.final for outcome in group if outcome.final is not None]
+def _summary(job: ComparedJob, score: Score, ends: list[RunEnd]) -> Summary:
+    finals = [end.final for end in ends if end.final is not None]
+    losses = [_finite(final.get(LOSS)) for final in finals]
     scores = [_finite(job.scores(final).get(score.name)) for final in finals]
-    return Setting(
-        method=method,
-        lr=rates[0],
-        others_lr=rates[1],
-        outcomes=group,
-        loss=statistics.fmean(_finite(final.get(LOSS)) for final in finals),
-        score=statistics.fmean(scores),
-        spread=statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None,
-        pace=statistics.fmean(final[f"{job.unit}_per_second"] for final in finals),
-        state_bytes=max(final["state_bytes"] for final in finals),
-        peak_memory_bytes=max(final["peak_memory_bytes"] for final in finals),
-        trained_parameters=max(final["trained_parameters"] for final in finals),
-    )
+    spread = statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None
+    return Summary(ends, statistics.fmean(losses), statistics.fmean(scores), spread)
 
 
 def _finite(value: float | None) -> float:
@@ -152,47 +189,48 @@ def _finite(value: float | None) -> float:
 
 def notes(comparison: Comparison) -> list[str]:
     """What a reader has to know of the figures: best rates at the edge of those tried, seeds missing, other data."""
-    said = [note for row in comparison.best.values() if (note := edges(row, comparison.outcomes))]
-    for row in comparison.best.values():
-        planned = len({outcome.run.seed for outcome in comparison.outcomes})
-        if len(row.outcomes) < planned:
-            said.append(f"{row.method}: {len(row.outcomes)} of {planned} seeds have ended at {row.lr:g}.")
-    if len({outcome.digest for outcome in comparison.outcomes if outcome.final and outcome.digest}) > 1:
-        said.append("The data changed between the runs: they have not seen the same. Compare anew in another folder.")
-    return said
+    found = []
+    for method, best in comparison.best.items():
+        found += _edges(best.run, [end.run for end in comparison.ends if end.run.method == method])
+        if len(best.ends) < comparison.seeds:
+            found.append(f"{method}: {len(best.ends)} of {comparison.seeds} seeds have ended at {best.run.lr:g}.")
+    if len({end.digest for end in comparison.ends if end.final and end.digest}) > 1:
+        found.append("The data changed between the runs: they have not seen the same. Compare anew in another folder.")
+    return found
 
 
-def edges(best: Setting, outcomes: Sequence[Outcome]) -> str | None:
-    """A sentence if the best learning rate is the least or the greatest of several that were tried."""
-    said = []
-    runs = [outcome.run for outcome in outcomes if outcome.run.method == best.method]
-    apart = any(run.others_lr != run.lr for run in runs)
-    for name, own, tried in (
-        ("learning rate", best.lr, sorted({run.lr for run in runs})),
-        ("learning rate of the others", best.others_lr, sorted({run.others_lr for run in runs if apart})),
+def _edges(best: PlannedRun, runs: Sequence[PlannedRun]) -> list[str]:
+    """A sentence for each learning rate of the best that is the least or the greatest of several that were tried."""
+    others = {run.others_lr for run in runs} if any(run.others_lr != run.lr for run in runs) else set()
+    found = []
+    for name, lr, tried in (
+        ("learning rate", best.lr, {run.lr for run in runs}),
+        ("learning rate of the others", best.others_lr, others),
     ):
-        if len(tried) > 1 and own in (tried[0], tried[-1]):
-            which = "least" if own == tried[0] else "greatest"
-            said.append(f"{best.method}: its best {name}, {own:g}, is the {which} tried; a better one may lie beyond.")
-    return " ".join(said) or None
+        if len(tried) > 1 and lr in (min(tried), max(tried)):
+            which = "least" if lr == min(tried) else "greatest"
+            found.append(f"{best.method}: its best {name}, {lr:g}, is the {which} tried; a better one may lie beyond.")
+    return found
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
     """The table's cells: method, learning rates, score, beside full rank, pace, state and peak in MB, parameters."""
     score, best = comparison.score, comparison.best
-    full = next((best[name] for name in _FULL_RANK if name in best), None)
+    full = next((best[name].score for name in _FULL_RANK if name in best), math.nan)
     cells = []
     for method in comparison.methods:
         row = best.get(method)
-        if row is None or score is None:
-            failed = any(outcome.error for outcome in comparison.outcomes if outcome.run.method == method)
+        if row is None:
+            failed = any(end.error for end in comparison.ends if end.run.method == method)
             cells.append([method, "", "failed" if failed else "unfinished", *[""] * 5])
             continue
-        rates = f"{row.lr:g}" if row.others_lr == row.lr else f"{row.lr:g}/{row.others_lr:g}"
-        beside = "" if full is None else score.compared(row.score, full.score)
-        memory = [_short(count / 1e6) for count in (row.state_bytes, row.peak_memory_bytes)]
-        scored = shown(score.name, row.score, row.spread)
-        cells.append([method, rates, scored, beside, _short(row.pace), *memory, f"{row.trained_parameters:,}"])
+        lr, others_lr = row.run.lr, row.run.others_lr
+        rates = f"{lr:g}" if others_lr == lr else f"{lr:g}/{others_lr:g}"
+        pace = statistics.fmean(row.values(f"{comparison.job.unit}_per_second"))
+        megabytes = [max(row.values(field)) / 1e6 for field in ("state_bytes", "peak_memory_bytes")]
+        scored = [shown(score.name, row.score, row.spread), score.beside(row.score, full)]
+        trained = f"{max(row.values('trained_parameters')):,}"
+        cells.append([method, rates, *scored, *map(_short, (pace, *megabytes)), trained])
     return cells
 
 
@@ -202,12 +240,11 @@ def _short(value: float) -> str:
 
 def table(comparison: Comparison) -> Table:
     """The comparison for a terminal of 80 columns, without the count of parameters."""
-    score = comparison.score
     drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     drawn.add_column("method", overflow="fold")
-    beside = "points" if score is not None and score.more_is_better else "/full"
+    beside = "points" if comparison.score.more_is_better else "/full"
     pace = {"tokens": "tok/s", "examples": "rows/s"}[comparison.job.unit]
-    for column in ("lr/others", "score" if score is None else score.name, beside, pace, "state MB", "peak MB"):
+    for column in ("lr/others", comparison.score.name or "score", beside, pace, "state MB", "peak MB"):
         drawn.add_column(column, justify="right", overflow="fold")
     for row in rows(comparison):
         drawn.add_row(*row[:-1])
@@ -216,17 +253,15 @@ def table(comparison: Comparison) -> Table:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Everything for ``results.json``."""
+    of_run = ("method", "lr", "others_lr", "seed")
     return {
-        "job": comparison.job.subcommand,
-        "score": None if comparison.score is None else comparison.score.name,
-        "best": {name: {"lr": row.lr, "others_lr": row.others_lr} for name, row in comparison.best.items()},
+        "job": comparison.job.name,
+        "score": comparison.score.name or None,
+        "best": {name: {"lr": best.run.lr, "others_lr": best.run.others_lr} for name, best in comparison.best.items()},
         "notes": notes(comparison),
         "runs": [
-            {
-                "folder": str(outcome.run.folder), "method": outcome.run.method, "lr": outcome.run.lr,
-                "others_lr": outcome.run.others_lr, "seed": outcome.run.seed, "final": outcome.final,
-                "error": outcome.error,
-            }
-            for outcome in comparison.outcomes
+            {"folder": str(end.run.folder), **{name: getattr(end.run, name) for name in of_run}}
+            | {"final": end.final, "error": end.error}
+            for end in comparison.ends
         ],
-    }  # fmt: skip
+    }

@@ -64,20 +64,32 @@ def reported_errors(command: str, left: Callable[[], str] | None = None) -> Iter
     try:
         yield
     except Exception as error:
-        failed = failed_write(error)
-        file = error if isinstance(error, OSError) and error.filename is not None else None
-        if failed is None and file is not None and left is not None:
-            failed = f"{file.strerror}: {file.filename}"
-        if failed is not None:
-            text = f"a file could not be written: {failed}. {_ROOM}" + ("" if left is None else f" {left()}")
-        elif left is None and isinstance(error, (ValueError, ImportError)):
-            text = str(error)
-        elif left is None and file is not None:
-            text = f"{file.filename!r} cannot be used: {file.strerror}. Allow it, or give another path."
-        else:
+        text = explain(error, at_work=left is not None)
+        if text is None:
             raise
+        text += "" if left is None else f" {left()}"
         Console(stderr=True).print(f"[bold red]{command}:[/] {escape(text)}", highlight=False, soft_wrap=True)
         raise typer.Exit(REFUSED if left is None else FAILED) from error
+
+
+def explain(error: Exception, *, at_work: bool = False) -> str | None:
+    """What an error says that a user can do something about; None for any other error.
+
+    Args:
+        error: what was raised.
+        at_work: whether what was asked for had been found right, so that only failed writes are the user's.
+    """
+    failed = failed_write(error)
+    file = error if isinstance(error, OSError) and error.filename is not None else None
+    if failed is None and file is not None and at_work:
+        failed = f"{file.strerror}: {file.filename}"
+    if failed is not None:
+        return f"a file could not be written: {failed}. {_ROOM}"
+    if not at_work and isinstance(error, (ValueError, ImportError)):
+        return str(error)
+    if not at_work and file is not None:
+        return f"{file.filename!r} cannot be used: {file.strerror}. Allow it, or give another path."
+    return None
 
 
 def run_command(

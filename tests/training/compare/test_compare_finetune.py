@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, TrainerCallback
 
-from galore_torch.training.compare.display import share_done
-from galore_torch.training.compare.job import FINETUNE
+from galore_torch.training.compare.jobs import FINETUNE
 from galore_torch.training.compare.plan import make_plan
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
@@ -177,16 +176,6 @@ def test_what_the_first_run_refuses_is_told_in_a_line_and_nothing_is_left(suffix
     assert done.stderr.startswith(f"galore compare finetune: {words}")
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_how_far_a_run_is():
-    by_epochs, by_steps = (
-        make_plan(FINETUNE, None, ["full"], (), (), (0,), {"task": "rte", **length})[0]
-        for length in ({"epochs": 4.0}, {"steps": 10})
-    )
-    assert share_done(by_epochs, {"step": 7, "epoch": 1.0}) == 0.25
-    assert share_done(by_epochs, {"step": 7, "eval_loss": 1.0}) is None
-    assert share_done(by_steps, {"step": 5}) == 0.5
 
 
 def test_the_settings_of_every_run_survive_its_file(tmp_path):

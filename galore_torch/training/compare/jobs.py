@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from galore_torch.training.finetune import config as tuning
-from galore_torch.training.finetune import presets as tuning_presets
-from galore_torch.training.finetune.config import FinetuneConfig
-from galore_torch.training.pretrain import config as pretraining
+from rich.console import Console
+
+from galore_torch.training.finetune import config as finetune
+from galore_torch.training.finetune import presets as finetune_presets
+from galore_torch.training.pretrain import config as pretrain
 from galore_torch.training.pretrain import presets as pretrain_presets
-from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.pretrain.command import prepare_only
 from galore_torch.training.run.records import Record
-from galore_torch.training.settings.fields import typed_fields
+
+if TYPE_CHECKING:
+    from galore_torch.training.run.job import Job
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,19 @@ class Amount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ComparedJob:
     """A command of ``galore`` whose runs can be compared.
 
     Attributes:
-        subcommand: its name.
+        name: of the command.
         doing: what a run of it is, for messages.
+        load: imports what the runs are of, with Transformers.
+        prepare: reads and caches the data for all runs, if that takes long; takes a configuration and a console.
         unit: what its records count: tokens or examples.
-        held_out: what it is judged on, in a word.
-        prepares: whether its ``--prepare`` reads the data before the runs do.
-        libraries: which versions a report tells, beside torch's and Transformers'.
-        methods: what is compared if nobody says.
+        held_out: what it is evaluated on, in a word.
+        libraries: whose versions a report names, beside torch's and Transformers'.
+        methods: what is compared by default.
         sections: the dataclass of each section of settings by its name.
-        shared: settings that make two runs incomparable if they differ.
         presets: what presets set, by their names.
         shown: the preset whose values ``--help`` shows.
         configure: makes a run's whole configuration from a preset's name and settings.
@@ -54,15 +57,15 @@ class Job:
         scores: a final record's scores by name, the main one first.
     """
 
-    subcommand: str
+    name: str
     doing: str
+    load: Callable[[], type[Job]]
+    prepare: Callable[[Any, Console], None] | None = None
     unit: str
     held_out: str
-    prepares: bool
     libraries: tuple[str, ...]
     methods: tuple[str, ...]
     sections: Mapping[str, type]
-    shared: frozenset[str]
     presets: Mapping[str, Mapping[str, Any]]
     shown: str
     configure: Callable[..., Any]
@@ -71,51 +74,57 @@ class Job:
     scores: Callable[[Record], Mapping[str, Any]]
 
 
-def _names(*sections: type) -> frozenset[str]:
-    return frozenset(field.name for section in sections for field, _ in typed_fields(section))
+def _pretraining() -> type[Job]:
+    from galore_torch.training.pretrain.run import Pretraining
+
+    return Pretraining
 
 
-def _tokens(config: PretrainConfig) -> Amount:
-    return Amount(config.tokens_per_step * config.schedule.steps, "tokens")
+def _finetuning() -> type[Job]:
+    from galore_torch.training.finetune.run import Finetuning
+
+    return Finetuning
 
 
-def _rows(config: FinetuneConfig) -> Amount:
+def _rows(config: finetune.FinetuneConfig) -> Amount:
     steps, schedule = config.schedule.steps, config.schedule
     return Amount(schedule.epochs, "epochs") if steps is None else Amount(steps * schedule.batch, "examples")
 
 
-PRETRAIN = Job(
-    subcommand="pretrain",
+PRETRAIN = ComparedJob(
+    name="pretrain",
     doing="a pre-training",
+    load=_pretraining,
+    prepare=prepare_only,
     unit="tokens",
     held_out="text",
-    prepares=True,
     libraries=("datasets", "tokenizers"),
     methods=("full", "galore"),
-    sections=pretraining.SECTIONS,
-    shared=_names(pretraining.ModelConfig, pretraining.DataConfig) - {"dtype"},
+    sections=pretrain.SECTIONS,
     presets=pretrain_presets.PRESETS,
     shown="llama-60m",
     configure=pretrain_presets.configure,
     title=lambda preset, _: preset or pretrain_presets.DEFAULT_PRESET,
-    amount=_tokens,
+    amount=lambda config: Amount(config.tokens_per_step * config.schedule.steps, "tokens"),
     scores=lambda final: {"perplexity": final["perplexity"]},
 )
 
-FINETUNE = Job(
-    subcommand="finetune",
+FINETUNE = ComparedJob(
+    name="finetune",
     doing="a fine-tuning",
+    load=_finetuning,
     unit="examples",
     held_out="rows",
-    prepares=False,
     libraries=("datasets", "trl", "peft"),
     methods=("full", "galore", "lora"),
-    sections=tuning.SECTIONS,
-    shared=_names(tuning.BaseModelConfig, tuning.RowsConfig) - {"dtype", "target_modules"},
-    presets=tuning_presets.PRESETS,
+    sections=finetune.SECTIONS,
+    presets=finetune_presets.PRESETS,
     shown="glue-rank4",
-    configure=tuning_presets.configure,
+    configure=finetune_presets.configure,
     title=lambda preset, given: str(given.get("task") or preset or "classify"),
     amount=_rows,
     scores=lambda final: final["scores"],
 )
+
+JOBS = {job.name: job for job in (PRETRAIN, FINETUNE)}
+"""By name; the first is meant where none is named."""

@@ -1,0 +1,110 @@
+"""Functions in processes of their own: what comes back of them, and that none outlives the process that called it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from galore_torch.training.compare.process import ProcessDiedError, call_in_process
+from galore_torch.training.run.signals import Stop, exit_status
+from tests.architecture import ROOT
+from tests.waiting import DEADLINE, wait_for
+
+
+class TwoWordsError(Exception):
+    """One that cannot be pickled back: its constructor wants two arguments and keeps neither."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+def call(function, *args, log):
+    return call_in_process(function, *args, log=log, console=Console(quiet=True))
+
+
+def whoami(name, console):
+    print(f"hello {name}")
+    console.print("shown")
+    return name, os.getpid(), os.getsid(0)
+
+
+def fail(console):
+    raise ValueError("rank = 0 is out of range")
+
+
+def fail_in_two_words(console):
+    raise TwoWordsError("no", "luck")
+
+
+def die(console):
+    print("the last words", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_to_be_stopped(begun, console):
+    begun.touch()
+    end = time.monotonic() + DEADLINE
+    try:
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    finally:
+        begun.unlink()
+
+
+def test_what_a_function_returns_comes_back_from_a_process_and_session_of_its_own(tmp_path):
+    name, process, session = call(whoami, "you", log=tmp_path / "log")
+    assert (name, session) == ("you", process)
+    assert process != os.getpid()
+    assert (tmp_path / "log").read_text().splitlines() == ["hello you", "shown"]
+
+
+def test_what_a_function_raises_comes_back_as_it_is(tmp_path):
+    with pytest.raises(ValueError, match=r"^rank = 0 is out of range$"):
+        call(fail, log=tmp_path / "log")
+    assert "Traceback" in (tmp_path / "log").read_text()
+    with pytest.raises(RuntimeError, match="TwoWordsError: no luck"):
+        call(fail_in_two_words, log=tmp_path / "log")
+
+
+def test_a_killed_process_is_an_error_with_its_signal_and_last_line(tmp_path):
+    with pytest.raises(ProcessDiedError, match="SIGKILL: the last words"):
+        call(die, log=tmp_path / "log")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_function_first_and_then_stops_its_caller(number, tmp_path):
+    begun = tmp_path / "begun"
+
+    def signal_us():
+        until(begun.exists)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=signal_us)
+    thread.start()
+    with pytest.raises(Stop):
+        call(wait_to_be_stopped, begun, log=tmp_path / "log")
+    thread.join()
+    assert exit_status() == 128 + number
+    assert not begun.exists()
+
+
+def test_a_function_ends_when_the_process_that_called_it_is_killed(tmp_path):
+    begun = tmp_path / "begun"
+    code = f"import sys; from pathlib import Path; from {__name__} import call, wait_to_be_stopped as wait; "
+    code += "call(wait, Path(sys.argv[1]), log=Path(sys.argv[2]))"
+    with subprocess.Popen([sys.executable, "-c", code, begun, tmp_path / "log"], cwd=ROOT) as caller:
+        wait_for(begun.exists, caller)
+        caller.kill()
+    until(lambda: not begun.exists())
+
+
+def until(met):
+    end = time.monotonic() + DEADLINE
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.005)
