@@ -43,7 +43,7 @@ def build_app() -> typer.Typer:
     from galore_torch.training.finetune import command as tuning
     from galore_torch.training.finetune import config, presets
     from galore_torch.training.inspection import command as inspection
-    from galore_torch.training.inspection.config import SECTIONS as LOOKS
+    from galore_torch.training.inspection.config import SECTIONS as INSPECTION
     from galore_torch.training.pretrain import command
     from galore_torch.training.pretrain.config import SECTIONS
     from galore_torch.training.pretrain.presets import PRESETS
@@ -62,7 +62,7 @@ def build_app() -> typer.Typer:
         flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.SHOWN)
     )
     app.add_typer(compare_command.commands(), name="compare")
-    app.command("inspect", epilog=inspection.EPILOG)(flags.with_settings(inspection.inspect, LOOKS, {}))
+    app.command("inspect", epilog=inspection.EPILOG)(flags.with_settings(inspection.inspect, INSPECTION, {}))
     return app
 
 

@@ -44,6 +44,23 @@ def _of_factors(new_dr: Tensor, old_dr: Tensor) -> Tensor:
     if rank == size:
         return torch.ones((), dtype=dtype, device=new_dr.device)
     cosines_rr = new_dr.to(dtype).mT @ old_dr.to(dtype)
-    shared = cosines_rr.square().sum(dim=(-2, -1)).mean() / rank
+    return corrected_for_chance(cosines_rr.square().sum(dim=(-2, -1)).mean() / rank, rank, size)
+
+
+def corrected_for_chance(shared: Tensor, rank: int, size: int) -> Tensor:
+    """What two subspaces share, counted from what random ones do.
+
+    Args:
+        shared: the mean of cos^2 over the principal angles, of any shape.
+        rank: of both subspaces, less than `size`.
+        size: of the space.
+
+    Returns:
+        Of `shared`'s shape: 0 where it is what random subspaces share, 1 where it is 1.
+
+    Example:
+        >>> corrected_for_chance(torch.tensor(0.25), rank=1, size=4)
+        tensor(0.)
+    """
     chance = rank / size
     return (shared - chance) / (1 - chance)

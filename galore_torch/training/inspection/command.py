@@ -1,4 +1,4 @@
-"""``galore inspect``: from flags to looks at gradients, and from their figures to screen and folder."""
+"""``galore inspect``: from flags to snapshots of gradients, and from their figures to screen and folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json as json_format
 import shlex
 import sys
-from contextlib import ExitStack
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +14,14 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.inspection.config import InspectConfig, SubjectConfig, configure
-from galore_torch.training.inspection.folder import require_free, write
+from galore_torch.training.inspection.config import InspectConfig, ModelDataConfig, configure
 from galore_torch.training.run.command import reported_errors
+from galore_torch.training.run.files import require_empty, write_folder
 from galore_torch.training.run.signals import deferred, stoppable
 
 if TYPE_CHECKING:
+    from galore_torch.training.inspection.jobs import InspectedJob
     from galore_torch.training.inspection.result import Inspection
-    from galore_torch.training.inspection.subject import Subject
 
 EPILOG = """[bold]Examples[/]
 
@@ -42,99 +42,73 @@ galore inspect --model FacebookAI/roberta-base --task classify --data reviews.cs
 
 [bold]The recommendation[/]
 
-The rank is the least multiple of --rank-multiple whose basis captures --capture-share of the gradient one look later.
+The rank is the least multiple of --rank-multiple whose basis captures --capture-share of the next snapshot's gradient.
 
 The gap is the longest after which bases still capture --keep-share of what young ones do.
 
 Both are rules of thumb: see the curves.
 """
 
-_RUN = "Inspection"
-_LOADING = "Loading Transformers"
 _COMMAND = "galore inspect"
+
+
+def _option(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Inspection")
 
 
 def inspect(
     *,
-    run: Annotated[
-        Path | None, typer.Option(help="Run folder of a galore pretrain or finetune.", rich_help_panel=_RUN)
-    ] = None,
+    run: Annotated[Path | None, _option(help="Run folder of a galore pretrain or finetune.")] = None,
     fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh", help="Of a run, make its first steps again from its first weights.", rich_help_panel=_RUN
-        ),
+        bool, _option("--fresh", help="Of a run, make its first steps again from its first weights.")
     ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Folder, or name on the Hugging Face Hub, of a model.", rich_help_panel=_RUN)
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="What that model learns from: a file or folder.", rich_help_panel=_RUN)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help=r"Folder to make. [dim]\[default: runs/inspect-NAME][/]", rich_help_panel=_RUN)
-    ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print inspection.json; progress goes to stderr.", rich_help_panel=_RUN)
-    ] = False,
+    model: Annotated[str | None, _option(help="Folder, or name on the Hugging Face Hub, of a model.")] = None,
+    data: Annotated[str | None, _option(help="What that model learns from: a file or folder.")] = None,
+    out: Annotated[Path | None, _option(help=r"Folder to make. [dim]\[default: runs/inspect-NAME][/]")] = None,
+    json: Annotated[bool, _option("--json", help="Print inspection.json; progress goes to stderr.")] = False,
     **given: Any,
 ) -> None:
     """Look at gradients: how few dimensions hold them, and for how many steps the same few do.
 
-    Makes some steps on a copy of the model, looks at the gradients on the way and changes nothing of the run.
-    The folder gets report.html, its pictures as PNG and inspection.json.
+    Makes some steps on a copy of the model, takes snapshots of the gradients on the way and changes nothing of the run.
+    The folder gets report.html, its plots as PNG and inspection.json.
     """
-    folder = out or Path("runs") / f"inspect-{_name(run, model)}"
-    written: list[Path] = []
+    path = run if run is not None else Path(model or "")
+    folder = out or Path("runs") / f"inspect-{path.resolve().name if path.exists() else path.name}"
+    written = False
     with stoppable(
         lambda: f"Stopped after the end: {folder} is written." if written else "Stopped. Nothing was written."
     ):
         console = Console(stderr=json)
         with reported_errors(_COMMAND):
             config = configure(**given)
-            subject = _subject(run, model, data, given, config, folder, console, fresh=fresh)
-        found = _observed(subject, config, console)
+            _require_one_subject(run, model, data, given, config, fresh=fresh)
+            require_empty(folder)
+            with console.status("Loading Transformers"):
+                from galore_torch.training.inspection import jobs, report
+                from galore_torch.training.run.machine import ignore_accelerate, require_one_process
+                from galore_torch.training.run.progress import quiet
+            require_one_process()
+            ignore_accelerate(console)
+            quiet(console)
+            if run is None:
+                inspected = jobs.job_of_model(str(model), data, config, console)
+            else:
+                inspected = jobs.job_of_run(run, config.snapshots, console, fresh=fresh)
+        found = _observed(inspected, config, console)
         with console.status("Drawing"):
-            from galore_torch.training.inspection import report
-
-            made = report.files(found, shlex.join(["galore", *sys.argv[1:]]))
+            files = report.files(found, shlex.join(["galore", *sys.argv[1:]]))
         with deferred():
-            write(made, folder)
-            written.append(folder)
+            write_folder(files, folder)
+            written = True
         if json:
             print(json_format.dumps(found.as_json()))
-        else:
-            _show(found, folder, console)
-
-
-def _name(run: Path | None, model: str | None) -> str:
-    path = run if run is not None else Path(model or "")
-    return path.resolve().name if path.exists() else path.name
-
-
-def _subject(
-    run: Path | None,
-    model: str | None,
-    data: str | None,
-    given: dict[str, Any],
-    config: InspectConfig,
-    out: Path,
-    console: Console,
-    *,
-    fresh: bool,
-) -> Subject:
-    """Judge all that was asked for, the cheap first, then load it."""
-    _require_one_subject(run, model, data, given, config, fresh=fresh)
-    require_free(out)
-    with console.status(_LOADING):
-        from galore_torch.training.inspection import of_model, of_run
-        from galore_torch.training.run.machine import ignore_accelerate, require_one_process
-    require_one_process()
-    ignore_accelerate(console)
-    if run is not None:
-        place = of_run.require_run(run, fresh)
-        return of_run.subject_of_run(run, place, config.looks, console)
-    return of_model.subject_of_model(of_model.recipe_of(str(model), data, config), config, console)
+            return
+        console.print(report.table(found))
+        for text in (report.legend(found), report.rule(found), *found.notes):
+            console.print(text, highlight=False, markup=False)
+        line = f"report {folder}/report.html  figures {folder}/inspection.json"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _require_one_subject(
@@ -145,41 +119,38 @@ def _require_one_subject(
     if run is not None:
         if model is not None:
             raise ValueError(f"model = {model!r} and run = {str(run)!r} are two things to inspect; give one of them.")
-        also = [field.name for field in dataclasses.fields(SubjectConfig) if given.get(field.name) is not None]
-        also = ["data", *also] if data is not None else also
+        names = [field.name for field in dataclasses.fields(ModelDataConfig)]
+        also = [
+            name for name, value in {"data": data, **given}.items() if value is not None and name in ("data", *names)
+        ]
         if also:
             raise ValueError(f"run = {str(run)!r} has its own {', '.join(also)}; leave that out, or give --model.")
-        if fresh and config.looks.lr is not None:
+        if fresh and config.snapshots.lr is not None:
             raise ValueError(
-                f"lr = {config.looks.lr} and --fresh, which goes by the run's own schedule; leave out one."
+                f"lr = {config.snapshots.lr} and --fresh, which goes by the run's own schedule; leave out one."
             )
-        return
-    if fresh:
+    elif fresh:
         raise ValueError(
             f"fresh = True is for a run, whose first weights are known; leave it out with model = {model!r}."
         )
-    if data is None and config.data.task not in GLUE:
+    elif data is None and config.data.task not in GLUE:
         raise ValueError(f"data = None leaves model = {model!r} without gradients; give --data FILE.")
 
 
-def _observed(subject: Subject, config: InspectConfig, console: Console) -> Inspection:
-    """Make the steps and look. An error on the way is ours, and no one's request: it is not told in a line."""
-    from galore_torch.training.inspection.session import session
+def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) -> Inspection:
+    """Make the steps. An error on the way is a fault of ours, not of what was asked for: it has its traceback."""
+    from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
+    from galore_torch.training.run.progress import StepProgress
 
-    with ExitStack() as ready:
+    progress = StepProgress(console, steps=config.snapshots.last)
+    with tempfile.TemporaryDirectory(prefix="galore-inspect-") as scratch:
         with reported_errors(_COMMAND):
-            steps = ready.enter_context(session(subject, config, console))
-        console.print(steps.announcement, highlight=False, soft_wrap=True)
-        steps.make_steps()
+            observer = GradientObserver(inspected, config)
+            trainer = observed_trainer(observer, scratch, progress)
+        console.print(observer.announcement, highlight=False, soft_wrap=True)
+        try:
+            trainer.train()
+        finally:
+            progress.stop()
         with reported_errors(_COMMAND):
-            return steps.conclude()
-
-
-def _show(found: Inspection, out: Path, console: Console) -> None:
-    from galore_torch.training.inspection import report
-
-    console.print(report.table(found))
-    for text in (report.legend(found), report.rule(found), *found.notes):
-        console.print(text, highlight=False, markup=False)
-    line = f"report {out}/report.html  figures {out}/inspection.json"
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+            return observer.result()

@@ -1,4 +1,4 @@
-"""The settings of an inspection: the steps and looks, the rule of its recommendations, and the data of a model."""
+"""The settings of an inspection: its steps and snapshots, the rule of its recommendations, and the data of a model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _OF_LABELS = ("text_pair_column", "label_column", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookConfig:
-    """Which steps are made, and which of their gradients are looked at."""
+class SnapshotConfig:
+    """Which steps are made, and of which of their gradients snapshots are taken."""
 
     steps: int = setting(60, "Optimizer steps that are made, on a copy of the model that is then dropped.", minimum=2)
-    every: int = setting(5, "Steps between two looks at the gradients.", minimum=1)
+    every: int = setting(5, "Steps between two snapshots of the gradients.", minimum=1)
     oldest: int | None = setting(
         None,
         "Age up to which a basis is judged by later gradients, in steps: a multiple of every. A basis of every weight "
-        "is kept for each look in between.",
+        "is kept for each snapshot in between.",
         minimum=1,
-        shown="two looks less than steps",
+        shown="two snapshots less than steps",
     )
-    rank: int | None = setting(None, "Rank that figures are told at.", minimum=1, shown="the recipe's")
+    rank: int | None = setting(None, "Rank of the bases that figures are about.", minimum=1, shown="the recipe's")
     lr: float | None = setting(
         None,
         "Learning rate of the steps.",
@@ -38,7 +38,7 @@ class LookConfig:
     )
     target_modules: str | None = setting(
         None,
-        "Which modules are looked at: parts of their names by comma, or all-linear.",
+        "Which modules are inspected: parts of their names by comma, or all-linear.",
         shown="those that are projected",
     )
 
@@ -46,41 +46,46 @@ class LookConfig:
         check(self)
         if self.steps < 2 * self.every:
             raise ValueError(
-                f"steps = {self.steps} gives {self.steps // self.every} looks at every = {self.every}, and one basis "
+                f"steps = {self.steps} gives {self.count} snapshots at every = {self.every}, and one basis "
                 f"is to be judged by another gradient; give at least {2 * self.every}."
             )
         if self.oldest is None:
             return
         if self.oldest % self.every:
             raise ValueError(
-                f"oldest = {self.oldest} is no multiple of every = {self.every}, by which the gradients are looked at; "
+                f"oldest = {self.oldest} is no multiple of every = {self.every}, the steps between two snapshots; "
                 f"give {self.oldest // self.every * self.every or self.every}."
             )
-        if self.oldest > (self.looks - 1) * self.every:
+        if self.oldest > (self.count - 1) * self.every:
             raise ValueError(
                 f"oldest = {self.oldest} is older than any basis gets in steps = {self.steps}; give at most "
-                f"{(self.looks - 1) * self.every}, or at least {self.oldest + self.every} steps."
+                f"{(self.count - 1) * self.every}, or at least {self.oldest + self.every} steps."
             )
 
     @property
-    def looks(self) -> int:
-        """How many there are."""
+    def count(self) -> int:
+        """How many snapshots there are."""
         return self.steps // self.every
 
     @property
+    def last(self) -> int:
+        """The step of the last one."""
+        return self.count * self.every
+
+    @property
     def ages(self) -> tuple[int, ...]:
-        """The ages of bases that are judged, in steps. Each is met twice at least, where there are three looks."""
-        oldest = self.oldest or max(1, self.looks - 2) * self.every
+        """The ages of bases that are judged, in steps. Each is met twice at least, where there are three snapshots."""
+        oldest = self.oldest or max(1, self.count - 2) * self.every
         return tuple(range(self.every, oldest + 1, self.every))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuleConfig:
+class RecommendConfig:
     """By which rule a rank and a gap are recommended; see `galore_torch.training.inspection.recommend`."""
 
     capture_share: float = setting(
         0.6,
-        "Share of a gradient's energy that a basis of the recommended rank must hold, at the first look after it.",
+        "Share of a gradient's energy that a basis of the recommended rank must hold, at the first snapshot after it.",
         above=0,
         below=1,
     )
@@ -97,7 +102,7 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectConfig:
+class ModelDataConfig:
     """The data of a model, and how it is trained on them. What is None is as `galore finetune` has it."""
 
     task: str = setting(
@@ -125,7 +130,7 @@ class SubjectConfig:
         for name in _OF_LABELS:
             if self.task == PLAIN_TEXT and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} = {getattr(self, name)!r} says nothing to task = {PLAIN_TEXT!r}; leave it out, or give "
+                    f"{name} = {getattr(self, name)!r} has no effect with task = {PLAIN_TEXT!r}; leave it out, or give "
                     "--task classify."
                 )
 
@@ -140,12 +145,12 @@ class SubjectConfig:
 class InspectConfig:
     """All settings of an inspection."""
 
-    looks: LookConfig
-    recommendation: RuleConfig
-    data: SubjectConfig
+    snapshots: SnapshotConfig
+    recommendation: RecommendConfig
+    data: ModelDataConfig
 
 
-SECTIONS: dict[str, type] = {"looks": LookConfig, "recommendation": RuleConfig, "data": SubjectConfig}
+SECTIONS: dict[str, type] = {"snapshots": SnapshotConfig, "recommendation": RecommendConfig, "data": ModelDataConfig}
 """Every section by its name in `InspectConfig`."""
 
 
@@ -155,7 +160,7 @@ def configure(**given: Any) -> InspectConfig:
     Raises:
         ValueError: when a name is unknown or a value is not allowed.
 
-    >>> configure(steps=20, every=4).looks.ages
+    >>> configure(steps=20, every=4).snapshots.ages
     (4, 8, 12)
     """
     values = {name: value for name, value in given.items() if value is not None}

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
 from galore_torch.training.inspection.config import InspectConfig
-from galore_torch.training.inspection.kinds import Kind, gathered, kind_names, summarized
-from galore_torch.training.inspection.recommend import Advice, advise
-from galore_torch.training.inspection.subject import Subject
-from galore_torch.training.inspection.watch import SHARES, Watch
+from galore_torch.training.inspection.history import SHARES, GradientHistory
+from galore_torch.training.inspection.jobs import InspectedJob
+from galore_torch.training.inspection.modules import ModuleGroup, group_by_module, module_names
+from galore_torch.training.inspection.recommend import Recommendation, recommend
+from galore_torch.training.run.records import Record
 
 _POINTS = 128  # of a curve in the JSON, at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class Renewals:
-    """What a run recorded of the n-th renewals of the weights of one kind, on average.
-
-    Attributes:
-        step: of the run.
-        overlap: of the new subspace with the old, corrected for chance.
-        captured: share of the gradient's energy that the old basis still held.
-    """
-
-    step: float
-    overlap: float
-    captured: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,172 +25,150 @@ class Inspection:
     """What an inspection came to.
 
     Attributes:
-        subject: what was looked at.
-        config: by which settings.
-        kinds: figures by kind, in the order of the model.
-        advice: by kind.
-        watches: of the weights, by kind.
-        renewals: what the run recorded, by kind; empty if it did not.
+        inspected: the job.
+        config: the inspection's own settings.
+        histories: of the weights' gradients, in the order of the model.
         losses: of the steps.
-        rank: at which figures are told.
+
+    Raises:
+        ValueError: when no gradient was finite and other than zero.
     """
 
-    subject: Subject
+    inspected: InspectedJob
     config: InspectConfig
-    kinds: dict[str, Kind]
-    advice: dict[str, Advice]
-    watches: dict[str, list[Watch]]
-    renewals: dict[str, list[Renewals]]
+    histories: Sequence[GradientHistory]
     losses: list[float]
-    rank: int
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise ValueError(
+                f"lr = {self.inspected.job.config.optimizer.lr:g}: no gradient was finite and other than zero, so that "
+                "there are no figures; give a lower one, or other data."
+            )
+
+    @property
+    def rank(self) -> int:
+        """Of the bases that figures are about."""
+        return self.config.snapshots.rank or int(self.inspected.job.config.optimizer.rank)
+
+    @cached_property
+    def modules(self) -> dict[str, ModuleGroup]:
+        """The groups of modules that had gradients, by name."""
+        every = self.config.snapshots.every
+        groups = group_by_module(self.histories).items()
+        return {name: ModuleGroup(own, every) for name, own in groups if any(one.snapshots for one in own)}
+
+    @cached_property
+    def recommended(self) -> dict[str, Recommendation]:
+        """What is recommended for each group of modules."""
+        return {name: recommend(group, self.config.recommendation) for name, group in self.modules.items()}
+
+    @property
+    def recommended_for_all(self) -> Recommendation:
+        """One rank and one gap for all groups: the greatest and the least."""
+        each = self.recommended.values()
+        ranks = [one.rank for one in each if one.rank is not None]
+        gaps = [one.gap for one in each if one.gap is not None]
+        gap = min(gaps) if len(gaps) == len(each) else None
+        return Recommendation(
+            rank=max(ranks) if len(ranks) == len(each) else None,
+            gap=gap,
+            at_least=all(one.at_least for one in each if one.gap == gap),
+        )
+
+    @cached_property
+    def recorded(self) -> dict[str, list[Record]]:
+        """What the run recorded of the n-th renewals of each group of modules: step, overlap, captured; the means."""
+        homes = {one.name: name for name, group in self.modules.items() for one in group.histories}
+        others = module_names({record["weight"] for record in self.inspected.renewals})
+        renewals: dict[tuple[int, str], list[Record]] = {}
+        for record in self.inspected.renewals:
+            if record["overlap"] is not None and record["captured"] is not None:
+                home = homes.get(record["weight"], others[record["weight"]])
+                renewals.setdefault((record["renewals"], home), []).append(record)
+        means: dict[str, list[Record]] = {}
+        for (_, home), own in sorted(renewals.items(), key=lambda item: item[0][0]):
+            mean = {figure: fmean(record[figure] for record in own) for figure in ("step", "overlap", "captured")}
+            means.setdefault(home, []).append(mean)
+        return means
 
     @property
     def notes(self) -> list[str]:
         """What the reader must know, a sentence each."""
-        left_out = {watch.name: len(watch.left_out) for own in self.watches.values() for watch in own if watch.left_out}
-        notes = list(self.subject.notes)
-        if left_out:
+        notes = list(self.inspected.remarks)
+        skipped = {one.name: len(one.skipped) for group in self.modules.values() for one in group.histories}
+        skipped = {name: count for name, count in skipped.items() if count}
+        if skipped:
             notes.append(
-                f"{sum(left_out.values()):,} gradients of {len(left_out)} weights were missing, zero or not finite and "
-                f"were left out, the first of {next(iter(left_out))}."
+                f"{sum(skipped.values()):,} gradients of {len(skipped)} weights were missing, zero or not finite and "
+                f"were skipped, the first of {next(iter(skipped))}."
             )
-        lacking: dict[str, list[str]] = {}
-        for name, advice in self.advice.items():
-            if advice.why_not:
-                lacking.setdefault(advice.why_not, []).append(name)
-        for reason, names in lacking.items():
-            whose = "any kind" if len(names) == len(self.advice) else ", ".join(names)
+        reasons: dict[str, list[str]] = {}
+        for name, one in self.recommended.items():
+            if one.why_not:
+                reasons.setdefault(one.why_not, []).append(name)
+        for reason, names in reasons.items():
+            whose = "any module" if len(names) == len(self.modules) else ", ".join(names)
             notes.append(f"Not everything is recommended for {whose}: {reason}.")
         return notes
 
-    @property
-    def one_for_all(self) -> tuple[int | None, int | None, bool]:
-        """One rank and one gap that suit every kind: the greatest and the least; and whether the gap is a bound."""
-        ranks = [advice.rank for advice in self.advice.values()]
-        gaps = [advice.gap for advice in self.advice.values()]
-        known = [gap for gap in gaps if gap is not None]
-        gap = min(known) if known and len(known) == len(gaps) else None
-        return (
-            max(rank for rank in ranks if rank is not None) if ranks and None not in ranks else None,
-            gap,
-            all(advice.at_least for advice in self.advice.values() if advice.gap == gap),
-        )
-
     def as_json(self) -> dict[str, Any]:
         """All of it, in numbers, texts, lists and dicts."""
-        rank, gap, at_least = self.one_for_all
-        made: dict[str, Any] = _rounded(
-            {
-                "subject": self.subject.title,
-                "facts": {name: str(value) for name, value in self.subject.facts.items()},
-                "settings": dataclasses.asdict(self.config),
-                "rank": self.rank,
-                "ages": list(self.config.looks.ages),
-                "notes": self.notes,
-                "recommended": {"rank": rank, "gap": gap, "gap_is_at_least": at_least},
-                "losses": self.losses,
-                "kinds": {name: self._kind(name, kind) for name, kind in self.kinds.items()},
-                "weights": {
-                    watch.name: _weight(watch, self.config.looks.every)
-                    for own in self.watches.values()
-                    for watch in own
-                },
-            }
-        )
+        for_all = self.recommended_for_all
+        figures = {
+            "subject": self.inspected.title,
+            "facts": self.inspected.facts,
+            "settings": dataclasses.asdict(self.config),
+            "rank": self.rank,
+            "ages": list(self.config.snapshots.ages),
+            "notes": self.notes,
+            "recommended": {"rank": for_all.rank, "gap": for_all.gap, "gap_is_at_least": for_all.at_least},
+            "losses": self.losses,
+            "modules": {name: self._module(name) for name in self.modules},
+            "weights": {one.name: self._weight(one) for group in self.modules.values() for one in group.histories},
+        }
+        # Six digits behind the point: more is rounding.
+        made: dict[str, Any] = json.loads(json.dumps(figures), parse_float=lambda text: round(float(text), 6))
         return made
 
-    def _kind(self, name: str, kind: Kind) -> dict[str, Any]:
-        side = len(kind.held)
-        ranks = [*range(1, side + 1, -(-side // _POINTS)), side]
-        ranks = sorted({*ranks, kind.rank, *([self.advice[name].rank] if self.advice[name].rank else [])})
+    def _module(self, name: str) -> dict[str, Any]:
+        group, recommended = self.modules[name], self.recommended[name]
+        side = len(group.held)
+        ranks = sorted({*range(1, side + 1, -(-side // _POINTS)), side, group.rank, recommended.rank or side})
+        shown = [rank - 1 for rank in ranks]
         return {
-            "shape": list(kind.shape),
-            "weights": kind.weights,
-            "stable_rank": kind.stable_rank,
-            "rank_that_holds": dict(zip(map(str, SHARES), kind.ranks, strict=True)),
-            "own": float(kind.held[kind.rank - 1]),
-            "captured": {str(age): float(curve[kind.rank - 1]) for age, curve in kind.captured.items()},
-            "kept": {str(age): float(curve[kind.rank - 1]) for age, curve in kind.kept.items()},
-            "overlap": {str(age): value for age, value in kind.overlap.items()},
-            "pairs": {str(age): pairs for age, pairs in kind.pairs.items()},
-            "recommended": dataclasses.asdict(self.advice[name]),
+            **_at_rank(group),
+            "weights": group.weights,
+            "recommended": dataclasses.asdict(recommended),
             "by_rank": {
                 "rank": ranks,
-                "own": [float(kind.held[rank - 1]) for rank in ranks],
-                "captured": {
-                    str(age): [float(curve[rank - 1]) for rank in ranks] for age, curve in kind.captured.items()
-                },
+                "own": group.held[shown].tolist(),
+                "captured": {str(age): curve[shown].tolist() for age, curve in group.captured.items()},
             },
-            "run": [dataclasses.asdict(one) for one in self.renewals.get(name, [])],
+            "run": self.recorded.get(name, []),
+        }
+
+    def _weight(self, history: GradientHistory) -> dict[str, Any]:
+        every = self.config.snapshots.every
+        return {
+            "shape": list(history.shape),
+            "snapshots": [dataclasses.asdict(snapshot) for snapshot in history.snapshots],
+            "skipped": history.skipped,
+            **(_at_rank(ModuleGroup([history], every)) if history.snapshots else {}),
         }
 
 
-def _weight(watch: Watch, every: int) -> dict[str, Any]:
-    aged = {str((place + 1) * every): one for place, one in enumerate(watch.by_age) if one.pairs}
+def _at_rank(group: ModuleGroup) -> dict[str, Any]:
+    """The figures at the rank that they are about."""
+    at = group.rank - 1
     return {
-        "shape": list(watch.shape),
-        "rank": watch.rank,
-        "looks": [dataclasses.asdict(look) for look in watch.looks],
-        "left_out": watch.left_out,
-        "captured": {age: float(one.captured[watch.rank - 1]) / one.pairs for age, one in aged.items()},
-        "overlap": {age: one.overlap / one.pairs for age, one in aged.items()},
+        "shape": list(group.shape),
+        "rank": group.rank,
+        "stable_rank": group.stable_rank,
+        "rank_that_holds": dict(zip(map(str, SHARES), group.ranks, strict=True)),
+        "own": float(group.held[at]),
+        "captured": {str(age): float(curve[at]) for age, curve in group.captured.items()},
+        "kept": {str(age): float(curve[at]) for age, curve in group.kept.items()},
+        "overlap": {str(age): value for age, value in group.overlap.items()},
+        "pairs": {str(age): pairs for age, pairs in group.pairs.items()},
     }
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to six digits behind the point: more is rounding."""
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def concluded(
-    subject: Subject, config: InspectConfig, watches: Sequence[Watch], losses: list[float], rank: int
-) -> Inspection:
-    """Bring the figures of all weights together.
-
-    Args:
-        subject: what was looked at.
-        config: by which settings.
-        watches: of all weights.
-        losses: of the steps.
-        rank: at which figures are told.
-
-    Raises:
-        ValueError: when no gradient could be looked at.
-    """
-    by_kind = gathered(watches)
-    found = {name: summarized(name, own, config.looks.every) for name, own in by_kind.items()}
-    kinds = {name: kind for name, kind in found.items() if kind is not None}
-    if not kinds:
-        raise ValueError(
-            f"lr = {subject.optimizer.lr:g}: no gradient was finite and other than zero, so there is nothing to "
-            "tell; give a lower one, or other data."
-        )
-    return Inspection(
-        subject=subject,
-        config=config,
-        kinds=kinds,
-        advice={name: advise(kind, config.recommendation) for name, kind in kinds.items()},
-        watches={name: by_kind[name] for name in kinds},
-        renewals=_recorded(subject, by_kind),
-        losses=losses,
-        rank=rank,
-    )
-
-
-def _recorded(subject: Subject, by_kind: dict[str, list[Watch]]) -> dict[str, list[Renewals]]:
-    homes = {watch.name: name for name, own in by_kind.items() for watch in own}
-    names = kind_names({record["weight"] for record in subject.renewals})
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for record in subject.renewals:
-        if record["overlap"] is not None and record["captured"] is not None:
-            home = homes.get(record["weight"], names[record["weight"]])
-            found.setdefault((home, record["renewals"]), []).append(record)
-    told: dict[str, list[Renewals]] = {}
-    for (home, _), own in sorted(found.items(), key=lambda item: item[0][1]):
-        figures = {name: fmean(record[name] for record in own) for name in ("step", "overlap", "captured")}
-        told.setdefault(home, []).append(Renewals(**figures))
-    return told

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from galore_torch.training.pretrain.config import PretrainConfig, recorded
-from galore_torch.training.pretrain.model import build_model, load_llama
+from galore_torch.training.pretrain.model import build_model
 from galore_torch.training.run import optimizers, records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
@@ -46,20 +45,20 @@ class Pretraining(Job):
     Args:
         config: its settings, see `galore_torch.training.pretrain.presets.configure`.
         console: where progress is shown.
-        weights: folder of weights to start from; None for new ones.
+        model: with weights to start from; None for newly initialized ones.
     """
 
     command = "pretrain"
     unit = "tokens"
     result = PretrainResult
 
-    def __init__(self, config: PretrainConfig, console: Console, weights: Path | None = None) -> None:
+    def __init__(self, config: PretrainConfig, console: Console, model: PreTrainedModel | None = None) -> None:
         schedule = config.schedule
         self.config, self.data, self.target_modules = config, config.data.data, optimizers.MATRICES
         self.text = prepare_text(config.data, console, batch=schedule.batch, seed=schedule.seed)
         self.tokenizer, self.digest = self.text.tokenizer, self.text.digest
         set_seed(schedule.seed)
-        self.model = build_model(config, self.tokenizer) if weights is None else load_llama(weights, config)
+        self.model = model or build_model(config, self.tokenizer)
         self.units_per_step = config.tokens_per_step
         self.announcement = (
             f"[bold]{config.title}[/] on a LLaMA of {self.model.num_parameters():,} parameters; "

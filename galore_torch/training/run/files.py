@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,6 +47,34 @@ def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
     for folder in folders:
         with suppress(OSError):  # somebody else's file is in it, or it was never made
             folder.rmdir()
+
+
+def require_empty(out: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        ValueError: when it does, or is no folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out = {str(out)!r} exists and is no empty folder; choose another --out.")
+
+
+def write_folder(files: Mapping[str, bytes], out: Path) -> None:
+    """Write a folder of files in one move: it holds all of them, or is as it was.
+
+    Args:
+        files: what each is to hold, by name.
+        out: a folder that `require_empty` accepts.
+    """
+    unfinished = being_written(out)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        for name, content in files.items():
+            (unfinished / name).write_bytes(content)
+        os.replace(unfinished, out)  # noqa: PTH105 - onto an empty folder, too
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class Lock:

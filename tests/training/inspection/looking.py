@@ -1,6 +1,7 @@
-"""How the tests look: through the command line, or through the modules behind it."""
+"""How the tests inspect: through the command line, or through the modules behind it."""
 
 import hashlib
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -8,12 +9,11 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.inspection.config import configure
-from galore_torch.training.inspection.of_model import recipe_of, subject_of_model
-from galore_torch.training.inspection.of_run import require_run, subject_of_run
-from galore_torch.training.inspection.session import session
+from galore_torch.training.inspection.jobs import job_of_model, job_of_run
+from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
 
 SHORT = ["--steps", "6", "--every", "2"]
-KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FILES = {"report.html", "inspection.json", "spectra.png", "ages.png", "overlap.png", "stable_rank.png", "layers.png"}
 
 
@@ -23,22 +23,22 @@ def inspected(*arguments, code=0):
     return result
 
 
-def looked(subject, config):
+def figures(inspected_job, config):
     """The figures of an inspection that draws nothing."""
-    with session(subject, config, Console(quiet=True)) as steps:
-        steps.make_steps()
-        return steps.conclude().as_json()
+    observer = GradientObserver(inspected_job, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        observed_trainer(observer, scratch).train()
+    return observer.result().as_json()
 
 
 def of_run(folder, *, fresh=False, **given):
     config = configure(**{"steps": 6, "every": 2, **given})
-    subject = subject_of_run(folder, require_run(folder, fresh=fresh), config.looks, Console(quiet=True))
-    return looked(subject, config)
+    return figures(job_of_run(folder, config.snapshots, Console(quiet=True), fresh=fresh), config)
 
 
 def of_model(model, data, **given):
     config = configure(**{"steps": 6, "every": 2, "batch": 4, **given})
-    return looked(subject_of_model(recipe_of(str(model), str(data), config), config, Console(quiet=True)), config)
+    return figures(job_of_model(str(model), str(data), config, Console(quiet=True)), config)
 
 
 def digests(folder: Path) -> dict[str, str]:

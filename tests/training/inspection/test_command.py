@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.inspection import report
-from tests.training.inspection.looking import FILES, KINDS, SHORT, digests, inspected, of_run
+from tests.training.inspection.looking import FILES, MODULES, SHORT, digests, inspected, of_run
 from tests.waiting import DEADLINE
 
 
@@ -28,21 +28,21 @@ def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_p
         assert path.read_bytes().startswith(b"\x89PNG")
     lines = result.output.splitlines()
     table = [line for line in lines if re.match(r" ?\w+_proj ", line)]
-    assert [line.split()[0] for line in table] == KINDS
+    assert [line.split()[0] for line in table] == MODULES
     assert max(len(line) for line in table) <= 80
     assert "step 6/6  loss" in result.output
     assert "0:00:00 left" in result.output
 
     told = json.loads((out / "inspection.json").read_text(encoding="utf-8"))
-    assert list(told["kinds"]) == KINDS
+    assert list(told["modules"]) == MODULES
     assert len(told["weights"]) == 14
-    kind = told["kinds"]["down_proj"]
-    assert (kind["shape"], kind["weights"], told["rank"], told["ages"]) == ([32, 64], 2, 4, [2])
-    assert len(kind["run"]) > 1  # what the run recorded at its own renewals
-    assert all(0 < one["captured"] < 1 for one in kind["run"])
-    assert 0 < kind["captured"]["2"] <= kind["own"] <= 1
-    assert kind["by_rank"]["rank"] == list(range(1, 33))
-    assert kind["by_rank"]["own"][-1] == 1
+    group = told["modules"]["down_proj"]
+    assert (group["shape"], group["weights"], told["rank"], told["ages"]) == ([32, 64], 2, 4, [2])
+    assert len(group["run"]) > 1  # what the run recorded at its own renewals
+    assert all(0 < one["captured"] < 1 for one in group["run"])
+    assert 0 < group["captured"]["2"] <= group["own"] <= 1
+    assert group["by_rank"]["rank"] == list(range(1, 33))
+    assert group["by_rank"]["own"][-1] == 1
     assert len(told["losses"]) == 6
 
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def test_the_same_inspection_finds_the_same_whichever_door_it_comes_through(run,
     ("arguments", "words"),
     [
         ([], "run = None and model = None leave nothing to inspect"),
-        (["--run", "nowhere"], "run = 'nowhere' is no folder"),
+        (["--run", "nowhere"], "run = 'nowhere' holds no config.toml"),
         (["--run", "EMPTY"], "holds no config.toml, so it is no run folder"),
         (["--run", "RUN/model"], "give it as --model RUN/model"),
         (["--run", "RUN", "--model", "x"], "are two things to inspect; give one of them"),
@@ -81,7 +81,7 @@ def test_the_same_inspection_finds_the_same_whichever_door_it_comes_through(run,
         (["--model", "nowhere/model", "--data", "TEXTS"], "model = 'nowhere/model' cannot be loaded"),
         (["--model", "RUN/model", "--data", "TEXTS", "--fresh"], "is for a run"),
         (["--model", "RUN/model", "--data", "x.csv", "--task", "classify"], "data = 'x.csv' is no CSV"),
-        (["--model", "RUN/model", "--data", "TEXTS", "--label-column", "x"], "says nothing to task = 'text'"),
+        (["--model", "RUN/model", "--data", "TEXTS", "--label-column", "x"], "task = 'text'"),
         (["--model", "RUN/model", "--data", "TEXTS", "--batch", "4", "--micro-batch", "3"], "does not divide"),
     ],
 )
@@ -175,5 +175,5 @@ def test_a_browser_shows_the_page(browser, run, tmp_path):
 def test_what_cannot_be_recommended_is_said(run, tmp_path):
     result = inspected("--run", run, "--steps", "4", "--every", "2", "--out", tmp_path / "out")
     told = " ".join(result.output.split())
-    assert "Not everything is recommended for any kind: bases of an age were judged by 1 later gradient, and 2" in told
+    assert "for any module: bases of an age were judged by 1 later gradient, and 2" in told
     assert json.loads((tmp_path / "out" / "inspection.json").read_text(encoding="utf-8"))["recommended"]["rank"] is None

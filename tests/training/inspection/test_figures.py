@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from galore_torch.projection import overlap
-from galore_torch.training.inspection.config import RuleConfig, configure
-from galore_torch.training.inspection.kinds import gathered, kind_names, summarized
-from galore_torch.training.inspection.recommend import advise
-from galore_torch.training.inspection.watch import Watch
+from galore_torch.training.inspection.config import RecommendConfig, configure
+from galore_torch.training.inspection.history import GradientHistory
+from galore_torch.training.inspection.modules import ModuleGroup, group_by_module, module_names
+from galore_torch.training.inspection.recommend import recommend
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
 
@@ -21,23 +21,23 @@ def drifting(shape, count, seed=0):
         grad = grad + 0.5 * torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-def watched(grads, *, rank=3, ages=3, every=2, name="layers.0.q_proj.weight"):
+def history_of(grads, *, rank=3, ages=3, every=2, name="layers.0.q_proj.weight"):
     grads = list(grads)
-    watch = Watch(name, tuple(next(grad.shape for grad in grads if grad is not None)), rank, ages)
+    history = GradientHistory(name, tuple(next(grad.shape for grad in grads if grad is not None)), rank, ages)
     for place, grad in enumerate(grads, 1):
-        watch.look(place * every, grad)
-    return watch
+        history.add(place * every, grad)
+    return history
 
 
-def summary(*watches, every=2):
-    ((name, own),) = gathered(watches).items()
-    return summarized(name, own, every)
+def summary(*histories, every=2):
+    (own,) = group_by_module(histories).values()
+    return ModuleGroup(own, every)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (6, 6)], ids=str)
 def test_figures_are_those_of_plain_svds(shape):
     grads, rank, ages, side = list(drifting(shape, 5)), 3, 3, min(shape)
-    watch = watched(grads, rank=rank, ages=ages)
+    history = history_of(grads, rank=rank, ages=ages)
     tall = shape[0] > shape[1]
     svds = [torch.linalg.svd(grad, full_matrices=False) for grad in grads]
     bases = [right.mT if tall else left for left, _, right in svds]
@@ -46,27 +46,27 @@ def test_figures_are_those_of_plain_svds(shape):
         image = grad @ basis if tall else basis.mT @ grad
         return float(image.square().sum() / grad.square().sum())
 
-    assert [look.step for look in watch.looks] == [2, 4, 6, 8, 10]
-    for look, (_, values, _) in zip(watch.looks, svds, strict=True):
+    assert [snapshot.step for snapshot in history.snapshots] == [2, 4, 6, 8, 10]
+    for snapshot, (_, values, _) in zip(history.snapshots, svds, strict=True):
         energies = values.square()
-        assert look.stable_rank == pytest.approx(float(energies.sum() / energies[0]))
+        assert snapshot.stable_rank == pytest.approx(float(energies.sum() / energies[0]))
         held = energies.cumsum(0) / energies.sum()
-        assert look.own == pytest.approx(float(held[rank - 1]))
-        assert look.ranks == tuple(int((held < wanted).sum()) + 1 for wanted in (0.5, 0.9, 0.99))
-    kind = summary(watch)
+        assert snapshot.own == pytest.approx(float(held[rank - 1]))
+        assert snapshot.ranks == tuple(int((held < wanted).sum()) + 1 for wanted in (0.5, 0.9, 0.99))
+    group = summary(history)
     for age in range(1, ages + 1):
         pairs = [(old, old + age) for old in range(len(grads) - age)]
-        assert kind.pairs[2 * age] == len(pairs)
+        assert group.pairs[2 * age] == len(pairs)
         for at in range(1, side + 1):
             told = sum(share(grads[new], bases[old][:, :at]) for old, new in pairs) / len(pairs)
             young = sum(share(grads[new], bases[new - 1][:, :at]) for _, new in pairs) / len(pairs)
-            torch.testing.assert_close(float(kind.captured[2 * age][at - 1]), told, **CLOSE)
-            torch.testing.assert_close(float(kind.kept[2 * age][at - 1]), told / young, **CLOSE)
+            torch.testing.assert_close(float(group.captured[2 * age][at - 1]), told, **CLOSE)
+            torch.testing.assert_close(float(group.kept[2 * age][at - 1]), told / young, **CLOSE)
         both = [overlap({"left": bases[new][:, :rank]}, {"left": bases[old][:, :rank]}) for old, new in pairs]
-        assert kind.overlap[2 * age] == pytest.approx(float(sum(both)) / len(both), abs=2e-6)
+        assert group.overlap[2 * age] == pytest.approx(float(sum(both)) / len(both), abs=2e-6)
     first = share(grads[3], bases[2][:, :rank])
-    assert watch.looks[3].captured == pytest.approx(first, abs=2e-6)
-    assert watch.looks[0].captured is watch.looks[0].overlap is None
+    assert history.snapshots[3].captured == pytest.approx(first, abs=2e-6)
+    assert history.snapshots[0].captured is history.snapshots[0].overlap is None
 
 
 def test_a_stack_is_told_by_the_energy_of_all_and_an_expert_without_tokens_does_not_count():
@@ -74,27 +74,27 @@ def test_a_stack_is_told_by_the_energy_of_all_and_an_expert_without_tokens_does_
     for grad in grads:
         grad[1] = 0
         grad[2] *= 2
-    alone = [watched([grad[place] for grad in grads]) for place in (0, 2)]
-    watch = watched(grads)
+    alone = [history_of([grad[place] for grad in grads]) for place in (0, 2)]
+    history = history_of(grads)
     energies = torch.stack([torch.linalg.svdvals(grad).square().sum(0) for grad in grads])
     held = (energies.cumsum(-1) / energies.sum(-1, keepdim=True)).sum(0)
-    torch.testing.assert_close(watch.held, held, **CLOSE)
-    assert watch.looks[1].stable_rank == pytest.approx(sum(one.looks[1].stable_rank for one in alone) / 2)
-    assert watch.looks[1].overlap == pytest.approx(sum(one.looks[1].overlap for one in alone) / 2, abs=1e-6)
+    torch.testing.assert_close(history.held, held, **CLOSE)
+    assert history.snapshots[1].stable_rank == pytest.approx(sum(one.snapshots[1].stable_rank for one in alone) / 2)
+    assert history.snapshots[1].overlap == pytest.approx(sum(one.snapshots[1].overlap for one in alone) / 2, abs=1e-6)
 
 
 def test_a_planted_rank_is_found():
     torch.manual_seed(0)
     left = torch.linalg.qr(torch.randn(32, 5, dtype=torch.float64)).Q
     grads = [left @ torch.randn(5, 48, dtype=torch.float64) + 1e-4 * torch.randn(32, 48) for _ in range(6)]
-    kind = summary(watched(grads, rank=5))
-    assert kind.ranks[2] <= 5
-    assert float(kind.held[4]) > 1 - 1e-5
-    assert all(float(curve[4]) > 1 - 1e-5 for curve in kind.captured.values())
-    assert all(value > 1 - 1e-5 for value in kind.overlap.values())
-    advice = advise(kind, RuleConfig(capture_share=0.99, rank_multiple=1))
-    assert (advice.rank, advice.gap, advice.at_least, advice.why_not) == (5, 6, True, "")
-    assert advise(kind, RuleConfig(capture_share=0.99)).rank == 8
+    group = summary(history_of(grads, rank=5))
+    assert group.ranks[2] <= 5
+    assert float(group.held[4]) > 1 - 1e-5
+    assert all(float(curve[4]) > 1 - 1e-5 for curve in group.captured.values())
+    assert all(value > 1 - 1e-5 for value in group.overlap.values())
+    recommended = recommend(group, RecommendConfig(capture_share=0.99, rank_multiple=1))
+    assert (recommended.rank, recommended.gap, recommended.at_least, recommended.why_not) == (5, 6, True, "")
+    assert recommend(group, RecommendConfig(capture_share=0.99)).rank == 8
 
 
 def turning(count, rank=6, side=20):
@@ -107,17 +107,17 @@ def turning(count, rank=6, side=20):
 
 
 def test_a_turning_subspace_is_left_by_one_direction_a_look():
-    kind = summary(watched(turning(8), rank=6, ages=5, every=4), every=4)
+    group = summary(history_of(turning(8), rank=6, ages=5, every=4), every=4)
     for age in range(1, 6):
-        assert float(kind.captured[4 * age][5]) == pytest.approx(1 - age / 6, abs=1e-6)
-        assert kind.overlap[4 * age] == pytest.approx((1 - age / 6 - 0.3) / 0.7, abs=1e-6)
+        assert float(group.captured[4 * age][5]) == pytest.approx(1 - age / 6, abs=1e-6)
+        assert group.overlap[4 * age] == pytest.approx((1 - age / 6 - 0.3) / 0.7, abs=1e-6)
     # Of what the young hold, 5 of 6 directions, four fifths are left after two looks and three fifths after three.
-    rule = RuleConfig(rank_multiple=6, capture_share=0.8, keep_share=0.79)
-    assert advise(kind, rule).gap == 8
-    assert not advise(kind, rule).at_least
-    assert advise(kind, RuleConfig(rank_multiple=6, capture_share=0.8, keep_share=0.59)).gap == 12
-    assert advise(kind, RuleConfig(rank_multiple=6, capture_share=0.9)).rank in (12, 18, 20)
-    assert advise(kind, RuleConfig(rank_multiple=32, capture_share=0.9)).rank == 20
+    rule = RecommendConfig(rank_multiple=6, capture_share=0.8, keep_share=0.79)
+    assert recommend(group, rule).gap == 8
+    assert not recommend(group, rule).at_least
+    assert recommend(group, RecommendConfig(rank_multiple=6, capture_share=0.8, keep_share=0.59)).gap == 12
+    assert recommend(group, RecommendConfig(rank_multiple=6, capture_share=0.9)).rank in (12, 18, 20)
+    assert recommend(group, RecommendConfig(rank_multiple=32, capture_share=0.9)).rank == 20
 
 
 def test_young_and_old_bases_are_compared_on_the_same_gradients():
@@ -126,9 +126,9 @@ def test_young_and_old_bases_are_compared_on_the_same_gradients():
     fixed = torch.zeros(12, 16, dtype=torch.float64)
     fixed[:2, :2] = 10 * torch.eye(2)
     grads = [fixed + 0.8 * 0.6**place * torch.randn(12, 16, dtype=torch.float64) for place in range(6)]
-    kind = summary(watched(grads, rank=2, ages=4))
-    assert float(kind.captured[8][1]) > float(kind.captured[2][1])
-    assert 0.8 < float(kind.kept[8][1]) < 1
+    group = summary(history_of(grads, rank=2, ages=4))
+    assert float(group.captured[8][1]) > float(group.captured[2][1])
+    assert 0.8 < float(group.kept[8][1]) < 1
 
 
 @pytest.mark.parametrize(
@@ -136,49 +136,51 @@ def test_young_and_old_bases_are_compared_on_the_same_gradients():
 )
 def test_a_gradient_that_tells_nothing_is_left_out_and_its_ages_with_it(bad):
     grads = [*drifting((5, 8), 5)]
-    watch = watched([*grads[:2], bad, *grads[3:]])
-    assert watch.left_out == [6]
-    assert [look.step for look in watch.looks] == [2, 4, 8, 10]
-    assert [look.captured is None for look in watch.looks] == [True, False, True, False]
+    history = history_of([*grads[:2], bad, *grads[3:]])
+    assert history.skipped == [6]
+    assert [snapshot.step for snapshot in history.snapshots] == [2, 4, 8, 10]
+    assert [snapshot.captured is None for snapshot in history.snapshots] == [True, False, True, False]
     # The pairs (2, 4) and (8, 10); gradient 10 has a young basis, and so judges that of age 6.
-    assert summary(watch).pairs == {2: 2, 6: 1}
-    assert all(torch.isfinite(curve).all() for curve in summary(watch).captured.values())
+    assert summary(history).pairs == {2: 2, 6: 1}
+    assert all(torch.isfinite(curve).all() for curve in summary(history).captured.values())
 
 
 def test_the_gradient_is_neither_changed_nor_kept():
     grad = next(drifting((5, 8), 1)).to(torch.bfloat16)
     before = grad.clone()
-    watch = watched([grad])
+    history = history_of([grad])
     assert torch.equal(grad, before)
-    assert all(basis[0].shape == (1, 5, 5) for basis in watch._bases)
+    assert all(basis[0].shape == (1, 5, 5) for basis in history._bases)
 
 
 def test_bases_that_are_too_old_are_dropped():
-    watch = watched(drifting((5, 8), 9), ages=2)
-    assert len(watch._bases) == 2
+    history = history_of(drifting((5, 8), 9), ages=2)
+    assert len(history._bases) == 2
 
 
 @pytest.mark.parametrize(("looks", "rank", "gap"), [(2, None, None), (3, 8, None), (4, 8, 4)])
 def test_too_few_looks_are_said_and_no_figure_is_made_up(looks, rank, gap):
-    kind = summary(watched(drifting((16, 24), looks), ages=max(1, looks - 1)))
-    advice = advise(kind, RuleConfig(capture_share=0.1, keep_share=0.01))
-    assert (advice.rank, advice.gap) == (rank, gap)
-    assert bool(advice.why_not) == (gap is None)
+    group = summary(history_of(drifting((16, 24), looks), ages=max(1, looks - 1)))
+    recommended = recommend(group, RecommendConfig(capture_share=0.1, keep_share=0.01))
+    assert (recommended.rank, recommended.gap) == (rank, gap)
+    assert bool(recommended.why_not) == (gap is None)
 
 
 def test_kinds_are_told_apart_by_name_and_shape():
     names = [f"model.layers.{layer}.mlp.{part}.weight" for layer in (0, 11) for part in ("experts.7.up", "shared.up")]
-    assert set(kind_names(names).values()) == {"experts.up", "shared.up"}
-    assert kind_names(["score.weight"]) == {"score.weight": "score"}
-    watches = [Watch(f"h.{place}.c.weight", shape, 2, 1) for place, shape in enumerate([(4, 6), (4, 6), (6, 4)])]
-    assert {name: len(own) for name, own in gathered(watches).items()} == {"c 4x6": 2, "c 6x4": 1}
+    assert set(module_names(names).values()) == {"experts.up", "shared.up"}
+    assert module_names(["score.weight"]) == {"score.weight": "score"}
+    histories = [
+        GradientHistory(f"h.{place}.c.weight", shape, 2, 1) for place, shape in enumerate([(4, 6), (4, 6), (6, 4)])
+    ]
+    assert {name: len(own) for name, own in group_by_module(histories).items()} == {"c 4x6": 2, "c 6x4": 1}
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"steps": 1}, "steps = 1 is out of range"),
-        ({"steps": 9, "every": 5}, "steps = 9 gives 1 looks at every = 5.* at least 10"),
+        ({"steps": 9, "every": 5}, "steps = 9 gives 1 snapshots at every = 5.* at least 10"),
         ({"oldest": 7}, "oldest = 7 is no multiple of every = 5.*give 5"),
         ({"oldest": 60}, "oldest = 60 is older than any basis gets in steps = 60; give at most 55, or at least 65"),
         ({"capture_share": 1.0}, "capture_share = 1.0 is out of range"),
@@ -186,7 +188,7 @@ def test_kinds_are_told_apart_by_name_and_shape():
         ({"rank_multiple": 0}, "rank_multiple = 0 is out of range"),
         ({"lr": -1.0}, "lr = -1.0 is out of range"),
         ({"task": "sstt"}, "task = 'sstt' is not known.*did you mean 'sst2'"),
-        ({"label_column": "stars"}, "label_column = 'stars' says nothing to task = 'text'"),
+        ({"label_column": "stars"}, "label_column = 'stars' has no effect with task = 'text'"),
         ({"tanks": 4}, "tanks = 4 is no setting of an inspection; did you mean"),
     ],
 )
@@ -196,6 +198,6 @@ def test_settings_that_do_not_fit_are_told(given, words):
 
 
 def test_ages_leave_two_gradients_for_the_oldest_basis():
-    assert configure().looks.ages == tuple(range(5, 51, 5))
-    assert configure(steps=10).looks.ages == (5,)
-    assert configure(steps=20, oldest=15).looks.ages == (5, 10, 15)
+    assert configure().snapshots.ages == tuple(range(5, 51, 5))
+    assert configure(steps=10).snapshots.ages == (5,)
+    assert configure(steps=20, oldest=15).snapshots.ages == (5, 10, 15)

@@ -10,14 +10,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from galore_torch.training.inspection.config import configure
-from galore_torch.training.inspection.observing import Observer
-from galore_torch.training.inspection.of_run import require_run, subject_of_run
+from galore_torch.training.inspection.jobs import job_of_run
+from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run
-from tests.training.inspection.looking import KINDS, digests, inspected, of_model, of_run
+from tests.training.inspection.looking import MODULES, digests, inspected, of_model, of_run
 
 pytestmark = pytest.mark.slow
 
@@ -39,24 +39,23 @@ class Spy(TrainerCallback):
 
 
 def test_figures_of_a_run_are_those_of_the_svds_of_its_gradients(run, tmp_path):
-    looks = configure(steps=6, every=2, oldest=4).looks
-    subject = subject_of_run(run, require_run(run, fresh=False), looks, Console(quiet=True))
-    weights = subject.weights(None)
-    observer, spy = Observer(weights, looks, rank=8), Spy(weights)
-    subject.trainer(str(tmp_path), [observer, spy]).train()
-    assert len(observer.watches) == 14
-    for watch in observer.watches:
-        grads = [spy.kept[step, watch.name] for step in (2, 4, 6)]
+    config = configure(steps=6, every=2, oldest=4, rank=8)
+    observer = GradientObserver(job_of_run(run, config.snapshots, Console(quiet=True)), config)
+    spy = Spy(observer.weights)
+    observed_trainer(observer, str(tmp_path), spy).train()
+    assert len(observer.histories) == 14
+    for history in observer.histories:
+        grads = [spy.kept[step, history.name] for step in (2, 4, 6)]
         assert not torch.equal(grads[0], grads[1])
-        for look, grad in zip(watch.looks, grads, strict=True):
+        for snapshot, grad in zip(history.snapshots, grads, strict=True):
             values = torch.linalg.svdvals(grad).square()
-            assert look.own == pytest.approx(float(values[:8].sum() / values.sum()), rel=1e-6)
+            assert snapshot.own == pytest.approx(float(values[:8].sum() / values.sum()), rel=1e-6)
         left, _, right = torch.linalg.svd(grads[0], full_matrices=False)
         tall = grads[2].shape[0] > grads[2].shape[1]
         image = grads[2] @ right.mT[:, :8] if tall else left[:, :8].mT @ grads[2]
         expected = float(image.square().sum() / grads[2].square().sum())
-        (aged,) = [one for one in watch.by_age[1:] if one.pairs]
-        assert float(aged.captured[7]) == pytest.approx(expected, rel=1e-5)
+        assert history.pairs[1:].tolist() == [1]
+        assert float(history.captured[1, 7]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_fresh_makes_the_very_steps_of_the_run(run):
@@ -84,7 +83,7 @@ def test_a_fine_tuning_is_inspected_from_both_ends(tuning):
     before = digests(tuning)
     end, fresh = of_run(tuning), of_run(tuning, fresh=True)
     assert fresh["losses"] == losses(tuning)
-    assert list(end["kinds"]) == list(fresh["kinds"]) == KINDS
+    assert list(end["modules"]) == list(fresh["modules"]) == MODULES
     assert end["rank"] == 4
     assert digests(tuning) == before
     with pytest.raises(ValueError, match="steps = 8 is beyond the 6 steps that the run makes in all"):
@@ -94,19 +93,19 @@ def test_a_fine_tuning_is_inspected_from_both_ends(tuning):
 def test_a_model_is_inspected_on_text_and_on_rows(run, rows, texts, cache):
     model = RunFolder(run).model
     text = of_model(model, texts, cache=str(cache), max_length=32, rank=8, target_modules="mlp")
-    assert list(text["kinds"]) == ["gate_proj", "up_proj", "down_proj"]
+    assert list(text["modules"]) == ["gate_proj", "up_proj", "down_proj"]
     assert (text["rank"], text["facts"]["tokens of one, at most"]) == (8, "32")
     classes = of_model(model, rows, task="classify", max_length=16, rank=4)
-    assert list(classes["kinds"]) == KINDS
+    assert list(classes["modules"]) == MODULES
     chats = of_model(model, rows, task="sft", max_length=16, rank=4)
-    assert list(chats["kinds"]) == KINDS
+    assert list(chats["modules"]) == MODULES
 
 
 def test_int8_weights_are_inspected_as_they_were_saved(tiny, tmp_path):
     new_run(Pretraining, tiny(eval_every=0, weight_bits=8, optim="qgalore-adamw8bit"), tmp_path / "run").train()
     told = of_run(tmp_path / "run")
     assert any("INT8" in note for note in told["notes"])
-    assert list(told["kinds"]) == KINDS
+    assert list(told["modules"]) == MODULES
 
 
 def test_an_adapters_run_is_refused_with_what_can_be_inspected(tiny, tmp_path):
@@ -168,6 +167,6 @@ def test_weights_that_are_broken_are_refused(run, texts, cache, tmp_path):
 def test_weights_that_stand_still_tell_the_noise_of_the_batch(run):
     """At a learning rate of next to nothing gradients differ by their batches alone, and no basis grows old."""
     still = of_run(run, lr=1e-12, steps=16, every=2)
-    for kind in still["kinds"].values():
-        assert kind["captured"]["2"] < kind["own"]
-        assert kind["captured"]["12"] == pytest.approx(kind["captured"]["2"], abs=0.15)
+    for group in still["modules"].values():
+        assert group["captured"]["2"] < group["own"]
+        assert group["captured"]["12"] == pytest.approx(group["captured"]["2"], abs=0.15)

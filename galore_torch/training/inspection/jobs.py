@@ -1,0 +1,225 @@
+"""What is inspected: the very job of a run, from its newest weights or its first ones, or the training of a model.
+
+Gradients are formed whole and applied at the step, on weights in their own dtype, whatever the job's settings say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from galore_torch.training.finetune import presets
+from galore_torch.training.finetune.base_model import load_base
+from galore_torch.training.finetune.config import FinetuneConfig
+from galore_torch.training.finetune.run import Finetuning
+from galore_torch.training.inspection.config import PLAIN_TEXT, InspectConfig, SnapshotConfig
+from galore_torch.training.pretrain.config import ModelConfig, PretrainConfig, ScheduleConfig
+from galore_torch.training.pretrain.model import load_llama
+from galore_torch.training.pretrain.run import Pretraining
+from galore_torch.training.run import records
+from galore_torch.training.run.checkpoints import step_of
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.job import Job
+from galore_torch.training.run.manifest import require_whole
+from galore_torch.training.settings.adapter import AdapterConfig
+from galore_torch.training.settings.fields import read_toml
+from galore_torch.training.settings.optimizer import OptimizerConfig, is_projected
+from galore_torch.training.text.config import DataConfig
+
+_LEAST_RATE = 0.1
+"""Of the peak: a schedule that has ended at 0 would move nothing, and gradients would differ by their batches alone."""
+
+_TEXT_LENGTH = 256  # as the paper's sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedJob:
+    """A job that is about to train, on a copy of its model. Nothing of a run folder is changed by it.
+
+    Attributes:
+        job: with its data and its model.
+        title: what it is, in words.
+        origin: where its weights come from, by name, for the page.
+        arguments: `TrainingArguments` that take the place of the job's.
+        remarks: what the reader must know, a sentence each.
+        renewals: what a run recorded of its own; see `galore_torch.training.run.records`.
+    """
+
+    job: Job
+    title: str
+    origin: dict[str, Any]
+    arguments: dict[str, Any]
+    remarks: list[str] = field(default_factory=list)
+    renewals: list[records.Record] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Where its weights come from, and its settings."""
+        config = self.job.config
+        length = config.data.seq if isinstance(config, PretrainConfig) else config.data.max_length
+        facts = {
+            **self.origin,
+            "data": self.job.data,
+            "optimizer": config.optimizer.optim,
+            "learning rate": f"{'constant' if self.arguments else 'peak'} {config.optimizer.lr:g}",
+            f"{self.job.unit} a step": self.job.units_per_step,
+            "tokens of one, at most": length,
+        }
+        return {name: str(value) for name, value in facts.items()}
+
+
+def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh: bool = False) -> InspectedJob:
+    """Load a run's own job: its newest weights at a constant learning rate, or its first ones by its schedule.
+
+    Args:
+        run: the run folder.
+        snapshots: how many steps, and their learning rate.
+        console: where progress is shown.
+        fresh: whether its first weights are meant.
+
+    Raises:
+        ValueError: when it is no run folder, or its settings, weights or data cannot be read or inspected.
+    """
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        is_model = (run / "config.json").is_file()
+        remedy = f"give it as --model {run}" if is_model else "give the folder of a galore pretrain or finetune"
+        raise ValueError(f"run = {str(run)!r} holds no config.toml, so it is no run folder; {remedy}.")
+    data = read_toml(folder.config).get("data")
+    kind: type[Pretraining | Finetuning] = Finetuning if isinstance(data, dict) and "task" in data else Pretraining
+    recorded: Any = kind.recorded(folder)
+    if recorded.adapter.adapter != "none":
+        raise ValueError(
+            f"run = {str(run)!r} trained adapter = {recorded.adapter.adapter!r}, and an adapter's gradients have its "
+            f"rank already; inspect what it merged into by --model {folder.model} --data ..."
+        )
+    weights, step = (None, 0) if fresh else _newest(folder)
+    own, schedule, lr = recorded.optimizer, recorded.schedule, snapshots.lr
+    if weights is not None:
+        schedule = dataclasses.replace(schedule, seed=schedule.seed + 1)  # from its end, on an order of its own
+        lr = lr or _rate(folder, step, own.lr)
+    config = dataclasses.replace(recorded, optimizer=_full_gradients(own, lr or own.lr), schedule=schedule)
+    job: Job
+    if isinstance(config, FinetuneConfig):
+        if weights is not None:
+            base = dataclasses.replace(config.model, model=str(weights), gguf_file=None)
+            config = dataclasses.replace(config, model=base)
+        job = Finetuning.load(config, console)
+    elif weights is None:
+        job = Pretraining.load(config, console)
+    else:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(weights)))
+        job = Pretraining(config, console, load_llama(weights, config))
+    remarks = {
+        "The data have changed since the run was started; gradients are of the data as they are now.": (
+            folder.text_digest() != job.digest
+        ),
+        "The run kept INT8 weights; they are inspected as they were saved, in its own dtype.": own.weight_bits != 16,
+        f"The run projects by proj_type = {own.proj_type!r}; bases here are those of std, on the shorter side.": (
+            is_projected(own.optim) and own.proj_type != "std"
+        ),
+    }
+    return InspectedJob(
+        job=job,
+        title=f"{recorded.title} in {run}, {'its first steps' if weights is None else f'after its step {step:,}'}",
+        origin={
+            "run": run,
+            "weights": weights or "fresh",
+            "rank and gap of the run": f"{own.rank}, {own.update_proj_gap}",
+        },
+        arguments={} if weights is None else _constant(snapshots.steps),
+        remarks=[remark for remark, applies in remarks.items() if applies],
+        renewals=records.read(folder.subspaces),
+    )
+
+
+def _full_gradients(optimizer: OptimizerConfig, lr: float) -> OptimizerConfig:
+    """An optimizer's settings at a learning rate, with full gradients and on weights in their own dtype."""
+    others = None if optimizer.others_lr is None else optimizer.others_lr * lr / optimizer.lr
+    plain: dict[str, Any] = {
+        "gradients": "full",
+        "update": "step",
+        "grad_bits": 16,
+        "weight_bits": 16,
+        "weight_rounding": "stochastic",
+    }
+    return dataclasses.replace(optimizer, lr=lr, others_lr=others, **plain)
+
+
+def _newest(folder: RunFolder) -> tuple[Path, int]:
+    """The folder of a run's newest weights, and how many steps they have made."""
+    final, checkpoint = records.final(folder.metrics), folder.checkpoints.newest_whole(warnings.warn)
+    if final is not None and folder.model.is_dir():
+        require_whole("run", str(folder.root), folder.model)
+        return folder.model, final["step"]
+    if checkpoint is None:
+        run = str(folder.root)
+        raise ValueError(f"run = {run!r} holds neither a finished model nor a checkpoint; give --fresh with it.")
+    return checkpoint, step_of(checkpoint)
+
+
+def _rate(folder: RunFolder, step: int, peak: float) -> float:
+    """The learning rate that a run had come to by a step, but for a rate that moves nothing."""
+    rates = [record["lr"] for record in records.read(folder.metrics) if "lr" in record and record["step"] <= step]
+    return max(_LEAST_RATE * peak, rates[-1]) if rates else peak
+
+
+def _constant(steps: int) -> dict[str, Any]:
+    return {"max_steps": steps, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+
+
+def job_of_model(model: str, data: str | None, config: InspectConfig, console: Console) -> InspectedJob:
+    """Load a model with data: as `galore finetune` would train it, or on packed text as `galore pretrain` does.
+
+    Args:
+        model: name or folder.
+        data: file or folder; None for a task that brings its own.
+        config: the inspection's settings.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: when settings do not fit together, or model and data cannot be loaded or do not fit.
+    """
+    own, snapshots, is_text = config.data, config.snapshots, config.data.task == PLAIN_TEXT
+    recipe = presets.configure(
+        model=model,
+        data=data,
+        task="sft" if is_text else own.task,
+        rank=snapshots.rank,
+        lr=snapshots.lr,
+        steps=snapshots.steps,
+        gradients="full",
+        update="step",
+        **({"max_length": _TEXT_LENGTH} if is_text else {}) | own.given,
+    )
+    length, schedule = recipe.data.max_length, recipe.schedule
+    job: Job
+    if is_text:
+        loaded, _ = load_base(recipe.model, AutoModelForCausalLM, length, console)
+        loaded.config.use_cache = False
+        text: dict[str, Any] = {
+            "text_column": recipe.data.text_column,
+            "seq": length,
+            "eval_tokens": length,
+            "cache": own.cache,
+        }
+        packed = PretrainConfig(
+            model=ModelConfig(dtype=recipe.model.dtype),
+            data=DataConfig(data=str(recipe.data.data), tokenizer=model, **text),
+            optimizer=recipe.optimizer,
+            adapter=AdapterConfig(),
+            schedule=ScheduleConfig(batch=schedule.batch, micro_batch=recipe.micro_batch, seed=schedule.seed),
+        )
+        job = Pretraining(packed, console, loaded)
+    else:
+        job = Finetuning.load(recipe, console)
+    job.target_modules = recipe.target_modules
+    return InspectedJob(
+        job=job, title=f"{model} on {data or own.task}", origin={"model": model}, arguments=_constant(snapshots.steps)
+    )

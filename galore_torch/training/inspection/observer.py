@@ -1,0 +1,125 @@
+"""The steps that an inspection makes, and the snapshots of gradients on the way."""
+
+# ruff: noqa: ARG002 - a callback takes whatever the Trainer hands to every callback
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from rich.markup import escape
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from galore_torch import param_groups
+from galore_torch.training.inspection.config import InspectConfig
+from galore_torch.training.inspection.history import GradientHistory
+from galore_torch.training.inspection.jobs import InspectedJob
+from galore_torch.training.inspection.result import Inspection
+from galore_torch.training.run import optimizers
+from galore_torch.training.run.job import Job, make_trainer
+from galore_torch.training.run.signals import stop_if_asked
+from galore_torch.training.run.units import megabytes
+
+
+class GradientObserver(TrainerCallback):
+    """Takes snapshots of gradients, after they are complete and clipped and before the optimizer moves.
+
+    Args:
+        inspected: the job whose Trainer it is added to.
+        config: the inspection's settings.
+
+    Attributes:
+        weights: those that are observed, by name.
+        histories: of their gradients, one a weight.
+        losses: of the steps.
+
+    Raises:
+        ValueError: when no weight is meant.
+    """
+
+    def __init__(self, inspected: InspectedJob, config: InspectConfig) -> None:
+        self.inspected, self.config = inspected, config
+        self.weights = _weights(inspected.job, config.snapshots.target_modules)
+        rank, ages = config.snapshots.rank or inspected.job.config.optimizer.rank, len(config.snapshots.ages)
+        self.histories = [GradientHistory(name, tuple(one.shape), rank, ages) for name, one in self.weights.items()]
+        self.losses: list[float] = []
+
+    @property
+    def announcement(self) -> str:
+        """What is about to be done, and the memory that it takes besides the training's; in Rich's markup."""
+        snapshots, kept = self.config.snapshots, sum(one.kept_bytes for one in self.histories)
+        return (
+            f"[bold]{escape(self.inspected.title)}[/]: {len(self.histories)} weights, {snapshots.count} snapshots, one "
+            f"every {snapshots.every} steps; their bases take {megabytes(kept)}"
+        )
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take a snapshot of each weight's gradient, when it is time."""
+        step = state.global_step + 1
+        if step % self.config.snapshots.every == 0 and step <= self.config.snapshots.last:
+            for history, weight in zip(self.histories, self.weights.values(), strict=True):
+                history.add(step, weight.grad)
+                stop_if_asked()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End after the last snapshot."""
+        stop_if_asked()
+        if state.global_step >= self.config.snapshots.last:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the loss of a step."""
+        self.losses += [value for name, value in (kwargs.get("logs") or {}).items() if name == "loss"]
+
+    def result(self) -> Inspection:
+        """The figures, after the steps; a ValueError where no gradient was finite and other than zero."""
+        return Inspection(inspected=self.inspected, config=self.config, histories=self.histories, losses=self.losses)
+
+
+def observed_trainer(observer: GradientObserver, folder: str, *callbacks: TrainerCallback) -> Trainer:
+    """Make the Trainer of the job, with the observer in it.
+
+    Args:
+        observer: of the job.
+        folder: which the Trainer may write into.
+        callbacks: further ones.
+
+    Raises:
+        ValueError: when the training would end before the last snapshot, or the optimizer's settings do not fit.
+    """
+    job, snapshots = observer.inspected.job, observer.config.snapshots
+    trainer = make_trainer(
+        job,
+        folder,
+        optimizers.build(job.model, job.config.optimizer, job.config.schedule.seed, job.target_modules),
+        callbacks=[observer, *callbacks],
+        **{"eval_strategy": "no", "save_strategy": "no", **observer.inspected.arguments},
+    )
+    args, available = trainer.args, trainer.args.max_steps
+    if available <= 0:
+        batches = len(trainer.get_train_dataloader())
+        available = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    if available < snapshots.steps:
+        raise ValueError(
+            f"steps = {snapshots.steps} is beyond the {available} steps that the run makes in all; give at most that."
+        )
+    return trainer
+
+
+def _weights(job: Job, target_modules: str | None) -> dict[str, Tensor]:
+    """The weights of some modules, or those that the job projects, by name."""
+    targets = job.target_modules
+    if target_modules is not None:
+        parts = [part.strip() for part in target_modules.split(",")]
+        targets = target_modules if target_modules == "all-linear" else parts
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is tied or no matrix is not asked for here
+            groups = param_groups(job.model, 1, targets)
+    except ValueError as error:
+        field = "model" if target_modules is None else f"target_modules = {target_modules!r}"
+        raise ValueError(f"{field}: {error}.") from error
+    projected = (zip(one["param_names"], one["params"], strict=True) for one in groups if "rank" in one)
+    return {name: weight for group in projected for name, weight in group}
