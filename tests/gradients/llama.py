@@ -25,8 +25,8 @@ every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 every_accumulating_mode = pytest.mark.parametrize("mode", ACCUMULATING.values(), ids=ACCUMULATING)
 
 Mode = tuple[str, str]
-STEPS = 30
 GAP = 6
+STEPS = 2 * GAP + 2  # so that each weight has three bases
 RANK = 8
 VOCABULARY, TOKENS = 101, 16
 BAR = 1e-5
