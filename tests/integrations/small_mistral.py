@@ -36,6 +36,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained, **names)
 
 
+def assert_falls(losses: list[float], by: float = 0.3) -> None:
+    """Demand that the last losses lie below the first."""
+    assert sum(losses[-3:]) / 3 < losses[0] - by
+
+
 def text() -> datasets.Dataset:
     """Return the documents as rows with a column `text`."""
     return datasets.Dataset.from_dict({"text": documents()})

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from galore_torch import GaLoreAdamW, attach, param_groups
 from galore_torch.integrations.transformers import GaLoreFactory
-from tests.integrations.small_mistral import SEQUENCE, blocks, mistral, text, tokenizer
+from tests.integrations.small_mistral import SEQUENCE, assert_falls, blocks, mistral, text, tokenizer
 
 ADAPTERS = {
     "LoRA": lambda: LoraConfig(r=4, target_modules="all-linear"),
@@ -80,7 +80,7 @@ def test_both_learn(gradients):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
+    assert_falls(losses, 0.1)
     assert not any(torch.equal(now, old) for now, old in zip((weight, adapter), before, strict=True))
     assert optimizer.state[weight]["inner"]["exp_avg"].shape == (512, 8)
     assert optimizer.state[adapter]["inner"]["exp_avg"].shape == adapter.shape

@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
 from galore_torch.integrations.transformers import GaLoreFactory, GaLoreTrainerMixin
-from tests.integrations.small_mistral import SEQUENCE, documents, mistral, text, tokenizer
+from tests.integrations.small_mistral import SEQUENCE, assert_falls, documents, mistral, text, tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -47,17 +47,13 @@ def trained(run, **resume):
     return losses(run)
 
 
-def assert_falling(history, by):
-    assert sum(history[-3:]) / 3 < history[0] - by
-
-
 # Supervised fine-tuning ----------------------------------------------------------------------------------------------
 
 
 @every_form
 def test_sft_trains_and_resumes_exactly(tmp_path, gradients, update):
     whole = trained(supervised(tmp_path / "whole", gradients, update, save_strategy="steps", save_steps=6))
-    assert_falling(whole, 0.3)
+    assert_falls(whole, 0.3)
     resumed = supervised(tmp_path / "again", gradients, update)
     history = trained(resumed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert history[-4:] == whole[-4:]
@@ -77,14 +73,14 @@ def test_sft_accumulates_micro_batches_to_the_batch(tmp_path):
     four = trained(supervised(tmp_path, "projected", gradient_accumulation_steps=2, per_device_train_batch_size=2))
     whole = trained(supervised(tmp_path, "full"))
     assert four == pytest.approx(whole, rel=0.05)  # the first basis comes from the first micro-batch there
-    assert_falling(four, 0.3)
+    assert_falls(four, 0.3)
 
 
 def test_sft_takes_any_recipe_and_its_arguments(tmp_path):
     run = supervised(
         tmp_path, "fused", galore={"optimizer": GaLoreAdamW8bit, "betas": (0.8, 0.9), "group_weight_decay": 0.1}
     )
-    assert_falling(trained(run), 0.3)
+    assert_falls(trained(run), 0.3)
     made = run.optimizer.optimizer
     assert type(made) is GaLoreAdamW8bit
     assert {(group["betas"], group["weight_decay"]) for group in made.param_groups} == {
@@ -126,7 +122,7 @@ def test_dpo_learns_to_prefer_and_resumes_exactly(tmp_path, gradients, update):
     reference = copy.deepcopy(run.ref_model.state_dict())
     whole = trained(run)
     assert whole[0] == pytest.approx(0.6931, abs=1e-3)  # both models are the same at first
-    assert_falling(whole, 0.1)
+    assert_falls(whole, 0.1)
     assert type(run.optimizer.optimizer) is GaLoreAdamW
     assert all(torch.equal(weight, reference[name]) for name, weight in run.ref_model.state_dict().items())
     resumed = preferring(tmp_path / "again", gradients, update)
