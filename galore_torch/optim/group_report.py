@@ -82,16 +82,15 @@ def _report_unread(groups: Sequence[dict[str, Any]], read: Collection[str]) -> N
     for group in groups:
         rank = f"the projected group (rank {group['rank']})" if is_projected(group) else "a group without `rank`"
         for key, value in group.items():
-            said = f"{key}={reprlib.repr(value)}"
             if not is_projected(group):
                 meant = key if key in _OURS_ALONE else None if key in known else nearest(key, _OURS_ALONE, 0.75)
                 if meant is not None:
                     hint = "give the group a `rank`" if meant == key else f"did you mean {meant}?"
-                    told.append(f"{said} in {rank} ({hint})")
+                    told.append(f"{key}={reprlib.repr(value)} in {rank} ({hint})")
             elif key not in known and not key.startswith("_"):
                 meant = nearest(key, [*KEYS, *read])
                 hint = f"did you mean {meant}?" if meant else f"it may have {', '.join(KEYS)}"
-                told.append(f"{said} in {rank} ({hint})")
+                told.append(f"{key}={reprlib.repr(value)} in {rank} ({hint})")
     if told:
         warn(f"nothing reads {'; '.join(dict.fromkeys(told))}")
 
