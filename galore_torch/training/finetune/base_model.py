@@ -17,19 +17,17 @@ from galore_torch.training.finetune.config import BaseModelConfig
 from galore_torch.training.run.manifest import MANIFEST, require_whole
 from galore_torch.training.run.units import sentence
 
-_SHOWN = 4
-
 
 def load_base(
     config: BaseModelConfig, kind: Any, max_length: int, console: Console, **more: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load a model with its tokenizer, and say which of its weights are fresh.
+    """Load a model with its tokenizer, and print which of its weights are newly initialized.
 
     Args:
         config: which.
         kind: the auto class of the model.
         max_length: most tokens of a row.
-        console: where that is said.
+        console: where to print.
         more: for the model's configuration, such as ``num_labels``.
 
     Raises:
@@ -56,33 +54,25 @@ def load_base(
         raise ValueError(f"model = {config.model!r} cannot be loaded: {sentence(error)}") from error
     fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if fresh:
-        told = ", ".join(fresh[:_SHOWN]) + (f" and {len(fresh) - _SHOWN} more" if len(fresh) > _SHOWN else "")
-        console.print(
-            f"Fresh, for {config.model} has none that fit: {told}", soft_wrap=True, highlight=False, markup=False
-        )
+        line = f"Some weights of {config.model} are newly initialized, since it has none that fit: {_first(fresh)}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     require_finite("model", config.model, model)
     _fit(config, model, tokenizer, max_length)
     return model, tokenizer
 
 
 def require_finite(field: str, name: str, model: nn.Module) -> None:
-    """Refuse weights of which no training can make anything.
-
-    Args:
-        field: the setting that named the model.
-        name: its value.
-        model: as it was loaded.
-
-    Raises:
-        ValueError: when a number of a weight is not finite.
-    """
+    """Refuse, with a ValueError, a model that a setting has named and whose weights are not all finite."""
     broken = [one for one, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
-        shown = ", ".join(broken[:_SHOWN]) + (f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else "")
         raise ValueError(
-            f"{field} = {name!r} has weights that are not finite: {shown}. Its training has failed, or its files are "
-            "damaged; give another copy or an earlier checkpoint of it."
+            f"{field} = {name!r} has weights that are not finite: {_first(broken)}. Its training has failed, or its "
+            "files are damaged; give another copy or an earlier checkpoint of it."
         )
+
+
+def _first(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _unpacked() -> dict[str, Any]:

@@ -18,15 +18,9 @@ from galore_torch.training.finetune.tasks import GLUE
 
 
 class Classification:
-    """One kind of fine-tuning: rows with labels.
+    """One kind of fine-tuning: rows with labels, and a model with a head for them."""
 
-    Attributes:
-        model: with a head for them.
-        tokenizer: its own.
-        task_type: PEFT's name of what is done.
-    """
-
-    task_type = "SEQ_CLS"
+    task_type = "SEQ_CLS"  # PEFT's name
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         data = config.data

@@ -18,7 +18,6 @@ from galore_torch.training.run.units import sentence
 from galore_torch.training.text.tables import local_path, read_table
 
 _KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-
 _SPLIT = 0  # the seed of which rows of a file are held out
 
 
@@ -37,10 +36,9 @@ class Rows:
 
 
 def load(config: RowsConfig) -> Rows:
-    """Find the rows. Which of a file's are held out is the same for every seed of a run: all are judged alike.
+    """Find the rows; a ValueError says that there are none, or that they cannot be read.
 
-    Raises:
-        ValueError: when there are none, or they cannot be read.
+    Which of a file's are held out is the same for every seed of a run: all are judged alike.
     """
     if config.task in GLUE:
         return _glue(config.task)
@@ -86,26 +84,13 @@ def _file(field: str, name: str) -> Any:
 
 
 def require_column(rows: datasets.Dataset, field: str, name: str) -> None:
-    """Refuse rows without a column.
-
-    Raises:
-        ValueError: when it is missing.
-    """
+    """Refuse, with a ValueError, rows without a column that a setting names."""
     if name not in rows.column_names:
         raise ValueError(f"{field} = {name!r} is no column of the rows; choose one of {', '.join(rows.column_names)}.")
 
 
 def require_texts(rows: datasets.Dataset, field: str, name: str) -> None:
-    """Refuse rows without a text.
-
-    Args:
-        rows: any.
-        field: the setting that names the column.
-        name: the column.
-
-    Raises:
-        ValueError: when the column is missing, holds no text, or a row's is empty.
-    """
+    """Refuse, with a ValueError, rows whose column, which a setting names, is missing, empty somewhere, or no text."""
     require_column(rows, field, name)
     for number, text in enumerate(rows[name]):
         if text is None or not str(text).strip():

@@ -13,17 +13,11 @@ from galore_torch.training.finetune.tasks import GLUE
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """The labels of a task.
-
-    Attributes:
-        column: which holds them.
-        classes: all of them in order; None if labels are numbers to be met.
-        metrics: by what predictions are scored, the main one first.
-    """
+    """The labels of a task."""
 
     column: str
-    classes: tuple[Any, ...] | None
-    metrics: tuple[str, ...]
+    classes: tuple[Any, ...] | None  # all of them in order; None if labels are numbers to be met
+    metrics: tuple[str, ...]  # by what predictions are scored, the main one first
 
     @property
     def head(self) -> dict[str, Any]:
@@ -48,11 +42,7 @@ class Labels:
 
 
 def find_labels(config: RowsConfig, rows: Rows) -> Labels:
-    """Judge the labels of rows.
-
-    Raises:
-        ValueError: when a column or a label is missing, when all are the same, or when one is held out only.
-    """
+    """Judge the labels of rows; a ValueError says that one is missing, or held out only, or that all are the same."""
     task = GLUE.get(config.task)
     column = "label" if task else config.label_column
     for part in (rows.train, rows.held_out):

@@ -24,19 +24,12 @@ from galore_torch.training.settings import sections
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult(RunResult):
-    """What a fine-tuning came to.
-
-    Attributes:
-        task: its name.
-        examples: rows seen.
-        scores: on the held-out rows, at the end, by name, the main one first.
-        examples_per_second: mean over the training steps, without evaluations and saves.
-    """
+    """What a fine-tuning came to."""
 
     task: str
-    examples: int
-    scores: dict[str, float]
-    examples_per_second: float
+    examples: int  # rows seen
+    scores: dict[str, float]  # on the held-out rows, at the end, by name, the main one first
+    examples_per_second: float  # mean over the training steps, without evaluations and saves
 
     @property
     def headline(self) -> str:
@@ -56,7 +49,6 @@ class Finetuning(Job):
         kind: what the rows are, and what the model learns from them.
     """
 
-    command = "finetune"
     unit = "examples"
     result = FinetuneResult
 

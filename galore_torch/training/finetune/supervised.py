@@ -16,16 +16,9 @@ from galore_torch.training.run import records
 
 
 class Supervised:
-    """One kind of fine-tuning: messages, prompts with completions (texts or messages), or plain text.
+    """One kind of fine-tuning, of a causal model: messages, prompts with completions (texts or messages), or text."""
 
-    Attributes:
-        model: the causal model.
-        tokenizer: its own.
-        columns: those of the rows that are learnt from.
-        task_type: PEFT's name of what is done.
-    """
-
-    task_type = "CAUSAL_LM"
+    task_type = "CAUSAL_LM"  # PEFT's name
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         self._data = config.data

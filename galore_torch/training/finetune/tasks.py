@@ -5,19 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """One task."""
 
-    Attributes:
-        columns: the text's, and its pair's if there are two.
-        metrics: names in `galore_torch.training.finetune.scores.METRICS`, the main one first.
-        held_out: the split that is judged.
-        numbers: whether labels are numbers to be met, not classes.
-    """
-
-    columns: tuple[str, ...]
-    metrics: tuple[str, ...]
-    held_out: str = "validation"
-    numbers: bool = False
+    columns: tuple[str, ...]  # the text's, and its pair's if there are two
+    metrics: tuple[str, ...]  # of `galore_torch.training.finetune.scores.METRICS`, the main one first
+    held_out: str = "validation"  # the split that is judged
+    numbers: bool = False  # whether labels are numbers to be met, not classes
 
 
 _PAIR = ("sentence1", "sentence2")

@@ -21,17 +21,11 @@ from galore_torch.training.text.prepare import amount, prepare_text
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainResult(RunResult):
-    """What a pre-training came to.
+    """What a pre-training came to."""
 
-    Attributes:
-        tokens: tokens seen.
-        perplexity: on the held-out text, at the end; the exponential of `eval_loss`.
-        tokens_per_second: mean over the training steps, without evaluations and saves.
-    """
-
-    tokens: int
-    perplexity: float | None
-    tokens_per_second: float
+    tokens: int  # seen
+    perplexity: float | None  # on the held-out text, at the end; the exponential of `eval_loss`
+    tokens_per_second: float  # mean over the training steps, without evaluations and saves
 
     @property
     def headline(self) -> str:
@@ -48,7 +42,6 @@ class Pretraining(Job):
         model: with weights to start from; None for newly initialized ones.
     """
 
-    command = "pretrain"
     unit = "tokens"
     result = PretrainResult
 

@@ -29,14 +29,12 @@ class Recorder(TrainerCallback):
         seconds: time spent in training steps so far, over all resumptions; evaluations and saves do not count.
         step: the newest record of a step.
         evaluation: the newest record of an evaluation.
-        scores: what that evaluation came to, beside its loss.
     """
 
     def __init__(self, folder: RunFolder, job: Job) -> None:
         self._folder, self._job, self.unit = folder, job, job.unit
         self.step: Record = {}
         self.evaluation: Record = {}
-        self.scores: Record = {}
         self.seconds = 0.0
         self._since = 0.0
         self._saved: Path | None = None
@@ -49,10 +47,14 @@ class Recorder(TrainerCallback):
         kept = records.read(self._folder.metrics)
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self.evaluation = next((record for record in reversed(kept) if "eval_loss" in record), {})
-        of_all = {"step", self.unit, "eval_loss", "seconds"}
-        self.scores = {name: value for name, value in self.evaluation.items() if name not in of_all}
         self._saved = self._folder.checkpoints.root / f"checkpoint-{state.global_step}" if state.global_step else None
         self._since = time.perf_counter()
+
+    @property
+    def scores(self) -> Record:
+        """What the newest evaluation came to, beside its loss."""
+        of_all = {"step", self.unit, "eval_loss", "seconds"}
+        return {name: value for name, value in self.evaluation.items() if name not in of_all}
 
     def record_renewal(self, step: int, weight: str, subspace: Subspace) -> None:
         """Record the renewal of a weight's basis in a step: for `GaLoreCallback`."""
@@ -82,9 +84,8 @@ class Recorder(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record an evaluation."""
         measured = kwargs["metrics"]
-        self.scores = self._job.scores(measured)
         of_all = {"step": state.global_step, **self._seen(state), "eval_loss": measured["eval_loss"]}
-        self.evaluation = {**of_all, **self.scores, "seconds": self.seconds}
+        self.evaluation = {**of_all, **self._job.scores(measured), "seconds": self.seconds}
         records.append(self._folder.metrics, self.evaluation)
         self._since = time.perf_counter()
 

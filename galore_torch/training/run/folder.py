@@ -28,7 +28,7 @@ from typing import Any
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints
 from galore_torch.training.run.files import Lock, being_written, take_back, write_whole
-from galore_torch.training.run.signals import held_back
+from galore_torch.training.run.signals import deferred
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class RunFolder:
         self.require_new()
         settings: str = config.to_toml()
         digests = {"text": digest, self.config.name: _digest(settings)}
-        with held_back():
+        with deferred(until_after=True):
             made = not self.root.exists()
             self.root.mkdir(parents=True, exist_ok=True)
             self.hold(began=True, made=made)

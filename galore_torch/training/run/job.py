@@ -16,36 +16,20 @@ from galore_torch.training.settings.optimizer import OptimizerConfig
 
 
 class Job(ABC):
-    """A pre-training, a fine-tuning or an inspection, with its data and its model loaded.
+    """A pre-training, a fine-tuning or an inspection, with its data and its model loaded."""
 
-    Attributes:
-        command: the subcommand of ``galore`` that runs it.
-        unit: what its records count: tokens or examples.
-        result: the dataclass of what it comes to, see `galore_torch.training.run.run.RunResult`.
-        task_type: PEFT's name of what the model is trained for; None for newly initialized weights.
-        config: its settings: ``optimizer``, ``adapter``, ``schedule`` and ``title``.
-        model: without adapters, on the CPU.
-        tokenizer: the model's.
-        target_modules: which modules hold the matrices, by the rules of `galore_torch.param_groups`.
-        data: the name of what it is trained on.
-        digest: changes with any token or row of that.
-        units_per_step: tokens or examples that an optimizer step sees.
-        announcement: what is about to be trained, in Rich's markup.
-    """
+    unit: ClassVar[str]  # what its records count: tokens or examples
+    result: ClassVar[Callable[..., Any]]  # the subclass of `RunResult` that says what it came to
+    task_type: str | None = None  # PEFT's name of what the model is trained for; None for newly initialized weights
 
-    command: ClassVar[str]
-    unit: ClassVar[str]
-    result: ClassVar[Callable[..., Any]]
-    task_type: str | None = None
-
-    config: Any
-    model: PreTrainedModel
+    config: Any  # its settings: ``optimizer``, ``adapter``, ``schedule`` and ``title``
+    model: PreTrainedModel  # without adapters, on the CPU
     tokenizer: PreTrainedTokenizerBase
-    target_modules: str | Sequence[str]
-    data: str
-    digest: str
-    units_per_step: int
-    announcement: str
+    target_modules: str | Sequence[str]  # which modules hold the matrices, by the rules of `galore_torch.param_groups`
+    data: str  # the name of what it is trained on
+    digest: str  # changes with any token or row of that
+    units_per_step: int  # tokens or examples
+    announcement: str  # what is about to be trained, in Rich's markup
 
     @classmethod
     @abstractmethod

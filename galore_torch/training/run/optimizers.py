@@ -79,31 +79,17 @@ _BUILDERS: dict[str, Callable[[Groups, OptimizerConfig, int], Optimizer]] = {
 
 
 def groups_of(model: Module, config: OptimizerConfig, target_modules: str | Sequence[str] = MATRICES) -> Groups:
-    """The model's parameter groups, matrices first, with the learning rate of each.
+    """The model's parameter groups, matrices first, with the learning rate of each and the keys of a projection.
 
-    Args:
-        model: a Transformers model.
-        config: the projection's settings and the learning rates.
-        target_modules: which modules hold the matrices; see `galore_torch.param_groups`.
-
-    Returns:
-        Groups for a torch optimizer; they carry the projection's keys if the optimizer projects.
+    Which modules hold the matrices is said as to `galore_torch.param_groups`.
     """
     projected = is_projected(config.optim)
     groups = galore_torch.param_groups(
         model,
         config.rank if projected else 1,  # which weights are matrices does not depend on it
         target_modules,
-        update_proj_gap=config.update_proj_gap,
-        scale=config.scale,
-        proj_type=config.proj_type,
-        decomposition=config.decomposition,
-        stagger=config.stagger,
-        basis_bits=config.basis_bits,
-        cos_threshold=config.cos_threshold,
-        gamma_proj=config.gamma_proj,
-        queue_size=config.queue_size,
         project_adapters=not projected,  # the matrices of adapters have their learning rate
+        **{key: getattr(config, key) for key in PROJECTED_DEFAULTS if hasattr(config, key)},
     )
     matrices = [group for group in groups if "rank" in group]
     others = [group for group in groups if "rank" not in group]

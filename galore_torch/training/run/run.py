@@ -34,39 +34,22 @@ _NOT_RECORDED = ("out", "finished", "checkpoint")
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run came to.
+    """What a run came to. One that was stopped has None for what needs an evaluation."""
 
-    Attributes:
-        out: the run folder.
-        optimizer: the optimizer's name.
-        adapter: the adapters' name, or "none".
-        finished: False if it was stopped early; what needs an evaluation is then None.
-        step: optimizer steps made, over all resumptions.
-        eval_loss: on what is held out, at the end; nats per token of a language model.
-        state_bytes: the optimizer's state.
-        peak_memory_bytes: GPU memory if there is a GPU, the process's otherwise.
-        parameters: of the model, as it is saved.
-        trained_parameters: those that the optimizer moves, of the model or of its adapters.
-        seconds: time spent in training steps.
-        renewals: bases found, over all weights and resumptions; 0 for an optimizer that does not project.
-        overlap: of each weight's last two subspaces, on average: 1 for the same, 0 as of random ones.
-        checkpoint: where a stopped run goes on from.
-    """
-
-    out: str
+    out: str  # the run folder
     optimizer: str
-    adapter: str
+    adapter: str  # or "none"
     finished: bool
-    step: int
-    eval_loss: float | None
-    state_bytes: int
-    peak_memory_bytes: int
-    parameters: int
-    trained_parameters: int
-    seconds: float
-    renewals: int
-    overlap: float | None
-    checkpoint: str | None
+    step: int  # optimizer steps made, over all resumptions
+    eval_loss: float | None  # on what is held out, at the end; nats per token of a language model
+    state_bytes: int  # of the optimizer
+    peak_memory_bytes: int  # of the GPU if there is one, of the process otherwise
+    parameters: int  # of the model, as it is saved
+    trained_parameters: int  # those that the optimizer moves, of the model or of its adapters
+    seconds: float  # time spent in training steps
+    renewals: int  # bases found, over all weights and resumptions; 0 for an optimizer that does not project
+    overlap: float | None  # of each weight's last two subspaces, on average: 1 for the same, 0 as of random ones
+    checkpoint: str | None  # where a stopped run goes on from
 
     @property
     def headline(self) -> str:

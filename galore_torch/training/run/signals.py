@@ -119,27 +119,24 @@ def stoppable(left: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Let the body end before a first signal counts, which is then forgotten: all is written. A second one raises."""
+def deferred(*, until_after: bool = False) -> Iterator[None]:
+    """Let the body end before a first signal counts, which is then forgotten: all is written. A second one raises.
+
+    Args:
+        until_after: let whoever hears signals now hear the first one after the body, however that ends.
+    """
     seen: list[int] = []
 
     def wait(number: int, _frame: FrameType | None) -> None:
-        heard(number)
         seen.append(number)
-        if len(seen) > 1:
-            raise Stop
+        if not until_after:
+            heard(number)
+            if len(seen) > 1:
+                raise Stop
 
-    with handled_by(wait):
-        yield
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Let the body end, however it does, before a signal is heard by whoever hears signals now."""
-    seen: list[int] = []
     try:
-        with handled_by(lambda number, _frame: seen.append(number)):
+        with handled_by(wait):
             yield
     finally:
-        for number in seen[:1]:
-            signal.raise_signal(number)
+        if until_after and seen:
+            signal.raise_signal(seen[0])
