@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from galore_torch.training.compare.jobs import JOBS, Amount, ComparedJob
 from galore_torch.training.compare.plan import PLAN, PlannedRun, make_plan, read_plan, require_same_plan
-from galore_torch.training.compare.results import as_json, compare, final_record, notes, read_ends, table
+from galore_torch.training.compare.results import as_json, compare, final_record, notes, read_end, table
 from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, PANEL, Json, reported_errors
 from galore_torch.training.run.files import write_whole
@@ -143,7 +143,7 @@ def _show_plan(runs: Sequence[PlannedRun], console: Console) -> None:
 def _report(job: ComparedJob, runs: Sequence[PlannedRun], out: Path, console: Console, *, json: bool) -> None:
     from galore_torch.training.compare.report import report  # and with it matplotlib and Transformers
 
-    comparison = compare(job, read_ends(runs, out))
+    comparison = compare(job, [read_end(run, out) for run in runs])
     results = as_json(comparison)
     write_whole(out / "results.json", json_format.dumps(results, indent=1) + "\n")
     report(comparison, out, read_plan(out / PLAN)["command"]).write(out / "report.html")

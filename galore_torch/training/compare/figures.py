@@ -49,19 +49,17 @@ def _histories(summary: Summary, out: Path, field: str) -> list[list[Record]]:
     return [history[: min(map(len, seeds))] for history in seeds]
 
 
+def _loss_label(score: Score) -> str:
+    return "loss" if score.more_is_better else "loss (nats per token)"
+
+
 def _held_out_label(score: Score) -> str:
-    return f"held-out {score.name if score.more_is_better else score.loss_label}"
+    return f"held-out {score.name if score.more_is_better else _loss_label(score)}"
 
 
 def losses(comparison: Comparison, out: Path, by: str) -> Figure:
-    """Training losses, smoothed, by what is seen or by seconds.
-
-    Args:
-        comparison: with its best settings.
-        out: its folder.
-        by: tokens, examples or seconds.
-    """
-    figure, axes = new_axes("seconds of training", comparison.score.loss_label)
+    """Training losses of each method at its best, smoothed, by the tokens or examples seen or by seconds."""
+    figure, axes = new_axes("seconds of training", _loss_label(comparison.score))
     top = -math.inf
     for index, (method, best) in enumerate(comparison.best.items()):
         seeds = _histories(best, out, "loss")
@@ -121,19 +119,13 @@ def sensitivity(comparison: Comparison) -> Figure | None:
     return figure if any(len(by_lr) > 1 for by_lr in found.values()) else None
 
 
-def subspaces(comparison: Comparison, out: Path, field: str, label: str) -> Figure | None:
-    """A figure of the renewals by step, averaged over weights, seeds and as many steps as a layer's turn takes.
-
-    Args:
-        comparison: with its best settings.
-        out: its folder.
-        field: of ``subspaces.jsonl``: overlap or captured.
-        label: what it is, for the axis.
+def subspaces(comparison: Comparison, out: Path, field: str) -> Figure | None:
+    """A field of ``subspaces.jsonl`` by step, averaged over weights, seeds and as many steps as a layer's turn takes.
 
     Returns:
         The figure, or None if no method has renewed a basis.
     """
-    figure, axes = new_axes("step", label)
+    figure, axes = new_axes("step", "overlap" if field == "overlap" else "captured energy")
     for index, (method, best) in enumerate(comparison.best.items()):
         found = [record for end in best.ends for record in records.read(RunFolder(out / end.run.folder).subspaces)]
         renewals = [(record["step"], record[field]) for record in found if record[field] is not None]

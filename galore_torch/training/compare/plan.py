@@ -7,15 +7,14 @@ import itertools
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from galore_torch.training.compare.jobs import Amount, ComparedJob
 from galore_torch.training.run.files import Lock, being_written, write_whole
-from galore_torch.training.settings.fields import plain_type, typed_fields
 from galore_torch.training.settings.methods import method_settings, refuse_unheeded
-from galore_torch.training.settings.sections import suggest
 
 PLAN = "plan.json"
 """The plan's name in a comparison's folder."""
@@ -26,10 +25,8 @@ OF_METHODS = ("optim", "adapter")
 OF_RUNS = {"lr": "--lr METHOD=X", "others_lr": "--others-lr METHOD=X", "seed": "--seed N"}
 """Settings in which the runs of one method differ, and how they are given."""
 
-_SHARED = ("model", "data")  # sections without which two runs cannot be compared, but for
+_SHARED = ("model", "data")  # sections that all runs have in common, but for
 _NOT_SHARED = ("dtype", "target_modules")
-_BOOLS = {"true": True, "false": False}
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def lock_of(out: Path) -> Lock:
@@ -63,9 +60,6 @@ class PlannedRun:
 def rates_by_method(option: str, given: Sequence[str], methods: Sequence[str]) -> dict[str, list[float | None]]:
     """Learning rates for each method from what was given: ``0.01`` for all, ``galore=0.01`` for one alone.
 
-    Raises:
-        ValueError: when a rate is no number or names a method that is not compared.
-
     >>> rates_by_method("lr", ["0.01", "galore=0.02"], ["full", "galore"])
     {'full': [0.01], 'galore': [0.02]}
     """
@@ -80,53 +74,40 @@ def rates_by_method(option: str, given: Sequence[str], methods: Sequence[str]) -
     return {method: list(dict.fromkeys(rates[method] or rates[""] or [None])) for method in methods}
 
 
-def _require_compared(given: str, method: str, methods: Iterable[str]) -> None:
-    if method not in methods:
-        raise ValueError(f"{given} is for a method that is not compared; add --method {method}.")
-
-
 def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What each method sets for itself, from texts such as ``lora:adapter_rank=2``; its configuration judges the value.
-
-    Raises:
-        ValueError: when a text has another form, names a method that is not compared or a setting that there is not,
-            or one that all runs share, or when its value is of the wrong type.
+    """What each method sets for itself, from texts such as ``lora:adapter_rank=2``; its configuration judges them.
 
     >>> from galore_torch.training.compare.jobs import PRETRAIN
     >>> own_settings(PRETRAIN, ["lora:adapter-rank=2"], ["galore", "lora"])
     {'galore': {}, 'lora': {'adapter_rank': 2}}
     """
     own: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    known = {
-        field.name: (section, plain_type(hint))
-        for section, kind in job.sections.items()
-        for field, hint in typed_fields(kind)
-    }
+    shared = {field.name for section in _SHARED for field in dataclasses.fields(job.sections[section])}
     for text in given:
         target, _, value = text.partition("=")
         method, _, name = target.partition(":")
-        method, name, value = method.strip(), name.strip().replace("-", "_"), value.strip()
-        wrong = f"set = {text!r}"
+        method, name, value, wrong = method.strip(), name.strip().replace("-", "_"), value.strip(), f"set = {text!r}"
         if not (method and name and value):
             raise ValueError(f"{wrong} is not METHOD:NAME=VALUE; give such as lora:adapter_rank=2.")
         _require_compared(wrong, method, own)
-        if name not in known:
-            raise ValueError(f"{wrong}: {name} is no setting of {job.doing}; {suggest(name, known)}")
-        section, kind = known[name]
         if name in OF_METHODS:
             raise ValueError(f"{wrong}: {name} is what the methods differ in; choose them by --method.")
         if name in OF_RUNS:
             raise ValueError(f"{wrong}: {name} has an option of its own; give {OF_RUNS[name]}.")
-        if section in _SHARED and name not in _NOT_SHARED:
+        if name in shared and name not in _NOT_SHARED:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{wrong}: runs with another {name} cannot be compared; give {option} for all.")
         if name in own[method]:
             raise ValueError(f"{wrong} sets {name} of {method} a second time; leave out one of them.")
-        try:
-            own[method][name] = _BOOLS[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{wrong}: {value!r} is not {_TYPES[kind]}; give one.") from error
+        with suppress(ValueError):  # a word
+            value = json.loads(value)
+        own[method][name] = value
     return own
+
+
+def _require_compared(given: str, method: str, methods: Iterable[str]) -> None:
+    if method not in methods:
+        raise ValueError(f"{given} is for a method that is not compared; add --method {method}.")
 
 
 def make_plan(
@@ -139,7 +120,7 @@ def make_plan(
     given: Mapping[str, Any],
     sets: Sequence[str] = (),
 ) -> list[PlannedRun]:
-    """All runs, in the order in which they are made; every setting is judged.
+    """All runs, in the order in which they are made; a setting that does not fit is a ValueError.
 
     Args:
         job: what the runs are of.
@@ -150,9 +131,6 @@ def make_plan(
         seeds: of the runs.
         given: further settings by name, for all runs.
         sets: further settings for one method each, see `own_settings`.
-
-    Raises:
-        ValueError: when a setting does not fit.
     """
     for name in OF_METHODS:
         if given.get(name) is not None:
@@ -164,7 +142,7 @@ def make_plan(
     runs = []
     for method in methods:
         for lr, others, seed in itertools.product(by_lr[method], by_others[method], dict.fromkeys(seeds)):
-            # As settings, not by the method's name: a flag for all, such as a rank, may say nothing to one of them.
+            # As settings, not by the method's name: a flag for all, such as a rank, may have no effect on one of them.
             settings = {**by_method[method], **given, **own[method], "seed": seed, "lr": lr, "others_lr": others}
             try:
                 config = job.configure(preset, **settings)
@@ -173,11 +151,12 @@ def make_plan(
             refuse_unheeded(method, own[method], config.optimizer, config.adapter)
             lr, others = config.optimizer.lr, config.optimizer.others_lr or config.optimizer.lr
             runs.append(PlannedRun(method, lr, others, seed, config, job.amount(config)))
+    first = runs[0]
     for run in runs:
-        if run.amount != runs[0].amount:
+        if run.amount != first.amount:
             raise ValueError(
-                f"set: {runs[0].method} would see {runs[0].amount} and {run.method} {run.amount}, and what saw more "
-                "would look better; give both the same length and batch, or leave them out of --set."
+                f"set: {first.method} would see {first.amount} and {run.method} {run.amount}, and what saw more would "
+                "look better; give both the same length and batch, or leave them out of --set."
             )
     return runs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import multiprocessing
 import os
 import pickle
@@ -44,9 +43,6 @@ def call_in_process(function: Callable[..., T], *args: Any, log: Path, console: 
         log: where stdout and stderr of the process go, from the start of the file.
         console: ours.
 
-    Returns:
-        What the function returned.
-
     Raises:
         Stop: when this process was asked to stop meanwhile; the function has ended too.
         ProcessDiedError: when the process ended otherwise than by return or exception.
@@ -79,10 +75,8 @@ def call_in_process(function: Callable[..., T], *args: Any, log: Path, console: 
         finally:
             process.join()
             console.show_cursor()  # which a killed process may have hidden
-    if asked:
-        raise Stop
-    if error is not None:
-        raise error
+    if asked or error is not None:
+        raise Stop if asked else error
     returned: T = result
     return returned
 
@@ -147,7 +141,4 @@ def _stop_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    if _POSIX:
-        os.kill(os.getpid(), signal.SIGINT)  # which also ends a wait of the main thread
-    else:
-        _thread.interrupt_main()
+    os.kill(os.getpid(), signal.SIGINT)  # which also ends a wait of the main thread

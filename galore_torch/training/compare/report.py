@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from galore_torch.training.page.page import Page
 from galore_torch.training.run.machine import versions
 from galore_torch.training.settings.adapter import heeded_by
 from galore_torch.training.settings.methods import heeds
-
-_COLUMNS = 38  # of a phone
 
 
 def report(comparison: Comparison, out: Path, command: str) -> Page:
@@ -38,7 +36,7 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
     if comparison.best:
         _figures(page, comparison, out)
     page.heading("How it was made")
-    page.code(in_lines(command))
+    page.code(command)
     page.facts(versions(job.libraries))
     apart, shared = apart_and_shared({end.run.method: end.run.config for end in comparison.ends})
     page.heading("Settings of each method")
@@ -54,62 +52,33 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
 
 
 def apart_and_shared(configs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The settings that methods differ in, and those that they have in common.
+    """The settings that differ, or have an effect on some methods alone, by method; and all others that are set.
 
-    Args:
-        configs: a configuration of each method.
-
-    Returns:
-        Of each setting that differs or that has an effect on some methods alone, its value by method; and all others
-        that are set. Learning rates and seeds are in neither: runs of one method differ in them.
+    Learning rates and seeds are in neither: runs of one method differ in them.
     """
     effective = {method: _effective(config) for method, config in configs.items()}
     apart: dict[str, dict[str, Any]] = {}
     shared: dict[str, Any] = {}
-    for name in dict.fromkeys(name for settings in effective.values() for name in settings):
+    for name in dict.fromkeys(itertools.chain(*effective.values())):
         values = {method: settings[name] for method, settings in effective.items() if name in settings}
-        if set(values.values()) == {None}:
-            continue
-        if len(values) < len(configs) or len(set(values.values())) > 1:
+        first = next(iter(values.values()))
+        if len(values) < len(configs) or any(value != first for value in values.values()):
             apart[name] = values
-        else:
-            shared[name] = next(iter(values.values()))
-    return apart, shared
+        elif first is not None:
+            shared[name] = first
+    return {name: values for name, values in apart.items() if set(values.values()) != {None}}, shared
 
 
 def _effective(config: Any) -> dict[str, Any]:
-    """All settings that have an effect, but for learning rates and the seed."""
+    """All settings that have an effect, but for those of `OF_RUNS`; an adapter has the rank as its own."""
     adapter = config.adapter.adapter
+    hidden = {*OF_RUNS, *(["rank"] if adapter != "none" else [])}
+    settings = dict(itertools.chain(*(section.items() for section in dataclasses.asdict(config).values())))
     return {
         name: value
-        for section in dataclasses.asdict(config).values()
-        for name, value in section.items()
-        if name not in OF_RUNS
-        and heeds(name, config.optimizer, config.adapter)
-        and heeded_by(adapter, name)
-        and not (name == "rank" and adapter != "none")  # adapter_rank has it
+        for name, value in settings.items()
+        if name not in hidden and heeds(name, config.optimizer, config.adapter) and heeded_by(adapter, name)
     }
-
-
-def in_lines(command: str) -> str:
-    r"""A command in lines that a phone shows whole, none cut inside an option and its value; shells read it the same.
-
-    >>> print(in_lines("galore compare --method full --method galore --lr 0.001 --dry-run"))
-    galore compare --method full \
-      --method galore --lr 0.001 --dry-run
-    """
-    parts: list[list[str]] = [[]]
-    for word in shlex.split(command):
-        if word.startswith("-"):
-            parts.append([])
-        parts[-1].append(word)
-    lines = [shlex.join(parts[0])]
-    for part in map(shlex.join, parts[1:]):
-        if len(lines[-1]) + len(part) < _COLUMNS:
-            lines[-1] += f" {part}"
-        else:
-            lines.append(f"  {part}")
-    return " \\\n".join(lines)
 
 
 def _words(value: object) -> str:
@@ -136,24 +105,21 @@ def _figures(page: Page, comparison: Comparison, out: Path) -> None:
     job, score = comparison.job, comparison.score
     seeds = "; bands span the seeds" if comparison.seeds > 1 else ""
     judged = f"{score.name if score.more_is_better else 'loss'} on held-out {job.held_out}".capitalize()
-    page.heading("Curves")
-    page.figure(figures.losses(comparison, out, job.unit), f"Training loss by {job.unit} seen, smoothed{seeds}.")
-    page.figure(figures.losses(comparison, out, "seconds"), "The same by seconds spent in training steps.")
-    _add(page, "", {f"{judged} at each evaluation{seeds}.": figures.held_out(comparison, out)})
-    _add(page, "Learning rates", {f"{judged} by learning rate; mean over the seeds.": figures.sensitivity(comparison)})
-    overlap = "How much of the old basis is left at a renewal: 1 all of it, 0 as of a random one; means over weights."
-    captured = "Share of the gradient's energy that the old basis still held at a renewal; more is better."
-    renewals = {
-        overlap: figures.subspaces(comparison, out, "overlap", "overlap"),
-        captured: figures.subspaces(comparison, out, "captured", "captured energy"),
-    }
-    _add(page, "Subspaces", renewals)
-
-
-def _add(page: Page, heading: str, drawn: Mapping[str, Any]) -> None:
-    """Add the figures that there are by their captions, under a heading if there is any."""
-    found = {caption: figure for caption, figure in drawn.items() if figure is not None}
-    if found and heading:
-        page.heading(heading)
-    for caption, figure in found.items():
-        page.figure(figure, caption)
+    overlap, captured = (figures.subspaces(comparison, out, field) for field in ("overlap", "captured"))
+    for heading, drawn in {
+        "Curves": {
+            f"Training loss by {job.unit} seen, smoothed{seeds}.": figures.losses(comparison, out, job.unit),
+            "The same by seconds spent in training steps.": figures.losses(comparison, out, "seconds"),
+            f"{judged} at each evaluation{seeds}.": figures.held_out(comparison, out),
+        },
+        "Learning rates": {f"{judged} by learning rate; mean over the seeds.": figures.sensitivity(comparison)},
+        "Subspaces": {
+            "Overlap of a basis with the one before: 1 the same subspace, 0 as random ones; weights' means.": overlap,
+            "Share of the gradient's energy that the old basis still held at a renewal; more is better.": captured,
+        },
+    }.items():
+        if any(drawn.values()):
+            page.heading(heading)
+        for caption, figure in drawn.items():
+            if figure is not None:
+                page.figure(figure, caption)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,6 @@ class Score:
         return self.name != "perplexity"
 
     @property
-    def loss_label(self) -> str:
-        """What the loss is, for an axis."""
-        return "loss" if self.more_is_better else "loss (nats per token)"
-
-    @property
     def beside_full(self) -> str:
         """How a method is put beside full rank, for a column."""
         return "points to full" if self.more_is_better else "ratio to full"
@@ -49,7 +43,7 @@ class Score:
         >>> Score("perplexity").beside(15.0, 10.0), Score("accuracy").beside(0.875, 0.9)
         ('1.500', '-2.5')
         """
-        if not (math.isfinite(own) and math.isfinite(full)):
+        if not math.isfinite(own + full):
             return ""
         return f"{100 * (own - full):+.1f}" if self.more_is_better else f"{own / full:.3f}"
 
@@ -60,10 +54,14 @@ def shown(name: str, value: float | None, spread: float | None = None) -> str:
     >>> shown("perplexity", 1234.567, 1.5), shown("accuracy", 0.91)
     ('1,234.57 ±1.50', '0.9100')
     """
-    if value is None or not math.isfinite(value):
+    digits, value = ",.2f" if name == "perplexity" else ".4f", _finite(value)
+    if not math.isfinite(value):
         return "not finite"
-    digits = ",.2f" if name == "perplexity" else ".4f"
     return f"{value:{digits}}" + ("" if spread is None else f" ±{spread:{digits}}")
+
+
+def _finite(value: float | None) -> float:
+    return math.inf if value is None or math.isnan(value) else value
 
 
 @dataclass(frozen=True)
@@ -86,15 +84,12 @@ def error_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.error")
 
 
-def read_ends(runs: Sequence[PlannedRun], out: Path) -> list[RunEnd]:
-    """Read how each run ended."""
-    found = []
-    for run in runs:
-        folder = RunFolder(out / run.folder)
-        failed = error_file(folder.root)
-        error = failed.read_text(encoding="utf-8", errors="replace").strip() if failed.exists() else None
-        found.append(RunEnd(run, final_record(run, out), error, folder.text_digest() if folder.text.exists() else None))
-    return found
+def read_end(run: PlannedRun, out: Path) -> RunEnd:
+    """Read how a run ended."""
+    folder = RunFolder(out / run.folder)
+    failed = error_file(folder.root)
+    error = failed.read_text(encoding="utf-8", errors="replace").strip() if failed.exists() else None
+    return RunEnd(run, final_record(run, out), error, folder.text_digest() if folder.text.exists() else None)
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ class Summary:
 
     def values(self, field: str) -> list[Any]:
         """A field of the final records, by seed."""
-        return [end.final.get(field) for end in self.ends if end.final is not None]
+        return [end.final[field] for end in self.ends if end.final is not None]
 
 
 @dataclass(frozen=True)
@@ -162,54 +157,44 @@ def compare(job: ComparedJob, ends: list[RunEnd]) -> Comparison:
     Best is the mean over the seeds of a task's score, at equal scores the loss; without such a score, the loss alone.
     """
     groups: dict[str, dict[tuple[float, float], list[RunEnd]]] = {}
+    names = [""]
     for end in ends:
         if end.final is not None:
+            names = list(job.scores(end.final))
             groups.setdefault(end.run.method, {}).setdefault((end.run.lr, end.run.others_lr), []).append(end)
-    score = Score(next((next(iter(job.scores(end.final))) for end in ends if end.final is not None), ""))
-    tried = {method: [_summary(job, score, each) for each in by_lr.values()] for method, by_lr in groups.items()}
+    score = Score(names[0])
+
+    def summarize(ends: list[RunEnd]) -> Summary:
+        finals = [end.final for end in ends if end.final is not None]
+        losses = [_finite(final.get(LOSS)) for final in finals]
+        scores = [_finite(job.scores(final).get(score.name)) for final in finals]
+        spread = statistics.stdev(scores) if len(scores) > 1 and math.isfinite(sum(scores)) else None
+        return Summary(ends, statistics.fmean(losses), statistics.fmean(scores), spread)
 
     def order(summary: Summary) -> tuple[float, float, float]:
         least = -summary.score if math.isfinite(summary.score) else math.inf
         return -len(summary.ends), least if score.more_is_better else 0.0, summary.loss
 
+    tried = {method: [summarize(group) for group in by_lr.values()] for method, by_lr in groups.items()}
     return Comparison(job, ends, score, tried, {method: min(each, key=order) for method, each in tried.items()})
-
-
-def _summary(job: ComparedJob, score: Score, ends: list[RunEnd]) -> Summary:
-    finals = [end.final for end in ends if end.final is not None]
-    losses = [_finite(final.get(LOSS)) for final in finals]
-    scores = [_finite(job.scores(final).get(score.name)) for final in finals]
-    spread = statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None
-    return Summary(ends, statistics.fmean(losses), statistics.fmean(scores), spread)
-
-
-def _finite(value: float | None) -> float:
-    return math.inf if value is None or not math.isfinite(value) else value
 
 
 def notes(comparison: Comparison) -> list[str]:
     """What a reader has to know of the figures: best rates at the edge of those tried, seeds missing, other data."""
     found = []
     for method, best in comparison.best.items():
-        found += _edges(best.run, [end.run for end in comparison.ends if end.run.method == method])
+        runs = [end.run for end in comparison.ends if end.run.method == method]
+        tried = {"learning rate": (best.run.lr, {run.lr for run in runs})}
+        if any(run.others_lr != run.lr for run in runs):
+            tried["learning rate of the others"] = best.run.others_lr, {run.others_lr for run in runs}
+        for name, (lr, all_lrs) in tried.items():
+            if len(all_lrs) > 1 and lr in (min(all_lrs), max(all_lrs)):
+                which = "least" if lr == min(all_lrs) else "greatest"
+                found.append(f"{method}: its best {name}, {lr:g}, is the {which} tried; a better one may lie beyond.")
         if len(best.ends) < comparison.seeds:
             found.append(f"{method}: {len(best.ends)} of {comparison.seeds} seeds have ended at {best.run.lr:g}.")
     if len({end.digest for end in comparison.ends if end.final and end.digest}) > 1:
         found.append("The data changed between the runs: they have not seen the same. Compare anew in another folder.")
-    return found
-
-
-def _edges(best: PlannedRun, runs: Sequence[PlannedRun]) -> list[str]:
-    """A sentence for each learning rate of the best that is the least or the greatest of several that were tried."""
-    others = {run.others_lr for run in runs} if any(run.others_lr != run.lr for run in runs) else set()
-    found = []
-    for name, lr, tried in (
-        ("learning rate", best.lr, {run.lr for run in runs}),
-        ("learning rate of the others", best.others_lr, others),
-    ):
-        if len(tried) > 1 and lr in (min(tried), max(tried)):
-            which = "least" if lr == min(tried) else "greatest"
-            found.append(f"{best.method}: its best {name}, {lr:g}, is the {which} tried; a better one may lie beyond.")
     return found
 
 
@@ -219,17 +204,17 @@ def rows(comparison: Comparison) -> list[list[str]]:
     full = next((best[name].score for name in _FULL_RANK if name in best), math.nan)
     cells = []
     for method in comparison.methods:
-        row = best.get(method)
-        if row is None:
+        if method not in best:
             failed = any(end.error for end in comparison.ends if end.run.method == method)
             cells.append([method, "", "failed" if failed else "unfinished", *[""] * 5])
             continue
-        lr, others_lr = row.run.lr, row.run.others_lr
-        rates = f"{lr:g}" if others_lr == lr else f"{lr:g}/{others_lr:g}"
+        row = best[method]
+        lr, others_lr = f"{row.run.lr:g}", f"{row.run.others_lr:g}"
         pace = statistics.fmean(row.values(f"{comparison.job.unit}_per_second"))
         megabytes = [max(row.values(field)) / 1e6 for field in ("state_bytes", "peak_memory_bytes")]
         scored = [shown(score.name, row.score, row.spread), score.beside(row.score, full)]
         trained = f"{max(row.values('trained_parameters')):,}"
+        rates = lr if others_lr == lr else f"{lr}/{others_lr}"
         cells.append([method, rates, *scored, *map(_short, (pace, *megabytes)), trained])
     return cells
 
@@ -241,11 +226,10 @@ def _short(value: float) -> str:
 def table(comparison: Comparison) -> Table:
     """The comparison for a terminal of 80 columns, without the count of parameters."""
     drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    drawn.add_column("method", overflow="fold")
     beside = "points" if comparison.score.more_is_better else "/full"
     pace = {"tokens": "tok/s", "examples": "rows/s"}[comparison.job.unit]
-    for column in ("lr/others", comparison.score.name or "score", beside, pace, "state MB", "peak MB"):
-        drawn.add_column(column, justify="right", overflow="fold")
+    for name in ("method", "lr/others", comparison.score.name or "score", beside, pace, "state MB", "peak MB"):
+        drawn.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for row in rows(comparison):
         drawn.add_row(*row[:-1])
     return drawn
