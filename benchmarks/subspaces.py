@@ -5,7 +5,7 @@
 
 A `galore pretrain` run is made with the default decomposition. At every renewal of every layer each candidate finds a
 basis from the same gradient (and the same old basis), and the energy in it is compared with the exact SVD's of the
-same rank. What decides is the worst layer and renewal, not the mean.
+same rank. What decides is the worst layer and renewal, not the mean. Fastest first; what misses the bar is dim.
 """
 
 import tempfile
@@ -18,11 +18,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common.bars import limits
-from benchmarks.common.console import table as table_of
+from benchmarks.common.report import Sheet
 from galore_torch.projection import decompositions
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Wanted
 from galore_torch.training.pretrain.presets import configure
@@ -46,8 +45,7 @@ class Record:
 
 def energy(matrix: Tensor, side: str, basis: Tensor) -> float:
     """Return the squared norm of the projected matrix."""
-    image = basis.mT @ matrix if side == "left" else matrix @ basis
-    return float(image.square().sum())
+    return float((basis.mT @ matrix if side == "left" else matrix @ basis).square().sum())
 
 
 def iteration(start: str, power_iterations: int, oversampling: int, dtype: torch.dtype) -> Finder:
@@ -65,17 +63,18 @@ def iteration(start: str, power_iterations: int, oversampling: int, dtype: torch
     return find
 
 
-def candidates() -> dict[tuple[str, ...], Finder]:
+def candidates() -> dict[str, Finder]:
     """Return the finders that are compared, by start, power iterations, oversampling and precision."""
-    found: dict[tuple[str, ...], Finder] = {("exact SVD", "", "", "float32"): DECOMPOSITIONS["svd"]}
+    found: dict[str, Finder] = {"exact SVD, float32": DECOMPOSITIONS["svd"]}
+    constants = [(power, extra, torch.float32) for power, extra in ((1, 0), (1, 16), (1, 32), (2, 0), (2, 8), (2, 16))]
     for start in ("Gaussian", "old"):
-        for power, extra in ((1, 0), (1, 16), (1, 32), (2, 0), (2, 8), (2, 16), (3, 16)):
-            found[start, str(power), str(extra), "float32"] = iteration(start, power, extra, torch.float32)
-        found[start, "2", "16", "bfloat16"] = iteration(start, 2, 16, torch.bfloat16)
+        for power, extra, dtype in (*constants, (3, 16, torch.float32), (2, 16, torch.bfloat16)):
+            name = f"{start}, power {power}, extra {extra}, {str(dtype).removeprefix('torch.')}"
+            found[name] = iteration(start, power, extra, dtype)
     return found
 
 
-def recorder(records: dict[tuple[str, ...], Record], default: Finder) -> Finder:
+def recorder(records: dict[str, Record], default: Finder) -> Finder:
     """Return a finder that tries all candidates beside the default, and lets the run go on with the default's."""
     tried = candidates()
 
@@ -83,9 +82,8 @@ def recorder(records: dict[tuple[str, ...], Record], default: Finder) -> Finder:
         ((side, rank),) = wanted.ranks.items()
         exact = float(torch.linalg.svdvals(matrix)[:rank].square().sum())
         if side in wanted.old:
-            records.setdefault(("the old basis, kept", "", "", ""), Record()).energies.append(
-                energy(matrix, side, wanted.old[side]) / exact
-            )
+            kept = records.setdefault("the old basis, kept", Record())
+            kept.energies.append(energy(matrix, side, wanted.old[side]) / exact)
         for name, finder in tried.items():
             record = records.setdefault(name, Record())
             started = time.process_time()
@@ -97,20 +95,15 @@ def recorder(records: dict[tuple[str, ...], Record], default: Finder) -> Finder:
     return find
 
 
-def table(records: dict[tuple[str, ...], Record]) -> Table:
-    """Lay the records out, fastest first; what misses the bar is dim."""
-    rows = []
+def sheet(records: dict[str, Record]) -> Sheet:
+    """Lay the records out."""
+    rows: dict[str, dict[str, Any]] = {}
     for name, record in sorted(records.items(), key=lambda item: item[1].seconds):
         worst, count = min(record.energies), len(record.energies)
-        figures = (
-            f"{worst:.4f}",
-            f"{sum(record.energies) / count:.4f}",
-            f"{count}",
-            f"{1e3 * record.seconds / count:.2f}",
-        )
-        rows.append([cell if worst >= BAR else f"[dim]{cell}[/]" for cell in (*name, *figures)])
-    headings = ("start", "power", "extra", "precision", "worst", "mean", "renewals", "ms each")
-    return table_of(f"energy captured, of the exact basis' (bar at the worst: {BAR})", headings, rows)
+        figures = {"worst": f"{worst:.4f}", "mean": f"{sum(record.energies) / count:.4f}", "renewals": count}
+        figures["ms each"] = f"{1e3 * record.seconds / count:.2f}"
+        rows[name if worst >= BAR else f"[dim]{name}[/]"] = figures
+    return Sheet(title=f"energy captured, of the exact basis' (bar at the worst: {BAR})", rows=rows)
 
 
 def main(
@@ -119,13 +112,9 @@ def main(
     preset: Annotated[str, typer.Option(help="The model and its recipe.")] = "llama-tiny",
 ) -> None:
     """Run, compare and print the table."""
-    records: dict[tuple[str, ...], Record] = {}
-    settings: dict[str, Any] = {
-        "optim": "galore-adamw",
-        "decomposition": "warm",
-        "steps": steps,
-        "update_proj_gap": update_proj_gap,
-    }
+    records: dict[str, Record] = {}
+    settings: dict[str, Any] = {"steps": steps, "update_proj_gap": update_proj_gap}
+    settings |= {"optim": "galore-adamw", "decomposition": "warm"}
     DECOMPOSITIONS["warm"] = recorder(records, DECOMPOSITIONS["warm"])
     with tempfile.TemporaryDirectory() as folder:
         result = new_run(
@@ -133,7 +122,7 @@ def main(
         ).train()
     console = Console()
     console.print(f"{preset}, {result.step} steps, gap {update_proj_gap}, perplexity {result.perplexity:.1f}")
-    console.print(table(records))
+    console.print(sheet(records).table())
 
 
 if __name__ == "__main__":

@@ -222,6 +222,16 @@ def climbing_rooms(source: Source) -> list[str]:
     ]
 
 
+def climbing_benchmarks(source: Source) -> list[str]:
+    """Rooms of benchmarks/, and the files beside them, import of it common/ and themselves; common/ itself alone."""
+    home = home_of(source.module)
+    return [
+        f"{source.module}:{imported.line} imports {imported.module}"
+        for imported in source.imports()
+        if imported.module.split(".")[0] == "benchmarks" and home_of(imported.module) not in (home, "common")
+    ]
+
+
 def room_of(module: str) -> str:
     return [*module.split("."), "", ""][2]
 

@@ -15,6 +15,7 @@ from tests.architecture import (
     TEXT_PATTERNS,
     Source,
     circles,
+    climbing_benchmarks,
     climbing_imports,
     climbing_rooms,
     costly_imports,
@@ -47,6 +48,12 @@ def text_files() -> Iterator[Path]:
 def test_the_package_keeps_the_rule(rule):
     assert PACKAGE_FILES
     assert [wrong for path in PACKAGE_FILES for wrong in rule(Source.read(path))] == []
+
+
+def test_the_benchmarks_share_only_what_is_common():
+    paths = [path for path in SOURCE_FILES if path.is_relative_to(ROOT / "benchmarks")]
+    assert paths
+    assert [wrong for path in paths for wrong in climbing_benchmarks(Source.read(path))] == []
 
 
 def test_training_has_no_circle():
@@ -142,6 +149,15 @@ def test_a_climbing_room_is_found():
     assert len(wrongs(climbing_rooms, "training.run.folder", "from galore_torch.training.pretrain import config")) == 1
     assert len(wrongs(climbing_rooms, "training.attic.folder", "import torch")) == 1
     assert wrongs(climbing_rooms, "training.compare.plan", "from galore_torch.training.pretrain import config") == []
+
+
+def test_benchmarks_that_import_each_other_are_found():
+    common, step = "from benchmarks.common import bars", "from benchmarks.step import measure"
+    found = {
+        home: [len(climbing_benchmarks(Source(f"benchmarks.{home}.x", text))) for text in (common, step)]
+        for home in ("common", "step", "device")
+    }
+    assert found == {"common": [0, 1], "step": [0, 0], "device": [0, 1]}
 
 
 def test_a_circle_is_found():

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,13 @@ class Bar:
         """Whether the figure keeps to its bar."""
         return self.value <= self.at_most
 
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {**asdict(self), "kept": self.kept}
+
 
 def limits(benchmark: str, case: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """Return what figures must not exceed, by their words.
+    """Return what figures of a benchmark (a key of bars.toml) must not exceed in a case, by their words.
 
     >>> limits("step")["ordinary step / the floor"]
     1.25
@@ -38,12 +42,6 @@ def limits(benchmark: str, case: Mapping[str, Any] | None = None) -> dict[str, f
 
 
 def judged(benchmark: str, case: Mapping[str, Any], figures: Mapping[str, float]) -> list[Bar]:
-    """Return those of the figures that have a bar in this case.
-
-    Args:
-        benchmark: A key of bars.toml.
-        case: What was measured, such as sizes.
-        figures: By their words.
-    """
+    """Return those of the figures, by their words, that have a bar in what was measured, such as sizes."""
     known = limits(benchmark, case).items()
     return [Bar(what=what, value=figures[what], at_most=at_most) for what, at_most in known if what in figures]

@@ -4,6 +4,7 @@ Shape suffixes as everywhere: m x n is a weight, r the rank. Operations are mult
 pair of entries that meet in a product.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.common.methods import Method
 from benchmarks.common.sizes import Llama
-from benchmarks.common.timing import now_s
+from benchmarks.common.timing import seconds_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ def demand(size: Llama, method: Method, tokens: int, dtype: torch.dtype) -> Dema
     are fused 2 N r (m + n). Projecting and projecting back take 2 r m n each. Attention is causal: half of the
     products of queries with keys, and of the weights with values, forward once and backward twice.
     """
-    rank, projects, fused = size.rank, method.gradients != "full rank", method.gradients == "fused"
+    rank, projects, fused = size.rank, method.projects, method.gradients == "fused"
     item, moment = dtype.itemsize, 1 if method.state_bits == 8 else dtype.itemsize
     operations = 6.0 * tokens * size.hidden * (size.vocabulary + size.sequence * size.layers)
     nbytes = float(size.other_elements * (3 * item + 4 * moment))  # read weight, gradient, moments; write all but one
@@ -58,67 +59,77 @@ class Speeds:
 
     def measure(self) -> None:
         """Measure once more. The first time everything runs twice, and the second run counts."""
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=self.dtype, device=self.device)
-
         hidden, intermediate = self.size.hidden, self.size.intermediate
-        x, grad_y, weight = draw(self.tokens, hidden), draw(self.tokens, intermediate), draw(intermediate, hidden)
+        shapes = (self.tokens, hidden), (self.tokens, intermediate), (intermediate, hidden)
+        x, grad_y, weight = (torch.randn(shape, dtype=self.dtype, device=self.device) for shape in shapes)
         traffic = torch.zeros(2**26 // self.dtype.itemsize, dtype=self.dtype, device=self.device)
         for _ in range(1 if self.operations_per_s else 2):
-            start_s = now_s(self.device)
-            x @ weight.T, grad_y @ weight, grad_y.T @ x
-            multiplied_s = now_s(self.device)
-            traffic.mul_(1.0)
-            moved_s = now_s(self.device)
-        self.operations_per_s.append(6 * self.tokens * weight.numel() / (multiplied_s - start_s))
-        self.bytes_per_s.append(2 * 2**26 / (moved_s - multiplied_s))
+            multiplied_s = seconds_of(lambda: (x @ weight.T, grad_y @ weight, grad_y.T @ x), self.device)
+            moved_s = seconds_of(lambda: traffic.mul_(1.0), self.device)
+        self.operations_per_s.append(6 * self.tokens * weight.numel() / multiplied_s)
+        self.bytes_per_s.append(2 * 2**26 / moved_s)
 
     def floor_s(self, demanded: Demand) -> float:
         """Return the least seconds that a step can take."""
         return demanded.operations / median(self.operations_per_s) + demanded.nbytes / median(self.bytes_per_s)
 
 
+def weights_with_gradients(
+    shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: str = "cpu", *, in_int8: bool = False
+) -> list[Tensor]:
+    """Return weights of these shapes, if asked for in INT8, with random gradients: the same at every call."""
+    generator = torch.Generator(device).manual_seed(0)
+    weights: list[Tensor] = []
+    for number, shape in enumerate(shapes):
+        drawn = (torch.randn(shape, generator=generator, device=device).mul_(scale) for scale in (0.02, 1e-3))
+        weight, grad = (one.to(dtype) for one in drawn)
+        if in_int8:
+            from galore_torch.lowbit import QuantizedWeight
+
+            weight = QuantizedWeight.of(weight, seed=number)
+        weights.append(torch.nn.Parameter(weight))
+        weights[-1].grad = grad
+    return weights
+
+
 class Bare:
     """The products of GaLore on some weights with gradients, bare and into memory that is there already.
 
-    Args:
-        weights: Projected on their shorter side, as `proj_type="std"` does.
-        rank: Of the projection.
-        tokens: Of the inputs and output gradients that fused projections are made of.
+    Weights with m < n are projected on the left, by P, others on the right, by Q, as `proj_type="std"` does;
+    `tokens` are those of the inputs and output gradients that fused projections are made of.
     """
 
     def __init__(self, weights: list[Tensor], rank: int, tokens: int = 0) -> None:
         self._all: list[tuple[Tensor, ...]] = []
-        self.coordinates: list[Tensor] = []
         for weight in weights:
             m, n = weight.shape
             shapes = (min(m, n), rank), (m, rank) if m >= n else (rank, n), (tokens, m), (tokens, n)
-            basis, image, grad_y, x = (torch.randn(shape, dtype=weight.dtype) for shape in shapes)
             assert weight.grad is not None
-            self._all.append((weight.detach(), weight.grad, basis, image, grad_y, x))
-            self.coordinates.append(image)
+            drawn = (torch.randn(shape, dtype=weight.dtype) for shape in shapes)
+            self._all.append((weight.detach(), weight.grad, *drawn))
+        self.coordinates = [one[3] for one in self._all]
 
     def project(self) -> None:
         """Project full gradients: G Q, or P^T G."""
-        for weight, grad, basis, image, *_ in self._all:
-            torch.mm(*((grad, basis) if _is_tall(weight) else (basis.mT, grad)), out=image)
+        for _, grad, basis, coordinate, *_ in self._all:
+            torch.mm(*((grad, basis) if grad.shape[0] >= grad.shape[1] else (basis.mT, grad)), out=coordinate)
 
     def project_fused(self) -> None:
         """Form projected gradients of inputs and output gradients: dY^T (X Q), or (dY P)^T X."""
-        for weight, _, basis, image, grad_y, x in self._all:
-            torch.mm(*((grad_y.mT, x @ basis) if _is_tall(weight) else ((grad_y @ basis).mT, x)), out=image)
+        for _, grad, basis, coordinate, grad_y, x in self._all:
+            tall = grad.shape[0] >= grad.shape[1]
+            torch.mm(*((grad_y.mT, x @ basis) if tall else ((grad_y @ basis).mT, x)), out=coordinate)
 
     def project_back(self, updates: list[Tensor]) -> None:
         """Project coordinates back into tensors of the weights' shapes: R Q^T, or P R."""
-        for (weight, _, basis, image, *_), update in zip(self._all, updates, strict=True):
-            torch.mm(*((image, basis.mT) if _is_tall(weight) else (basis, image)), out=update)
+        for (weight, _, basis, coordinate, *_), update in zip(self._all, updates, strict=True):
+            torch.mm(*_factors(weight, basis, coordinate), out=update)
 
     def fold(self) -> None:
         """Project coordinates back and add them to the weights."""
-        for weight, _, basis, image, *_ in self._all:
-            weight.addmm_(*((image, basis.mT) if _is_tall(weight) else (basis, image)), alpha=1e-4)
+        for weight, _, basis, coordinate, *_ in self._all:
+            weight.addmm_(*_factors(weight, basis, coordinate), alpha=1e-4)
 
 
-def _is_tall(weight: Tensor) -> bool:
-    return weight.shape[0] >= weight.shape[1]
+def _factors(weight: Tensor, basis: Tensor, coordinate: Tensor) -> tuple[Tensor, Tensor]:
+    return (coordinate, basis.mT) if weight.shape[0] >= weight.shape[1] else (basis, coordinate)

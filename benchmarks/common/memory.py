@@ -13,25 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_STATUS, _FORGET, _MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
-
+GIB = 2**30
+MIB = 2**20
 AT_ONCE_BYTES = 2**16
-"""Pieces of memory that are given back singly."""
+"""Pieces of memory that `give_back_at_once` lets the C library return singly."""
 
-THRIFTY = {"MALLOC_MMAP_THRESHOLD_": str(AT_ONCE_BYTES), "MALLOC_TRIM_THRESHOLD_": str(AT_ONCE_BYTES)}
-"""Environment variables that make glibc return freed memory at once."""
-
+_STATUS, _FORGET, _MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class Footprint:
-    """The memory of this process above what it takes when this object is made.
-
-    Args:
-        device: Whose memory: cpu or cuda.
-
-    Attributes:
-        base_bytes: What it takes then.
+    """The memory of this process on a device (cpu or cuda) above `base_bytes`, what it takes when this object is made.
 
     Raises:
         RuntimeError: the system does not tell; only Linux does, for a CPU.
@@ -42,10 +34,16 @@ class Footprint:
         if not self._cuda and not _FORGET.exists():
             raise RuntimeError(f"{_FORGET} is needed to measure a process's peak memory on a CPU: run this on Linux")
         gc.collect()
-        if not self._cuda:
-            _give_back_freed_memory()
+        libc = ctypes.CDLL(None)
+        if not self._cuda and hasattr(libc, "malloc_trim"):  # glibc's; others return memory by themselves
+            libc.malloc_trim(0)  # what building the model left behind would hide as much of the peak
         self.base_bytes = 0
         self.base_bytes = self.taken_bytes()
+        self.forget()
+
+    def highest_gib(self) -> float:
+        """Return the most GiB that were taken since `forget`, what was there before included."""
+        return (self.base_bytes + self.peak_bytes()) / GIB
 
     def forget(self) -> None:
         """Let the peak start from what is taken now."""
@@ -73,9 +71,7 @@ def _kernel_says(key: str, file: Path = _STATUS) -> int:
 
 def available_bytes(device: str) -> int:
     """Return the memory that can still be taken, by any process."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return _kernel_says("MemAvailable", _MEMORY)
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else _kernel_says("MemAvailable", _MEMORY)
 
 
 def give_back_at_once() -> None:
@@ -86,13 +82,6 @@ def give_back_at_once() -> None:
             libc.mallopt(parameter, AT_ONCE_BYTES)
 
 
-def _give_back_freed_memory() -> None:
-    """Let the C library return what building the model left behind, or it would hide as much of the peak."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc's; others return memory by themselves
-        libc.malloc_trim(0)
-
-
 def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Return what tensors store. One of another kind counts with the plain tensors in it, or with nothing.
 
@@ -100,9 +89,7 @@ def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
     16
     """
     total = 0
-    for tensor in tensors:
-        if tensor is None:
-            continue
+    for tensor in (one for one in tensors if one is not None):
         if type(tensor) in (Tensor, torch.nn.Parameter):
             total += tensor.untyped_storage().nbytes()
         elif hasattr(tensor, "__tensor_flatten__"):
@@ -133,18 +120,7 @@ def held_bytes(known: list[Tensor]) -> dict[str, float]:
 
 
 def clear(device: str) -> None:
-    """Free what nobody holds, and forget the highest memory of a GPU until now."""
+    """Free what nobody holds."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib(device: str) -> float | None:
-    """The most GiB that tensors took since `clear`; None on a CPU."""
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-
-
-def held_gib(device: str) -> float | None:
-    """The GiB that tensors take now; None on a CPU."""
-    return torch.cuda.memory_allocated() / 2**30 if device == "cuda" else None

@@ -1,83 +1,92 @@
-"""The ways of training that are compared: full-rank AdamW, galore-torch 1.0 and ours in each mode."""
+"""The ways of training that are compared: each a name, an optimizer, and how its gradients are formed and applied.
 
-from __future__ import annotations
+Names are those of `galore pretrain --method`; how a method that projects forms its gradients comes after a slash. They
+stand here again, and a test holds them to those, because a process that measures a published package imports it in
+place of ours.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from benchmarks.common.sizes import Llama
-    from galore_torch import GaLore
+from benchmarks.common.peers import PEERS, Peer
+from benchmarks.common.sizes import Llama
 
-Close = Callable[[], None]
-"""What closes a step after the backward pass."""
+Groups = list[dict[str, Any]]
 
-LEARNING_RATE = 1e-4  # the tokens are random: nothing is to be learned, and nothing may overflow
-REFERENCE = "adamw"
+LEARNING_RATE = 1e-4  # gradients or tokens are random: nothing is to be learned, and nothing may overflow
+REFERENCE = "full"  # what the others are compared with
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A way of training."""
 
-    # how the projected weights' gradients are formed, as `attach` has it; "full rank": none is projected
-    gradients: Literal["full rank", "full", "projected", "fused"]
-    # "backward" if weights move inside the backward pass, so that no gradients accumulate
-    update: Literal["step", "backward"] = "step"
-    state_bits: int = 16  # in what moments are kept: 16, or 8 by bitsandbytes
+    optimizer: str = "GaLoreAdamW"  # key of `BUILDERS`
+    gradients: Literal["full", "projected", "fused"] = "full"  # how those of projected weights are formed
+    update: Literal["step", "backward"] = "step"  # "backward": inside it, so that no gradients accumulate
     basis_bits: int = 16  # in what bases are kept: 16, 8 or 4
     weight_bits: int = 16  # in what attention and MLP weights are kept: 16 or 8
     recomputes: bool = False  # whether the backward computes activations again
-    peer: str | None = None  # the published package that is imported in place of ours; a key of `PEERS`
 
+    @property
+    def peer(self) -> Peer | None:
+        """The published package that holds the optimizer."""
+        return PEERS.get(self.optimizer)
 
-METHODS: dict[str, Method] = {
-    REFERENCE: Method(gradients="full rank"),
-    "adamw/per-layer": Method(gradients="full rank", update="backward"),
-    "galore-1.0": Method(gradients="full", peer="galore-torch-1.0"),
-    "galore-1.0/per-layer": Method(gradients="full", update="backward", peer="galore-torch-1.0"),
-    "full/step": Method(gradients="full"),
-    "projected/step": Method(gradients="projected"),
-    "fused/step": Method(gradients="fused"),
-    "full/backward": Method(gradients="full", update="backward"),
-    "fused/backward": Method(gradients="fused", update="backward"),
-    "full/step/8bit": Method(gradients="full", state_bits=8),
-    "projected/step/8bit": Method(gradients="projected", state_bits=8),
-    "fused/step/8bit": Method(gradients="fused", state_bits=8),
-    "full/backward/8bit": Method(gradients="full", update="backward", state_bits=8),
-    "fused/backward/8bit": Method(gradients="fused", update="backward", state_bits=8),
-}
-"""Every method by the name that it has in tables and on the command line; ours are `gradients/update` of `attach`."""
+    @property
+    def ours(self) -> bool:
+        """Whether the optimizer is of this package."""
+        return self.optimizer.startswith("GaLore")
 
-SIXTEEN_BIT = [name for name, method in METHODS.items() if method.state_bits == 16]
-"""All but those with 8-bit states."""
+    @property
+    def projects(self) -> bool:
+        """Whether the optimizer has a rank."""
+        return self.ours or self.peer is not None
 
+    @property
+    def state_bits(self) -> int:
+        """In what moments are kept: 16, or 8 by bitsandbytes."""
+        return 8 if "8bit" in self.optimizer else 16
 
-def set_up(model: nn.Module, size: Llama, method: Method, *, stagger: bool = True) -> Close:
-    """Build the optimizer, attach what is to be attached, and return what closes a step."""
-    if method.gradients == "full rank" or method.peer:
-        return _plain(model, size, method)
-    from galore_torch import attach
+    def build(self, projected: Sequence[Tensor], others: Sequence[Tensor], size: Llama, **keywords: Any) -> Any:
+        """Return the optimizer over weights that it projects, if it does so, and over others.
 
-    optimizer = build_optimizer(model, size, method, stagger=stagger)
-    attach(model, optimizer, method.gradients, method.update)
-    return partial(_step, optimizer)
+        Rank and gap are those of `size`; keywords are `lr`, and `stagger`: whether our layers take turns to renew.
+        """
+        keys: dict[str, Any] = {"rank": size.rank, "update_proj_gap": size.gap} if self.projects else {}
+        if self.ours:
+            keys |= {"stagger": keywords.get("stagger", True), "basis_bits": self.basis_bits}
+        groups = [{"params": list(projected), **keys}, {"params": list(others)}]
+        return BUILDERS[self.optimizer]([one for one in groups if one["params"]], keywords.get("lr", LEARNING_RATE))
 
+    def build_over(self, model: nn.Module, size: Llama, **keywords: Any) -> Any:
+        """Return the optimizer over all of a model; it projects linear layers of attention and MLP, as the paper."""
+        linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        parts: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, weight in model.named_parameters():
+            parts[name in linear and ("attn" in name or "mlp" in name)].append(weight)
+        return self.build(parts[True], parts[False], size, **keywords)
 
-def build_optimizer(
-    model: nn.Module, size: Llama, method: Method, *, lr: float = LEARNING_RATE, stagger: bool = True
-) -> GaLore:
-    """Return ours over all of a model: attention and MLP projected, the others as they are."""
-    from galore_torch import GaLoreAdamW, GaLoreAdamW8bit, param_groups
+    def set_up(self, model: nn.Module, size: Llama, *, stagger: bool = True) -> Callable[[], None]:
+        """Build the optimizer over a model, attach what is to be attached, and return what ends a step."""
+        whole = self.build_over(model, size, stagger=stagger)
+        if self.ours:
+            from galore_torch import attach
 
-    groups = param_groups(model, size.rank, update_proj_gap=size.gap, basis_bits=method.basis_bits, stagger=stagger)
-    return (GaLoreAdamW8bit if method.state_bits == 8 else GaLoreAdamW)(groups, lr=lr)
+            attach(model, whole, self.gradients, self.update)
+        elif self.update == "backward":
+            for group in whole.param_groups:  # one optimizer each, as the README of galore-torch 1.0 has it
+                for weight in group["params"]:
+                    own = self.build(*(([weight], []) if "rank" in group else ([], [weight])), size)
+                    weight.register_post_accumulate_grad_hook(lambda _, own=own: _step(own))
+            return lambda: None
+        return partial(_step, whole)
 
 
 def _step(optimizer: Optimizer) -> None:
@@ -85,32 +94,70 @@ def _step(optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def _plain(model: nn.Module, size: Llama, method: Method) -> Close:
-    """The fused AdamW of torch, or galore-torch 1.0 as its README shows it: whole, or one for each weight."""
-    make: Callable[[list[dict[str, Any]]], Optimizer] = partial(torch.optim.AdamW, lr=LEARNING_RATE, fused=True)
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if method.peer:
-        from galore_torch import GaLoreAdamW
+def _ours(recipe: str, groups: Groups, lr: float, **keywords: Any) -> Any:
+    import galore_torch
 
-        make = partial(GaLoreAdamW, lr=LEARNING_RATE, no_deprecation_warning=True)
-        names, parts = projected_names(model), dict[bool, list[Tensor]]({False: [], True: []})
-        for name, weight in model.named_parameters():
-            parts[name in names].append(weight)
-        keys = {"rank": size.rank, "update_proj_gap": size.gap, "scale": 0.25, "proj_type": "std"}
-        groups = [{"params": parts[False]}, {"params": parts[True], **keys}]
-    if method.update == "step":
-        return partial(_step, make(groups))
-    for group in groups:
-        for weight in group["params"]:  # each steps as soon as its gradient is complete, and frees it
-            own = make([{**group, "params": [weight]}])
-            weight.register_post_accumulate_grad_hook(lambda _, own=own: _step(own))
-    return lambda: None
+    return getattr(galore_torch, recipe)(groups, lr=lr, **keywords)
 
 
-def projected_names(model: nn.Module) -> set[str]:
-    """Return the names of the weights that the paper projects: the linear layers of attention and MLP."""
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ("attn" in name or "mlp" in name)
-    }
+def _adamw8bit(groups: Groups, lr: float) -> Any:
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    return AdamW8bit(groups, lr=lr)  # type: ignore[no-untyped-call]
+
+
+def _galore_1(groups: Groups, lr: float) -> Any:
+    own = {"scale": 0.25, "proj_type": "std"}
+    groups = [{**group, **own} if "rank" in group else group for group in groups]
+    return _ours("GaLoreAdamW", groups, lr, no_deprecation_warning=True)
+
+
+def _apollo(groups: Groups, lr: float) -> Any:
+    from apollo_torch import APOLLOAdamW
+
+    own = {"scale": 1, "proj": "random", "proj_type": "std", "scale_type": "channel"}
+    return APOLLOAdamW([{**group, **own} if "rank" in group else group for group in groups], lr=lr)
+
+
+BUILDERS: dict[str, Callable[[Groups, float], Any]] = {
+    "AdamW": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True),
+    "AdamW8bit": _adamw8bit,
+    "GaLoreAdamW": partial(_ours, "GaLoreAdamW"),
+    "GaLoreAdamW8bit": partial(_ours, "GaLoreAdamW8bit"),
+    "galore-torch-1.0": _galore_1,
+    "apollo-torch-1.0.3": _apollo,
+}
+"""What makes each optimizer of groups. The published ones have the defaults of their READMEs."""
+
+METHODS: dict[str, Method] = {
+    REFERENCE: Method(optimizer="AdamW"),
+    "full-per-layer": Method(optimizer="AdamW", update="backward"),
+    "galore-1.0": Method(optimizer="galore-torch-1.0"),
+    "galore-1.0-per-layer": Method(optimizer="galore-torch-1.0", update="backward"),
+    "galore/full": Method(),
+    "galore/projected": Method(gradients="projected"),
+    "galore/fused": Method(gradients="fused"),
+    "galore-per-layer/full": Method(update="backward"),
+    "galore-per-layer/fused": Method(gradients="fused", update="backward"),
+    "galore-8bit/full": Method(optimizer="GaLoreAdamW8bit"),
+    "galore-8bit/projected": Method(optimizer="GaLoreAdamW8bit", gradients="projected"),
+    "galore-8bit/fused": Method(optimizer="GaLoreAdamW8bit", gradients="fused"),
+    "galore-8bit-per-layer/full": Method(optimizer="GaLoreAdamW8bit", update="backward"),
+    "galore-8bit-per-layer/fused": Method(optimizer="GaLoreAdamW8bit", gradients="fused", update="backward"),
+}
+"""Every method that trains a model, by the name that it has in tables and on the command line."""
+
+OPTIMIZERS: dict[str, Method] = {
+    REFERENCE: METHODS[REFERENCE],
+    "adam8bit": Method(optimizer="AdamW8bit"),
+    "galore": Method(),
+    "galore-8bit": Method(optimizer="GaLoreAdamW8bit"),
+    "galore, 8-bit bases": Method(basis_bits=8),
+    "galore, INT8 weights": Method(weight_bits=8),
+    "galore-1.0": METHODS["galore-1.0"],
+    "apollo-1.0.3": Method(optimizer="apollo-torch-1.0.3"),
+}
+"""Those whose step alone is measured, on gradients that are there already."""
+
+SIXTEEN_BIT = [name for name, method in METHODS.items() if method.state_bits == 16]
+"""All but those with 8-bit states."""

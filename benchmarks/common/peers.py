@@ -14,24 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+STAMP = ".installed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
     """A published distribution at one version."""
 
-    name: str  # what the peer is called in folders, tables and on the command line
+    name: str  # what the peer is called in folders and by `Method.optimizer`
     requirement: str  # what pip is asked for. Its dependencies are ours already and are not installed again
 
     @property
     def folder(self) -> Path:
-        """Where the peer is installed: the entry of the path that a child process imports it from."""
+        """The entry of the path that a child process imports the peer from; a stamp in it says that it is complete."""
         return ROOT / ".peers" / self.name
 
     @property
-    def stamp(self) -> Path:
-        """The file that says that the installation was completed."""
-        return self.folder / ".installed"
+    def is_installed(self) -> bool:
+        """Whether the installation was completed."""
+        return (self.folder / STAMP).exists()
 
 
 GALORE_1 = Peer(name="galore-torch-1.0", requirement="galore-torch==1.0")
@@ -45,7 +46,7 @@ def install(peer: Peer) -> None:
     Raises:
         RuntimeError: pip could not install it; nothing half-installed stays behind.
     """
-    if peer.stamp.exists():
+    if peer.is_installed:
         return
     shutil.rmtree(peer.folder, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(peer.folder)]
@@ -54,26 +55,24 @@ def install(peer: Peer) -> None:
         shutil.rmtree(peer.folder, ignore_errors=True)
         reason = (outcome.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise RuntimeError(f"{peer.requirement} could not be installed (it needs the network once): {reason}")
-    peer.stamp.touch()
+    (peer.folder / STAMP).touch()
 
 
 def environment(peer: Peer | None) -> dict[str, str]:
     """Return the environment of a child process in which `peer` is imported in place of ours (None: ours).
 
+    Run it as a script (`python folder/script.py`): `-m` would put the checkout before the peer.
+
     Raises:
         RuntimeError: the peer is not installed.
     """
-    if peer is not None and not peer.stamp.exists():
+    if peer is not None and not peer.is_installed:
         raise RuntimeError(f"{peer.name} is not installed in {peer.folder}: run `make setup`")
     return importing_from(None if peer is None else peer.folder)
 
 
 def importing_from(folder: Path | None) -> dict[str, str]:
-    """Return the environment of a child process that looks for modules in a folder, and then in the checkout.
-
-    So it also finds `benchmarks` and `reference`. Run it as a script (`python folder/script.py`), not with `-m`: that
-    would put the checkout before the peer.
-    """
+    """Return the environment of a child process that looks for modules in a folder, and then in the checkout."""
     path = [*([str(folder)] if folder else []), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 

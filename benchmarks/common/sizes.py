@@ -34,11 +34,6 @@ class Llama:
         return (attention + mlp) * self.layers
 
     @property
-    def coordinates(self) -> list[tuple[int, int]]:
-        """The shapes of the weights' coordinates under `proj_type="std"`: m x r for m >= n, else r x n."""
-        return [(m, self.rank) if m >= n else (self.rank, n) for m, n in self.weights]
-
-    @property
     def basis_elements(self) -> int:
         """Numbers in all bases: r x min(m, n) each."""
         return sum(self.rank * min(shape) for shape in self.weights)
@@ -54,7 +49,7 @@ class Llama:
         >>> LLAMA["60m"].state_elements() * 2  # bytes in bfloat16
         32636928
         """
-        return self.basis_elements + 2 * sum(m * n for m, n in self.coordinates)
+        return self.basis_elements + 2 * sum(self.rank * max(shape) for shape in self.weights)
 
     def architecture(self) -> "LlamaConfig":
         """Return Transformers' configuration."""

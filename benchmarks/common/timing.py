@@ -12,15 +12,10 @@ Call = Callable[[], object]
 Running = TypeVar("Running")
 
 
-def drain(device: str) -> None:
-    """Wait until the device has done all that it was told."""
+def now_s(device: str) -> float:
+    """Wait until the device has done all that it was told, and return the time in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def now_s(device: str) -> float:
-    """The time when the device has done all that it was told."""
-    drain(device)
     return time.perf_counter()
 
 
@@ -38,48 +33,31 @@ def in_turn(those: list[Running], rounds: int) -> Iterator[Running]:
         yield from those[start:] + those[:start]
 
 
-def timed(call: Call, device: str, *, times: int = 5, warm: int = 1) -> dict[str, float]:
-    """Median milliseconds of a call.
-
-    Args:
-        call: What is timed.
-        device: Where it runs.
-        times: How often.
-        warm: Calls before, which nobody counts.
+def timed(call: Call, device: str, *, times: int = 5) -> dict[str, float]:
+    """Median milliseconds of a call after one that nobody counts.
 
     Returns:
         `wall_ms` until the device has done it, `host_ms` until the call returns, and `device_ms` between the events
         before and after it.
     """
-    for _ in range(warm):
-        call()
-    wall, host, on_device = [], [], []
+    call()
+    all_ms: dict[str, list[float]] = {"wall_ms": [], "host_ms": [], "device_ms": []}
     for _ in range(times):
-        drain(device)
-        events = _events() if device == "cuda" else []
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * (device == "cuda"))]  # type: ignore[no-untyped-call]
+        start_s = now_s(device)
         for event in events[:1]:
             event.record()
-        start = time.perf_counter()
         call()
-        host.append(time.perf_counter() - start)
+        all_ms["host_ms"].append(1e3 * (time.perf_counter() - start_s))
         for event in events[1:]:
             event.record()
-        drain(device)
-        wall.append(time.perf_counter() - start)
-        on_device.append(events[0].elapsed_time(events[1]) / 1e3 if events else wall[-1])
-    return {f"{name}_ms": 1e3 * median(of) for name, of in (("wall", wall), ("host", host), ("device", on_device))}
-
-
-def _events() -> list[torch.cuda.Event]:
-    return [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        all_ms["wall_ms"].append(1e3 * (now_s(device) - start_s))
+        all_ms["device_ms"].append(events[0].elapsed_time(events[1]) if events else all_ms["wall_ms"][-1])
+    return {name: median(values) for name, values in all_ms.items()}
 
 
 def kernels(call: Call, device: str) -> dict[str, Any]:
     """What a call launches on a GPU; empty on a CPU.
-
-    Args:
-        call: What is traced.
-        device: Where it runs.
 
     Returns:
         `kernels` (how many, copies and fills included), `kernel_ms` (their sum), and `longest` (the five kinds that
@@ -92,7 +70,7 @@ def kernels(call: Call, device: str) -> dict[str, Any]:
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as traced:
         call()
-        drain(device)
+        now_s(device)
     count, total_us = Counter[str](), Counter[str]()
     for event in traced.events():
         if event.device_type == DeviceType.CUDA:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,25 +22,22 @@ Running = TypeVar("Running", bound="Worker")
 
 
 class Worker:
-    """One process; a context manager that ends it.
+    """One process, which serves the `commands` of a module; a context manager that ends it.
 
     Args:
         name: What messages call it.
-        module: The module whose `commands` it serves.
-        request: What `commands` gets, as JSON.
+        module: The module.
+        request: What its `commands` gets, as JSON.
         environment: Of the process; see `peers.environment`.
     """
 
     def __init__(self, name: str, module: str, request: dict[str, Any], environment: Mapping[str, str]) -> None:
         self.name = name
-        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        words = [sys.executable, __file__, module, json.dumps(request)]  # with -m the checkout would precede a peer
+        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            [sys.executable, __file__, module, json.dumps(request)],  # with -m the checkout would come before a peer
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            text=True,
-            env=environment,
+            words, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
         )
 
     def ask(self, command: str, within_s: float | None = None) -> dict[str, Any]:
@@ -53,16 +51,14 @@ class Worker:
         timer = threading.Timer(within_s or 0, self._process.kill)
         if within_s is not None:
             timer.start()
-        try:
+        with suppress(BrokenPipeError):  # it has died: reading finds no answer
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died: reading finds no answer
         answer = self._process.stdout.readline()
         timer.cancel()
         if not answer:
-            self._complaints.seek(0)
-            raise RuntimeError(f"{self.name} died while asked for {command!r}:\n{self._complaints.read()[-2000:]}")
+            self._errors.seek(0)
+            raise RuntimeError(f"{self.name} died while asked for {command!r}:\n{self._errors.read()[-2000:]}")
         figures: dict[str, Any] = json.loads(answer)
         return figures
 
@@ -71,10 +67,8 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._complaints):
-            assert stream is not None
-            stream.close()
+        self._process.communicate()
+        self._errors.close()
 
 
 def _serve() -> None:

@@ -1,4 +1,10 @@
-"""Runs the parts, each in its share of the time, and prints the tables."""
+"""One command for a rented GPU: is all of it right there, where does a step's time go, how fast, in how much memory.
+
+    python -m benchmarks.device [--only PART,...] [--out FOLDER] [--budget SECONDS] [--small]
+
+Every part has a share of the time. It prints each figure as soon as it has it, and keeps it in PART.json, so that a run
+which is cut short has told what it knows; tables come last. With `--small` all of it runs on a CPU, in seconds.
+"""
 
 import argparse
 import os
@@ -6,52 +12,45 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.device import ceilings, correctness, factorizations, staggered, steps, training, waiting
+from benchmarks.common.peers import ROOT
+from benchmarks.device import ceilings, correctness, factorizations, steps, training, waiting
 from benchmarks.device.session import Session
-from benchmarks.device.tables import table
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One question that is put to the device."""
-
-    measure: Callable[[Session], None]  # tells what it finds
-    share: float  # of all the time, how much it may take at most
-
-
-PARTS: dict[str, Part] = {
-    "ceilings": Part(measure=ceilings.measure, share=0.04),
-    "correctness": Part(measure=correctness.measure, share=0.12),
-    "waiting": Part(measure=waiting.measure, share=0.06),
-    "factorizations": Part(measure=factorizations.measure, share=0.08),
-    "training": Part(measure=training.measure, share=0.40),
-    "steps": Part(measure=steps.measure, share=0.40),
-    "staggered": Part(measure=staggered.measure, share=0.10),
+PARTS: dict[str, tuple[Callable[[Session], None], float]] = {
+    "ceilings": (ceilings.measure, 0.04),
+    "correctness": (correctness.measure, 0.12),
+    "waiting": (waiting.measure, 0.06),
+    "factorizations": (factorizations.measure, 0.08),
+    "training": (training.measure, 0.40),
+    "steps": (steps.measure, 0.40),
+    "staggered": (steps.measure_staggered, 0.10),
 }
-"""In this order. Together they may take more than all the time: what one does not need, the next ones have."""
+"""In this order: what tells its figures, and the share of all the time that it may take at most.
+
+Together they may take more than all the time: what one does not need, the next ones have.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
-    made.add_argument("--only", default="", help=f"parts, with commas between: {', '.join(PARTS)}")
-    made.add_argument("--out", type=Path, default=None, help="folder of the JSON files ($OUT, or runs/device)")
-    made.add_argument("--budget", type=float, default=540.0, help="seconds for all of it (540)")
-    made.add_argument("--peers", type=Path, default=ROOT / ".peers", help="folder of published optimizers (.peers)")
-    made.add_argument("--device", choices=["cuda", "cpu"], default=None, help="cuda if there is one")
-    made.add_argument("--small", action="store_true", help="everything in seconds, to rehearse on a CPU")
+    """Return the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__, formatter_class=raw)
+    add = made.add_argument
+    add("--only", default="", help=f"parts, with commas between: {', '.join(PARTS)}")
+    add("--out", type=Path, default=None, help="folder of the JSON files ($OUT, or runs/device)")
+    add("--budget", type=float, default=540.0, help="seconds for all of it (540)")
+    add("--peers", type=Path, default=ROOT / ".peers", help="folder of published optimizers (.peers)")
+    add("--device", choices=["cuda", "cpu"], default=None, help="cuda if there is one")
+    add("--small", action="store_true", help="everything in seconds, to rehearse on a CPU")
     return made
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, object]]]:
-    """Run what the command line asks for.
+    """Run the parts that the command line asks for, each in its share of the time.
 
     Returns:
         The figures by part and row.
@@ -68,16 +67,16 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, ob
     session = Session(device=device, small=given.small, out=out, peers=given.peers)
     warnings.filterwarnings("ignore")
     for name in (name for name in PARTS if name in wanted):
-        begin = time.monotonic()
+        begin, (measure, share) = time.monotonic(), PARTS[name]
         session.part = name
-        session.deadline = min(start + given.budget, begin + PARTS[name].share * given.budget)
+        session.deadline = min(start + given.budget, begin + share * given.budget)
         print(f"== {name} ({session.left_s:.0f} s)", flush=True)
         try:
-            PARTS[name].measure(session)
+            measure(session)
         except Exception:
             session.tell("all of it", {"failed": traceback.format_exc()[-1500:]})
         print(f"== {name} took {time.monotonic() - begin:.0f} s", flush=True)
-    print("", *(table(part, rows) + "\n" for part, rows in session.rows.items()), sep="\n")
+    session.print_tables()
     return dict(session.rows)
 
 

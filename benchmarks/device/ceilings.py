@@ -8,12 +8,6 @@ from benchmarks.common.timing import timed
 from benchmarks.device.session import Figures, Session
 
 
-def _copied(elements: int, device: str) -> float:
-    source = torch.zeros(elements, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / timed(lambda: target.copy_(source), device, times=10)["device_ms"] / 1e9
-
-
 def measure(session: Session) -> None:
     """Tell what runs, the copy in TB/s (bytes read and written) and matrix products in TFLOP/s."""
     device = session.device
@@ -24,7 +18,10 @@ def measure(session: Session) -> None:
         about |= {"memory GiB": round(card.total_memory / 2**30, 1)}
     session.tell("machine", about)
     elements, side = (2**16, 64) if session.small else (2**30, 8192)
-    session.tell("copy", {"TB/s": _copied(elements, device)})
+    source = torch.zeros(elements, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    ms = timed(lambda: target.copy_(source), device, times=10)["device_ms"]
+    session.tell("copy", {"TB/s": 2 * source.nbytes / ms / 1e9})
     for dtype in (torch.bfloat16, torch.float32):
         matrix = torch.randn(side, side, device=device).to(dtype)
         ms = timed(lambda matrix=matrix: matrix @ matrix, device, times=10)["device_ms"]  # type: ignore[misc]

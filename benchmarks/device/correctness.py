@@ -1,9 +1,7 @@
 """Whether training on the device is right: each recipe and mode against float64 on the CPU, and what else must hold."""
 
-from __future__ import annotations
-
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,15 +11,7 @@ from torch import Tensor
 from benchmarks.common.bars import limits
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.small_net import MODES, Make, Mode, Net, batches, build, flat, train
-from galore_torch import (
-    GaLore,
-    GaLoreAdafactor,
-    GaLoreAdamW,
-    GaLoreAdamW8bit,
-    GaLoreSGD,
-    QGaLoreAdamW8bit,
-    attach,
-)
+from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit, attach
 from galore_torch.projection import find_bases
 
 STEPS = 12
@@ -38,34 +28,37 @@ IN_FEW_BITS: dict[str, tuple[Make, dict[str, Any]]] = {
     "AdamW, bases in 8 bits": (RECIPES["AdamW"], {"basis_bits": 8}),
     "AdamW, INT8 weights": (RECIPES["AdamW"], {"in_int8": True}),
 }
-LIMITS = limits("correctness")
+Walk = Callable[[Mode, str], Tensor]
+"""Trains for some steps in a mode on a device, and returns all weights."""
 
 
 def measure(session: Session) -> None:
     """Tell the relative error of each recipe and mode after some steps, and of what else must hold."""
+
+    def compare(row: str, walk: Walk, expected: Walk, limit: str, modes: Iterable[str] = MODES) -> None:
+        session.try_row(row, partial(_compared, walk, expected, limit, modes, session.device))
+
     for name, make in RECIPES.items():
-        session.try_row(f"{name}, float64, one basis", partial(_all_modes, session, make, _onwards, "one basis"))
-        session.try_row(f"{name}, float64, renewing", partial(_all_modes, session, make, _renewing, "renewing"))
-    session.try_row("AdamW, float32, renewing", partial(_all_modes, session, RECIPES["AdamW"], _single, "float32"))
+        walks: list[Walk] = [partial(_one_basis, make), partial(_renewing, make)]
+        compare(f"{name}, float64, one basis", walks[0], walks[0], "one basis")
+        compare(f"{name}, float64, renewing", walks[1], walks[1], "renewing")
+    adamw = partial(_renewing, RECIPES["AdamW"])
+    compare("AdamW, float32, renewing", partial(adamw, dtype=torch.float32), adamw, "float32")
     for name, (make, keys) in IN_FEW_BITS.items():
-        session.try_row(name, partial(_in_few_bits, session, make, keys))
+        compare(name, partial(_renewing, make, dtype=torch.float32, **keys), adamw, "few bits")
+    modes = ("step()", "projected", "fused")
+    compare("fp16 autocast, loss scaler, clipping", _autocast, adamw, "few bits", modes)
     for name, check in CHECKS.items():
         session.try_row(name, partial(check, session.device))
 
 
-def _all_modes(session: Session, make: Make, walk: Callable[..., Tensor], limit: str) -> Figures:
-    expected, start = _renewing(make, (), "cpu"), flat(Net().double())
-    if walk is _onwards:
-        expected = _onwards(make, (), "cpu")
-    errors = {name: _error(walk(make, mode, session.device), expected, start) for name, mode in MODES.items()}
-    return {"right": max(errors.values()) <= LIMITS[limit], **errors}
+def _compared(walk: Walk, expected: Walk, limit: str, modes: Iterable[str], device: str) -> Figures:
+    right, start = expected((), "cpu"), flat(Net().double())
+    errors = {name: float((walk(MODES[name], device) - right).norm() / (right - start).norm()) for name in modes}
+    return {"right": max(errors.values()) <= limits("correctness")[limit], **errors}
 
 
-def _error(got: Tensor, expected: Tensor, start: Tensor) -> float:
-    return float((got - expected).norm() / (expected - start).norm())
-
-
-def _onwards(make: Make, mode: Mode, device: str) -> Tensor:
+def _one_basis(make: Make, mode: Mode, device: str) -> Tensor:
     """The first step and its bases on the CPU, the others on the device from that state."""
     model, optimizer = build(make, "cpu", torch.float64, update_proj_gap=10**6, decomposition="svd")
     train(model, optimizer, [0])
@@ -78,28 +71,27 @@ def _onwards(make: Make, mode: Mode, device: str) -> Tensor:
     return flat(moved)
 
 
-def _renewing(make: Make, mode: Mode, device: str, dtype: torch.dtype = torch.float64) -> Tensor:
+def _renewing(make: Make, mode: Mode, device: str, dtype: torch.dtype = torch.float64, **keys: Any) -> Tensor:
     """All of it on the device, bases and their renewals too; they start from the same random numbers everywhere."""
-    model, optimizer = build(make, device, dtype, mode, update_proj_gap=4)
+    model, optimizer = build(make, device, dtype, mode, update_proj_gap=4, **keys)
     train(model, optimizer, range(STEPS))
     return flat(model)
 
 
-def _single(make: Make, mode: Mode, device: str) -> Tensor:
-    return _renewing(make, mode, device, torch.float32)
-
-
-def _in_few_bits(session: Session, make: Make, keys: dict[str, Any]) -> Figures:
-    expected, start = _renewing(RECIPES["AdamW"], (), "cpu"), flat(Net().double())
-    errors = {}
-    for name, mode in MODES.items():
-        model, optimizer = build(make, session.device, torch.float32, mode, update_proj_gap=4, **keys)
-        train(model, optimizer, range(STEPS))
-        errors[name] = _error(flat(model), expected, start)
-    return {"right": max(errors.values()) <= LIMITS["few bits"], **errors}
-
-
-# What else must hold --------------------------------------------------------------------------------------------------
+def _autocast(mode: Mode, device: str) -> Tensor:
+    """In fp16 autocast with a loss scaler and clipping, which trains as float32 does, roughly."""
+    model, optimizer = build(RECIPES["AdamW"], device, torch.float32, mode, update_proj_gap=4)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    for x, y in batches(model, range(STEPS)):
+        with torch.autocast(device, torch.float16):
+            loss = (model(x) - y).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return flat(model)
 
 
 def _resumed(device: str) -> Figures:
@@ -119,27 +111,6 @@ def _resumed(device: str) -> Figures:
         train(again, other, range(5, STEPS))
         equal[name] = bool(torch.equal(flat(model), flat(again)))
     return {"right": all(equal.values()), **equal}
-
-
-def _scaled(device: str) -> Figures:
-    """fp16 autocast with a loss scaler and clipping trains as float32 does, roughly."""
-    ends = {}
-    for name in ("step()", "projected", "fused"):
-        model, optimizer = build(RECIPES["AdamW"], device, torch.float32, MODES[name], update_proj_gap=4)
-        scaler = torch.amp.GradScaler(device, init_scale=1024.0)
-        for x, y in batches(model, range(STEPS)):
-            with torch.autocast(device, torch.float16):
-                loss = (model(x) - y).float().square().mean()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        ends[name] = flat(model)
-    start, expected = flat(Net().double()), _renewing(RECIPES["AdamW"], (), "cpu")
-    errors = {name: _error(end, expected, start) for name, end in ends.items()}
-    return {"right": max(errors.values()) <= LIMITS["few bits"], **errors}
 
 
 def _same_draws(device: str) -> Figures:
@@ -168,7 +139,6 @@ def _not_finite(device: str) -> Figures:
 
 CHECKS: dict[str, Callable[[str], Figures]] = {
     "resumed by way of a file": _resumed,
-    "fp16 autocast, loss scaler, clipping": _scaled,
     "random numbers are the CPU's": _same_draws,
     "a gradient that is not finite": _not_finite,
 }

@@ -2,12 +2,33 @@
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from benchmarks.common.report import Sheet, shown
+from benchmarks.common.sizes import LLAMA, REHEARSAL, Llama
+
 Figures = dict[str, Any]
+
+TINY = Llama(hidden=64, intermediate=172, layers=24, heads=4, rank=8)
+SIZES = {
+    "tiny 168": TINY,
+    "tiny 224": replace(TINY, layers=32),
+    "350m": replace(LLAMA["350m"], sequence=1024),
+    "1b": replace(LLAMA["1b"], sequence=1024),
+    "7b": replace(LLAMA["7b"], sequence=2048, gap=200),
+}
+"""Tiny ones have as many weights as 350M and 7B, and nothing to compute: what they cost is the host's time."""
+
+SMALL = {"350m": REHEARSAL, "7b": replace(REHEARSAL, hidden=48, intermediate=128, layers=2, rank=16)}
+"""Two of the names for `--small`."""
+
+WIDE = 44
+"""Characters from which on a figure gets a line of its own below the table."""
 
 
 @dataclass(kw_only=True)
@@ -23,30 +44,24 @@ class Session:
     rows: dict[str, dict[str, Figures]] = field(default_factory=dict)  # what was measured, by part and row
 
     @property
+    def sizes(self) -> dict[str, Llama]:
+        """The models by name."""
+        return SMALL if self.small else SIZES
+
+    @property
     def left_s(self) -> float:
         """The seconds that the part has left."""
         return self.deadline - time.monotonic()
 
     def tell(self, row: str, figures: Figures) -> None:
-        """Print what was measured, and keep it in the part's file.
-
-        Args:
-            row: What the figures are of.
-            figures: By name; numbers, words, or lists of them.
-        """
+        """Print what was measured in a row (numbers, words, or lists of them), and keep it in the part's file."""
         self.rows.setdefault(self.part, {}).setdefault(row, {}).update(figures)
         print(f"  {row}: {', '.join(f'{name} {shown(value)}' for name, value in figures.items())}", flush=True)
         path = self.out / f"{self.part}.json"
         path.write_text(json.dumps(self.rows[self.part], indent=1) + "\n")
 
     def try_row(self, row: str, measure: Callable[[], Figures], *, needs_s: float = 0.0) -> None:
-        """Measure one row, if there is time; what fails is told in its place, and the others go on.
-
-        Args:
-            row: What is measured.
-            measure: Gives the figures.
-            needs_s: Seconds that it takes, about: not started with less.
-        """
+        """Measure one row, if the seconds are left that it takes, about; what fails is told, and the others go on."""
         if self.left_s <= (0 if self.small else needs_s):
             self.tell(row, {"left out": "no time"})
             return
@@ -56,15 +71,21 @@ class Session:
             figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
         self.tell(row, figures)
 
+    def print_tables(self) -> None:
+        """Print a table for each part; figures that are long, such as lists, come below it."""
+        console = Console(width=300, markup=False)
+        for part, rows in self.rows.items():
+            short = {row: {k: v for k, v in one.items() if not _is_long(v)} for row, one in rows.items()}
+            console.print(f"\n{part}", Sheet(rows=short).table(), sep="\n", highlight=False)
+            console.print(*_long(rows), sep="\n", highlight=False, soft_wrap=True)
 
-def shown(value: Any) -> str:
-    """A figure as it is printed: three digits of a fraction, "-" for what is not known here.
 
-    >>> shown(0.012345), shown(1234.56), shown(7), shown(None)
-    ('0.0123', '1235', '7', '-')
-    """
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
+def _is_long(value: object) -> bool:
+    return isinstance(value, (list, dict)) or len(shown(value)) > WIDE
+
+
+def _long(rows: dict[str, Figures]) -> Iterable[str]:
+    for row, figures in rows.items():
+        for name, value in figures.items():
+            if _is_long(value) and value:
+                yield f"  {row}: {name}: {'; '.join(map(str, value)) if isinstance(value, list) else value}"

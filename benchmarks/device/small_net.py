@@ -1,7 +1,5 @@
 """A small network, its batches and its training: what correctness and waiting are looked at on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -52,16 +50,7 @@ def batches(model: nn.Module, steps: Iterable[int]) -> Iterator[tuple[Tensor, Te
 def build(
     make: Make, device: str, dtype: torch.dtype, mode: Mode = (), *, in_int8: bool = False, **keys: Any
 ) -> tuple[Net, GaLore]:
-    """Return the network on a device and its optimizer, attached in a mode.
-
-    Args:
-        make: Makes the optimizer from groups.
-        device: Where.
-        dtype: Of the weights.
-        mode: See `MODES`.
-        in_int8: Whether weights are kept in INT8.
-        **keys: Of the projected group.
-    """
+    """Return the network and its optimizer, attached in a mode; keys are those of the projected group."""
     model = Net().to(device, dtype)
     if in_int8:
         quantize_weights(model, "all-linear")

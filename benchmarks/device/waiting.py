@@ -1,15 +1,20 @@
 """How often the host waits for the device in a step, and where: ordinary steps ought to, never."""
 
+import re
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.device.correctness import IN_FEW_BITS, RECIPES
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.small_net import MODES, Make, Mode, batches, build, train
-from benchmarks.device.syncs import waits
 
 STEPS = 16
 GAPS = {"ordinary": 10**6, "staggered": 6}
@@ -21,6 +26,8 @@ KINDS: dict[str, tuple[Make, Mode, dict[str, Any]]] = {
     **{f"{name}, fused": (make, MODES["fused"], keys) for name, (make, keys) in IN_FEW_BITS.items()},
     "AdamW, lazy": (RECIPES["AdamW"], (), LAZY),
 }
+aten = torch.ops.aten
+READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default}
 
 
 def measure(session: Session) -> None:
@@ -48,3 +55,45 @@ def _waits_of(device: str, make: Make, mode: Mode, keys: dict[str, Any]) -> Figu
         figures[f"{label}: waits"] = places.total()
         figures[f"{label}: where"] = [f"{place} x{times}" for place, times in places.most_common(4)]
     return figures
+
+
+class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that would read back from a device, where there is none."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READING:
+            self._seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waits(device: str) -> Iterator[list[str]]:
+    """Note each time that the host waits for the device, with the line of Python that it happens in.
+
+    On a GPU by torch's own debug mode; on a CPU by the operations that read a number from a tensor.
+
+    Args:
+        device: "cuda" or "cpu".
+
+    Yields:
+        A list, filled when the block ends.
+    """
+    seen: list[str] = []
+    if device != "cuda":
+        with _Reading(seen):
+            yield seen
+        return
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waited = [one for one in caught if re.search("synchronizing CUDA operation", str(one.message))]
+    seen += ["/".join(Path(one.filename).parts[-2:]) + f":{one.lineno}" for one in waited]

@@ -16,14 +16,15 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from benchmarks.common import console
-from benchmarks.common.memory import Footprint, give_back_at_once, stored_bytes
-from benchmarks.common.methods import Method, build_optimizer
+from benchmarks.common import command
+from benchmarks.common.memory import GIB, Footprint, give_back_at_once, stored_bytes
+from benchmarks.common.methods import Method
+from benchmarks.common.report import Report
 from benchmarks.common.sizes import LLAMA
 from benchmarks.llama_7b import floor as floors
 from benchmarks.llama_7b import report
 from benchmarks.llama_7b.model import Case, build_model
-from benchmarks.llama_7b.steps import Step, Steps
+from benchmarks.llama_7b.steps import Steps
 from galore_torch.optim import state_bytes
 
 
@@ -31,21 +32,23 @@ def measure(case: Case, steps: int, floor_rounds: int, messages: Console) -> rep
     """Build the model, train it for some steps and time the floor, unless its parts are to be timed 0 times."""
     give_back_at_once()
     footprint = Footprint("cpu")
-    footprint.forget()
-    with console.Phases(messages) as phases:
+    with command.Phases(messages) as phases:
         phases.begin("making the weights", case.size.layers)
         start_s = time.perf_counter()
         model = build_model(case, phases.count)
-        building_s = time.perf_counter() - start_s
-        building_bytes = footprint.base_bytes + footprint.peak_bytes()
-        optimizer = build_optimizer(model, case.size, case.method, lr=case.learning_rate)
-        training = Steps(model, optimizer, case, footprint, phases.count)
-        taken = []
+        building_s, building_bytes = time.perf_counter() - start_s, footprint.base_bytes + footprint.peak_bytes()
+        optimizer = case.method.build_over(model, case.size, lr=case.learning_rate)
+        training, taken = Steps(model, optimizer, case, footprint, phases.count), []
         for number in range(1, steps + 1):
             what = "finding every basis" if number == 1 else "training"
-            phases.begin(f"step {number} of {steps}: {what}", case.parameter_count)
-            taken.append(training.step())
-            messages.print(_line(number, taken[-1]), highlight=False)
+            phases.begin(f"step {number} of {steps}: {what}", len(list(model.parameters())))
+            step = training.step()
+            taken.append(step)
+            messages.print(
+                f"step {number}: loss {step.loss:.4f}, {step.ordinary_s:.1f} s and {step.renewal_s:.1f} s for "
+                f"{step.renewed} bases, {step.peak_bytes / GIB:.2f} GiB",
+                highlight=False,
+            )
         training.close()
         state = report.State.of(optimizer, state_bytes(optimizer))
         del optimizer, training  # their memory is the floor's now
@@ -66,40 +69,26 @@ def measure(case: Case, steps: int, floor_rounds: int, messages: Console) -> rep
     )
 
 
-def _line(number: int, step: Step) -> str:
-    return (
-        f"step {number}: loss {step.loss:.4f}, {step.ordinary_s:.1f} s and {step.renewal_s:.1f} s for {step.renewed} "
-        f"bases, {step.peak_bytes / console.GIB:.2f} GiB"
-    )
-
-
-def run(given: argparse.Namespace, messages: Console) -> console.Report:
+def run(given: argparse.Namespace, messages: Console) -> Report:
     """Measure what the command line asks for."""
     size = LLAMA["7b"]
     size = replace(size, layers=given.layers or size.layers, rank=given.rank or size.rank, sequence=given.tokens)
     method = Method(
+        optimizer="GaLoreAdamW8bit",
         gradients=given.gradients,
         update="backward",
-        state_bits=8,
         basis_bits=given.basis_bits,
         weight_bits=given.weight_bits,
         recomputes=given.gradient_checkpointing,
     )
     case = Case(size=size, method=method, learning_rate=given.learning_rate)
-    outcome = measure(case, given.steps, given.floor_rounds, messages)
-    return console.Report(
-        title=case.title,
-        record=report.record(outcome),
-        tables=report.tables(outcome),
-        bars=report.bars(outcome),
-        panels=report.panels(outcome),
-    )
+    return report.report(measure(case, given.steps, given.floor_rounds, messages))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train LLaMA-7B for some steps on this machine's CPU."""
-    command, number = console.parser(__doc__, "benchmarks.llama_7b"), console.at_least
-    add = command.add_argument
+    made, number = command.parser(__doc__, "benchmarks.llama_7b"), command.at_least
+    add = made.add_argument
     add("--steps", type=number(1), default=3, help="steps; the first finds every basis (3)")
     add("--gradients", choices=["full", "fused"], default="fused", help="how gradients are formed (fused)")
     add("--basis-bits", type=int, choices=[16, 8, 4], default=8, help="in what bases are kept (8)")
@@ -110,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--layers", type=number(1), help="left out, all; fewer to try")
     add("--learning-rate", type=float, default=1e-3, help="of every weight, constant (1e-3)")
     add("--floor-rounds", type=number(0), default=2, help="how often the floor's parts are timed; 0: not (2)")
-    console.run(command.parse_args(arguments), run)
+    command.run(made.parse_args(arguments), run)
 
 
 if __name__ == "__main__":

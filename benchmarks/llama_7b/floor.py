@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.common.floor import Bare
-from benchmarks.common.optimizers import weights_with_gradients
+from benchmarks.common.floor import Bare, weights_with_gradients
 from benchmarks.common.timing import Call, seconds_of
 from benchmarks.llama_7b.model import Advance, Case, real_text
 
@@ -46,13 +45,10 @@ class Floor:
 
 
 def measure(model: LlamaForCausalLM, case: Case, rounds: int, advance: Advance = lambda: None) -> Floor:
-    """Time the parts.
+    """Time the parts of a case, each once for itself and then in so many rounds, whose median counts.
 
-    Args:
-        model: The one that has been trained; nothing is attached to it any more.
-        case: Its shapes.
-        rounds: How often each part is timed after once for itself; medians count.
-        advance: Called after each measurement, `parts(case) * rounds` times.
+    The model is the one that has been trained, with nothing attached any more; `advance` is called
+    `parts(case) * rounds` times.
     """
     size, layers = case.size, case.size.layers
 
@@ -64,45 +60,42 @@ def measure(model: LlamaForCausalLM, case: Case, rounds: int, advance: Advance =
             advance()
         return median(times_s)
 
-    def pass_s(model: LlamaForCausalLM) -> float:
-        hooks = [weight.register_post_accumulate_grad_hook(_drop) for weight in model.parameters()]  # type: ignore[no-untyped-call]
-        ids = real_text(size)
-
-        def there_and_back() -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
-
-        taken_s = seconds(there_and_back)
-        for hook in hooks:
-            hook.remove()
-        return taken_s
-
     if case.method.weight_bits == 16:
-        whole_s = pass_s(model)
+        pass_s = seconds(_pass(model, case))
     else:  # a quantized model would not pass in bfloat16: one layer in bfloat16 stands for all
         model = replace(size, layers=1).model(torch.bfloat16)
-        one_s = pass_s(model)
+        one_s = seconds(_pass(model, case))
         model.model.layers = nn.ModuleList()
-        none_s = pass_s(model)
-        whole_s = none_s + layers * (one_s - none_s)
-    bare = Bare(weights_with_gradients(size.weights[:7]), size.rank, size.sequence)
-    project_s = seconds(bare.project_fused if case.method.gradients == "fused" else bare.project)
-    fold_s = seconds(bare.fold)
+        none_s = seconds(_pass(model, case))
+        pass_s = none_s + layers * (one_s - none_s)
+    bare = Bare(weights_with_gradients(size.weights[:7], torch.bfloat16), size.rank, size.sequence)
     layer_s = seconds(_adamw_step([coordinate.numel() for coordinate in bare.coordinates]))
-    embeddings_s = seconds(_adamw_step([size.vocabulary * size.hidden]))
     return Floor(
-        pass_s=whole_s,
-        project_s=layers * project_s,
-        fold_s=layers * fold_s,
-        inner_s=layers * layer_s + 2 * embeddings_s,
+        pass_s=pass_s,
+        project_s=layers * seconds(bare.project_fused if case.method.gradients == "fused" else bare.project),
+        fold_s=layers * seconds(bare.fold),
+        inner_s=layers * layer_s + 2 * seconds(_adamw_step([size.vocabulary * size.hidden])),
     )
 
 
-def _drop(weight: Tensor) -> None:
-    weight.grad = None
+def _pass(model: LlamaForCausalLM, case: Case) -> Call:
+    """A forward and a backward that drops every gradient."""
+    ids = real_text(case.size)
+
+    def drop(weight: Tensor) -> None:
+        weight.grad = None
+
+    def forward_and_backward() -> None:
+        hooks = [weight.register_post_accumulate_grad_hook(drop) for weight in model.parameters()]  # type: ignore[no-untyped-call]
+        model(input_ids=ids, labels=ids).loss.backward()
+        for hook in hooks:
+            hook.remove()
+
+    return forward_and_backward
 
 
 def _adamw_step(sizes: list[int]) -> Callable[[], object]:
-    """Return a step of bitsandbytes' AdamW on tensors of these many elements, in slices."""
+    """A step of bitsandbytes' AdamW on tensors of these many elements, in slices."""
     from bitsandbytes.optim.adamw import AdamW8bit
 
     wholes = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]

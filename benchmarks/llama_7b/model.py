@@ -17,6 +17,7 @@ from galore_torch import quantize_weights
 from galore_torch.training.pretrain.model import fresh_llama, recompute_activations
 
 Advance = Callable[[], None]
+"""Called after each part, for a progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,32 +29,23 @@ class Case:
     learning_rate: float
 
     @property
-    def parameter_count(self) -> int:
-        """How many parameters there are, projected or not: each has its moment in a backward."""
-        return 7 * self.size.layers + 2 + 2 * self.size.layers + 1
-
-    @property
     def title(self) -> str:
         """What is trained, in words."""
         size, method = self.size, self.method
-        recomputed = ", recomputing activations" if method.recomputes else ""
         return (
             f"LLaMA {size.hidden} wide, {size.layers} layers, {method.weight_bits}-bit weights, "
             f"{method.basis_bits}-bit bases, rank {size.rank}, {method.gradients} gradients, {size.sequence} tokens"
-            f"{recomputed}"
+            f"{', recomputing activations' * method.recomputes}"
         )
 
-    def told(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Return all of it by name, as JSON and the bars have it."""
         rest = {"tokens": self.size.sequence, "learning_rate": self.learning_rate}
         return {**asdict(self.size), **asdict(self.method), **rest}
 
 
 def build_model(case: Case, advance: Advance = lambda: None) -> LlamaForCausalLM:
-    """Return the model with random weights; `advance` is called for each layer.
-
-    Unlike `Llama.model`, no more than a layer of it is ever there unquantized.
-    """
+    """Return the model with random weights, no more than a layer of which is ever there unquantized."""
     torch.manual_seed(0)
     seeds = iter(range(case.size.layers))
 

@@ -5,14 +5,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.bars import Bar, judged
-from benchmarks.common.console import GIB, Panel, table
-from benchmarks.common.memory import stored_bytes
+from benchmarks.common.memory import GIB, stored_bytes
+from benchmarks.common.report import Report, Sheet
 from benchmarks.llama_7b.floor import Floor
 from benchmarks.llama_7b.model import Case
 from benchmarks.llama_7b.steps import Step
@@ -36,27 +35,19 @@ class State:
     @classmethod
     def of(cls, optimizer: Optimizer, held: int) -> "State":
         """Count the tensors of an optimizer that holds so many bytes in all (`galore_torch.optim.state_bytes`)."""
-        states = list(optimizer.state.values())
-        bases = [state.get("basis", {}) for state in states]
-        basis_codes = sum(map(_codes_bytes, bases))
-        moments_codes = sum(_codes_bytes(state.get("inner", {})) for state in states)
-        return cls(
-            held=held,
-            bases=sum(stored_bytes(_tensors(basis)) for basis in bases),
-            codes=basis_codes + moments_codes,
-            basis_codes=basis_codes,
-        )
+        states = [(_tensors(state.get("basis")), _tensors(state.get("inner"))) for state in optimizer.state.values()]
+        basis_codes, inner_codes = (sum(_codes_bytes(parts[which]) for parts in states) for which in (0, 1))
+        bases = sum(stored_bytes(basis) for basis, _ in states)
+        return cls(held=held, bases=bases, codes=basis_codes + inner_codes, basis_codes=basis_codes)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _codes_bytes(tree: Any) -> int:
+def _codes_bytes(tensors: list[Tensor]) -> int:
     """The bytes of one weight's codes; of all its numbers where it has no codes."""
-    tensors = _tensors(tree)
-    codes = [tensor for tensor in tensors if tensor.dtype in (torch.uint8, torch.int8)]
-    return stored_bytes(codes or tensors)
+    return stored_bytes([tensor for tensor in tensors if tensor.dtype in (torch.uint8, torch.int8)] or tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +73,11 @@ class Outcome:
         """The most memory that the process took."""
         return max(self.building_bytes, self.highest.peak_bytes)
 
-    @property
-    def ordinary_s(self) -> float:
-        """Seconds of an ordinary step: the median of those after the first, without renewals."""
-        return median(step.ordinary_s for step in self.steps[1:] or self.steps)
+    def ordinary_s(self, *names: str) -> float:
+        """Seconds of an ordinary step, or of these parts: the median of those after the first, without renewals."""
+        parts = names or ("ordinary_s",)
+        middle: float = median(sum(getattr(step, part) for part in parts) for step in self.steps[1:] or self.steps)
+        return middle
 
     def kinds_bytes(self) -> dict[str, int]:
         """Return what the peak consists of."""
@@ -112,6 +104,23 @@ class Outcome:
             HELD.format(self.case.method.basis_bits): (state.held, state.codes),
         }
 
+    def record(self) -> dict[str, Any]:
+        """Return every figure as JSON, in seconds and bytes."""
+        return {
+            **asdict(self),
+            "case": self.case.record(),
+            "floor": self.floor and {**asdict(self.floor), "total_s": self.floor.total_s},
+            "ordinary_s": self.ordinary_s(),
+            "peak_bytes": self.peak_bytes,
+            "kinds_bytes": self.kinds_bytes(),
+            "states_bytes": {name: {"held": of[0], "codes": of[1]} for name, of in self.states_bytes().items()},
+        }
+
+
+def report(outcome: Outcome) -> Report:
+    """Return all of it."""
+    return Report(title=outcome.case.title, record=outcome.record(), sheets=sheets(outcome), bars=bars(outcome))
+
 
 def bars(outcome: Outcome) -> list[Bar]:
     """Return the figures that have bars in this case."""
@@ -121,89 +130,51 @@ def bars(outcome: Outcome) -> list[Bar]:
     if len(outcome.steps) >= 3:
         figures["peak of the process, GiB"] = outcome.peak_bytes / GIB
     if outcome.floor is not None and len(outcome.steps) > 1:
-        figures["ordinary step / the floor"] = outcome.ordinary_s / outcome.floor.total_s
-    return judged("llama_7b", outcome.case.told(), figures)
+        figures["ordinary step / the floor"] = outcome.ordinary_s() / outcome.floor.total_s
+    return judged("llama_7b", outcome.case.record(), figures)
 
 
-def tables(outcome: Outcome) -> list[Table]:
-    """Return all as tables that fit 80 columns."""
-    made = [_steps_table(outcome), _memory_table(outcome), _states_table(outcome)]
-    return made if outcome.floor is None else [*made, _floor_table(outcome, outcome.floor)]
-
-
-def _steps_table(outcome: Outcome) -> Table:
-    rows = []
+def sheets(outcome: Outcome) -> list[Sheet]:
+    """Return all as tables that fit 80 columns: the steps, memory, the optimizer's state, and the floor."""
+    parts = ("forward, s", "backward, s", "renewal, s", "optimizer, s")
+    steps: dict[str, dict[str, Any]] = {}
     for number, step in enumerate(outcome.steps, 1):
-        parts_s = (step.forward_s, step.backward_s, step.renewal_s, step.optimizer_s, step.ordinary_s + step.renewal_s)
-        rows.append((str(number), f"{step.loss:.4f}", *map("{:.2f}".format, parts_s), f"{step.peak_bytes / GIB:.2f}"))
+        parts_s = step.forward_s, step.backward_s, step.renewal_s, step.optimizer_s
+        figures = dict(zip(parts, parts_s, strict=True))
+        figures |= {"all, s": sum(parts_s), "GiB": step.peak_bytes / GIB}
+        steps[f"step {number}"] = {"loss": f"{step.loss:.4f}", **figures}
     caption = (
         f"GiB: the peak of the whole process in the step. Making the weights took {outcome.building_s:.0f} s and "
         f"{outcome.building_bytes / GIB:.2f} GiB. Optimizer: all that applies gradients, but for finding bases."
     )
-    headings = ("step", "loss", "forward\ns", "backward\ns", "renewal\ns", "optimizer\ns", "all\ns", "GiB")
-    return table(outcome.case.title, headings, rows, caption=caption)
-
-
-def _memory_table(outcome: Outcome) -> Table:
     kinds = {**outcome.kinds_bytes(), "the whole process": outcome.highest.peak_bytes}
-    rows = [(kind, f"{nbytes / GIB:.2f}") for kind, nbytes in kinds.items()]
-    return table("Memory at the peak", ("kind", "GiB"), rows, last=1)
-
-
-def _states_table(outcome: Outcome) -> Table:
-    states, rows = outcome.states_bytes(), []
-    for name, sizes in states.items():
-        cells = [(f"{size / GB:.2f}", f"{1 - size / states[ADAMW][0]:.1%}") for size in sizes]
-        rows.append((name, *(cell for pair in cells for cell in pair)))
-    return table("Optimizer state", ("", "GB", "smaller", "codes\nalone, GB", "smaller"), rows)
-
-
-def _floor_table(outcome: Outcome, floor: Floor) -> Table:
-    steps = outcome.steps[1:] or outcome.steps
-    ours = {name: median(getattr(step, name) for step in steps) for name in ("fold_s", "inner_s", "other_s")}
-    passing_s = median(step.forward_s + step.backward_s for step in steps)
-    rows = [
-        ("forward, backward", passing_s, floor.pass_s),
-        ("projecting, if not in the backward", ours["other_s"], floor.project_s),
-        ("projecting back into the weights", ours["fold_s"], floor.fold_s),
-        ("the optimizer inside", ours["inner_s"], floor.inner_s),
-        ("all", outcome.ordinary_s, floor.total_s),
+    memory = {kind: {"GiB": nbytes / GIB} for kind, nbytes in kinds.items()}
+    states = outcome.states_bytes()
+    state = {
+        name: {
+            "GB": held / GB,
+            "smaller": f"{1 - held / states[ADAMW][0]:.1%}",
+            "codes alone, GB": codes / GB,
+            "codes alone, smaller": f"{1 - codes / states[ADAMW][0]:.1%}",
+        }
+        for name, (held, codes) in states.items()
+    }
+    made = [
+        Sheet(title=outcome.case.title, rows=steps, caption=caption, drawn=parts, unit="seconds"),
+        Sheet(title="Memory at the peak", rows=memory, last=1, drawn=("GiB",), unit="memory of the process, GiB"),
+        Sheet(title="Optimizer state", rows=state),
     ]
-    cells = [(name, *map("{:.2f}".format, seconds)) for name, *seconds in rows]
-    caption = f"Ours is {outcome.ordinary_s / floor.total_s:.2f} of the floor, in which all is in bfloat16."
-    return table("An ordinary step, seconds", ("", "ours", "floor"), cells, caption=caption, last=1)
-
-
-def record(outcome: Outcome) -> dict[str, Any]:
-    """Return every figure as JSON, in seconds and bytes."""
-    floor = None if outcome.floor is None else {**asdict(outcome.floor), "total_s": outcome.floor.total_s}
-    states = {name: {"held": held, "codes": codes} for name, (held, codes) in outcome.states_bytes().items()}
-    return {
-        **asdict(outcome),
-        "case": outcome.case.told(),
-        "floor": floor,
-        "ordinary_s": outcome.ordinary_s,
-        "peak_bytes": outcome.peak_bytes,
-        "kinds_bytes": outcome.kinds_bytes(),
-        "states_bytes": states,
-    }
-
-
-def panels(outcome: Outcome) -> list[Panel]:
-    """Return the seconds of every step, beside the floor, and what the peak consists of, as stacked bars."""
-    names = [f"step {number}" for number in range(1, len(outcome.steps) + 1)]
-    parts = {
-        part: [getattr(step, f"{part}_s") for step in outcome.steps]
-        for part in ("forward", "backward", "optimizer", "renewal")
-    }
     if outcome.floor is not None:
-        names.append("floor of a\nlater step")
-        pass_s = outcome.floor.pass_s
-        floor = {"backward": pass_s, "optimizer": outcome.floor.total_s - pass_s}
-        for part, seconds in parts.items():
-            seconds.append(floor.get(part, 0.0))
-    kinds = {kind: [nbytes / GIB] for kind, nbytes in outcome.kinds_bytes().items()}
-    return [
-        Panel(label="seconds", names=names, parts=parts),
-        Panel(label="memory of the process, GiB", names=["peak"], parts=kinds),
-    ]
+        ours_s, floor = outcome.ordinary_s, outcome.floor
+        rows = {
+            "forward, backward": (ours_s("forward_s", "backward_s"), floor.pass_s),
+            "projecting, if not in the backward": (ours_s("other_s"), floor.project_s),
+            "projecting back into the weights": (ours_s("fold_s"), floor.fold_s),
+            "the optimizer inside": (ours_s("inner_s"), floor.inner_s),
+            "all": (ours_s(), floor.total_s),
+        }
+        caption = f"Ours is {ours_s() / floor.total_s:.2f} of the floor, in which all is in bfloat16."
+        floors = {name: {"ours": ours, "floor": least} for name, (ours, least) in rows.items()}
+        made.append(Sheet(title="An ordinary step, seconds", rows=floors, caption=caption, last=1))
+        steps["floor"] = {parts[1]: floor.pass_s, parts[3]: floor.total_s - floor.pass_s}
+    return made

@@ -47,18 +47,16 @@ class Step:
         return self.forward_s + self.backward_s + self.optimizer_s
 
 
-@dataclass
-class Watch:
-    """What calls of one method come to while it is watched: seconds in all, and how many."""
+class Calls:
+    """What the calls of a function come to."""
 
-    seconds: float = 0.0
-    calls: int = 0
+    seconds, count = 0.0, 0
 
 
 @contextmanager
-def watched(owner: Any, name: str) -> Iterator[Watch]:
+def timed_calls(owner: Any, name: str) -> Iterator[Calls]:
     """Time the calls of a class's method or a module's function, whoever makes them."""
-    watch, original = Watch(), getattr(owner, name)
+    calls, original = Calls(), getattr(owner, name)
 
     @functools.wraps(original)
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -66,23 +64,18 @@ def watched(owner: Any, name: str) -> Iterator[Watch]:
         try:
             return original(*args, **kwargs)
         finally:
-            watch.seconds += time.perf_counter() - start_s
-            watch.calls += 1
+            calls.seconds += time.perf_counter() - start_s
+            calls.count += 1
 
     with mock.patch.object(owner, name, timed):
-        yield watch
+        yield calls
 
 
 class Steps:
     """A model under training, the same text in every step; `advance` is called as each gradient is complete."""
 
     def __init__(
-        self,
-        model: LlamaForCausalLM,
-        optimizer: GaLore,
-        case: Case,
-        footprint: Footprint,
-        advance: Advance = lambda: None,
+        self, model: LlamaForCausalLM, optimizer: GaLore, case: Case, footprint: Footprint, advance: Advance
     ) -> None:
         self.model, self._optimizer, self._footprint = model, optimizer, footprint
         self._ids = real_text(case.size)
@@ -94,7 +87,6 @@ class Steps:
 
         # Before those of `attach`, which free the gradients.
         hooks = [weight.register_post_accumulate_grad_hook(note) for weight in model.parameters()]  # type: ignore[no-untyped-call]
-        assert case.method.gradients != "full rank"
         attachment = attach(model, optimizer, case.method.gradients, case.method.update)
         self._undo = [attachment.remove, *(hook.remove for hook in hooks)]
 
@@ -104,7 +96,7 @@ class Steps:
         self._largest_gradient_bytes = 0
         with ExitStack() as stack:
             applying, renewing, inner, folding = (
-                stack.enter_context(watched(owner, name))
+                stack.enter_context(timed_calls(owner, name))
                 for owner, name in ((GaLore, "apply"), (Work, "renew"), (Rule, "step"), (galore_module, "fold"))
             )
             before_bytes, start_s = self._footprint.taken_bytes(), time.perf_counter()
@@ -123,7 +115,7 @@ class Steps:
             inner_s=inner.seconds,
             fold_s=folding.seconds,
             other_s=applying.seconds - renewing.seconds - inner.seconds - folding.seconds,
-            renewed=renewing.calls,
+            renewed=renewing.count,
             peak_bytes=self._footprint.base_bytes + self._footprint.peak_bytes(),
             activation_bytes=max(0, after_bytes - before_bytes),
             gradient_bytes=self._largest_gradient_bytes,

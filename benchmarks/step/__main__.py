@@ -4,20 +4,28 @@
     make bench ARGS="--quick"                        # the small shapes in bfloat16, a minute
     make bench ARGS="--shapes 350m --dtype bfloat16 --plot step.png"
 
-Weights and gradients are random and of the true shapes; there is no model and no data. Each contender has a process of
-its own, and they step in turn, so that what else the machine does falls on all of them alike.
+Weights and gradients are random and of the true shapes; there is no model and no data. Each optimizer has a process of
+its own, and they step in turn, so that what else the machine does falls on all of them alike. Read down a table: what a
+step costs, then the floor, which is the sum of the parts below it and which no implementation can do without.
 """
 
 import argparse
 
 from rich.console import Console
 
-from benchmarks.common import console, peers
-from benchmarks.step import report
-from benchmarks.step.measure import Case, measure
+from benchmarks.common import command, peers
+from benchmarks.common.memory import MIB
+from benchmarks.common.report import Report, Sheet, bar_sheet
+from benchmarks.step.measure import FLOOR, Case, Outcome, measure
+
+PARTS = {
+    "products": "  project and project back",
+    "inner": "  AdamW on the coordinates",
+    "weights": "  read and write the weights",
+}
 
 
-def run(given: argparse.Namespace, messages: Console) -> console.Report:
+def run(given: argparse.Namespace, messages: Console) -> Report:
     """Measure the cases one after the other."""
     quick = given.quick
     cases = [
@@ -33,32 +41,47 @@ def run(given: argparse.Namespace, messages: Console) -> console.Report:
     ]
     for peer in peers.PEERS.values():
         peers.install(peer)
-    outcomes = []
-    with console.Phases(messages) as phases:
+    report = Report(title="An optimizer's step", record={"cases": []})
+    with command.Phases(messages) as phases:
         for case in cases:
             phases.begin(f"{case.shapes} {case.dtype}", case.units)
-            outcomes.append(measure(case, phases.count))
-    return console.Report(
-        title="An optimizer's step",
-        record={"cases": [report.record(outcome) for outcome in outcomes]},
-        tables=[each for one in outcomes for each in (report.costs(one), console.bar_table(report.bars(one)))],
-        bars=[],
-        panels=[report.panel(outcome) for outcome in outcomes],
+            outcome = measure(case, phases.count)
+            report.record["cases"].append(outcome.record())
+            report.sheets += [costs(outcome), bar_sheet(outcome.bars())]
+    return report
+
+
+def costs(outcome: Outcome) -> Sheet:
+    """Return what each optimizer costs in an ordinary step; the floor's parts come last."""
+    rows: dict[str, dict[str, str | float]] = {}
+    for name, timing in outcome.timings.items():
+        rows[name] = {"step, ms": 1e3 * timing.step_s}
+        if name != FLOOR:
+            rows[name]["renewing all, s"] = ", ".join(f"{seconds:.2f}" for seconds in timing.renewals_s)
+            rows[name]["state, MiB"] = timing.state_bytes / MIB
+    parts = outcome.timings[FLOOR].parts_s
+    rows |= {PARTS[part]: {"step, ms": 1e3 * seconds} for part, seconds in parts.items()}
+    case = outcome.case
+    return Sheet(
+        title=f"LLaMA {case.shapes.upper()}, {case.dtype}, rank {case.size.rank}",
+        rows=rows,
+        caption="The physical floor is the sum of the parts below it.",
+        last=1 + len(parts),
+        drawn=("step, ms",),
+        unit=f"ordinary step of {case.shapes}, {case.dtype}, ms",
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Time a step and a renewal of every contender and print our figures against their bars."""
-    command = console.parser(__doc__, "benchmarks.step")
-    number = console.at_least
-    command.add_argument(
-        "--shapes", action="append", choices=["60m", "350m"], help="weights of which LLaMA; repeatable"
-    )
-    command.add_argument("--dtype", action="append", choices=["bfloat16", "float32"], help="of all; repeatable")
-    command.add_argument("--rounds", type=number(1), default=15, help="ordinary steps of each contender (15)")
-    command.add_argument("--stagger-steps", type=number(0), default=400, help="steps with staggered renewal (400)")
-    command.add_argument("--quick", action="store_true", help="60m in bfloat16 and few steps")
-    console.run(command.parse_args(arguments), run)
+    """Time a step and a renewal of every optimizer and print our figures against their bars."""
+    made, number = command.parser(__doc__, "benchmarks.step"), command.at_least
+    add = made.add_argument
+    add("--shapes", action="append", choices=["60m", "350m"], help="weights of which LLaMA; repeatable")
+    add("--dtype", action="append", choices=["bfloat16", "float32"], help="of all; repeatable")
+    add("--rounds", type=number(1), default=15, help="ordinary steps of each optimizer (15)")
+    add("--stagger-steps", type=number(0), default=400, help="steps with staggered renewal (400)")
+    add("--quick", action="store_true", help="60m in bfloat16 and few steps")
+    command.run(made.parse_args(arguments), run)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""Times one case: every contender's ordinary steps in turn, its renewal of all layers, and our staggered steps."""
+"""Times one case: every optimizer's ordinary steps in turn, its renewal of all layers, and our staggered steps."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
+from typing import Any
 
-from benchmarks.common import peers
-from benchmarks.common.optimizers import CONTENDERS
+import torch
+
+from benchmarks.common.bars import Bar, judged
+from benchmarks.common.methods import OPTIMIZERS
+from benchmarks.common.optimizer_step import OptimizerStep
 from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.common.timing import in_turn
 from benchmarks.common.worker import Worker
-from benchmarks.step.worker import FLOOR
 
-OURS, GALORE, APOLLO, ADAMW = "GaLoreAdamW", "galore-torch 1.0", "apollo-torch 1.0.3", "AdamW, fused"
+OURS, GALORE, APOLLO, ADAMW, FLOOR = "galore", "galore-1.0", "apollo-1.0.3", "full", "physical floor"
 STEPPED = (OURS, GALORE, APOLLO, ADAMW, FLOOR)
 RENEWING = (OURS, GALORE, APOLLO)
 WARM_UP = 2  # steps that nobody counts: the one that makes the state, and one more for the caches
@@ -24,7 +27,7 @@ class Case:
 
     shapes: str  # key of `LLAMA`
     dtype: str  # name of the torch dtype of weights and gradients
-    rounds: int  # rounds in which every contender takes one ordinary step
+    rounds: int  # rounds in which every optimizer takes one ordinary step
     stagger_steps: int  # steps of ours with staggered renewal after the first one; 0 leaves them out
     threads: int  # threads of torch in each process
 
@@ -35,13 +38,19 @@ class Case:
 
     @property
     def units(self) -> int:
-        """How many times a contender is told to step: what a progress bar counts to."""
+        """How many steps are taken: what a progress bar counts to."""
         return len(STEPPED) * (WARM_UP + self.rounds) + 1 + (1 + self.stagger_steps if self.stagger_steps else 0)
+
+    @property
+    def expected_state_bytes(self) -> int:
+        """The bytes of the bases and of AdamW's two moments of the coordinates, and of nothing else."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.size.state_elements() * dtype.itemsize
 
 
 @dataclass(kw_only=True)
 class Timing:
-    """What was measured of one contender."""
+    """What was measured of one optimizer, or of the floor."""
 
     # seconds of each part of a step, round by round; "step" alone for an optimizer
     rounds_s: dict[str, list[float]] = field(default_factory=dict)
@@ -63,11 +72,34 @@ class Timing:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What was measured in one case: a timing for each contender, and our staggered steps in order."""
+    """What was measured in one case: a timing for each of `STEPPED`, and our staggered steps in order."""
 
     case: Case
     timings: dict[str, Timing]
     staggered_s: list[float]
+
+    def bars(self) -> list[Bar]:
+        """Return our figures against their bars."""
+        ours, galore, floor = (self.timings[name] for name in (OURS, GALORE, FLOOR))
+        figures = {
+            "ordinary step / galore-1.0's": ours.step_s / galore.step_s,
+            "ordinary step / the floor": ours.step_s / floor.step_s,
+            "renewing all layers / galore-1.0's": max(ours.renewals_s) / max(galore.renewals_s),
+            "state bytes away from bases and moments": abs(ours.state_bytes - self.case.expected_state_bytes),
+        }
+        if self.staggered_s:
+            figures["worst of the staggered steps / the median"] = max(self.staggered_s) / median(self.staggered_s)
+        return judged("step", asdict(self.case), figures)
+
+    def record(self) -> dict[str, Any]:
+        """Return the case as JSON: every raw time in seconds, the medians, and the bars."""
+        timings = self.timings.items()
+        return {
+            **asdict(self),
+            "expected_state_bytes": self.case.expected_state_bytes,
+            "timings": {name: {**asdict(one), "step_s": one.step_s, "parts_s": one.parts_s} for name, one in timings},
+            "bars": [bar.record() for bar in self.bars()],
+        }
 
 
 def measure(case: Case, advance: Callable[[str], None]) -> Outcome:
@@ -90,14 +122,11 @@ def measure(case: Case, advance: Callable[[str], None]) -> Outcome:
             if number >= len(workers) * (WARM_UP - 1):
                 for part, value in seconds.items():
                     timings[worker.name].rounds_s.setdefault(part, []).append(value)
-        for worker in workers:
-            if worker.name != FLOOR:
-                memory = worker.ask("memory")
-                timings[worker.name].state_bytes = int(memory["state"])
-                timings[worker.name].counter_bytes = int(memory["counters"])
-            if worker.name == OURS:
-                advance("renewing all layers")
-                timings[OURS].renewals_s.append(worker.ask("step")["step"])
+        for worker in workers[: STEPPED.index(FLOOR)]:
+            memory, timing = worker.ask("memory"), timings[worker.name]
+            timing.state_bytes, timing.counter_bytes = int(memory["state"]), int(memory["counters"])
+        advance("renewing all layers")
+        timings[OURS].renewals_s.append(workers[STEPPED.index(OURS)].ask("step")["step"])
     return Outcome(case=case, timings=timings, staggered_s=_staggered(case, advance))
 
 
@@ -105,18 +134,14 @@ def _staggered(case: Case, advance: Callable[[str], None]) -> list[float]:
     """The seconds of our steps after the first when the layers take turns to renew, as they do by default."""
     if not case.stagger_steps:
         return []
+    seconds = []
     with _worker(case, OURS, case.size.gap, stagger=True) as worker:
-        advance("staggered, first step")
-        worker.ask("step")
-        seconds = []
-        for _ in range(case.stagger_steps):
+        for _ in range(1 + case.stagger_steps):
             advance("staggered steps")
             seconds.append(worker.ask("step")["step"])
-        return seconds
+    return seconds[1:]
 
 
-def _worker(case: Case, contender: str, gap: int, *, stagger: bool = False) -> Worker:
-    size = asdict(replace(case.size, gap=gap))
-    request = {"contender": contender, "size": size, "dtype": case.dtype, "stagger": stagger, "threads": case.threads}
-    peer = CONTENDERS[contender].peer if contender in CONTENDERS else None
-    return Worker(contender, "benchmarks.step.worker", request, peers.environment(peers.PEERS[peer] if peer else None))
+def _worker(case: Case, name: str, gap: int, *, stagger: bool = False) -> Worker:
+    size, method = replace(case.size, gap=gap), OPTIMIZERS.get(name)  # none is the floor
+    return OptimizerStep(method=method, size=size, dtype=case.dtype, stagger=stagger, threads=case.threads).start(name)

@@ -2,11 +2,12 @@
 
     python -m benchmarks.steps                                   # LLaMA 350M in bfloat16: an hour on 2 cores
     python -m benchmarks.steps --quick                           # a tiny model, a minute
-    python -m benchmarks.steps --measure memory --preset llama-60m --methods fused/backward/8bit --plot memory.png
-    python -m benchmarks.steps --measure speed --methods fused/step --methods galore-1.0
+    python -m benchmarks.steps --measure memory --preset llama-60m --methods galore-8bit/full --plot memory.png
+    python -m benchmarks.steps --measure speed --methods galore/fused --methods galore-1.0
     python -m benchmarks.steps --mlp-block                       # the linear layers of one MLP of LLaMA-7B alone
 
-Each method has a process of its own; the tokens are random and of the preset's sequence length.
+A method is called as by `galore pretrain --method`; after the slash it says how its gradients are formed. Each has a
+process of its own; the tokens are random and of the preset's sequence length.
 
 * Speed, beside full-rank AdamW and the physical floor: all step in turn, 16 sequences a step, and no layer renews.
 * Memory above the weights, and what it consists of: methods run one by one, one sequence a step, with the library's
@@ -21,17 +22,17 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.common import console, peers
+from benchmarks.common import command, peers
 from benchmarks.common.floor import Speeds, demand
-from benchmarks.common.memory import THRIFTY
-from benchmarks.common.methods import METHODS, SIXTEEN_BIT
-from benchmarks.common.optimizers import RARELY
+from benchmarks.common.methods import METHODS, REFERENCE, SIXTEEN_BIT
+from benchmarks.common.optimizer_step import RARELY
+from benchmarks.common.report import Report
 from benchmarks.common.sizes import LLAMA
+from benchmarks.common.training import Training
 from benchmarks.steps import mlp_block, report
 from benchmarks.steps.measure import WARM_UP, interleaved, one_by_one
-from benchmarks.steps.training import Training, trainings
 
-MEMORY_METHODS = [*SIXTEEN_BIT[1:], "full/backward/8bit", "fused/backward/8bit"]
+MEMORY_METHODS = [*SIXTEEN_BIT, "galore-8bit-per-layer/full", "galore-8bit-per-layer/fused"]
 MEASURED: dict[str, dict[str, Any]] = {
     "speed": {"methods": SIXTEEN_BIT, "sequences": 16, "quick sequences": 8, "rounds": 5, "gap": RARELY},
     "memory": {"methods": MEMORY_METHODS, "sequences": 1, "quick sequences": 1, "rounds": 3, "gap": 200},
@@ -39,57 +40,57 @@ MEASURED: dict[str, dict[str, Any]] = {
 """What each of the two measurements has where options do not tell."""
 
 
-def asked(given: argparse.Namespace, measured: str) -> list[Training]:
-    """Return the trainings that the command line asks for."""
+def trainings(given: argparse.Namespace, measured: str) -> list[Training]:
+    """Return what the command line asks for: the reference, then the other methods."""
     own = MEASURED[measured]
     size = LLAMA["tiny" if given.quick else given.preset.removeprefix("llama-")]
+    size = replace(size, rank=given.rank or size.rank, gap=own["gap"])
+    tokens = given.tokens or size.sequence * own["quick sequences" if given.quick else "sequences"]
     names = given.methods or own["methods"]
     if given.batch is not None and not given.methods:  # all that can
         names = [name for name in names if METHODS[name].update == "step"]
-    return trainings(
-        names,
-        replace(size, rank=given.rank or size.rank, gap=own["gap"]),
-        tokens=given.tokens or size.sequence * own["quick sequences" if given.quick else "sequences"],
-        batch=given.batch,
-        stagger=measured == "memory",
-        dtype=given.dtype,
-        device=given.device,
-        threads=given.threads,
-    )
+    return [
+        Training(
+            name=name,
+            method=METHODS[name],
+            size=size,
+            tokens=tokens,
+            batch=given.batch or max(1, tokens // size.sequence),
+            stagger=measured == "memory",
+            dtype=given.dtype,
+            device=given.device,
+            threads=given.threads,
+            thrifty=measured == "memory",
+        )
+        for name in dict.fromkeys([REFERENCE, *names])
+    ]
 
 
-def run(given: argparse.Namespace, messages: Console) -> console.Report:
+def run(given: argparse.Namespace, messages: Console) -> Report:
     """Measure what is asked for."""
     if given.mlp_block:
         return mlp_block.run(small=given.quick, rounds=_rounds(given, "speed"), messages=messages)
-    kinds = [given.measure] if given.measure else list(MEASURED)
-    plans = {measured: asked(given, measured) for measured in kinds}
+    plans = {measured: trainings(given, measured) for measured in ([given.measure] if given.measure else MEASURED)}
     for training in (one for plan in plans.values() for one in plan):
         if training.method.peer:
-            peers.install(peers.PEERS[training.method.peer])
-    made = console.Report(title=plans[kinds[0]][0].title, record={}, tables=[], bars=[], panels=[])
+            peers.install(training.method.peer)
+    made = Report(title=next(iter(plans.values()))[0].title)
     for measured, plan in plans.items():
         first, rounds = plan[0], _rounds(given, measured)
         floors_s: dict[str, float] = {}
-        with console.Phases(messages) as phases:
+        with command.Phases(messages) as phases:
             phases.begin(measured, len(plan) * ((WARM_UP if measured == "speed" else 0) + 1 + rounds))
             if measured == "speed":
-                speeds = Speeds(
-                    size=first.size,
-                    tokens=first.batch * first.size.sequence,
-                    dtype=first.torch_dtype,
-                    device=first.device,
-                )
+                tokens = first.batch * first.size.sequence
+                speeds = Speeds(size=first.size, tokens=tokens, dtype=first.torch_dtype, device=first.device)
                 results = interleaved(plan, rounds, phases.count, speeds.measure)
                 for one in plan:
                     demanded = demand(one.size, one.method, one.tokens, one.torch_dtype)
                     floors_s[one.name] = speeds.floor_s(demanded)
-                made.tables.append(report.time_table(results, first, floors_s))
-                made.panels.append(report.time_panel(results, first))
+                made.sheets.append(report.time_sheet(results, first, floors_s))
             else:
-                results = one_by_one(plan, rounds, phases.count, THRIFTY)
-        made.tables.append(report.memory_table(results, first))
-        made.panels.append(report.memory_panel(results))
+                results = one_by_one(plan, rounds, phases.count)
+        made.sheets.append(report.memory_sheet(results, first))
         made.bars += report.bars(results, first, measured)
         made.record[measured] = report.record(results, first, floors_s)
     return made
@@ -100,34 +101,28 @@ def _rounds(given: argparse.Namespace, measured: str) -> int:
     return min(rounds, 2) if given.quick else rounds
 
 
-def command() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = console.parser(__doc__, "benchmarks.steps")
-    number: Any = console.at_least(1)
-    presets = [f"llama-{name}" for name in LLAMA]
-    made.add_argument("--measure", choices=list(MEASURED), help="one of the two; left out, both")
-    made.add_argument("--preset", choices=presets, default="llama-350m", help="which LLaMA (llama-350m)")
-    made.add_argument("--tokens", type=number, help="tokens a step")
-    made.add_argument("--batch", type=number, help="sequences at once; left out, all of a step")
-    made.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
-    made.add_argument("--rank", type=number, help="left out, the preset's")
-    made.add_argument(
-        "--methods",
-        action="append",
-        choices=list(METHODS),
-        metavar="METHOD",
-        help=f"repeat for more; adamw is always measured: {', '.join(METHODS)}",
-    )
-    made.add_argument("--rounds", type=number, help="ordinary steps of each method (speed 5, memory 3)")
-    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the steps run (cpu)")
-    made.add_argument("--mlp-block", action="store_true", help="time the layers of one MLP block of LLaMA-7B instead")
-    made.add_argument("--quick", action="store_true", help="the smallest model, few tokens and steps")
+    made = command.parser(__doc__, "benchmarks.steps")
+    add, number, presets = made.add_argument, command.at_least(1), [f"llama-{name}" for name in LLAMA]
+    every = f"repeat for more; {REFERENCE} is always measured: {', '.join(METHODS)}"
+    add("--measure", choices=list(MEASURED), help="one of the two; left out, both")
+    add("--preset", choices=presets, default="llama-350m", help="which LLaMA (llama-350m)")
+    add("--tokens", type=number, help="tokens a step")
+    add("--batch", type=number, help="sequences at once; left out, all of a step")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
+    add("--rank", type=number, help="left out, the preset's")
+    add("--methods", action="append", choices=list(METHODS), metavar="METHOD", help=every)
+    add("--rounds", type=number, help="ordinary steps of each method (speed 5, memory 3)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the steps run (cpu)")
+    add("--mlp-block", action="store_true", help="time the layers of one MLP block of LLaMA-7B instead")
+    add("--quick", action="store_true", help="the smallest model, few tokens and steps")
     return made
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure whole training steps of every method, and print them."""
-    console.run(command().parse_args(arguments), run)
+    command.run(parser().parse_args(arguments), run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training processes that step in turn, as many together as memory allows beside the reference; or one by one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -9,13 +9,14 @@ from benchmarks.common import peers
 from benchmarks.common.memory import available_bytes
 from benchmarks.common.methods import REFERENCE
 from benchmarks.common.timing import in_turn
+from benchmarks.common.training import Training
 from benchmarks.common.worker import Worker
-from benchmarks.steps.training import Training
 
 Advance = Callable[[str], None]
 """Called with a few words before each step."""
 
 WARM_UP = 1  # ordinary steps that nobody counts
+KINDS = ("gradients", "state", "the rest")
 
 
 @dataclass(kw_only=True)
@@ -46,20 +47,26 @@ class Figures:
         """The most memory above the weights in any step, the first included."""
         return max([self.first_peak_bytes, *self.peak_bytes])
 
+    def kinds_bytes(self) -> dict[str, int]:
+        """What the peak of an ordinary step consists of, above the weights.
+
+        Gradients count as they are when the backward pass has ended; one that comes and goes within it is in the rest.
+        """
+        rest = max(self.peak_bytes) - self.gradient_bytes - self.state_bytes
+        return dict(zip(KINDS, (self.gradient_bytes, self.state_bytes, rest), strict=True))
+
     def over_a_gap_s(self, gap: int) -> float:
         """The seconds of a step on average over a gap in which every layer renews once."""
         return ((gap - 1) * self.step_s + self.first_s) / gap
 
 
 class TrainingRun(Worker):
-    """A training process, with environment variables of its own; its figures gather in `figures`."""
+    """A training process; its figures gather in `figures`."""
 
-    def __init__(self, training: Training, advance: Advance, settings: Mapping[str, str] | None = None) -> None:
-        self.figures = Figures()
-        self._advance = advance
-        peer = training.method.peer
-        environment = peers.environment(peers.PEERS[peer] if peer else None) | dict(settings or {})
-        super().__init__(training.name, "benchmarks.steps.worker", asdict(training), environment)
+    def __init__(self, training: Training, advance: Advance) -> None:
+        environment = peers.environment(training.method.peer)
+        super().__init__(training.name, Training.__module__, asdict(training), environment)
+        self.figures, self._advance = Figures(), advance
 
     def first_step(self) -> None:
         """Take the first step."""
@@ -93,61 +100,46 @@ def interleaved(
 ) -> dict[str, Figures]:
     """Measure methods that step in turn, the reference among them; `each_round` is called before every round.
 
-    All stay alive together if memory allows. If not, they come in groups, and the reference steps with each of them.
+    All stay alive together while there is room for one more like the largest, whichever of them is at its peak. If not,
+    they come in groups, and the reference steps with each of them.
     """
     waiting = [one for one in trainings if one.name != REFERENCE]
-    (basis,) = (one for one in trainings if one.name == REFERENCE)
     figures: dict[str, Figures] = {}
+
+    def started(stack: ExitStack, training: Training) -> TrainingRun:
+        run = stack.enter_context(TrainingRun(training, advance))
+        run.first_step()
+        for _ in range(WARM_UP):
+            run.step(counts=False)
+        run.finish()
+        return run
+
     with ExitStack() as outer:
-        reference = _warm(outer, basis, advance)
+        reference = started(outer, next(one for one in trainings if one.name == REFERENCE))
         while waiting or not figures:
             with ExitStack() as inner:
-                group: list[TrainingRun] = []
-                while waiting and (not group or _fits([reference, *group], waiting[0].device)):
-                    group.append(_warm(inner, waiting.pop(0), advance))
-                _take_turns(reference, group, rounds, each_round)
-                figures |= {run.name: run.figures for run in (reference, *group)}
+                group, beside_s = [reference], list[float]()
+                while waiting and (
+                    len(group) == 1 or available_bytes(waiting[0].device) > 2 * max(run.largest_bytes for run in group)
+                ):
+                    group.append(started(inner, waiting.pop(0)))
+                for number, run in enumerate(in_turn(group, rounds)):
+                    if number % len(group) == 0:
+                        each_round()
+                    seconds = run.step()
+                    if run is reference:
+                        beside_s.append(seconds)
+                for run in group:
+                    run.figures.beside_s = [*reference.figures.steps_s] if run is reference else beside_s
+                    figures[run.name] = run.figures
     return {one.name: figures[one.name] for one in trainings}
 
 
-def _warm(stack: ExitStack, training: Training, advance: Advance) -> TrainingRun:
-    """Start a process and take the steps that do not count as ordinary ones."""
-    run = stack.enter_context(TrainingRun(training, advance))
-    run.first_step()
-    for _ in range(WARM_UP):
-        run.step(counts=False)
-    run.finish()
-    return run
-
-
-def _fits(running: list[TrainingRun], device: str) -> bool:
-    """Whether there is room for one more like the largest, while any of those that run is at its peak."""
-    return available_bytes(device) > 2 * max(run.largest_bytes for run in running)
-
-
-def _take_turns(reference: TrainingRun, group: list[TrainingRun], rounds: int, each_round: Callable[[], None]) -> None:
-    everybody = [reference, *group]
-    beside_s: list[float] = []
-    for number, run in enumerate(in_turn(everybody, rounds)):
-        if number % len(everybody) == 0:
-            each_round()
-        seconds = run.step()
-        if run is reference:
-            beside_s.append(seconds)
-    for run in everybody:
-        run.figures.beside_s = [*reference.figures.steps_s] if run is reference else beside_s
-
-
-def one_by_one(
-    trainings: list[Training], steps: int, advance: Advance, settings: Mapping[str, str]
-) -> dict[str, Figures]:
-    """Measure methods one after the other, each alone in memory, in processes with environment variables of their own.
-
-    Steps are those after the first of each method.
-    """
+def one_by_one(trainings: list[Training], steps: int, advance: Advance) -> dict[str, Figures]:
+    """Measure methods one after the other, each alone in memory; steps are those after the first of each."""
     figures = {}
     for training in trainings:
-        with TrainingRun(training, advance, settings) as run:
+        with TrainingRun(training, advance) as run:
             run.first_step()
             for _ in range(steps):
                 run.step()

@@ -1,19 +1,18 @@
-"""What whole training steps came to: time and memory as tables, against their bars, as JSON and as panels."""
+"""What whole training steps came to: time and memory as tables, against their bars, and as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks.common.bars import Bar, judged
-from benchmarks.common.console import GIB, MIB, Panel, table
+from benchmarks.common.memory import MIB
 from benchmarks.common.methods import REFERENCE
-from benchmarks.steps.measure import Figures
-from benchmarks.steps.training import Training
+from benchmarks.common.report import Sheet
+from benchmarks.common.training import Training
+from benchmarks.steps.measure import KINDS, Figures
 
 PAPERS_GAP = 200
-KINDS = ("gradients", "optimizer state", "activations and the rest")
+OURS, PEER = "galore-per-layer/fused", "galore-1.0-per-layer"
 Results = Mapping[str, Figures]
 
 
@@ -23,87 +22,60 @@ def bars(results: Results, training: Training, measured: str) -> list[Bar]:
     for name, one in results.items():
         figures[f"step of {name} / {REFERENCE}'s"] = 1 / one.gain if one.beside_s else float("nan")
         figures[f"peak of {name} / {REFERENCE}'s"] = one.highest_bytes / results[REFERENCE].highest_bytes
-    ours, peer = results.get("fused/backward"), results.get("galore-1.0/per-layer")
-    if ours and peer:
-        figures["step of fused/backward / galore-1.0/per-layer's"] = ours.step_s / peer.step_s
-        figures["peak of fused/backward / galore-1.0/per-layer's"] = ours.highest_bytes / peer.highest_bytes
-    return judged("steps", training.case(measured), figures)
+    if OURS in results and PEER in results:
+        figures[f"step of {OURS} / {PEER}'s"] = results[OURS].step_s / results[PEER].step_s
+        figures[f"peak of {OURS} / {PEER}'s"] = results[OURS].highest_bytes / results[PEER].highest_bytes
+    return judged("steps", {"measured": measured, **asdict(training.size), **asdict(training)}, figures)
 
 
-def kinds_bytes(figures: Figures) -> dict[str, int]:
-    """Return what the peak of an ordinary step consists of, above the weights.
-
-    Gradients count as they are when the backward pass has ended; one that comes and goes within it is in the rest.
-    """
-    known = figures.gradient_bytes + figures.state_bytes
-    sizes = (figures.gradient_bytes, figures.state_bytes, max(figures.peak_bytes) - known)
-    return dict(zip(KINDS, sizes, strict=True))
-
-
-def time_table(results: Results, training: Training, floors_s: Mapping[str, float]) -> Table:
+def time_sheet(results: Results, training: Training, floors_s: Mapping[str, float]) -> Sheet:
     """Return tokens per second of every method, against the reference and the floor."""
-    headings = ("", "tokens/s", f"/ {REFERENCE}", "step, s", "first\nstep, s", f"tokens/s\ngap {PAPERS_GAP}", "floor")
-    rows = [
-        (
-            name,
-            f"{training.tokens / one.step_s:,.0f}",
-            f"{one.gain:.2f}",
-            f"{one.step_s:.2f}",
-            f"{one.first_s:.2f}",
-            f"{training.tokens / (one.step_s if name.startswith(REFERENCE) else one.over_a_gap_s(PAPERS_GAP)):,.0f}",
-            f"{floors_s[name] / one.step_s:.0%}",
-        )
+    rows = {
+        name: {
+            "tokens/s": training.tokens / one.step_s,
+            f"of {REFERENCE}": one.gain,
+            "step, s": one.step_s,
+            "first, s": one.first_s,
+            f"tokens/s, gap {PAPERS_GAP}": training.tokens
+            / (one.step_s if name.startswith(REFERENCE) else one.over_a_gap_s(PAPERS_GAP)),
+            "floor": f"{floors_s[name] / one.step_s:.0%}",
+        }
         for name, one in results.items()
-    ]
+    }
     caption = (
         "Medians of ordinary steps. Every basis is found in the first step; "
         f"over a gap of {PAPERS_GAP} steps each costs that once. Floor: the share of the step that its "
         "matrix products and its optimizer's reads and writes take at the speeds of this machine."
     )
-    return table(training.title, headings, rows, caption=caption)
+    return Sheet(title=training.title, rows=rows, caption=caption, drawn=("tokens/s",), unit="tokens per second")
 
 
-def memory_table(results: Results, training: Training) -> Table:
+def memory_sheet(results: Results, training: Training) -> Sheet:
     """Return the peak memory of every method and what it consists of, in MiB."""
     weights = next(iter(results.values())).weight_bytes
-    headings = ("memory, MiB", "peak", f"/ {REFERENCE}", "first\nstep", "gradients", "state", "the rest")
-    rows = [
-        (
-            name,
-            f"{max(one.peak_bytes) / MIB:,.0f}",
-            f"{one.highest_bytes / results[REFERENCE].highest_bytes:.2f}",
-            *(f"{size / MIB:,.0f}" for size in (one.first_peak_bytes, *kinds_bytes(one).values())),
-        )
+    rows = {
+        name: {
+            "peak": max(one.peak_bytes) // MIB,
+            f"of {REFERENCE}": one.highest_bytes / results[REFERENCE].highest_bytes,
+            "first": one.first_peak_bytes // MIB,
+            **{kind: size // MIB for kind, size in one.kinds_bytes().items()},
+        }
         for name, one in results.items()
-    ]
+    }
     caption = (
-        f"Above the weights, which take {weights / MIB:,.0f} MiB. Peak: of the steps after the first; the ratio is "
+        f"MiB above the weights, which take {weights / MIB:,.0f}. Peak: of the steps after the first; the ratio is "
         "that of the highest of all. Gradients: when the backward pass has ended. The rest: activations and what comes "
         "and goes."
     )
-    return table(training.title, headings, rows, caption=caption)
+    return Sheet(title=training.title, rows=rows, caption=caption, drawn=KINDS, unit="peak memory above weights, MiB")
 
 
 def record(results: Results, training: Training, floors_s: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Return every raw figure as JSON, in seconds and bytes."""
     methods = {
-        name: {**asdict(figures), "kinds_bytes": kinds_bytes(figures), "highest_bytes": figures.highest_bytes}
-        for name, figures in results.items()
+        name: {**asdict(one), "kinds_bytes": one.kinds_bytes(), "highest_bytes": one.highest_bytes}
+        for name, one in results.items()
     }
     for name, floor_s in (floors_s or {}).items():
         methods[name] |= {"step_s": results[name].step_s, "gain": results[name].gain, "floor_s": floor_s}
     return {"training": asdict(training), "methods": methods}
-
-
-def time_panel(results: Results, training: Training) -> Panel:
-    """Return tokens per second as bars."""
-    speeds = [training.tokens / one.step_s for one in results.values()]
-    notes = [f"{one.gain:.2f}" for one in results.values()]
-    label = f"tokens per second, and over {REFERENCE}'s"
-    return Panel(label=label, names=list(results), parts={"tokens/s": speeds}, notes=notes)
-
-
-def memory_panel(results: Results) -> Panel:
-    """Return the peak memory by kind as stacked bars."""
-    kinds = {kind: [kinds_bytes(one)[kind] / GIB for one in results.values()] for kind in KINDS}
-    return Panel(label="peak memory above the weights, GiB", names=list(results), parts=kinds)

@@ -1,23 +1,24 @@
-"""The benchmark measures what it says: every byte that is kept, every contender in turn, every figure by its bar."""
+"""The benchmark measures what it says: every byte that is kept, every optimizer in turn, every figure by its bar."""
 
-from dataclasses import asdict
 from io import StringIO
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.common import bars, console, peers
+from benchmarks.common import bars, peers
 from benchmarks.common.memory import held_bytes, tensors_alive
-from benchmarks.common.optimizers import CONTENDERS, weights_with_gradients
+from benchmarks.common.methods import METHODS, OPTIMIZERS, Method
+from benchmarks.common.optimizer_step import OptimizerStep, commands, floor, seconds_by_part, weights_with_gradients
 from benchmarks.common.peers import Peer
+from benchmarks.common.report import Report, bar_sheet, draw
 from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.common.timing import in_turn
 from benchmarks.common.worker import Worker
-from benchmarks.step import report
+from benchmarks.step.__main__ import costs
 from benchmarks.step.measure import ADAMW, FLOOR, GALORE, OURS, STEPPED, Case, Outcome, Timing
-from benchmarks.step.worker import floor, timed
 from galore_torch.training.pretrain.presets import PRESETS, configure
+from galore_torch.training.settings.methods import method_settings
 
 CASE = Case(shapes="60m", dtype="bfloat16", rounds=2, stagger_steps=3, threads=1)
 
@@ -65,16 +66,23 @@ def test_sizes_are_those_of_the_presets(name):
     assert (size.rank, size.gap) == (config.optimizer.rank, config.optimizer.update_proj_gap)
 
 
+@pytest.mark.parametrize("name", [name for name in {**OPTIMIZERS, **METHODS} if "1.0" not in name and "," not in name])
+def test_methods_are_called_and_set_as_in_training(name):
+    method, settings = {**OPTIMIZERS, **METHODS}[name], method_settings(name.partition("/")[0])
+    assert method.optimizer.lower() == settings["optim"].replace("-", "")
+    assert (method.update, method.weight_bits) == (settings["update"], settings["weight_bits"])
+    assert not method.projects or name in OPTIMIZERS or name.partition("/")[2] == method.gradients
+
+
 def test_a_worker_that_dies_is_told_with_its_last_words():
-    request = {"contender": "none", "size": asdict(LLAMA["tiny"]), "dtype": "float32", "stagger": False, "threads": 1}
     words = r"one died while asked for 'step':[\s\S]*KeyError: 'none'"
-    worker = Worker("one", "benchmarks.step.worker", request, peers.environment(None))
+    worker = OptimizerStep(method=Method(optimizer="none"), size=LLAMA["tiny"], dtype="float32").start("one")
     with worker, pytest.raises(RuntimeError, match=words):
         worker.ask("step")
 
 
 def test_a_worker_whose_time_is_up_is_ended():
-    worker = Worker("one", "benchmarks.step.worker", {}, peers.environment(None))
+    worker = Worker("one", commands.__module__, {}, peers.environment(None))
     with worker, pytest.raises(RuntimeError, match="one died"):
         worker.ask("step", within_s=0.01)
 
@@ -82,14 +90,14 @@ def test_a_worker_whose_time_is_up_is_ended():
 def test_bars_belong_to_their_cases():
     assert bars.limits("mlp_block", {"hidden": 1}) == {}
     assert bars.limits("correctness") == {"one basis": 1e-9, "renewing": 1e-6, "float32": 1e-2, "few bits": 0.5}
-    assert set(STEPPED) - {FLOOR} <= set(CONTENDERS)
+    assert set(STEPPED) - {FLOOR} <= set(OPTIMIZERS)
 
 
 def test_the_floor_times_its_three_parts():
     size = Llama(hidden=8, intermediate=12, layers=1, heads=1, rank=2)
     weights = weights_with_gradients(size.weights, torch.float32)
     with torch.no_grad():
-        seconds = timed(floor(weights, size.rank))
+        seconds = seconds_by_part(floor(weights, size.rank))
     assert list(seconds) == ["products", "inner", "weights"]
     assert min(seconds.values()) > 0
 
@@ -99,7 +107,7 @@ def test_every_round_is_started_by_another():
 
 
 def test_figures_that_meet_their_bars_keep_them(outcome):
-    figures = report.bars(outcome)
+    figures = outcome.bars()
     assert len(figures) == 5
     assert [bar.value for bar in figures] == pytest.approx([1.0, 1.25, 0.125, 0, 3.0])
     assert all(bar.kept for bar in figures[2:])
@@ -117,18 +125,18 @@ def test_figures_that_meet_their_bars_keep_them(outcome):
 def test_a_worse_figure_misses_its_bar(outcome, spoil, missed):
     outcome.timings[FLOOR].rounds_s["products"] = [0.1001]
     outcome.timings[GALORE].rounds_s["step"] = [0.2001]
-    assert all(bar.kept for bar in report.bars(outcome))
+    assert all(bar.kept for bar in outcome.bars())
     spoil(outcome)
-    assert [number for number, bar in enumerate(report.bars(outcome)) if not bar.kept] == missed
+    assert [number for number, bar in enumerate(outcome.bars()) if not bar.kept] == missed
 
 
-def test_the_report_shows_every_contender(outcome, tmp_path):
+def test_the_report_shows_every_optimizer(outcome, tmp_path):
     terminal = Console(width=80, file=StringIO())
-    terminal.print(report.costs(outcome), console.bar_table(report.bars(outcome)))
+    terminal.print(costs(outcome).table(), bar_sheet(outcome.bars()).table())
     text = terminal.file.getvalue()
     assert all(name in text for name in (OURS, GALORE, ADAMW, "physical floor"))
     assert "…" not in text
-    assert report.record(outcome)["contenders"][OURS]["step_s"] == pytest.approx(0.2)
-    shown = console.Report(title="", record={}, tables=[], bars=[], panels=[report.panel(outcome)])
-    console.draw(shown, tmp_path / "step.png")
+    assert outcome.record()["timings"][OURS]["step_s"] == pytest.approx(0.2)
+    shown = Report(title="", sheets=[costs(outcome)])
+    draw(shown, tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")

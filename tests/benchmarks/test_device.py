@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.device.__main__ import PARTS, main
 from benchmarks.device.session import Session
-from benchmarks.device.syncs import waits
+from benchmarks.device.waiting import waits
 
 
 @pytest.mark.slow
@@ -22,8 +22,8 @@ def test_all_of_it_runs_on_a_cpu(tmp_path, capsys):
     waiting = rows["waiting"]["AdamW, fused"]
     assert waiting["ordinary: steps of 16 that wait"] == 0
     assert waiting["staggered: steps of 16 that wait"] == 8, "a layer renews in every second step, and waits for itself"
-    assert rows["steps"]["350m, GaLoreAdamW"]["host_us_a_weight"] > 0
-    assert rows["training"]["7b, fused/backward"]["tokens_s"] > 0
+    assert rows["steps"]["350m, galore"]["host_us_a_weight"] > 0
+    assert rows["training"]["7b, galore-per-layer/fused"]["tokens_s"] > 0
     assert "\nfactorizations\n" in capsys.readouterr().out
 
 

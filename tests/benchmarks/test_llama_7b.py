@@ -8,19 +8,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.common.console import GIB, Report, draw
-from benchmarks.common.memory import Footprint
-from benchmarks.common.methods import Method, build_optimizer
+from benchmarks.common.memory import GIB, Footprint
+from benchmarks.common.methods import Method
+from benchmarks.common.report import draw
 from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.llama_7b import __main__ as command
 from benchmarks.llama_7b import floor, report
 from benchmarks.llama_7b.floor import Floor
 from benchmarks.llama_7b.model import Case, build_model, real_text
 from benchmarks.llama_7b.report import HELD, Outcome, State
-from benchmarks.llama_7b.steps import Step, Steps, watched
+from benchmarks.llama_7b.steps import Step, Steps, timed_calls
 from galore_torch.optim import state_bytes
 
-EIGHT = Method(gradients="fused", update="backward", state_bits=8, basis_bits=8)
+EIGHT = Method(optimizer="GaLoreAdamW8bit", gradients="fused", update="backward", basis_bits=8)
 LITTLE = Llama(hidden=64, intermediate=128, layers=2, heads=4, vocabulary=256, rank=32, gap=500, sequence=48)
 TINY = Case(size=LITTLE, method=EIGHT, learning_rate=1e-3)
 SILENT = Console(quiet=True)
@@ -74,7 +74,7 @@ def test_the_state_is_counted_from_its_tensors():
 
 def steps_of(case: Case, advance=lambda: None):
     model = build_model(case)
-    optimizer = build_optimizer(model, case.size, case.method, lr=case.learning_rate)
+    optimizer = case.method.build_over(model, case.size, lr=case.learning_rate)
     return Steps(model, optimizer, case, Footprint("cpu"), advance), optimizer
 
 
@@ -83,12 +83,12 @@ def test_every_weight_advances_a_step_and_the_model_is_left_as_it_was():
     steps, _ = steps_of(TINY, lambda: counted.append(1))
     steps.step()
     model = steps.model
-    assert len(counted) == TINY.parameter_count == len(list(model.parameters()))
+    assert len(counted) == len(list(model.parameters()))
     steps.close()
     ids = real_text(LITTLE)
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(type(weight.grad) is torch.Tensor for weight in model.parameters())
-    assert len(counted) == TINY.parameter_count
+    assert len(counted) == len(list(model.parameters()))
 
 
 def test_the_text_is_real_and_long_enough():
@@ -97,16 +97,16 @@ def test_the_text_is_real_and_long_enough():
         real_text(replace(LITTLE, sequence=1_000_000))
 
 
-def test_a_method_is_watched_for_a_time():
+def test_the_calls_of_a_method_are_timed_for_a_while():
     class Worker:
         def work(self):
             raise KeyError("work")
 
     original = Worker.work
-    with pytest.raises(KeyError), watched(Worker, "work") as watch:
+    with pytest.raises(KeyError), timed_calls(Worker, "work") as calls:
         Worker().work()
-    assert (watch.calls, Worker.work) == (1, original)
-    assert watch.seconds > 0
+    assert (calls.count, Worker.work) == (1, original)
+    assert calls.seconds > 0
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -167,12 +167,11 @@ def test_the_state_of_seven_billion_is_that_of_the_paper(outcome):
 
 def test_the_tables_fit_a_terminal(outcome, tmp_path):
     console = Console(width=80, file=StringIO())
-    console.print(*report.tables(outcome))
+    console.print(*(sheet.table() for sheet in report.sheets(outcome)))
     text = console.file.getvalue()
     assert "…" not in text
     assert all(words in text for words in ("82.2%", "the whole process", "1.30 of the floor"))
-    shown = Report(title=SEVEN_B.title, record={}, tables=[], bars=[], panels=report.panels(outcome))
-    draw(shown, tmp_path / "steps.png")
+    draw(report.report(outcome), tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -181,7 +180,7 @@ def test_the_command_prints_json_and_draws(monkeypatch, capsys, tmp_path):
     small = ["--tokens", "48", "--rank", "8", "--threads", "1", "--quiet"]
     command.main([*small, "--steps", "2", "--floor-rounds", "0", "--json", "--plot", str(tmp_path / "steps.png")])
     told = json.loads(capsys.readouterr().out)
-    assert told["case"] == changed(TINY, rank=8).told()
+    assert told["case"] == changed(TINY, rank=8).record()
     assert [step["renewed"] for step in told["steps"]] == [14, 0]
     assert (told["floor"], told["bars"]) == (None, [])
     assert (tmp_path / "steps.png").exists()

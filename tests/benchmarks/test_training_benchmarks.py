@@ -8,35 +8,38 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.common import console
 from benchmarks.common.floor import Demand, Speeds, demand
-from benchmarks.common.memory import THRIFTY, Footprint, stored_bytes
+from benchmarks.common.memory import Footprint, stored_bytes
 from benchmarks.common.methods import METHODS, REFERENCE, SIXTEEN_BIT
-from benchmarks.common.sizes import LLAMA, Llama
+from benchmarks.common.report import Report, draw
+from benchmarks.common.sizes import Llama
+from benchmarks.common.training import Trained, Training
 from benchmarks.steps import __main__ as command
 from benchmarks.steps import measure, mlp_block, report
 from benchmarks.steps.measure import Figures, interleaved, one_by_one
-from benchmarks.steps.training import Training, trainings
-from benchmarks.steps.worker import TrainingProcess
 
 MIB = 2**20
 OURS = [name for name, method in METHODS.items() if method.peer is None]
 SMALL = Llama(hidden=32, intermediate=48, layers=1, heads=2, rank=8, vocabulary=64, sequence=16)
-TINY = Training(name=REFERENCE, size=SMALL, tokens=64, batch=4, stagger=True, dtype="float32", device="cpu", threads=1)
+TINY = Training(name=REFERENCE, method=METHODS[REFERENCE], size=SMALL, tokens=64, batch=4, dtype="float32")
 PROJECTED = 4 * 32 * 32 + 3 * 32 * 48
 OTHERS = 2 * 64 * 32 + 3 * 32
 IMAGES = 4 * 8 * 32 + 3 * 8 * 48
 BASES = 7 * 8 * 32
 
 
+def tiny(name: str) -> Training:
+    return replace(TINY, name=name, method=METHODS[name])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_every_byte_of_a_step_has_its_kind(name):
-    process = TrainingProcess(replace(TINY, name=name))
+    process = Trained(tiny(name))
     for _ in range(2):
         told = process.step()
     kept = process.state()
-    full_rank, fused = METHODS[name].gradients == "full rank", METHODS[name].gradients in ("projected", "fused")
+    full_rank, fused = not METHODS[name].projects, METHODS[name].gradients in ("projected", "fused")
     gradients = 0 if METHODS[name].update == "backward" else OTHERS + (IMAGES if fused else PROJECTED)
     assert told["gradients"] == 4 * gradients
     assert kept["weights"] == 4 * (PROJECTED + OTHERS)
@@ -49,17 +52,17 @@ def test_every_byte_of_a_step_has_its_kind(name):
 
 
 def test_a_step_may_be_cut_into_batches_but_not_where_weights_move_inside_the_backward():
-    options = {"tokens": 512, "batch": 2, "stagger": True, "dtype": "bfloat16", "device": "cpu", "threads": 1}
-    (reference, other) = trainings(["fused/step"], LLAMA["tiny"], **options)
-    assert (reference.name, other.name, other.micro_batches) == (REFERENCE, "fused/step", 2)
-    with pytest.raises(ValueError, match=r"fused/backward .* cannot accumulate 2"):
-        trainings(["fused/backward"], LLAMA["tiny"], **options)
+    options = ("--quick", "--tokens", "512", "--batch", "2")
+    (reference, other) = asked("memory", *options, "--methods", "galore/fused")
+    assert (reference.name, other.name, other.micro_batches) == (REFERENCE, "galore/fused", 2)
+    with pytest.raises(ValueError, match=r"galore-per-layer/fused .* cannot accumulate 2"):
+        asked("memory", *options, "--methods", "galore-per-layer/fused")
     with pytest.raises(ValueError, match="tokens is 500"):
-        trainings([], LLAMA["tiny"], **{**options, "tokens": 500})
+        asked("memory", "--quick", "--tokens", "500", "--batch", "2")
 
 
 def asked(measured: str, *options: str) -> list[Training]:
-    return command.asked(command.command().parse_args([*options]), measured)
+    return command.trainings(command.parser().parse_args([*options]), measured)
 
 
 def test_what_is_asked_for_is_what_is_measured():
@@ -68,7 +71,7 @@ def test_what_is_asked_for_is_what_is_measured():
     assert (speed[0].tokens, speed[0].batch, speed[0].stagger) == (4096, 16, False)
     assert (memory[0].tokens, memory[0].batch, memory[0].stagger, memory[0].size.gap) == (256, 1, True, 200)
     assert [one.name for one in speed] == SIXTEEN_BIT
-    assert [one.name for one in memory] == [*SIXTEEN_BIT, "full/backward/8bit", "fused/backward/8bit"]
+    assert [one.name for one in memory] == [*SIXTEEN_BIT, "galore-8bit-per-layer/full", "galore-8bit-per-layer/fused"]
     (only,) = asked("speed", "--methods", REFERENCE, "--preset", "llama-60m", "--rank", "4", "--tokens", "512")
     assert (only.size.hidden, only.size.rank, only.tokens) == (512, 4, 512)
     assert {one.method.update for one in asked("speed", "--batch", "4")} == {"step"}
@@ -85,7 +88,7 @@ def test_the_peak_holds_what_came_and_went():
 
 
 def test_a_projected_gradient_stores_its_image_alone():
-    process = TrainingProcess(replace(TINY, name="fused/step"))
+    process = Trained(tiny("galore/fused"))
     process.step()
     gradient = process.model.lm_head.weight.detach().clone()
     assert stored_bytes([gradient[:1]]) == gradient.numel() * 4
@@ -96,14 +99,14 @@ def demanded(name: str) -> Demand:
 
 
 def test_the_floor_counts_products_and_traffic():
-    plain, full, fused = (demanded(name) for name in (REFERENCE, "full/step", "fused/step"))
+    plain, full, fused = (demanded(name) for name in (REFERENCE, "galore/full", "galore/fused"))
     linear, head, attention = 6 * 64 * PROJECTED, 6 * 64 * 64 * 32, 6 * 64 * 16 * 32
     assert plain == Demand(operations=linear + head + attention, nbytes=7 * 4 * (PROJECTED + OTHERS))
     assert full.operations - plain.operations == 4 * 8 * PROJECTED
     widths = 4 * 64 + 3 * 80
     assert fused.operations == plain.operations - 2 * 64 * PROJECTED + 2 * 64 * 8 * widths + 2 * 8 * PROJECTED
     assert fused.nbytes == full.nbytes == 4 * (7 * OTHERS + 2 * PROJECTED + 5 * IMAGES + 2 * BASES)
-    assert demanded("fused/step/8bit").nbytes < full.nbytes
+    assert demanded("galore-8bit/fused").nbytes < full.nbytes
 
 
 def test_speeds_are_measured_and_give_a_floor():
@@ -121,7 +124,7 @@ class Imagined:
     alive: ClassVar[set[str]] = set()
     together: ClassVar[list[set[str]]] = []
 
-    def __init__(self, training, advance, settings=None):
+    def __init__(self, training, advance):
         self.name, self.figures, self.largest_bytes = training.name, Figures(), MIB
         self.advance = advance
 
@@ -151,14 +154,12 @@ def test_methods_come_in_groups_beside_the_reference_when_memory_is_short(monkey
     monkeypatch.setattr(measure, "TrainingRun", Imagined)
     monkeypatch.setattr(measure, "available_bytes", lambda device: room)
     Imagined.together.clear()
-    names = [REFERENCE, "full/step", "fused/step", "galore-1.0"]
+    names = [REFERENCE, "galore/full", "galore/fused", "galore-1.0"]
     steps, rounds = [], []
-    figures = interleaved(
-        [replace(TINY, name=name) for name in names], 3, steps.append, lambda: rounds.append(len(steps))
-    )
+    figures = interleaved([tiny(name) for name in names], 3, steps.append, lambda: rounds.append(len(steps)))
     assert list(figures) == names
     assert [len(figures[name].steps_s) for name in names] == [3 * groups, 3, 3, 3]
-    assert figures["fused/step"].gain == pytest.approx(len(REFERENCE) / len("fused/step"))
+    assert figures["galore/fused"].gain == pytest.approx(len(REFERENCE) / len("galore/fused"))
     assert len(rounds) == 3 * groups
     assert max(map(len, Imagined.together)) == (4 if groups == 1 else 2)
     assert not Imagined.alive
@@ -167,8 +168,8 @@ def test_methods_come_in_groups_beside_the_reference_when_memory_is_short(monkey
 @pytest.mark.slow
 def test_a_real_process_is_measured():
     steps = []
-    results = one_by_one([replace(TINY, name="projected/step")], 1, steps.append, THRIFTY)
-    figures = results["projected/step"]
+    results = one_by_one([replace(tiny("galore/projected"), thrifty=True)], 1, steps.append)
+    figures = results["galore/projected"]
     assert len(steps) == 2
     assert figures.gradient_bytes == 4 * (OTHERS + IMAGES)
     assert figures.weight_bytes == 4 * (OTHERS + PROJECTED)
@@ -191,8 +192,13 @@ def imagined(seconds: float, mib: int) -> Figures:
 @pytest.fixture
 def results() -> dict[str, Figures]:
     """Every bar is met exactly."""
-    gains = {REFERENCE: 1.0, "fused/step": 1.15, "full/step": 0.95, "projected/step": 0.95}
-    shares = {REFERENCE: 1.0, "full/backward/8bit": 0.40, "fused/backward/8bit": 0.40, "fused/step": 0.60}
+    gains = {REFERENCE: 1.0, "galore/fused": 1.15, "galore/full": 0.95, "galore/projected": 0.95}
+    shares = {
+        REFERENCE: 1.0,
+        "galore-8bit-per-layer/full": 0.40,
+        "galore-8bit-per-layer/fused": 0.40,
+        "galore/fused": 0.60,
+    }
     return {name: imagined(2.3 / gains.get(name, 1.0), round(100 * shares.get(name, 0.72))) for name in METHODS}
 
 
@@ -201,13 +207,13 @@ def test_bars_are_kept_and_missed(results):
     speed = report.bars(results, training, "speed")
     assert [bar.value for bar in speed] == pytest.approx([1 / 1.15, 1 / 0.95, 1 / 0.95, 1.0])
     assert [bar.at_most for bar in speed] == pytest.approx([1 / 1.15, 1 / 0.95, 1 / 0.95, 1.0])
-    results["fused/step"].steps_s = [2.01] * 3
+    results["galore/fused"].steps_s = [2.01] * 3
     assert not report.bars(results, training, "speed")[0].kept
     training = asked("memory")[0]
     peaks = report.bars(results, training, "memory")
     assert [bar.value for bar in peaks] == pytest.approx([0.4, 0.4, 0.6, 1.0])
     assert all(bar.kept for bar in peaks)
-    results["fused/step"].first_peak_bytes = 61 * MIB
+    results["galore/fused"].first_peak_bytes = 61 * MIB
     assert not report.bars(results, training, "memory")[2].kept
     assert report.bars(results, TINY, "speed") == report.bars(results, TINY, "memory") == []
 
@@ -215,17 +221,17 @@ def test_bars_are_kept_and_missed(results):
 def test_the_tables_fit_a_terminal_and_the_kinds_add_up(results, tmp_path):
     shown = {name: results[name] for name in SIXTEEN_BIT}
     terminal = Console(width=80, file=StringIO())
-    terminal.print(report.time_table(shown, TINY, dict.fromkeys(shown, 1.0)))
-    terminal.print(report.memory_table(results, TINY))
+    terminal.print(report.time_sheet(shown, TINY, dict.fromkeys(shown, 1.0)).table())
+    terminal.print(report.memory_sheet(results, TINY).table())
     text = terminal.file.getvalue()
     assert all(name in text for name in METHODS)
     assert "…" not in text
-    assert sum(report.kinds_bytes(results[REFERENCE]).values()) == 100 * MIB
+    assert sum(results[REFERENCE].kinds_bytes().values()) == 100 * MIB
     record = report.record(shown, TINY, dict.fromkeys(shown, 1.0))
     assert record["training"] == asdict(TINY)
-    assert record["methods"]["fused/step"]["gain"] == pytest.approx(1.15)
-    panels = [report.time_panel(shown, TINY), report.memory_panel(shown)]
-    console.draw(console.Report(title="", record={}, tables=[], bars=[], panels=panels), tmp_path / "speed.png")
+    assert record["methods"]["galore/fused"]["gain"] == pytest.approx(1.15)
+    sheets = [report.time_sheet(shown, TINY, dict.fromkeys(shown, 1.0)), report.memory_sheet(shown, TINY)]
+    draw(Report(title="", sheets=sheets), tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,7 +6,6 @@ the floor) multiplies in the same way: blocks of both factors are widened, multi
 """
 
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,11 +27,9 @@ def in_float32() -> bool:
     Returns:
         Whether that is so.
     """
-    if bfloat16_is_native():
-        return False
-    if not _installed:
+    if not bfloat16_is_native() and not _installed:
         _install()
-    return True
+    return not bfloat16_is_native()
 
 
 def _install() -> None:
@@ -45,39 +42,21 @@ def _install() -> None:
     _installed.append(library)
 
 
-def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The product of two bfloat16 matrices, block by block, in float32."""
-    inner = max(a.shape[1], 1)
-    step = max(BLOCK_ELEMENTS // inner, 16)
-    for i in range(0, a.shape[0], step):
-        rows = slice(i, min(i + step, a.shape[0]))
-        wide = a[rows].float()
-        for j in range(0, b.shape[1], step):
-            columns = slice(j, min(j + step, b.shape[1]))
-            out = wide.new_empty(rows.stop - rows.start, columns.stop - columns.start)
-            yield rows, columns, torch.mm(wide, b[:, columns].float(), out=out)
-
-
-def _is_served(*tensors: Tensor) -> bool:
-    return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+def _addmm_in_place(into: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if any(tensor.dtype != torch.bfloat16 for tensor in (into, a, b)):
+        return torch.addmm(into, a, b, beta=beta, alpha=alpha, out=into)
+    step = max(BLOCK_ELEMENTS // max(a.shape[1], 1), 16)
+    for rows, parts in zip(torch.split(a, step), torch.split(into, step), strict=True):
+        wide = rows.float()
+        for columns, part in zip(torch.split(b, step, dim=1), torch.split(parts, step, dim=1), strict=True):
+            block = torch.mm(wide, columns.float(), out=wide.new_empty(part.shape)).mul_(alpha)
+            part.copy_(block.add_(part, alpha=beta) if beta else block)
+    return into
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     out = a.new_empty(a.shape[0], b.shape[1])
-    if not _is_served(a, b):
-        return torch.mm(a, b, out=out)
-    for rows, columns, block in _blocks(a, b):
-        out[rows, columns] = block
-    return out
-
-
-def _addmm_in_place(into: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    if not _is_served(into, a, b):
-        return torch.addmm(into, a, b, beta=beta, alpha=alpha, out=into)
-    for rows, columns, block in _blocks(a, b):
-        part = into[rows, columns]
-        part.copy_(block.mul_(alpha).add_(part, alpha=beta) if beta else block.mul_(alpha))
-    return into
+    return _addmm_in_place(out, a, b, beta=0)
 
 
 def _addmm(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -86,12 +65,7 @@ def _addmm(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    if not _is_served(a, b):
-        return torch.bmm(a, b, out=out)
-    for one, left, right in zip(out, a, b, strict=True):
-        one.copy_(_mm(left, right))
-    return out
+    return _baddbmm_in_place(a.new_empty(a.shape[0], a.shape[1], b.shape[2]), a, b, beta=0)
 
 
 def _baddbmm_in_place(into: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

@@ -2,11 +2,11 @@ import subprocess
 import sys
 import textwrap
 
-from benchmarks.common import products
+from benchmarks.common import bf16_products as products
 
 CHECK = """
     import torch
-    from benchmarks.common import products
+    from benchmarks.common import bf16_products as products
 
     products._install()  # also where the CPU multiplies bfloat16 itself
     generator = torch.Generator().manual_seed(0)

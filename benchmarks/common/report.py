@@ -1,0 +1,85 @@
+"""Rows of figures: printed as tables, beside their bars, and drawn as a chart."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from benchmarks.common.bars import Bar
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(kw_only=True)
+class Sheet:
+    """A table: a row each, and a column for each figure that any row has."""
+
+    title: str | None = None
+    rows: Mapping[str, Figures]  # by the row's words, and the figure's, which may name its unit after a comma
+    caption: str = ""
+    last: int = 0  # how many rows at the end are set apart
+    drawn: Sequence[str] = ()  # the figures that the chart shows of each row, one on the other
+    unit: str = ""  # of those
+
+    def table(self) -> Table:
+        """Return it as a table."""
+        columns = list(dict.fromkeys(name for figures in self.rows.values() for name in figures))
+        made = Table(title=self.title, caption=self.caption, pad_edge=False, collapse_padding=True, box=box.SIMPLE_HEAD)
+        for number, name in enumerate(["", *columns]):
+            made.add_column(name.replace(", ", "\n"), justify="right" if number else "left", no_wrap=True)
+        for number, (row, figures) in enumerate(self.rows.items(), 1):
+            cells = (shown(figures[name]) if name in figures else "" for name in columns)
+            made.add_row(row, *cells, end_section=number == len(self.rows) - self.last)
+        return made
+
+
+@dataclass(kw_only=True)
+class Report:
+    """All that a benchmark has to say, in every form that can be asked for."""
+
+    title: str
+    record: dict[str, Any] = field(default_factory=dict)  # every raw figure, as JSON
+    sheets: list[Sheet] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+
+
+def shown(value: Any) -> str:
+    """A figure as it is printed: three digits of a fraction, "-" for what is not known here.
+
+    >>> shown(0.012345), shown(1234.56), shown(7), shown(None)
+    ('0.0123', '1,235', '7', '-')
+    """
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    return "-" if value is None else str(value)
+
+
+def bar_sheet(bars: Iterable[Bar]) -> Sheet:
+    """Return figures against their bars."""
+    verdicts = {True: "[green]kept[/]", False: "[red]missed[/]"}
+    return Sheet(
+        rows={bar.what: {"measured": bar.value, "at most": bar.at_most, "": verdicts[bar.kept]} for bar in bars}
+    )
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw the figures of the sheets that have some to draw, one beside the other, and save the picture."""
+    from matplotlib.figure import Figure
+
+    sheets = [sheet for sheet in report.sheets if sheet.drawn]
+    size = (1 + 5 * len(sheets), 1.9 + 0.35 * max(len(sheet.rows) for sheet in sheets))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    for axis, sheet in zip(figure.subplots(1, len(sheets), squeeze=False)[0], sheets, strict=True):
+        lefts = [0.0] * len(sheet.rows)
+        for name in sheet.drawn:
+            widths = [float(figures.get(name, 0.0)) for figures in sheet.rows.values()]
+            axis.barh(list(sheet.rows), widths, left=lefts, label=name)
+            lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+        axis.legend(fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axis.invert_yaxis()  # the first on top
+        axis.set_xlabel(sheet.unit)
+    figure.suptitle(report.title, fontsize="medium")
+    figure.savefig(path)

@@ -1,0 +1,134 @@
+"""Whole training steps of a LLaMA with random weights on random tokens: their seconds, and memory at its highest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import bf16_products
+from benchmarks.common.memory import Footprint, give_back_at_once, held_bytes, stored_bytes, tensors_alive
+from benchmarks.common.methods import Method
+from benchmarks.common.sizes import REHEARSAL, Llama
+from benchmarks.common.timing import seconds_of
+from benchmarks.common.worker import Commands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is trained, and how.
+
+    Raises:
+        ValueError: Tokens that are no whole number of batches, or gradients that would accumulate under a method that
+            moves weights inside the backward pass.
+    """
+
+    name: str  # of the method, as tables have it
+    method: Method
+    size: Llama  # the model
+    tokens: int  # tokens in a step
+    batch: int  # sequences at once; gradients accumulate until the step has its tokens
+    stagger: bool = True  # whether our layers take turns to renew
+    dtype: str = "bfloat16"  # name of the torch dtype of the weights
+    device: str = "cpu"  # where it runs: cpu or cuda
+    threads: int = 1  # threads of torch, in a process of its own
+    thrifty: bool = False  # whether that process gives freed memory back at once
+
+    def __post_init__(self) -> None:
+        if self.tokens % (self.batch * self.size.sequence):
+            raise ValueError(
+                f"tokens is {self.tokens}, which is not a multiple of {self.batch} sequences of {self.size.sequence}; "
+                "choose another number of tokens or another batch"
+            )
+        if self.micro_batches > 1 and self.method.update == "backward":
+            raise ValueError(
+                f"{self.name} moves weights inside the backward pass and cannot accumulate {self.micro_batches} "
+                "batches; leave out --batch, or the method"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        made: torch.dtype = getattr(torch, self.dtype)
+        return made
+
+    @property
+    def micro_batches(self) -> int:
+        """How many backward passes a step takes."""
+        return self.tokens // (self.batch * self.size.sequence)
+
+    @property
+    def title(self) -> str:
+        """What is trained, in words."""
+        size, times = self.size, f"{self.micro_batches} times " if self.micro_batches > 1 else ""
+        return (
+            f"LLaMA {size.hidden} wide, {size.layers} layers, {self.dtype}, rank {size.rank}, "
+            f"{times}{self.batch} x {size.sequence} tokens a step"
+        )
+
+
+class Trained:
+    """A model under training."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self.model = training.size.model(training.torch_dtype, training.device).train()
+        if training.method.recomputes:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if training.method.weight_bits == 8:
+            from galore_torch import quantize_weights
+
+            quantize_weights(self.model)
+        self._tokens = torch.Generator().manual_seed(0)
+        self._at_start = tensors_alive()
+        self.footprint = Footprint(training.device)
+        self._end_step = training.method.set_up(self.model, training.size, stagger=training.stagger)
+
+    def draw(self) -> Tensor:
+        """Return the tokens of the next step, where the model is: (sequences, length)."""
+        size, tokens = self._training.size, self._training.tokens
+        shape = (tokens // size.sequence, size.sequence)
+        return torch.randint(size.vocabulary, shape, generator=self._tokens).to(self._training.device)
+
+    def backward(self, ids: Tensor) -> None:
+        """Go forward and backward, batch by batch."""
+        for part in ids.chunk(self._training.micro_batches):
+            (self.model(input_ids=part, labels=part).loss / self._training.micro_batches).backward()
+
+    def take(self, ids: Tensor) -> None:
+        """Take a step on these tokens; nothing is measured."""
+        self.backward(ids)
+        self._end_step()
+
+    def step(self) -> dict[str, float]:
+        """Take one step.
+
+        Returns:
+            `seconds` of the step; `peak`, the most memory above the weights during it; `gradients`, what the gradients
+            take when the backward pass has ended. All in bytes.
+        """
+        device, ids = self._training.device, self.draw()
+        self.footprint.forget()
+        seconds = seconds_of(lambda: self.backward(ids), device)
+        gradient_bytes = stored_bytes(weight.grad for weight in self.model.parameters())
+        seconds += seconds_of(self._end_step, device)
+        return {"seconds": seconds, "peak": self.footprint.peak_bytes(), "gradients": gradient_bytes}
+
+    def state(self) -> dict[str, float]:
+        """Return what is kept between steps: the bytes of the `weights` and of the optimizer's `state`."""
+        return {"weights": stored_bytes(self.model.parameters()), "state": sum(held_bytes(self._at_start).values())}
+
+
+def commands(request: dict[str, Any]) -> Commands:
+    """Serve a `Training` that `asdict` has taken apart: "step" and "state"."""
+    training = Training(**{**request, "size": Llama(**request["size"]), "method": Method(**request["method"])})
+    torch.set_num_threads(training.threads)
+    if training.thrifty:
+        give_back_at_once()
+    bf16_products.in_float32()
+    # Libraries load and set up at their first use what they need for good: that is not to count as the method's.
+    Trained(replace(training, size=REHEARSAL, tokens=REHEARSAL.sequence, batch=1)).step()
+    trained = Trained(training)
+    return {"step": trained.step, "state": trained.state}
