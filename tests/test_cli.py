@@ -120,7 +120,7 @@ def test_compare_means_pretrain_where_it_does_not_say(start):
         (["finetune", "--task", "rte", "--set", "adam:eps=1"], "add --method adam"),
         (["finetune", "--task", "rte", "--set", "lora"], "is not METHOD:NAME=VALUE"),
         (["finetune", "--task", "rte", "--set", "lora:rnk=1"], "rnk = 1 is no setting of a fine-tuning"),
-        (["finetune", "--task", "rte", "--set", "full:rank=1"], "rank = 1 says nothing to method = 'full'"),
+        (["finetune", "--task", "rte", "--set", "full:rank=1"], "rank = 1 has no effect with method = 'full'"),
         (["finetune", "--task", "rte", "--set", "lora:lr=1"], "give --lr METHOD=X"),
         (["finetune", "--task", "rte", "--set", "lora:adapter=none"], "choose them by --method"),
         (["finetune", "--task", "rte", "--set", "lora:epochs=1"], "full would see 30 epochs and lora 1 epoch"),

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 import galore_torch
+from galore_torch.group_keys import KEYS
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import parameter_name
-from galore_torch.optim.keys import KEYS
 
 Said = list[tuple[str, str]]
 

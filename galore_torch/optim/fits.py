@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from galore_torch.group_keys import FIXED_KEYS
 from galore_torch.optim.fitting import fit
 from galore_torch.optim.groups import is_projected
-from galore_torch.optim.keys import FIXED_KEYS
 from galore_torch.optim.work import Work
 
 

@@ -46,8 +46,8 @@ class GaLore(Optimizer):
     """Trains weights of full rank with optimizer state of low rank, with any optimizer inside.
 
     Parameter groups with a `rank` are projected; `param_groups` makes them from a model. Their other keys are those of
-    `KEYS` in `optim/keys.py`: `update_proj_gap`, `scale`, `proj_type` and more, with their defaults. Weight decay, L2
-    or decoupled as the optimizer inside has it, acts on the weight itself, before the update.
+    `KEYS` in `galore_torch/group_keys.py`: `update_proj_gap`, `scale`, `proj_type` and more. Weight decay, L2 or
+    decoupled as the optimizer inside has it, acts on the weight itself, before the update.
 
     Args:
         params: parameters or parameter groups.

@@ -7,9 +7,9 @@ import reprlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from galore_torch.group_keys import KEYS
 from galore_torch.messages import list_names, nearest, warn
 from galore_torch.optim.groups import is_projected, is_trainable, parameter_name, projection_in
-from galore_torch.optim.keys import KEYS
 
 _OF_FRAMEWORKS = frozenset(
     """

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from galore_torch.group_keys import FIXED_KEYS, KEYS, PROJECTED_DEFAULTS, checked_key
 from galore_torch.lowbit import QuantizedWeight, Storage
-from galore_torch.optim.keys import FIXED_KEYS, KEYS, PROJECTED_DEFAULTS, checked_key
 from galore_torch.projection import Projection
 from galore_torch.values import plain
 

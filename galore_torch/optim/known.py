@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from galore_torch.optim.keys import FIXED_KEYS
+from galore_torch.group_keys import FIXED_KEYS
 from galore_torch.optim.places import Place, places
 from galore_torch.optim.precision import ASKED
 from galore_torch.optim.work import Work

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from galore_torch.group_keys import PROJECTED_DEFAULTS
 from galore_torch.optim.groups import is_projected
-from galore_torch.optim.keys import PROJECTED_DEFAULTS
 from galore_torch.optim.probe import traits_of
 from galore_torch.optim.rule import Rule, Traits
 

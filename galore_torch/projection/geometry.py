@@ -14,12 +14,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-LAYOUTS = ("tucker", "stack", "reshape")
+from galore_torch.group_keys import Layout, ProjType
+
+PROJ_TYPES = get_args(ProjType)
+LAYOUTS = get_args(Layout)
 
 Basis = Mapping[str, Tensor]
 """Factors by the name of their mode: `left` and `right` of a matrix, `mode0`, `mode1`, ... of a Tucker projection.

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from galore_torch.group_keys import PROJECTED_DEFAULTS, checked_key
 from galore_torch.messages import list_names
 from galore_torch.modules import Suits, Targets, find_targets, owned, what_holds
 from galore_torch.optim.arguments import check_hyperparameters
 from galore_torch.optim.groups import check_group, is_projected, is_trainable, projection_in
-from galore_torch.optim.keys import PROJECTED_DEFAULTS, checked_key
 from galore_torch.targets.adapters import leave_out_adapters
 from galore_torch.values import is_number, plain
 

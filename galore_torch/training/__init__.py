@@ -21,7 +21,7 @@ from importlib.util import find_spec
 
 from galore_torch.extras import install
 
-_NEEDED = ("accelerate", "datasets", "filelock", "matplotlib", "psutil", "rich", "tokenizers", "transformers", "typer")
+_NEEDED = "accelerate datasets filelock matplotlib psutil pydantic rich tokenizers transformers typer".split()  # noqa: SIM905
 
 _missing = [name for name in _NEEDED if find_spec(name) is None]
 if _missing:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 
 from galore_torch.extras import install
+from galore_torch.group_keys import PROJECTED_DEFAULTS
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
-from galore_torch.optim.keys import PROJECTED_DEFAULTS
 from galore_torch.optim.rule import Traits
 
 _SLICE_ELEMENTS = 2**20

@@ -18,7 +18,7 @@ from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, PANEL, Json, reported_errors
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.signals import stoppable
-from galore_torch.training.settings.flags import with_settings
+from galore_torch.training.settings.flags import given_settings, with_settings
 from galore_torch.training.settings.methods import METHODS
 
 _HELP = """Compare methods under one recipe, at equal data: every learning rate with every seed, one run after another.
@@ -104,7 +104,7 @@ def _command(job: ComparedJob) -> Callable[..., None]:
         json: Json = False,
         **given: Any,
     ) -> None:
-        given = {name: value for name, value in given.items() if value is not None}
+        given = given_settings(given)
         folder = out or Path("runs") / f"compare-{job.title(preset, given)}"
         console = Console(stderr=json)
         runs: list[PlannedRun] = []

@@ -14,7 +14,8 @@ from typing import Any
 
 from galore_torch.training.compare.jobs import Amount, ComparedJob
 from galore_torch.training.run.files import Lock, being_written, write_whole
-from galore_torch.training.settings.methods import method_settings, refuse_unheeded
+from galore_torch.training.settings.fields import field_names
+from galore_torch.training.settings.methods import method_settings, refuse_without_effect
 
 PLAN = "plan.json"
 """The plan's name in a comparison's folder."""
@@ -82,7 +83,7 @@ def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str])
     {'galore': {}, 'lora': {'adapter_rank': 2}}
     """
     own: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    shared = {field.name for section in _SHARED for field in dataclasses.fields(job.sections[section])}
+    shared = field_names(*(job.sections[section] for section in _SHARED))
     for text in given:
         target, _, value = text.partition("=")
         method, _, name = target.partition(":")
@@ -148,7 +149,7 @@ def make_plan(
                 config = job.configure(preset, **settings)
             except ValueError as error:
                 raise ValueError(f"{error}{_hint(job, preset, str(error), given, by_method)}") from error
-            refuse_unheeded(method, own[method], config.optimizer, config.adapter)
+            refuse_without_effect(method, own[method], config.optimizer, config.adapter)
             lr, others = config.optimizer.lr, config.optimizer.others_lr or config.optimizer.lr
             runs.append(PlannedRun(method, lr, others, seed, config, job.amount(config)))
     first = runs[0]

@@ -13,8 +13,7 @@ from galore_torch.training.compare.plan import OF_RUNS
 from galore_torch.training.compare.results import Comparison, notes, rows
 from galore_torch.training.page.page import Page
 from galore_torch.training.run.machine import versions
-from galore_torch.training.settings.adapter import heeded_by
-from galore_torch.training.settings.methods import heeds
+from galore_torch.training.settings.methods import has_effect
 
 
 def report(comparison: Comparison, out: Path, command: str) -> Page:
@@ -77,7 +76,7 @@ def _effective(config: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in settings.items()
-        if name not in hidden and heeds(name, config.optimizer, config.adapter) and heeded_by(adapter, name)
+        if name not in hidden and has_effect(name, config.optimizer, config.adapter)
     }
 
 

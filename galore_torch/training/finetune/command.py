@@ -9,7 +9,8 @@ import typer
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.presets import PRESETS, configure
 from galore_torch.training.run.command import PANEL, Config, Json, Out, Resume, run_command
-from galore_torch.training.settings.methods import TUNING, described
+from galore_torch.training.settings.flags import given_settings
+from galore_torch.training.settings.methods import TUNING, help_text
 
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
@@ -31,7 +32,7 @@ galore finetune --task sft --data chats.jsonl --model FOLDER --gguf-file NAME.gg
 galore finetune --resume --out runs/rte
 [dim]go on after Ctrl-C[/]
 
-{described(TUNING)}"""
+{help_text(TUNING)}"""
 
 _PRESET = typer.Option(
     help=f"Recipe to start from: {', '.join(PRESETS)}; by default the task's.", rich_help_panel=PANEL
@@ -54,6 +55,7 @@ def finetune(
     The run folder gets config.toml, metrics.jsonl, predictions.jsonl, the model with its tokenizer and loss.png.
     Ctrl-C finishes the step, saves a checkpoint and says how to go on.
     """
+    given = given_settings(given)
 
     def configured() -> tuple[FinetuneConfig, str]:
         settings = configure(preset, config, method=method, **given)

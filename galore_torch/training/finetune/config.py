@@ -1,29 +1,25 @@
 """The settings of a fine-tuning. The optimizer's and the adapters' sections are those of a pre-training."""
 
-import dataclasses
-from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from galore_torch.training.finetune.tasks import GLUE, TASKS
-from galore_torch.training.settings.adapter import AdapterConfig, resolved
-from galore_torch.training.settings.fields import check, setting, write_toml
-from galore_torch.training.settings.optimizer import OptimizerConfig, refuse_beside_adapter
+from galore_torch.training.finetune.tasks import GLUE, TaskName
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.settings.config import TrainConfig, from_values, read_file, sections_of
+from galore_torch.training.settings.fields import DType, defaults_of, setting, settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class BaseModelConfig:
     """What is fine-tuned."""
 
     model: str = setting("FacebookAI/roberta-base", "Name on the Hugging Face Hub, or folder, of the model.")
     gguf_file: str | None = setting(None, "A GGUF file in that folder, which holds the weights.")
-    dtype: str = setting("float32", "What weights are stored in.", choices=("float32", "bfloat16"))
+    dtype: DType = setting("float32", "What weights are stored in.")
     target_modules: str | None = setting(
         None,
         "Which modules are projected or adapted: parts of their names by comma, or all-linear.",
         shown="the linear layers in the model's numbered layers; not embeddings, pooler and head",
     )
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 _SFT = ("answers_only", "answers", "answer_tokens")
@@ -31,89 +27,81 @@ _NOT_SFT = ("text_pair_column", "label_column", "labels")
 _OWN = ("held_out_share", "text_column", *_NOT_SFT)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RowsConfig:
     """The rows that it is fine-tuned on."""
 
-    task: str = setting(
+    task: TaskName = setting(
         "classify",
         f"A task of GLUE ({', '.join(GLUE)}), classify (rows of your own with labels), or sft (a causal model on "
         "messages, prompt and completion, or text).",
-        choices=TASKS,
     )
     data: str | None = setting(None, "CSV, JSON lines or Parquet file of rows; needed but for GLUE.")
     held_out: str | None = setting(None, "File of held-out rows.", shown="a share of the data")
-    held_out_share: float = setting(0.1, "Share of the rows held out, if no file is.", above=0, below=1)
+    held_out_share: float = setting(0.1, "Share of the rows held out, if no file is.", gt=0, lt=1)
     text_column: str = setting("text", "Column of the text.")
     text_pair_column: str | None = setting(None, "Column of a second text, for pairs.")
     label_column: str = setting("label", "Column of the label.")
-    labels: str = setting(
+    labels: Literal["auto", "classes", "numbers"] = setting(
         "auto",
         "What labels are: classes, or numbers to be met (regression). auto takes text and whole numbers for classes.",
-        choices=("auto", "classes", "numbers"),
     )
-    max_length: int = setting(512, "Most tokens of a row; longer ones are truncated.", minimum=2)
+    max_length: int = setting(512, "Most tokens of a row; longer ones are truncated.", ge=2)
     answers_only: bool = setting(False, "Of messages, learn the assistant's alone (sft only).")
     answers: int = setting(
-        8, "Held-out prompts that the model answers, greedily, in predictions.jsonl (sft only).", minimum=0
+        8, "Held-out prompts that the model answers, greedily, in predictions.jsonl (sft only).", ge=0
     )
-    answer_tokens: int = setting(64, "Most tokens of such an answer (sft only).", minimum=1)
+    answer_tokens: int = setting(64, "Most tokens of such an answer (sft only).", ge=1)
 
     def __post_init__(self) -> None:
-        check(self)
         if self.task in GLUE and (self.data or self.held_out):
             raise ValueError(
                 f"data = {self.data!r}: task = {self.task!r} brings its own; leave it out, or use classify."
             )
         if self.task not in GLUE and not self.data:
             raise ValueError(f"data = {self.data!r} leaves task = {self.task!r} without rows; give a file.")
-        meaningless = _NOT_SFT if self.task == "sft" else _SFT if self.task == "classify" else (*_SFT, *_OWN)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in meaningless and value != field.default:
-                raise ValueError(f"{field.name} = {value!r} says nothing to task = {self.task!r}; leave it out.")
+        without_effect = _NOT_SFT if self.task == "sft" else _SFT if self.task == "classify" else (*_SFT, *_OWN)
+        for name in without_effect:
+            value = getattr(self, name)
+            if value != defaults_of(RowsConfig)[name]:
+                raise ValueError(f"{name} = {value!r} has no effect with task = {self.task!r}; leave it out.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LengthConfig:
     """How long, and what is recorded on the way."""
 
-    epochs: float = setting(3.0, "Passes over the rows.", above=0)
-    steps: int | None = setting(None, "Optimizer steps, in the place of epochs.", minimum=1)
-    batch: int = setting(16, "Rows a step.", minimum=1)
-    micro_batch: int | None = setting(None, "Rows at once; bounds memory.", minimum=1, shown="batch")
-    warmup: float = setting(0.0, "Share of the steps over which the learning rate rises from 0.", minimum=0, below=1)
-    decay: str = setting(
-        "linear", "How the learning rate falls to 0, if it does.", choices=("linear", "cosine", "constant")
-    )
-    seed: int = setting(
-        0, "Seed of the head, of the order of the rows and of random bases.", minimum=0, maximum=2**32 - 1
-    )
-    eval_every: int | None = setting(None, "Steps between two evaluations.", minimum=1, shown="an epoch")
+    epochs: float = setting(3.0, "Passes over the rows.", gt=0)
+    steps: int | None = setting(None, "Optimizer steps, in the place of epochs.", ge=1)
+    batch: int = setting(16, "Rows a step.", ge=1)
+    micro_batch: int | None = setting(None, "Rows at once; bounds memory.", ge=1, shown="batch")
+    warmup: float = setting(0.0, "Share of the steps over which the learning rate rises from 0.", ge=0, lt=1)
+    decay: Literal["linear", "cosine", "constant"] = setting("linear", "How the learning rate falls to 0, if it does.")
+    seed: int = setting(0, "Seed of the head, of the order of the rows and of random bases.", ge=0, le=2**32 - 1)
+    eval_every: int | None = setting(None, "Steps between two evaluations.", ge=1, shown="an epoch")
     save_every: int | None = setting(
-        None, "Steps between two resumable checkpoints; Ctrl-C saves besides.", minimum=1, shown="an epoch"
+        None, "Steps between two resumable checkpoints; Ctrl-C saves besides.", ge=1, shown="an epoch"
     )
     report_to: str = setting(
         "none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma."
     )
 
     def __post_init__(self) -> None:
-        check(self)
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(
                 f"micro_batch = {self.micro_batch} does not divide batch = {self.batch}; choose a divisor."
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+@settings
+class FinetuneConfig(TrainConfig):
     """All that decides a fine-tuning's outcome."""
 
     model: BaseModelConfig
     data: RowsConfig
-    optimizer: OptimizerConfig
-    adapter: AdapterConfig
     schedule: LengthConfig
+
+    doing: ClassVar[str] = "a fine-tuning"
 
     def __post_init__(self) -> None:
         if self.adapter.adapter == "low-rank":
@@ -125,25 +113,7 @@ class FinetuneConfig:
                 "restart_every = None leaves open when relora begins again, for epochs have no known length; give it, "
                 "or steps, of which it is a quarter."
             )
-        steps = self.schedule.steps or 1
-        object.__setattr__(self, "adapter", resolved(self.adapter, rank=self.optimizer.rank, steps=steps))
-        refuse_beside_adapter(self.adapter, self.optimizer)
-        if self.optimizer.update == "backward" and self.micro_batch != self.schedule.batch:
-            raise ValueError(
-                f"update = 'backward' applies each gradient at once, and micro_batch = {self.micro_batch} makes "
-                f"several of a batch of {self.schedule.batch}; give both the same value, or update = 'step'."
-            )
-
-    @property
-    def micro_batch(self) -> int:
-        """Rows at once."""
-        return self.schedule.micro_batch or self.schedule.batch
-
-    @property
-    def title(self) -> str:
-        """What is trained in a word or two."""
-        adapter, optimizer = self.adapter.adapter, self.optimizer.optim
-        return optimizer if adapter == "none" else f"{adapter}-{optimizer}"
+        super().__post_init__()
 
     @property
     def target_modules(self) -> str | list[str]:
@@ -152,16 +122,16 @@ class FinetuneConfig:
             return r".+\.\d+\..+"  # in a numbered layer: so are the attention's and the MLP's, however they are called
         return "all-linear" if self.model.target_modules == "all-linear" else self.model.target_modules.split(",")
 
-    def to_toml(self) -> str:
-        """The whole configuration as TOML."""
-        return write_toml(dataclasses.asdict(self))
 
-
-SECTIONS: dict[str, type] = {
-    "model": BaseModelConfig,
-    "data": RowsConfig,
-    "optimizer": OptimizerConfig,
-    "adapter": AdapterConfig,
-    "schedule": LengthConfig,
-}
+SECTIONS = sections_of(FinetuneConfig)
 """Every section by its name in TOML and in `FinetuneConfig`."""
+
+
+def recorded(folder: RunFolder) -> FinetuneConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        ValueError: when it is not as it was written.
+    """
+    folder.require_settings()
+    return from_values(FinetuneConfig, read_file(FinetuneConfig, folder.config)[1])

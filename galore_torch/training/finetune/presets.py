@@ -1,14 +1,12 @@
 """Presets: the paper's recipe for GLUE (arXiv 2403.03507), and places to start from for rows of one's own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
+from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.pretrain.presets import FULL_RANK, PROJECTED, kind_of
-from galore_torch.training.settings import sections
-from galore_torch.training.settings.methods import over_file, refuse_unheeded
-from galore_torch.training.settings.optimizer import own_defaults
+from galore_torch.training.settings.presets import FULL_RANK, PROJECTED, Recipes
 
 _ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -38,47 +36,27 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
 """Peak learning rates of each preset, for optimizers that project, for those that do not, and for adapters by name."""
 
 
+def _default(given: Mapping[str, Any]) -> str:
+    task = given.get("task", "classify")
+    return "glue-rank4" if task in GLUE else "sft" if task == "sft" else "classify"
+
+
+RECIPES = Recipes(
+    config=FinetuneConfig,
+    presets=PRESETS,
+    default=_default,
+    besides=lambda preset, _, given: BY_TASK.get(preset, {}).get(str(given.get("task")), {}),
+    rates={name: {kind: {"lr": rate} for kind, rate in rates.items()} for name, rates in LEARNING_RATES.items()},
+)
+
+
 def configure(
     preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
 ) -> FinetuneConfig:
-    """A preset, overridden by a TOML file, by a method and by settings by name; what is None is not given.
-
-    Args:
-        preset: a key of `PRESETS`; if None, what the file names as ``preset``, or the task's.
-        file: a TOML file with sections, such as a run folder's ``config.toml``.
-        method: a key of `galore_torch.training.settings.methods.METHODS`.
-        given: settings by name, such as ``rank=4``.
-
-    Returns:
-        The whole configuration, with the learning rate that the preset has for what is trained.
-
-    Raises:
-        ValueError: when the preset, the method, a setting or a value is not known or not allowed.
+    """The configuration of a fine-tuning; see `galore_torch.training.settings.presets.Recipes.configure`.
 
     >>> config = configure(task="cola", method="lora")
     >>> config.schedule.batch, config.optimizer.lr, config.adapter.adapter_rank
     (32, 0.0005, 4)
     """
-    flags = {name: value for name, value in given.items() if value is not None}
-    named, values = (None, {}) if file is None else sections.read_values(file, SECTIONS)
-    settings = over_file(values, method, flags)
-    task = str(settings.get("task", "classify"))
-    preset = preset or named or ("glue-rank4" if task in GLUE else "sft" if task == "sft" else "classify")
-    if preset not in PRESETS:
-        raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
-    start = {**PRESETS[preset], **BY_TASK.get(preset, {}).get(task, {})}
-    config = made({**start, **settings})  # judges every value, before the learning rate depends on one
-    trained = config.adapter.adapter if config.adapter.adapter != "none" else kind_of(config.optimizer.optim)
-    start |= own_defaults(config.optimizer.optim)
-    config = made({**start, "lr": LEARNING_RATES[preset][trained], **settings})
-    refuse_unheeded(method, flags, config.optimizer, config.adapter)
-    return config
-
-
-def made(values: dict[str, Any]) -> FinetuneConfig:
-    """A configuration from settings by name.
-
-    Raises:
-        ValueError: when a name is unknown or a value is not allowed.
-    """
-    return FinetuneConfig(**sections.made(values, SECTIONS, "a fine-tuning"))
+    return RECIPES.configure(preset, file, method, given)

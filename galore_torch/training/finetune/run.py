@@ -12,14 +12,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from galore_torch.lowbit import quantize_weights
 from galore_torch.training.finetune.classification import Classification
-from galore_torch.training.finetune.config import SECTIONS, FinetuneConfig
+from galore_torch.training.finetune.config import FinetuneConfig, recorded
 from galore_torch.training.finetune.data import Rows, load
-from galore_torch.training.finetune.presets import made
 from galore_torch.training.finetune.supervised import Supervised
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
 from galore_torch.training.run.run import RunResult
-from galore_torch.training.settings import sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +80,7 @@ class Finetuning(Job):
     @classmethod
     def recorded(cls, folder: RunFolder) -> FinetuneConfig:
         """The settings that a run was started with."""
-        folder.require_settings()
-        return made(sections.read_values(folder.config, SECTIONS)[1])
+        return recorded(folder)
 
     def schedule(self) -> dict[str, Any]:
         """Steps or epochs; a warmup, then what the settings say of the learning rate."""

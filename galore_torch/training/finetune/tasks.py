@@ -1,6 +1,12 @@
 """GLUE's tasks by name: columns, the split that is held out, and metrics (arXiv 1804.07461)."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "classify", "sft"]
+"""What ``--task`` takes: a task of GLUE, rows of one's own with labels, or supervised fine-tuning."""
+
+TASKS: tuple[str, ...] = get_args(TaskName)
 
 
 @dataclass(frozen=True)
@@ -26,5 +32,3 @@ GLUE: dict[str, Task] = {
     "wnli": Task(_PAIR, ("accuracy",)),
 }
 """Every task by the name that ``--task`` takes."""
-
-TASKS = (*GLUE, "classify", "sft")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from galore_torch.training.finetune.tasks import TASKS
-from galore_torch.training.settings import sections
-from galore_torch.training.settings.fields import check, setting
+from galore_torch.training.finetune.tasks import TASKS, TaskName
+from galore_torch.training.settings.config import from_values, sections_of
+from galore_torch.training.settings.fields import DType, setting, settings
 
 PLAIN_TEXT = "text"
 """The task of a causal model on packed text, as in pre-training."""
@@ -16,24 +15,24 @@ PLAIN_TEXT = "text"
 _OF_LABELS = ("text_pair_column", "label_column", "labels")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SnapshotConfig:
     """Which steps are made, and of which of their gradients snapshots are taken."""
 
-    steps: int = setting(60, "Optimizer steps that are made, on a copy of the model that is then dropped.", minimum=2)
-    every: int = setting(5, "Steps between two snapshots of the gradients.", minimum=1)
+    steps: int = setting(60, "Optimizer steps that are made, on a copy of the model that is then dropped.", ge=2)
+    every: int = setting(5, "Steps between two snapshots of the gradients.", ge=1)
     oldest: int | None = setting(
         None,
         "Age up to which a basis is judged by later gradients, in steps: a multiple of every. A basis of every weight "
         "is kept for each snapshot in between.",
-        minimum=1,
+        ge=1,
         shown="two snapshots less than steps",
     )
-    rank: int | None = setting(None, "Rank of the bases that figures are about.", minimum=1, shown="the recipe's")
+    rank: int | None = setting(None, "Rank of the bases that figures are about.", ge=1, shown="the recipe's")
     lr: float | None = setting(
         None,
         "Learning rate of the steps.",
-        above=0,
+        gt=0,
         shown="where the run's has come, at least a tenth of its peak; 0.0001 for --model",
     )
     target_modules: str | None = setting(
@@ -43,7 +42,6 @@ class SnapshotConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self)
         if self.steps < 2 * self.every:
             raise ValueError(
                 f"steps = {self.steps} gives {self.count} snapshots at every = {self.every}, and one basis "
@@ -79,54 +77,49 @@ class SnapshotConfig:
         return tuple(range(self.every, oldest + 1, self.every))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RecommendConfig:
     """By which rule a rank and a gap are recommended; see `galore_torch.training.inspection.recommend`."""
 
     capture_share: float = setting(
         0.6,
         "Share of a gradient's energy that a basis of the recommended rank must hold, at the first snapshot after it.",
-        above=0,
-        below=1,
+        gt=0,
+        lt=1,
     )
     keep_share: float = setting(
         0.9,
         "Share of what young bases capture that one must still capture after the recommended gap.",
-        above=0,
-        below=1,
+        gt=0,
+        lt=1,
     )
-    rank_multiple: int = setting(8, "Recommended ranks are multiples of it.", minimum=1)
-
-    def __post_init__(self) -> None:
-        check(self)
+    rank_multiple: int = setting(8, "Recommended ranks are multiples of it.", ge=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ModelDataConfig:
     """The data of a model, and how it is trained on them. What is None is as `galore finetune` has it."""
 
-    task: str = setting(
+    task: Literal["text"] | TaskName = setting(
         PLAIN_TEXT,
         f"What the model is trained for: {PLAIN_TEXT} (a causal model on packed text), or one of galore finetune's: "
         f"{', '.join(TASKS)}.",
-        choices=(PLAIN_TEXT, *TASKS),
     )
-    dtype: str | None = setting(None, "What weights are stored in.", choices=("float32", "bfloat16"), shown="float32")
+    dtype: DType | None = setting(None, "What weights are stored in.", shown="float32")
     gguf_file: str | None = setting(None, "A GGUF file in the model's folder, which holds the weights.")
     max_length: int | None = setting(
-        None, "Tokens of a sequence of packed text; most of a row otherwise.", minimum=2, shown="the recipe's"
+        None, "Tokens of a sequence of packed text; most of a row otherwise.", ge=2, shown="the recipe's"
     )
-    batch: int | None = setting(None, "Sequences or rows a step.", minimum=1, shown="the recipe's")
-    micro_batch: int | None = setting(None, "Sequences or rows at once; bounds memory.", minimum=1, shown="batch")
+    batch: int | None = setting(None, "Sequences or rows a step.", ge=1, shown="the recipe's")
+    micro_batch: int | None = setting(None, "Sequences or rows at once; bounds memory.", ge=1, shown="batch")
     text_column: str | None = setting(None, "Column of the text.", shown="text")
     text_pair_column: str | None = setting(None, "Column of a second text, for pairs.")
     label_column: str | None = setting(None, "Column of the label.", shown="label")
-    labels: str | None = setting(None, "What labels are.", choices=("auto", "classes", "numbers"), shown="auto")
-    seed: int | None = setting(None, "Seed of a fresh head and of the order of the data.", minimum=0, shown="0")
+    labels: Literal["auto", "classes", "numbers"] | None = setting(None, "What labels are.", shown="auto")
+    seed: int | None = setting(None, "Seed of a fresh head and of the order of the data.", ge=0, shown="0")
     cache: str | None = setting(None, "Folder for tokenized text.", shown="$GALORE_CACHE or ~/.cache/galore-torch")
 
     def __post_init__(self) -> None:
-        check(self)
         for name in _OF_LABELS:
             if self.task == PLAIN_TEXT and getattr(self, name) is not None:
                 raise ValueError(
@@ -141,7 +134,7 @@ class ModelDataConfig:
         return {name: value for name, value in values.items() if name not in ("task", "cache")}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class InspectConfig:
     """All settings of an inspection."""
 
@@ -149,8 +142,10 @@ class InspectConfig:
     recommendation: RecommendConfig
     data: ModelDataConfig
 
+    doing: ClassVar[str] = "an inspection"
 
-SECTIONS: dict[str, type] = {"snapshots": SnapshotConfig, "recommendation": RecommendConfig, "data": ModelDataConfig}
+
+SECTIONS = sections_of(InspectConfig)
 """Every section by its name in `InspectConfig`."""
 
 
@@ -163,5 +158,4 @@ def configure(**given: Any) -> InspectConfig:
     >>> configure(steps=20, every=4).snapshots.ages
     (4, 8, 12)
     """
-    values = {name: value for name, value in given.items() if value is not None}
-    return InspectConfig(**sections.made(values, SECTIONS, "an inspection"))
+    return from_values(InspectConfig, {name: value for name, value in given.items() if value is not None})

@@ -28,7 +28,7 @@ from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
 from galore_torch.training.run.manifest import require_whole
 from galore_torch.training.settings.adapter import AdapterConfig
-from galore_torch.training.settings.fields import read_toml
+from galore_torch.training.settings.config import read_toml
 from galore_torch.training.settings.optimizer import OptimizerConfig, is_projected
 from galore_torch.training.text.config import DataConfig
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run.command import PANEL, Config, Json, Out, Resume, run_command
-from galore_torch.training.settings.methods import METHODS, described
+from galore_torch.training.settings.flags import given_settings
+from galore_torch.training.settings.methods import METHODS, help_text
 
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
@@ -36,7 +37,7 @@ galore pretrain --resume --out runs/60m
 SHOWN = "llama-60m"
 """The preset whose values ``--help`` shows."""
 
-EPILOG = f"{EXAMPLES}\n{described()}"
+EPILOG = f"{EXAMPLES}\n{help_text()}"
 """What ``--help`` ends with."""
 
 _PRESET = typer.Option(
@@ -71,6 +72,7 @@ def pretrain(
     tokenizer, loss.png and a resumable checkpoint.
     Ctrl-C finishes the step, saves a checkpoint and says how to go on.
     """
+    given = given_settings(given)
 
     def configured() -> tuple[PretrainConfig, str]:
         settings = configure(preset, config, method=method, **given)

@@ -1,11 +1,11 @@
 """Presets: the paper's models with the paper's recipe (arXiv 2403.03507, section 5), and the demo's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.pretrain.config import PretrainConfig, from_values, read_values
-from galore_torch.training.settings.methods import over_file, refuse_unheeded
-from galore_torch.training.settings.optimizer import is_projected, own_defaults
+from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.settings.presets import FULL_RANK, PROJECTED, Recipes, what_trains
 
 DEFAULT_PRESET = "llama-tiny"
 
@@ -40,8 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Settings of each preset by name. What a preset leaves out has the setting's own default."""
-
-PROJECTED, FULL_RANK = "projected", "full rank"
 
 BY_OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
     "llama-7b": {
@@ -78,51 +76,24 @@ whose product begins at zero and counts a fraction, wants more.
 """
 
 
-def learning_rates(preset: str, optimizer: str, adapter: str = "none") -> dict[str, float]:
-    """The preset's peak learning rates for what is trained: ``lr`` and, where it differs, ``others_lr``."""
-    return LEARNING_RATES[preset][kind_of(optimizer) if adapter == "none" else adapter]
+def _besides(preset: str, optim: str, _: Mapping[str, Any]) -> dict[str, Any]:
+    by_optimizer = BY_OPTIMIZER.get(preset, {})
+    return {**by_optimizer.get(what_trains(optim, "none"), {}), **by_optimizer.get(optim, {})}
 
 
-def kind_of(optimizer: str) -> str:
-    """`PROJECTED` or `FULL_RANK`."""
-    return PROJECTED if is_projected(optimizer) else FULL_RANK
+RECIPES = Recipes(
+    config=PretrainConfig, presets=PRESETS, default=lambda _: DEFAULT_PRESET, besides=_besides, rates=LEARNING_RATES
+)
 
 
 def configure(
     preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
 ) -> PretrainConfig:
-    """A preset, overridden by a TOML file, by a method and by settings by name; what is None is not given.
-
-    A method brings the preset's learning rates for it: the file's were for what the file trains.
-
-    Args:
-        preset: a key of `PRESETS`; if None, what the file names as ``preset``, or `DEFAULT_PRESET`.
-        file: a TOML file with sections, such as a run folder's ``config.toml``.
-        method: a key of `galore_torch.training.settings.methods.METHODS`.
-        given: settings by name, such as ``rank=256``.
-
-    Returns:
-        The whole configuration, with the learning rates that the preset has for what is trained.
-
-    Raises:
-        ValueError: when the preset, the method, a setting or a value is not known or not allowed.
+    """The configuration of a pre-training; see `galore_torch.training.settings.presets.Recipes.configure`.
 
     >>> configure("llama-60m", steps=500).optimizer.lr
     0.01
     >>> configure("llama-60m", method="full").optimizer.lr
     0.001
     """
-    flags = {name: value for name, value in given.items() if value is not None}
-    named, values = (None, {}) if file is None else read_values(file)
-    preset = preset or named or DEFAULT_PRESET
-    if preset not in PRESETS:
-        raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
-    settings = over_file(values, method, flags)
-    config = from_values({**PRESETS[preset], **settings})  # judges every value, before others depend on one
-    optimizer, adapter = config.optimizer.optim, config.adapter.adapter
-    by_optimizer = BY_OPTIMIZER.get(preset, {})
-    besides = {**own_defaults(optimizer), **by_optimizer.get(kind_of(optimizer), {}), **by_optimizer.get(optimizer, {})}
-    rates = {} if "lr" in settings else learning_rates(preset, optimizer, adapter)
-    config = from_values({**PRESETS[preset], **besides, **rates, **settings})
-    refuse_unheeded(method, flags, config.optimizer, config.adapter)
-    return config
+    return RECIPES.configure(preset, file, method, given)

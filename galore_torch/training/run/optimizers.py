@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
 import galore_torch
-from galore_torch.gradients.modes import Gradients, Update
+from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.optim.groups import projection_in
-from galore_torch.optim.keys import PROJECTED_DEFAULTS
-from galore_torch.training.settings.optimizer import OptimizerConfig, heeds, is_projected
+from galore_torch.training.settings.optimizer import OptimizerConfig, has_effect, is_projected
 
 Groups = list[dict[str, Any]]
 
@@ -78,50 +77,55 @@ _BUILDERS: dict[str, Callable[[Groups, OptimizerConfig, int], Optimizer]] = {
 """What makes each optimizer from the parameter groups, the settings and the run's seed."""
 
 
-def groups_of(model: Module, config: OptimizerConfig, target_modules: str | Sequence[str] = MATRICES) -> Groups:
-    """The model's parameter groups, matrices first, with the learning rate of each and the keys of a projection.
-
-    Which modules hold the matrices is said as to `galore_torch.param_groups`.
-    """
-    projected = is_projected(config.optim)
-    groups = galore_torch.param_groups(
-        model,
-        config.rank if projected else 1,  # which weights are matrices does not depend on it
-        target_modules,
-        project_adapters=not projected,  # the matrices of adapters have their learning rate
-        **{key: getattr(config, key) for key in PROJECTED_DEFAULTS if hasattr(config, key)},
-    )
-    matrices = [group for group in groups if "rank" in group]
-    others = [group for group in groups if "rank" not in group]
-    for group in others:
-        group["lr"] = config.lr if config.others_lr is None else config.others_lr
-    if not projected:
-        keys = {"rank", *PROJECTED_DEFAULTS}
-        matrices = [{key: group[key] for key in group if key not in keys} for group in matrices]
-    return [*matrices, *others]
-
-
 def build(
     model: Module, config: OptimizerConfig, seed: int, target_modules: str | Sequence[str] = MATRICES
 ) -> Optimizer:
     """Make the optimizer that the settings name, over the model's parameters.
 
+    Args:
+        model: a Transformers model.
+        config: the optimizer's settings.
+        seed: of random bases and of rounding.
+        target_modules: which modules hold the matrices; see `galore_torch.param_groups`.
+
+    Returns:
+        An optimizer whose first groups hold the matrices, with the projection's keys if it projects, and whose last
+        ones hold the others, with their learning rate.
+
     Raises:
         ValueError: when the projection's settings do not fit the model.
         ImportError: when the optimizer's library is not installed.
     """
-    name = config.optim
-    if config.update == "backward" and not is_projected(name):
+    name: str = config.optim
+    projected = is_projected(name)
+    keys = config.group_keys if projected else {"rank": 1}  # which weights are matrices does not depend on it
+    groups = galore_torch.param_groups(
+        model,
+        target_modules=target_modules,
+        project_adapters=not projected,  # the matrices of adapters have their learning rate
+        **keys,
+    )
+    if config.update == "backward" and not projected:
         name = f"galore-{name}"  # whose hooks move each weight inside the backward; groups without a rank stay whole
     with warnings.catch_warnings():
         if name != config.optim:
             warnings.filterwarnings("ignore", message="no parameter group has a `rank`")  # as is meant here
-        return _BUILDERS[name](groups_of(model, config, target_modules), config, seed)
+        return _BUILDERS[name](_matrices_first(groups, config), config, seed)
+
+
+def _matrices_first(groups: Groups, config: OptimizerConfig) -> Groups:
+    """The groups with the learning rate of each; without the projection's keys, if the optimizer does not project."""
+    matrices = [group for group in groups if "rank" in group]
+    others_lr = config.lr if config.others_lr is None else config.others_lr
+    others = [{**group, "lr": others_lr} for group in groups if "rank" not in group]
+    if not is_projected(config.optim):
+        matrices = [{key: group[key] for key in group if key not in KEYS} for group in matrices]
+    return [*matrices, *others]
 
 
 def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
     """What the state of an optimizer that `build` made will take at least, before it has any."""
-    if not heeds(config.optim, "beta2"):  # one moment or a factored one
+    if not has_effect("beta2", config.optim):  # one moment or a factored one
         return 0
     least = 0
     for group in optimizer.param_groups:
@@ -141,6 +145,5 @@ class TrainerOptimizer:
     def __call__(self, model: Module, *, optimizer: Optimizer, config: OptimizerConfig) -> Optimizer:
         """Form and apply gradients as the settings say, and return the optimizer that `build` made of the model."""
         if isinstance(optimizer, galore_torch.GaLore):
-            modes = cast(Gradients, config.gradients), cast(Update, config.update)
-            galore_torch.attach(model, optimizer, *modes, grad_bits=config.grad_bits)
+            galore_torch.attach(model, optimizer, config.gradients, config.update, grad_bits=config.grad_bits)
         return optimizer

@@ -1,155 +1,146 @@
-"""Settings: declared once as dataclass fields, checked when made, read from TOML, shown in ``--help``.
+"""Settings: declared once as fields of a frozen dataclass, which pydantic checks whenever one is made.
 
-A configuration is a frozen, keyword-only dataclass whose fields are made by `setting`. The field carries its default,
-its help and its limits; `check` enforces them, so a value is judged by the same words wherever it came from.
+A field carries its type, default, limits and help; flags, ``--config`` and Python are judged by the same words.
 """
 
 import dataclasses
-import math
-import operator
-import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import tomli_w
+import pydantic
+from pydantic.dataclasses import dataclass as checked_dataclass
+from typing_extensions import dataclass_transform
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from galore_torch.group_keys import KEYS
+
+T = TypeVar("T")
+DType = typing.Literal["float32", "bfloat16"]
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-    choices: Iterable[str | int] = (),
-    shown: str | None = None,
-) -> Any:
-    """Declare one setting as a dataclass field.
+def setting(default: Any, help: str, *, shown: str | None = None, **limits: Any) -> Any:
+    """Declare one setting as a field.
 
     Args:
         default: its value when nobody says otherwise; None where something else decides (the help says what).
         help: one or two sentences for ``--help``, with the unit.
-        minimum: the least value allowed.
-        above: a bound that the value must exceed.
-        maximum: the greatest value allowed.
-        below: a bound that the value must stay under.
-        choices: the only values allowed, if not every one is.
         shown: what ``--help`` says of the default, where that is not the default itself.
+        limits: bounds of a number, by pydantic's names: ge, gt, le, lt, multiple_of.
 
     Returns:
-        A `dataclasses.field`.
+        The field.
     """
-    limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below, "choices": tuple(choices)}
-    return dataclasses.field(default=default, metadata={"help": help, "shown": shown, **limits})
+    return pydantic.Field(default, description=help, json_schema_extra={"shown": shown}, **limits)
 
 
-def check(config: Any) -> None:
-    """Hold every field of a configuration to its type and its limits.
+def group_setting(name: str, **other: Any) -> Any:
+    """A key of a projected group as a setting: default, help and limits are those of `galore_torch.group_keys.KEYS`."""
+    key = KEYS[name]
+    return setting(**{"default": key.default, "help": key.help, **(key.limits or {}), **other})
 
-    Whole numbers are accepted where a float is asked for and are stored as floats. No float is infinite: an update, a
-    schedule or a share that is one has no meaning, whatever the field.
+
+_CHECKS = pydantic.ConfigDict(strict=True, allow_inf_nan=False, validate_default=True)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(kind: type[T]) -> type[T]:
+    """Make a frozen, keyword-only dataclass that holds every field to its type and limits when it is made.
+
+    Whole numbers are accepted where a float is asked for. No float is infinite: an update, a schedule or a share that
+    is one has no meaning, whatever the field.
 
     Raises:
-        ValueError: with the field, the value and what is allowed.
+        ValueError: (the class) with the field, the value and what is allowed.
     """
-    for field, hint in typed_fields(type(config)):
-        value = getattr(config, field.name)
-        if value is None and optional(hint):
-            continue
-        kind = plain_type(hint)
-        if kind is float and type(value) is int:
-            value = float(value)
-            object.__setattr__(config, field.name, value)
-        if type(value) is not kind:
-            raise ValueError(f"{field.name} = {value!r} is a {type(value).__name__}; give a {kind.__name__}.")
-        _check_limits(field.name, value, field.metadata)
-        _check_writable(field.name, value)
+    checked: Any = checked_dataclass(frozen=True, kw_only=True, config=_CHECKS)(kind)
+    initialize = checked.__init__
+
+    def initialized(self: Any, **given: Any) -> None:
+        try:
+            initialize(self, **given)
+        except pydantic.ValidationError as error:
+            raise ValueError(_sentence(checked, error)) from None
+        for name, value in given.items():
+            _require_unicode(name, value)
+
+    checked.__init__ = initialized
+    made: type[T] = checked
+    return made
 
 
-_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "minimum": ("at least", operator.ge),
-    "above": ("more than", operator.gt),
-    "maximum": ("at most", operator.le),
-    "below": ("less than", operator.lt),
-}
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
 
 
-def _check_limits(name: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
-    choices = limits["choices"]
-    if choices and value not in choices:
-        choices = [str(choice) for choice in choices]
+def _sentence(kind: Any, error: pydantic.ValidationError) -> str:
+    """The first error in the project's form: field, value, remedy."""
+    first = error.errors(include_url=False)[0]
+    context = first.get("ctx", {})
+    if "error" in context:  # raised by `__post_init__`, in this form already
+        return str(context["error"])
+    name, value = str(first["loc"][0]), first["input"]
+    if name not in field_names(kind):
+        return f"{name} = {value!r} is not a setting; {suggest(name, field_names(kind))}"
+    hint = typing.get_type_hints(kind)[name]
+    if first["type"] == "literal_error":
+        choices = [str(choice) for choice in choices_of(hint)]
         close = get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"{name} = {value!r} is not known; choose one of {', '.join(choices)}{hint}")
-    for name_of_bound, (words, holds) in _BOUNDS.items():
-        bound = limits[name_of_bound]
-        if bound is not None and not holds(value, bound):  # a NaN holds none of them
-            raise ValueError(f"{name} = {value!r} is out of range; it must be {words} {bound}.")
+        meant = f"; did you mean {close[0]!r}?" if close else "."
+        return f"{name} = {value!r} is not known; choose one of {', '.join(choices)}{meant}"
+    if first["type"] == "finite_number":
+        above = [limit.gt for limit in kind.__pydantic_fields__[name].metadata if hasattr(limit, "gt")]
+        return f"{name} = {value!r} is not finite; give a finite number{f' more than {above[0]}' if above else ''}."
+    for bound in _BOUNDS.keys() & context.keys():
+        return f"{name} = {value!r} is out of range; it must be {_BOUNDS[bound]} {context[bound]}."
+    wanted = plain_type(hint).__name__
+    return f"{name} = {value!r} is a {type(value).__name__}; give {'an' if wanted == 'int' else 'a'} {wanted}."
 
 
-def _check_writable(name: str, value: Any) -> None:
-    """What no file can hold in such a way that it is read back as what it was."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} = {value!r} is not finite; give a finite number.")
+def _require_unicode(name: str, value: Any) -> None:
+    """Refuse bytes of the command line or of a file's name that no file of settings can hold."""
     if isinstance(value, str):
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # bytes of the command line or of a file's name
+        except UnicodeEncodeError as error:
             raise ValueError(f"{name} = {value!r} is no valid UTF-8; rename what it names.") from error
 
 
-def typed_fields(config: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """The fields of a configuration class, each with its resolved type hint."""
-    hints = typing.get_type_hints(config)
-    return [(field, hints[field.name]) for field in dataclasses.fields(config)]
+def field_names(*kinds: type) -> list[str]:
+    """The names of the settings of these dataclasses."""
+    return [field.name for kind in kinds for field in dataclasses.fields(kind)]
 
 
-def optional(hint: Any) -> bool:
-    """Whether a type hint allows None."""
-    return types.NoneType in typing.get_args(hint)
+def defaults_of(kind: type) -> dict[str, Any]:
+    """The settings' own defaults by name."""
+    return {name: field.default for name, field in kind.__pydantic_fields__.items()}  # type: ignore[attr-defined]
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values that a type hint allows, if it is a Literal or one or None; else none.
+
+    >>> choices_of(DType | None)
+    ('float32', 'bfloat16')
+    """
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    return tuple(choice for part in typing.get_args(hint) for choice in choices_of(part))
 
 
 def plain_type(hint: Any) -> type:
-    """The type behind ``X | None``, and X itself otherwise."""
-    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    """The type of a setting's values, None and Literal apart.
+
+    >>> plain_type(DType | None), plain_type(float | None), plain_type(int)
+    (<class 'str'>, <class 'float'>, <class 'int'>)
+    """
+    choices = choices_of(hint)
+    kinds = [type(choices[0])] if choices else [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     kind: type = kinds[0] if kinds else hint
     return kind
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        ValueError: when it cannot be read or is no TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file by a mark
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(
-            f"config = {str(path)!r} cannot be read as TOML: {error}. Give a readable TOML file."
-        ) from error
-
-
-def write_toml(sections: dict[str, dict[str, Any]]) -> str:
-    """Sections of plain settings as TOML text. A setting that is None is left out.
-
-    >>> print(write_toml({"data": {"seq": 256, "data": "stdlib", "tokenizer": None}}))
-    [data]
-    seq = 256
-    data = "stdlib"
-    <BLANKLINE>
-    """
-    plain = {
-        name: {key: value for key, value in section.items() if value is not None} for name, section in sections.items()
-    }
-    return tomli_w.dumps(plain)
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not known: the closest one that is, or all of them."""
+    known = list(known)
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}."

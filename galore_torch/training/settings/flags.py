@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
-from galore_torch.training.settings.fields import plain_type, typed_fields
-
-_OFF = "no_"
+from galore_torch.training.settings.fields import field_names, plain_type
 
 Presets = Mapping[str, Mapping[str, Any]]
+_NO = "no_"
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: None}
 
 
 def with_settings(
-    command: Callable[..., None],
-    sections: Mapping[str, type],
-    presets: Presets,
-    shown: str = "",
+    command: Callable[..., None], sections: Mapping[str, type], presets: Presets, shown: str = ""
 ) -> Callable[..., None]:
     """Give a command one optional flag a setting.
 
@@ -32,56 +29,51 @@ def with_settings(
         shown: the preset whose values the help shows.
 
     Returns:
-        What typer makes a command of.
+        The command itself, with the flags in its signature, which typer reads.
     """
-
-    def run(**values: Any) -> None:
-        for name in [name for name in values if name.startswith(_OFF)]:
-            if values.pop(name):
-                values[name.removeprefix(_OFF)] = False
-        command(**values)
-
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     taken = {parameter.name for parameter in parameters}
     for section, config in sections.items():
-        settings = [(field, hint) for field, hint in typed_fields(config) if field.name not in taken]
-        parameters += [_flag(section, field, hint, presets, shown) for field, hint in settings]
-        parameters += [_off(section, field.name) for field, hint in settings if plain_type(hint) is bool]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__doc__ = command.__doc__
-    return run
+        for name in field_names(config):
+            if name not in taken:
+                parameters += _flags(section, config, name, presets, shown)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
-def _flag(section: str, field: dataclasses.Field[Any], hint: Any, presets: Presets, preset: str) -> inspect.Parameter:
-    kind = plain_type(hint)
-    name = field.name.replace("_", "-")
+def given_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given, by name, from all flags of a command.
+
+    >>> given_settings({"rank": 8, "scale": None, "stagger": None, "no_stagger": True})
+    {'rank': 8, 'stagger': False}
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    return {name.removeprefix(_NO): False if name.startswith(_NO) else value for name, value in given.items()}
+
+
+def _flags(section: str, config: Any, name: str, presets: Presets, shown: str) -> list[inspect.Parameter]:
+    """A setting's flag; that of a boolean has another one that says no, in a row of its own: names may be long."""
+    kind = plain_type(typing.get_type_hints(config)[name])
+    flag, field = name.replace("_", "-"), config.__pydantic_fields__[name]
+    helped = field.description + _default(name, field, presets, shown)
+    flags = [_parameter(section, name, f"--{flag}", kind, helped)]
+    return flags + ([_parameter(section, _NO + name, f"--no-{flag}", kind, f"Not --{flag}.")] if kind is bool else [])
+
+
+def _parameter(section: str, name: str, flag: str, kind: type, help: str) -> inspect.Parameter:
     option = typer.Option(
-        f"--{name}",
-        help=field.metadata["help"] + _default(field, presets, preset),
-        rich_help_panel=section.capitalize(),
-        show_default=False,
-        metavar=None if kind is bool else {int: "N", float: "X", str: "TEXT"}[kind],
+        flag, help=help, rich_help_panel=section.capitalize(), show_default=False, metavar=_METAVARS[kind]
     )
     # One of these types or None: typer reads it, no type checker does.
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+    annotation: Any = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _off(section: str, name: str) -> inspect.Parameter:
-    """The flag that says no to a setting. One of its own, for two long names side by side leave help no room."""
-    flag = name.replace("_", "-")
-    option = typer.Option(f"--no-{flag}", help=f"Not --{flag}.", rich_help_panel=section.capitalize())
-    return inspect.Parameter(
-        _OFF + name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
-    )
-
-
-def _default(field: dataclasses.Field[Any], presets: Presets, preset: str) -> str:
+def _default(name: str, field: Any, presets: Presets, preset: str) -> str:
     """What a help text says of the default: that the preset decides, or the value."""
-    if any(field.name in values and values[field.name] != field.default for values in presets.values()):
-        return rf" [dim]\[by preset; {preset}: {presets[preset].get(field.name, field.default)}][/]"
-    shown = field.metadata["shown"] or field.default
+    if any(name in values and values[name] != field.default for values in presets.values()):
+        return rf" [dim]\[by preset; {preset}: {presets[preset].get(name, field.default)}][/]"
+    shown = field.json_schema_extra["shown"] or field.default
     return "" if shown is None else rf" [dim]\[default: {shown}][/]"

@@ -11,15 +11,11 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from galore_torch.training.settings import adapter as of_adapter
+from galore_torch.training.settings import optimizer as of_optimizer
 from galore_torch.training.settings.adapter import AdapterConfig
-from galore_torch.training.settings.optimizer import (
-    OF_SOME,
-    PROJECTED_ONLY,
-    OptimizerConfig,
-    is_projected,
-    own_defaults,
-)
-from galore_torch.training.settings.optimizer import heeds as optimizer_heeds
+from galore_torch.training.settings.fields import field_names
+from galore_torch.training.settings.optimizer import OptimizerConfig, own_defaults
 
 # Said by every method, for a file may say otherwise.
 _AS_USUAL: dict[str, Any] = {"adapter": "none", "gradients": "full", "update": "step", "weight_bits": 16}
@@ -73,9 +69,6 @@ HELP: dict[str, str] = {
 }
 """What each method is, in a line, and where it comes from."""
 
-# Settings of the projection that mean nothing without one, beside those that are then refused whatever asks for them.
-_PROJECTION = ("rank", "update_proj_gap", "scale", "proj_type", "decomposition", "stagger", "gamma_proj", "queue_size")
-
 
 def method_settings(method: str | None) -> dict[str, Any]:
     """The settings of a method; none for None.
@@ -117,48 +110,43 @@ def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str,
     return {**kept, **chosen, **flags}
 
 
-def heeds(name: str, optimizer: OptimizerConfig, adapter: AdapterConfig) -> bool:
-    """Whether a setting, such as ``update_proj_gap``, means anything to what is trained in this way.
+def has_effect(name: str, optimizer: OptimizerConfig, adapter: AdapterConfig) -> bool:
+    """Whether a setting, such as ``update_proj_gap``, has an effect on what is trained in this way.
 
-    >>> heeds("update_proj_gap", OptimizerConfig(optim="adamw"), AdapterConfig())
+    >>> has_effect("update_proj_gap", OptimizerConfig(optim="adamw"), AdapterConfig())
     False
     """
-    if name not in (*_PROJECTION, *PROJECTED_ONLY) or is_projected(optimizer.optim):
-        return optimizer_heeds(optimizer.optim, name)
-    return name == "rank" and adapter.adapter != "none"
+    if name in field_names(AdapterConfig):
+        return of_adapter.has_effect(name, adapter.adapter)
+    by_adapter = name == "rank" and adapter.adapter != "none"  # whose rank it is by default
+    return by_adapter or of_optimizer.has_effect(name, optimizer.optim)
 
 
-def refuse_unheeded(
-    method: str | None, given: Mapping[str, Any], optimizer: OptimizerConfig, adapter: AdapterConfig
+def refuse_without_effect(
+    method: str | None, given: Iterable[str], optimizer: OptimizerConfig, adapter: AdapterConfig
 ) -> None:
-    """Refuse single flags that say something to a named method that it does not heed.
+    """Refuse single flags that have no effect with a named method.
 
     Args:
         method: its name; None refuses nothing, for flags may then be shared by runs that are compared.
-        given: the single flags, by name.
+        given: the names of the single flags.
         optimizer: the optimizer's settings, as resolved.
         adapter: the adapter's settings, as resolved.
 
     Raises:
-        ValueError: with the setting, its value and the methods that heed it.
+        ValueError: with the setting, its value and the optimizers that it has an effect on.
     """
-    if method is None:
-        return
-    for name, value in given.items():
-        if name in OF_SOME and not heeds(name, optimizer, adapter):
+    for name in given if method is not None else ():
+        if not has_effect(name, optimizer, adapter):
+            value = getattr(adapter if name in field_names(AdapterConfig) else optimizer, name)
+            also = ", or a method with an adapter" if name == "rank" else ""
             raise ValueError(
-                f"{name} = {value!r} has no effect on method = {method!r}, whose optimizer is {optimizer.optim}; "
-                "leave it out."
-            )
-        if not heeds(name, optimizer, adapter):
-            also = ", low-rank, lora or relora" if name == "rank" else ""
-            raise ValueError(
-                f"{name} = {value!r} says nothing to method = {method!r}, which projects nothing; leave it out, or "
-                f"choose a method that heeds it, such as galore{also}."
+                f"{name} = {value!r} has no effect with method = {method!r} (optim = {optimizer.optim!r}); leave it "
+                f"out, or use it with {', '.join(of_optimizer.optimizers_with(name))}{also}."
             )
 
 
-def described(names: Iterable[str] = METHODS) -> str:
+def help_text(names: Iterable[str] = METHODS) -> str:
     """Methods with their lines of help, as the end of a command's ``--help``."""
     lines = [f"{name}  [dim]{HELP[name]}[/]" for name in names]
     return "\n\n".join(["[bold]Methods[/]", *lines]) + "\n"

@@ -1,11 +1,9 @@
 """The settings of the text that is trained on."""
 
-from dataclasses import dataclass
-
-from galore_torch.training.settings.fields import check, setting
+from galore_torch.training.settings.fields import setting, settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DataConfig:
     """The text that it is trained on."""
 
@@ -22,16 +20,15 @@ class DataConfig:
         "for a Hub data set, as in the paper, and train for local text.",
     )
     vocab: int = setting(
-        32000, "Entries of a tokenizer that is trained on the spot; a ready one brings its own.", minimum=260
+        32000, "Entries of a tokenizer that is trained on the spot; a ready one brings its own.", ge=260
     )
-    seq: int = setting(256, "Length of a sequence, in tokens; documents are packed into sequences.", minimum=2)
-    eval_tokens: int = setting(10_000_000, "Held-out text for the perplexity, in tokens, at most.", minimum=2)
+    seq: int = setting(256, "Length of a sequence, in tokens; documents are packed into sequences.", ge=2)
+    eval_tokens: int = setting(10_000_000, "Held-out text for the perplexity, in tokens, at most.", ge=2)
     cache: str | None = setting(
         None, "Folder for trained tokenizers and tokenized text.", shown="$GALORE_CACHE or ~/.cache/galore-torch"
     )
 
     def __post_init__(self) -> None:
-        check(self)
         if not self.data.strip():
             raise ValueError(f"data = {self.data!r} names nothing; give stdlib, a Hub data set, a file or a folder.")
         if self.eval_tokens < self.seq:

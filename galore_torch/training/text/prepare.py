@@ -24,7 +24,13 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Packed sequences to train on and for the evaluation, and the tokenizer that cut them."""
+    """Text that is ready to train on.
+
+    Attributes:
+        train: packed sequences to train on.
+        held_out: packed sequences for the evaluation.
+        tokenizer: what cut them.
+    """
 
     train: sources.Documents
     held_out: datasets.Dataset
@@ -57,9 +63,12 @@ def prepare_text(config: DataConfig, console: Console, *, batch: int, seed: int)
     cache = cache_folder(config)
     with console.status("Reading the text"):
         files = sources.local_files(config)
-    with nullcontext() if files is None else kept(files.folder(cache)):
+    with nullcontext() if files is None else kept(files.folder(cache)) as folder:
         with console.status("Reading the text"):
-            corpus = sources.load(config, seed, cache, files)
+            if files is None or folder is None:
+                corpus = sources.stream(config, seed)
+            else:
+                corpus = sources.documents(files, config, folder)
         with console.status("Preparing the tokenizer"):
             tokenizer = tokenizer_for(corpus, config, cache)
         with console.status("Packing documents into sequences"):

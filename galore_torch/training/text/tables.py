@@ -22,7 +22,12 @@ _CHAIN = "::"  # what Datasets reads as an address within an archive, and no esc
 def local_path(field: str, name: str) -> Path:
     """The path that a setting names: as it stands if that exists, else with ``~`` as the home folder.
 
-    A ValueError says that no path can have that name.
+    Args:
+        field: the setting.
+        name: its value.
+
+    Raises:
+        ValueError: when no path can have that name.
     """
     path = Path(name)
     try:
@@ -34,13 +39,16 @@ def local_path(field: str, name: str) -> Path:
 
 
 def read_table(kind: str, files: Iterable[Path], cache: Path, *, in_memory: bool = False) -> datasets.Dataset:
-    """Read files of rows, by what Datasets calls their kind: csv, json, parquet.
+    """Read files of rows.
 
     Args:
-        kind: of the files.
+        kind: what Datasets calls them: csv, json, parquet.
         files: their paths, each literally.
         cache: where Datasets keeps what it reads; it must be the files' own, see `digest_of`.
         in_memory: whether the rows are kept in memory, so that the cache may go.
+
+    Returns:
+        The rows.
 
     Raises:
         ValueError: when a name cannot be given to Datasets.

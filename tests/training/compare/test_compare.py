@@ -63,12 +63,12 @@ def test_the_plan_is_every_rate_with_every_seed(given):
         ({"sets": ("rank=4",)}, "is not METHOD:NAME=VALUE"),
         ({"sets": ("lora:rank=4",)}, "add --method lora"),
         ({"sets": ("galore:rnak=4",)}, "rnak = 4 is no setting of a pre-training; did you mean rank"),
-        ({"sets": ("galore:rank=four",)}, "rank = 'four' is a str; give a int"),
+        ({"sets": ("galore:rank=four",)}, "rank = 'four' is a str; give an int"),
         ({"sets": ("galore:stagger=perhaps",)}, "stagger = 'perhaps' is a str; give a bool"),
         ({"sets": ("galore:rank=0",)}, "rank = 0 is out of range; it must be at least 1"),
         ({"sets": ("galore:rank=2", "galore:rank=3")}, "sets rank of galore a second time"),
-        ({"sets": ("full:update_proj_gap=3",)}, "update_proj_gap = 3 says nothing to method = 'full'"),
-        ({"sets": ("full:adapter_rank=3",)}, "adapter_rank = 3 is for adapter = 'low-rank' or 'lora'"),
+        ({"sets": ("full:update_proj_gap=3",)}, "update_proj_gap = 3 has no effect with method = 'full'"),
+        ({"sets": ("full:adapter_rank=3",)}, "adapter_rank = 3 has no effect .*'low-rank' or 'lora'"),
         ({"sets": ("galore:optim=adamw",)}, "optim is what the methods differ in; choose them by --method"),
         ({"sets": ("galore:lr=1",)}, "give --lr METHOD=X"),
         ({"sets": ("galore:seed=1",)}, "give --seed N"),
@@ -84,7 +84,7 @@ def test_a_wrong_plan_is_refused(given, change, words):
 
 
 def test_a_setting_for_all_that_suits_one_method_is_refused_with_the_way_to_give_it(given):
-    with pytest.raises(ValueError, match=r"not for 'none'; leave it out\. For one .* --set lora:adapter_rank=4\.$"):
+    with pytest.raises(ValueError, match=r"adapter = 'none'; leave it out.* For one .* --set lora:adapter_rank=4\.$"):
         plan({**given, "adapter_rank": 4}, methods=("full", "lora"))
     with pytest.raises(ValueError, match=r"at least 1\.$"):
         plan({**given, "rank": 0}, methods=("full", "lora"))

@@ -41,7 +41,7 @@ ROWS = [{"text": text, "label": label} for text, label in sentences()]
         ({"data": "x", "method": "relora"}, ["restart_every = None", "give it"]),
         (
             {"data": "x", "method": "galore-per-layer", "batch": 8, "micro_batch": 2},
-            ["update = 'backward'", "micro_batch = 2"],
+            ["update is 'backward'", "micro_batch = 2"],
         ),
     ],
 )

@@ -1,13 +1,16 @@
 """Settings: judged when made, read from and written to TOML, overridden in order, complete in the presets."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from galore_torch.training.pretrain.config import SECTIONS, ModelConfig, ScheduleConfig, from_values
+from galore_torch.training.pretrain.config import SECTIONS, ModelConfig, PretrainConfig, ScheduleConfig
 from galore_torch.training.pretrain.presets import PRESETS, configure
-from galore_torch.training.settings.fields import plain_type, typed_fields
+from galore_torch.training.settings.config import from_values
+from galore_torch.training.settings.fields import plain_type
 from galore_torch.training.settings.optimizer import OptimizerConfig
 from galore_torch.training.text.config import DataConfig
 
@@ -86,7 +89,7 @@ def test_a_file_that_begins_with_a_mark_of_its_encoding_is_read(tmp_path):
     assert configure(file=file).optimizer.rank == 64
 
 
-NUMBERS = [field.name for field, hint in typed_fields(OptimizerConfig) if plain_type(hint) is float]
+NUMBERS = [name for name, hint in get_type_hints(OptimizerConfig).items() if plain_type(hint) is float]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -135,7 +138,7 @@ def test_configs_are_frozen_and_keyword_only():
         (DataConfig, {"eval_tokens": 100}, ["eval_tokens = 100", "seq = 256"]),
         (OptimizerConfig, {"rank": 0}, ["rank = 0", "at least 1"]),
         (OptimizerConfig, {"rank": -3}, ["rank = -3", "at least 1"]),
-        (OptimizerConfig, {"rank": 1.5}, ["rank = 1.5", "give a int"]),
+        (OptimizerConfig, {"rank": 1.5}, ["rank = 1.5", "give an int"]),
         (OptimizerConfig, {"update_proj_gap": 0}, ["update_proj_gap = 0", "at least 1"]),
         (OptimizerConfig, {"lr": float("nan")}, ["lr = nan", "more than 0"]),
         (OptimizerConfig, {"scale": float("inf")}, ["scale = inf", "give a finite number"]),
@@ -147,9 +150,9 @@ def test_configs_are_frozen_and_keyword_only():
         (OptimizerConfig, {"optim": "galore-adam"}, ["optim = 'galore-adam'", "did you mean 'galore-adamw'"]),
         (OptimizerConfig, {"optim": "adamw", "state_dtype": "float32"}, ["state_dtype", "'adamw'", "leave it out"]),
         (ScheduleConfig, {"batch": 10, "micro_batch": 4}, ["micro_batch = 4", "batch = 10", "divisor"]),
-        (ScheduleConfig, {"warmup": 1}, ["warmup = 1.0", "less than 1"]),
+        (ScheduleConfig, {"warmup": 1}, ["warmup = 1 ", "less than 1"]),
         (ScheduleConfig, {"steps": True}, ["steps = True", "bool"]),
-        (from_values, {"values": {"rnak": 4}}, ["rnak = 4", "did you mean rank"]),
+        (partial(from_values, PretrainConfig), {"values": {"rnak": 4}}, ["rnak = 4", "did you mean rank"]),
         (configure, {"preset": "llama-2b"}, ["preset = 'llama-2b'", "llama-60m"]),
     ],
 )
@@ -186,12 +189,12 @@ def test_a_missing_file_is_told():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"optim": "adamw", "gradients": "fused"}, "for the galore- optimizers"),
-        ({"optim": "adamw", "cos_threshold": 0.4}, "for the galore- optimizers"),
+        ({"optim": "adamw", "gradients": "fused"}, "gradients = 'fused' has no effect .* choose one of galore-adamw,"),
+        ({"optim": "adamw", "cos_threshold": 0.4}, "cos_threshold = 0.4 has no effect .* choose one of galore-adamw,"),
         ({"cos_threshold": 1.1}, "at most 1"),
         ({"gamma_proj": 1.0}, "more than 1"),
         ({"queue_size": 0}, "at least 1"),
-        ({"gradients": "projected", "update": "backward"}, "give|use full or fused"),
+        ({"gradients": "projected", "update": "backward"}, "use gradients='full' or 'fused'"),
         ({"update": "backward", "max_grad_norm": 1.0}, "leaves nothing to clip"),
         ({"update": "backward", "batch": 16, "micro_batch": 8}, "give both the same value"),
         ({"gradients": "never"}, "gradients = 'never'"),

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_torch import GaLore
 from galore_torch.optim import state_bytes
-from galore_torch.training.run.optimizers import TrainerOptimizer, build, groups_of
+from galore_torch.training.run.optimizers import TrainerOptimizer, build
 from galore_torch.training.settings.optimizer import KINDS, NAMES, OptimizerConfig, is_projected
 
 
@@ -28,7 +28,7 @@ def model():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_are_matrices_then_others_and_hold_every_weight_once(model, name):
-    groups = groups_of(model, OptimizerConfig(optim=name, rank=4, lr=0.02, others_lr=0.001))
+    groups = build(model, OptimizerConfig(optim=name, rank=4, lr=0.02, others_lr=0.001), seed=0).param_groups
     held = [name for group in groups for name in group["param_names"]]
     assert sorted(held) == sorted(name for name, _ in model.named_parameters())
     matrices, others = groups

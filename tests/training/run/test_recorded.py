@@ -7,8 +7,8 @@ import pytest
 
 import galore_torch
 from galore_torch import GaLore
+from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.lowbit import QuantizedWeight
-from galore_torch.optim.groups import PROJECTED_DEFAULTS
 from galore_torch.training.baselines.layers import LowRankLinear, lora_layers
 from galore_torch.training.baselines.restarts import Restarts
 from galore_torch.training.pretrain.config import SECTIONS, recorded
@@ -16,13 +16,13 @@ from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run
-from galore_torch.training.settings.adapter import heeded_by
-from galore_torch.training.settings.methods import METHODS, heeds
+from galore_torch.training.settings.methods import METHODS, has_effect
 from galore_torch.training.settings.optimizer import OptimizerConfig
 
 OTHER = {  # than by default and than any method's own
     "lr": 0.003, "others_lr": 0.002, "rank": 5, "update_proj_gap": 7, "scale": 0.5, "proj_type": "right",
     "decomposition": "svd", "stagger": False, "cos_threshold": 0.25, "gamma_proj": 3.0, "queue_size": 4,
+    "layout": "stack", "basis_group_size": 64,
     "beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.7, "state_dtype": "bfloat16",
     "basis_bits": 16, "gradients": "fused", "grad_bits": 8, "weight_bits": 8, "weight_rounding": "nearest",
     "adapter_rank": 3, "adapter_alpha": 7.0, "adapter_dropout": 0.5, "restart_every": 3, "restart_warmup": 0.4,
@@ -30,12 +30,7 @@ OTHER = {  # than by default and than any method's own
     "final_lr": 0.3, "seed": 3, "eval_every": 5, "save_every": 4, "hidden": 64, "intermediate": 96, "layers": 1,
     "heads": 4, "dtype": "bfloat16", "vocab": 300, "seq": 48,
 }  # fmt: skip
-GROUP_KEYS = {
-    "rank": "rank", "update_proj_gap": "update_proj_gap", "scale": "scale", "proj_type": "proj_type",
-    "stagger": "stagger", "decomposition": "decomposition", "cos_threshold": "cos_threshold",
-    "gamma_proj": "gamma_proj", "lr": "lr", "queue_size": "queue_size", "basis_bits": "basis_bits",
-    "weight_decay": "weight_decay",
-}  # fmt: skip
+GROUP_KEYS = (*KEYS, "lr", "weight_decay")
 ELSEWHERE = {"data", "subset", "text_column", "tokenizer", "eval_tokens", "cache", "report_to", "adapter", "optim"}
 """What the text is, which the digest tells; and which trackers, adapters and optimizers there are, by name."""
 
@@ -56,7 +51,7 @@ def by_method(texts: Path, cache: Path):
 def of_optimizer(run, attached) -> dict[str, object]:
     optimizer = run.trainer.create_optimizer()
     matrices, others = optimizer.param_groups[0], optimizer.param_groups[-1]
-    found = {name: matrices[key] for name, key in GROUP_KEYS.items() if key in matrices}
+    found = {name: matrices[name] for name in GROUP_KEYS if name in matrices}
     found["others_lr"] = others["lr"]
     if isinstance(optimizer, GaLore):
         assert optimizer._settings["seed"] == run.config.schedule.seed
@@ -128,7 +123,7 @@ def assert_recorded_is_built(config, out: Path, monkeypatch) -> set[str]:
     compared = set()
     for section in dataclasses.asdict(config).values():
         for name, value in section.items():
-            effective = heeds(name, config.optimizer, config.adapter) and heeded_by(config.adapter.adapter, name)
+            effective = has_effect(name, config.optimizer, config.adapter)
             by_adapter = name == "rank" and config.adapter.adapter != "none"  # whose rank adapter_rank is
             if effective and not by_adapter and name not in ELSEWHERE:
                 expected = config.optimizer.lr if name == "others_lr" and value is None else value
@@ -169,5 +164,4 @@ def test_every_other_value_is_recorded_as_it_was_built(by_method, tmp_path, monk
 def test_defaults_are_those_of_the_library():
     config = OptimizerConfig()
     for name, value in PROJECTED_DEFAULTS.items():
-        if name in {field.name for field in dataclasses.fields(config)}:
-            assert getattr(config, name) == value, name
+        assert getattr(config, name) == value, name

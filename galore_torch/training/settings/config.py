@@ -1,0 +1,158 @@
+"""The configuration of a job: sections of settings, from names, from a TOML file and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import tomli_w
+
+from galore_torch.training.settings.adapter import AdapterConfig, resolved
+from galore_torch.training.settings.fields import field_names, settings, suggest
+from galore_torch.training.settings.optimizer import KINDS, NAMES, OptimizerConfig, is_projected
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+C = TypeVar("C")
+
+
+@settings
+class TrainConfig:
+    """All that decides a training's outcome: `model`, `data` and `schedule` are the job's own sections."""
+
+    model: Any
+    data: Any
+    optimizer: OptimizerConfig
+    adapter: AdapterConfig
+    schedule: Any
+
+    doing: ClassVar[str]
+    """What it is the configuration of, for messages."""
+
+    def __post_init__(self) -> None:
+        adapter = resolved(self.adapter, rank=self.optimizer.rank, steps=self.schedule.steps or 1)
+        object.__setattr__(self, "adapter", adapter)
+        _check_adapter(self.adapter, self.optimizer)
+        _check_modes(self.optimizer, self.schedule.batch, self.micro_batch)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences or rows at once."""
+        return int(self.schedule.micro_batch or self.schedule.batch)
+
+    @property
+    def title(self) -> str:
+        """What is trained in a word or two: the optimizer's name, after the adapter's if there is one."""
+        adapter, optim = self.adapter.adapter, self.optimizer.optim
+        return optim if adapter == "none" else f"{adapter}-{optim}"
+
+    def to_toml(self) -> str:
+        """The whole configuration as TOML, which `read_file` reads back. A setting that is None is left out."""
+        plain = {
+            section: {name: value for name, value in values.items() if value is not None}
+            for section, values in dataclasses.asdict(self).items()
+        }
+        return tomli_w.dumps(plain)
+
+
+def _check_modes(optimizer: OptimizerConfig, batch: int, micro_batch: int) -> None:
+    """Refuse forms of gradients that exclude each other; the rules are those of `galore_torch.attach`."""
+    from galore_torch.gradients.modes import check_modes
+
+    modes = (optimizer.gradients, optimizer.update)
+    check_modes(*modes, grad_bits=optimizer.grad_bits, max_grad_norm=optimizer.max_grad_norm)
+    try:
+        check_modes(*modes, gradient_accumulation_steps=batch // micro_batch)
+    except ValueError as error:
+        raise ValueError(
+            f"micro_batch = {micro_batch} is a part of batch = {batch}: {error}. Or give both the same value."
+        ) from error
+
+
+def _check_adapter(adapter: AdapterConfig, optimizer: OptimizerConfig) -> None:
+    """Refuse an optimizer's settings that train the whole matrices or move weights where an adapter cannot follow."""
+    if adapter.adapter == "none":
+        return
+    if is_projected(optimizer.optim):
+        full_rank = ", ".join(name for name in NAMES if not is_projected(name))
+        raise ValueError(
+            f"adapter = {adapter.adapter!r} and optim = {optimizer.optim!r}, which projects what has a low rank "
+            f"already; choose one of {full_rank} (method = {adapter.adapter!r} does), or adapter = 'none'."
+        )
+    if optimizer.update == "backward":
+        raise ValueError(
+            f"update = 'backward' and adapter = {adapter.adapter!r}, whose few gradients wait for the step; leave out "
+            "one of them."
+        )
+    if adapter.adapter == "relora" and 0 < adapter.restart_prune < 1 and not KINDS[optimizer.optim].prunable:
+        raise ValueError(
+            f"restart_prune = {adapter.restart_prune} would pick numbers from the state of optim = "
+            f"{optimizer.optim!r}, which does not keep them one by one; give restart_prune = 1."
+        )
+
+
+def sections_of(config: type) -> dict[str, type]:
+    """The dataclass of each section of a configuration, by its name in TOML. No two share a setting's name."""
+    hints = typing.get_type_hints(config)
+    return {name: hints[name] for name in field_names(config)}
+
+
+def from_values(config: type[C], values: Mapping[str, Any]) -> C:
+    """Make a configuration from settings by name, whatever their section.
+
+    Raises:
+        ValueError: when a name is unknown or a value is not allowed.
+    """
+    sections = sections_of(config)
+    home = {name: section for section, kind in sections.items() for name in field_names(kind)}
+    given: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for name, value in values.items():
+        if name not in home:
+            doing = config.doing  # type: ignore[attr-defined]
+            raise ValueError(f"{name} = {value!r} is no setting of {doing}; {suggest(name, home)}")
+        given[home[name]][name] = value
+    return config(**{section: kind(**given[section]) for section, kind in sections.items()})
+
+
+def read_file(config: type, path: Path) -> tuple[str | None, dict[str, Any]]:
+    """What a TOML file gives: the ``preset`` that it names before its sections, if any, and the settings by name.
+
+    Raises:
+        ValueError: when the file cannot be read or a setting stands in the wrong section.
+    """
+    kinds, sections = sections_of(config), read_toml(path)
+    preset = sections.pop("preset", None)
+    values: dict[str, Any] = {}
+    for section, given in sections.items():
+        if section not in kinds or not isinstance(given, dict):
+            known = ", ".join(f"[{name}]" for name in kinds)
+            raise ValueError(f"{section} = {given!r} in {path} is no section; settings stand under {known}.")
+        known_names = field_names(kinds[section])
+        for name, value in given.items():
+            if name not in known_names:
+                raise ValueError(
+                    f"{name} = {value!r} in {path} is no setting of [{section}]; {suggest(name, known_names)}"
+                )
+        values |= given
+    return preset, values
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ValueError: when it cannot be read or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file by a mark
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(
+            f"config = {str(path)!r} cannot be read as TOML: {error}. Give a readable TOML file."
+        ) from error
