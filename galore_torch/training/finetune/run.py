@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -72,8 +74,11 @@ class Finetuning(Job):
         )
 
     @classmethod
-    def load(cls, config: FinetuneConfig, console: Console) -> Finetuning:
+    def load(cls, config: FinetuneConfig, console: Console, weights: Path | None = None) -> Finetuning:
         """Load the rows and the model."""
+        if weights is not None:
+            base = dataclasses.replace(config.model, model=str(weights), gguf_file=None)
+            config = dataclasses.replace(config, model=base)
         set_seed(config.schedule.seed)
         return cls(config, load(config.data), console)
 

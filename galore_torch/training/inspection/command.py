@@ -43,10 +43,7 @@ galore inspect --model FacebookAI/roberta-base --task classify --data reviews.cs
 [bold]The recommendation[/]
 
 The rank is the least multiple of --rank-multiple whose basis captures --capture-share of the next snapshot's gradient.
-
-The gap is the longest after which bases still capture --keep-share of what young ones do.
-
-Both are rules of thumb: see the curves.
+The gap is the longest after which bases still capture --keep-share of what young ones do. Both are rules of thumb.
 """
 
 _COMMAND = "galore inspect"
@@ -114,27 +111,24 @@ def inspect(
 def _require_one_subject(
     run: Path | None, model: str | None, data: str | None, given: dict[str, Any], config: InspectConfig, *, fresh: bool
 ) -> None:
-    if run is None and model is None:
-        raise ValueError("run = None and model = None leave nothing to inspect; give --run, or --model with --data.")
-    if run is not None:
-        if model is not None:
-            raise ValueError(f"model = {model!r} and run = {str(run)!r} are two things to inspect; give one of them.")
-        names = [field.name for field in dataclasses.fields(ModelDataConfig)]
-        also = [
-            name for name, value in {"data": data, **given}.items() if value is not None and name in ("data", *names)
-        ]
-        if also:
-            raise ValueError(f"run = {str(run)!r} has its own {', '.join(also)}; leave that out, or give --model.")
-        if fresh and config.snapshots.lr is not None:
-            raise ValueError(
-                f"lr = {config.snapshots.lr} and --fresh, which goes by the run's own schedule; leave out one."
-            )
-    elif fresh:
-        raise ValueError(
-            f"fresh = True is for a run, whose first weights are known; leave it out with model = {model!r}."
-        )
-    elif data is None and config.data.task not in GLUE:
-        raise ValueError(f"data = None leaves model = {model!r} without gradients; give --data FILE.")
+    of_model = ["data", *(field.name for field in dataclasses.fields(ModelDataConfig))]
+    also = ", ".join(name for name in of_model if {"data": data, **given}.get(name) is not None)
+    lr, is_run = config.snapshots.lr, run is not None
+    wrong = {
+        "run = None and model = None leave nothing to inspect; give --run, or --model with --data.": not (run or model),
+        f"model = {model!r} and run = {str(run)!r} are two things to inspect; give one of them.": is_run and model,
+        f"run = {str(run)!r} has its own {also}; leave that out, or give --model.": is_run and also,
+        f"lr = {lr} and --fresh, which goes by the run's own schedule; leave out one.": is_run and fresh and lr,
+        f"fresh = True is for a run, whose first weights are known; leave it out with model = {model!r}.": (
+            fresh and not is_run
+        ),
+        f"data = None leaves model = {model!r} without gradients; give --data FILE.": (
+            not is_run and data is None and config.data.task not in GLUE
+        ),
+    }
+    for message, applies in wrong.items():
+        if applies:
+            raise ValueError(message)
 
 
 def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) -> Inspection:

@@ -47,17 +47,10 @@ class SnapshotConfig:
                 f"steps = {self.steps} gives {self.count} snapshots at every = {self.every}, and one basis "
                 f"is to be judged by another gradient; give at least {2 * self.every}."
             )
-        if self.oldest is None:
-            return
-        if self.oldest % self.every:
+        if self.oldest is not None and self.oldest not in range(self.every, self.last, self.every):
             raise ValueError(
-                f"oldest = {self.oldest} is no multiple of every = {self.every}, the steps between two snapshots; "
-                f"give {self.oldest // self.every * self.every or self.every}."
-            )
-        if self.oldest > (self.count - 1) * self.every:
-            raise ValueError(
-                f"oldest = {self.oldest} is older than any basis gets in steps = {self.steps}; give at most "
-                f"{(self.count - 1) * self.every}, or at least {self.oldest + self.every} steps."
+                f"oldest = {self.oldest}, and in steps = {self.steps} bases are judged at ages that are multiples of "
+                f"every = {self.every}; give one of them up to {self.last - self.every}, or more steps."
             )
 
     @property

@@ -1,16 +1,13 @@
 """The gradients of one weight, measured now and then while it trains.
 
-Of a gradient only the Gram matrix of its shorter side is formed, and of that only the directions are kept, as long as
-bases of that age are judged: k^2 numbers in float32 a basis, where the weight has m n >= k^2. A snapshot costs an
-eigendecomposition in float64, about 9 k^3 operations, and 2 k^3 for each basis that is judged: the directions D of a
-basis and those of the gradient, with energies e, give cos^2 between all of them, C = (D_old^T D)^2. Then C e is the
-gradient's energy along each old direction (so its running sum is what the old basis captures, at every rank), and the
-mean of C over both bases' first r is their overlap.
+Of a gradient only the directions of its shorter side are kept, as long as bases of that age are judged: k^2 numbers in
+float32 a basis, where the weight has m n >= k^2. A snapshot costs an eigendecomposition in float64, about 9 k^3
+operations, and 2 k^3 for each basis that is judged: the directions D of a basis and those of the gradient, of energies
+e, give cos^2 between all of them, C = (D_old^T D)^2. C e is the gradient's energy along each old direction, so that its
+running sum is what the old basis captures, at every rank; the mean of C over both bases' first r is their overlap.
 
 The bases are those of the shorter side, as ``std`` has them. Of stacked matrices (experts) a share is of the energy of
-all together, and a rank is a rank of each.
-
-Shape suffixes: k the shorter side.
+all together, and a rank is a rank of each. Shape suffixes: k the shorter side.
 """
 
 from __future__ import annotations
@@ -129,13 +126,8 @@ class GradientHistory:
     def _judge_bases(self, directions: Tensor, alive: Tensor, shares: Tensor) -> tuple[float | None, float | None]:
         """Sum up what the bases of all ages hold of a gradient, if there is one of the least age.
 
-        Args:
-            directions: the gradient's own.
-            alive: which of its matrices have any.
-            shares: of its energy, along each of them.
-
-        Returns:
-            What the youngest basis captures at the rank, and its overlap with the gradient's own.
+        A gradient has directions, those of its matrices that are alive, and shares of its energy along each. Returned
+        are what the youngest basis captures at the rank, and its overlap with the gradient's own.
         """
         if not self._bases or self._bases[0] is None:
             return None, None

@@ -16,11 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from galore_torch.training.finetune import presets
 from galore_torch.training.finetune.base_model import load_base
-from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.inspection.config import PLAIN_TEXT, InspectConfig, SnapshotConfig
 from galore_torch.training.pretrain.config import ModelConfig, PretrainConfig, ScheduleConfig
-from galore_torch.training.pretrain.model import load_llama
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import step_of
@@ -32,10 +30,10 @@ from galore_torch.training.settings.config import read_toml
 from galore_torch.training.settings.optimizer import OptimizerConfig, is_projected
 from galore_torch.training.text.config import DataConfig
 
-_LEAST_RATE = 0.1
-"""Of the peak: a schedule that has ended at 0 would move nothing, and gradients would differ by their batches alone."""
-
+_LEAST_RATE = 0.1  # of the peak: where a schedule has ended at 0, gradients would differ by their batches alone
 _TEXT_LENGTH = 256  # as the paper's sequences
+_FULL_GRADIENTS: dict[str, Any] = {"gradients": "full", "update": "step"}
+_PLAIN_NUMBERS: dict[str, Any] = {"grad_bits": 16, "weight_bits": 16, "weight_rounding": "stochastic"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class InspectedJob:
         job: with its data and its model.
         title: what it is, in words.
         origin: where its weights come from, by name, for the page.
-        arguments: `TrainingArguments` that take the place of the job's.
+        is_fresh: whether it makes the first steps of a run, by the run's own schedule.
         remarks: what the reader must know, a sentence each.
         renewals: what a run recorded of its own; see `galore_torch.training.run.records`.
     """
@@ -54,7 +52,7 @@ class InspectedJob:
     job: Job
     title: str
     origin: dict[str, Any]
-    arguments: dict[str, Any]
+    is_fresh: bool = False
     remarks: list[str] = field(default_factory=list)
     renewals: list[records.Record] = field(default_factory=list)
 
@@ -67,7 +65,7 @@ class InspectedJob:
             **self.origin,
             "data": self.job.data,
             "optimizer": config.optimizer.optim,
-            "learning rate": f"{'constant' if self.arguments else 'peak'} {config.optimizer.lr:g}",
+            "learning rate": f"{'peak' if self.is_fresh else 'constant'} {config.optimizer.lr:g}",
             f"{self.job.unit} a step": self.job.units_per_step,
             "tokens of one, at most": length,
         }
@@ -78,13 +76,10 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
     """Load a run's own job: its newest weights at a constant learning rate, or its first ones by its schedule.
 
     Args:
-        run: the run folder.
-        snapshots: how many steps, and their learning rate.
+        run: the run folder; a ValueError says why it cannot be read or inspected.
+        snapshots: the learning rate of the steps.
         console: where progress is shown.
         fresh: whether its first weights are meant.
-
-    Raises:
-        ValueError: when it is no run folder, or its settings, weights or data cannot be read or inspected.
     """
     folder = RunFolder(run)
     if not folder.config.is_file():
@@ -105,18 +100,9 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
         schedule = dataclasses.replace(schedule, seed=schedule.seed + 1)  # from its end, on an order of its own
         lr = lr or _rate(folder, step, own.lr)
     config = dataclasses.replace(recorded, optimizer=_full_gradients(own, lr or own.lr), schedule=schedule)
-    job: Job
-    if isinstance(config, FinetuneConfig):
-        if weights is not None:
-            base = dataclasses.replace(config.model, model=str(weights), gguf_file=None)
-            config = dataclasses.replace(config, model=base)
-        job = Finetuning.load(config, console)
-    elif weights is None:
-        job = Pretraining.load(config, console)
-    else:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(weights)))
-        job = Pretraining(config, console, load_llama(weights, config))
+    job = kind.load(config, console, weights)
     remarks = {
+        "The run formed gradients in another way, and so rounded otherwise.": fresh and own.gradients != "full",
         "The data have changed since the run was started; gradients are of the data as they are now.": (
             folder.text_digest() != job.digest
         ),
@@ -128,12 +114,8 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
     return InspectedJob(
         job=job,
         title=f"{recorded.title} in {run}, {'its first steps' if weights is None else f'after its step {step:,}'}",
-        origin={
-            "run": run,
-            "weights": weights or "fresh",
-            "rank and gap of the run": f"{own.rank}, {own.update_proj_gap}",
-        },
-        arguments={} if weights is None else _constant(snapshots.steps),
+        origin={"run": run, "weights": weights or "fresh", "rank and gap": f"{own.rank}, {own.update_proj_gap}"},
+        is_fresh=fresh,
         remarks=[remark for remark, applies in remarks.items() if applies],
         renewals=records.read(folder.subspaces),
     )
@@ -142,14 +124,7 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
 def _full_gradients(optimizer: OptimizerConfig, lr: float) -> OptimizerConfig:
     """An optimizer's settings at a learning rate, with full gradients and on weights in their own dtype."""
     others = None if optimizer.others_lr is None else optimizer.others_lr * lr / optimizer.lr
-    plain: dict[str, Any] = {
-        "gradients": "full",
-        "update": "step",
-        "grad_bits": 16,
-        "weight_bits": 16,
-        "weight_rounding": "stochastic",
-    }
-    return dataclasses.replace(optimizer, lr=lr, others_lr=others, **plain)
+    return dataclasses.replace(optimizer, lr=lr, others_lr=others, **_FULL_GRADIENTS, **_PLAIN_NUMBERS)
 
 
 def _newest(folder: RunFolder) -> tuple[Path, int]:
@@ -170,21 +145,14 @@ def _rate(folder: RunFolder, step: int, peak: float) -> float:
     return max(_LEAST_RATE * peak, rates[-1]) if rates else peak
 
 
-def _constant(steps: int) -> dict[str, Any]:
-    return {"max_steps": steps, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
-
-
 def job_of_model(model: str, data: str | None, config: InspectConfig, console: Console) -> InspectedJob:
     """Load a model with data: as `galore finetune` would train it, or on packed text as `galore pretrain` does.
 
     Args:
-        model: name or folder.
+        model: name or folder; a ValueError says why it cannot be loaded or does not fit the data.
         data: file or folder; None for a task that brings its own.
         config: the inspection's settings.
         console: where progress is shown.
-
-    Raises:
-        ValueError: when settings do not fit together, or model and data cannot be loaded or do not fit.
     """
     own, snapshots, is_text = config.data, config.snapshots, config.data.task == PLAIN_TEXT
     recipe = presets.configure(
@@ -194,8 +162,7 @@ def job_of_model(model: str, data: str | None, config: InspectConfig, console: C
         rank=snapshots.rank,
         lr=snapshots.lr,
         steps=snapshots.steps,
-        gradients="full",
-        update="step",
+        **_FULL_GRADIENTS,
         **({"max_length": _TEXT_LENGTH} if is_text else {}) | own.given,
     )
     length, schedule = recipe.data.max_length, recipe.schedule
@@ -220,6 +187,4 @@ def job_of_model(model: str, data: str | None, config: InspectConfig, console: C
     else:
         job = Finetuning.load(recipe, console)
     job.target_modules = recipe.target_modules
-    return InspectedJob(
-        job=job, title=f"{model} on {data or own.task}", origin={"model": model}, arguments=_constant(snapshots.steps)
-    )
+    return InspectedJob(job=job, title=f"{model} on {data or own.task}", origin={"model": model})

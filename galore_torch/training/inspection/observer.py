@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from typing import Any
 
@@ -28,15 +29,12 @@ class GradientObserver(TrainerCallback):
 
     Args:
         inspected: the job whose Trainer it is added to.
-        config: the inspection's settings.
+        config: the inspection's settings; a ValueError says that they mean no weight.
 
     Attributes:
         weights: those that are observed, by name.
         histories: of their gradients, one a weight.
         losses: of the steps.
-
-    Raises:
-        ValueError: when no weight is meant.
     """
 
     def __init__(self, inspected: InspectedJob, config: InspectConfig) -> None:
@@ -79,23 +77,22 @@ class GradientObserver(TrainerCallback):
 
 
 def observed_trainer(observer: GradientObserver, folder: str, *callbacks: TrainerCallback) -> Trainer:
-    """Make the Trainer of the job, with the observer in it.
+    """Make the Trainer of the observed job, with the observer and further callbacks in it.
 
     Args:
-        observer: of the job.
+        observer: of the job; a ValueError says that the training would end before its last snapshot.
         folder: which the Trainer may write into.
         callbacks: further ones.
-
-    Raises:
-        ValueError: when the training would end before the last snapshot, or the optimizer's settings do not fit.
     """
     job, snapshots = observer.inspected.job, observer.config.snapshots
+    arguments: dict[str, Any] = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+    arguments = {} if observer.inspected.is_fresh else {**arguments, "max_steps": snapshots.steps}
     trainer = make_trainer(
         job,
         folder,
         optimizers.build(job.model, job.config.optimizer, job.config.schedule.seed, job.target_modules),
         callbacks=[observer, *callbacks],
-        **{"eval_strategy": "no", "save_strategy": "no", **observer.inspected.arguments},
+        **{**arguments, "eval_strategy": "no", "save_strategy": "no"},
     )
     args, available = trainer.args, trainer.args.max_steps
     if available <= 0:
@@ -112,8 +109,7 @@ def _weights(job: Job, target_modules: str | None) -> dict[str, Tensor]:
     """The weights of some modules, or those that the job projects, by name."""
     targets = job.target_modules
     if target_modules is not None:
-        parts = [part.strip() for part in target_modules.split(",")]
-        targets = target_modules if target_modules == "all-linear" else parts
+        targets = "all-linear" if target_modules == "all-linear" else re.split(r"\s*,\s*", target_modules.strip())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is tied or no matrix is not asked for here

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from galore_torch.training.inspection.history import GradientHistory
 from galore_torch.training.inspection.modules import ModuleGroup
 from galore_torch.training.inspection.result import Inspection
 from galore_torch.training.run.plots import GRAY, add_legend, line_style, new_axes
@@ -18,89 +17,68 @@ from galore_torch.training.run.plots import GRAY, add_legend, line_style, new_ax
 Line = tuple[Sequence[float], Sequence[float]]
 
 
-class Plot(NamedTuple):
-    """A plot, with the heading of the section of the page that it begins, if it begins one, and its caption."""
+HEADINGS = {"spectra": "Energy by rank", "ages": "Bases as they age", "stable_rank": "Stable rank", "run": "The run"}
+"""The sections of the page, by the first plot of each."""
 
-    heading: str
-    figure: Figure
-    caption: str
+_CAPTIONS = {
+    "spectra": "Share of a gradient's energy in its own strongest directions (solid), and in those of the gradient "
+    "{first} steps earlier (dotted), by the share of all directions that a rank is; means over weights and snapshots.",
+    "ages": "Share of a gradient's energy that a basis of rank {rank} captures, by the age of the basis. At age 0 the "
+    "basis is the gradient's own and so holds its noise too; the level line is what a random basis captures.",
+    "overlap": "Overlap of a basis of rank {rank} with the later gradient's own, by its age: 1 the same subspace, 0 as "
+    "random ones.",
+    "stable_rank": "Stable rank of the gradients by step, mean over the layers: 1 if one direction holds all.",
+    "layers": "Stable rank of the gradients by layer, mean over the steps.",
+    "run": "What the run itself recorded at its renewals: share of the gradient that the old basis still captured "
+    "(solid), and overlap of the new basis with the old (dotted).",
+}
 
 
-def plots(found: Inspection) -> dict[str, Plot]:
-    """All plots, in the order of the page, by the name of the file without its suffix."""
-    groups, rank, first = found.modules, found.rank, found.config.snapshots.ages[0]
+def plots(found: Inspection) -> dict[str, tuple[Figure, str]]:
+    """All plots with their captions, in the order of the page, by the name of the file without its suffix."""
+    first, groups, recorded = found.config.snapshots.ages[0], found.modules, found.recorded
     chance = {group.rank / len(group.held) for group in groups.values()}
-    made: dict[str, Plot] = {}
+    share, energy, age = (0, 1.01), "share of the energy", "age of the basis, in steps"
 
-    def plot(
-        name: str, heading: str, labels: str, line: Callable[[ModuleGroup], Line], caption: str, **how: Any
-    ) -> None:
-        made[name] = Plot(heading, _draw(labels, {name: line(group) for name, group in groups.items()}, **how), caption)
+    def lines(line: Callable[[ModuleGroup], Line]) -> dict[str, Line]:
+        return {name: line(group) for name, group in groups.items()}
 
-    plot(
-        "spectra",
-        "Energy by rank",
-        "rank, as a share of the shorter side; share of the energy",
-        lambda group: _by_rank(group.held.tolist()),
-        f"Share of a gradient's energy in its own strongest directions (solid), and in those of the gradient {first} "
-        "steps earlier (dotted), by the share of all directions that a rank is; means over weights and snapshots.",
-        dotted={name: _by_rank(one.captured[first].tolist()) for name, one in groups.items() if first in one.captured},
-        upright=chance,
-        xlim=(0, 1),
-        ylim=(0, 1.01),
-    )
-    plot(
-        "ages",
-        "Bases as they age",
-        "age of the basis, in steps; share of the energy captured",
-        lambda one: ([0, *one.captured], [float(c[one.rank - 1]) for c in (one.held, *one.captured.values())]),
-        f"Share of a gradient's energy that a basis of rank {rank} captures, by the age of the basis. At age 0 the "
-        "basis is the gradient's own and so holds its noise too; the level line is what a random basis captures.",
-        level=chance,
-        ylim=(0, 1.01),
-    )
-    plot(
-        "overlap",
-        "",
-        "age of the basis, in steps; overlap",
-        lambda group: (list(group.overlap), list(group.overlap.values())),
-        f"Overlap of a basis of rank {rank} with the later gradient's own, by its age: 1 the same subspace, 0 as "
-        "random ones.",
-        level=[0],
-        ylim=(None, None),
-    )
-    plot(
-        "stable_rank",
-        "Stable rank",
-        "step; stable rank",
-        lambda group: _means((one.step, one.stable_rank) for history in group.histories for one in history.snapshots),
-        "Stable rank of the gradients by step, mean over the layers: 1 if one direction holds all.",
-        xlim=None,
-    )
-    plot(
-        "layers",
-        "",
-        "layer; stable rank",
-        lambda group: _means(_by_layer(group.histories)),
-        "Stable rank of the gradients by layer, mean over the steps.",
-        xlim=None,
-    )
-    if found.recorded:
-        captured, overlap = (
-            {name: ([one["step"] for one in own], [one[of] for one in own]) for name, own in found.recorded.items()}
-            for of in ("captured", "overlap")
-        )
-        made["run"] = Plot(
-            "The run",
-            _draw("step of the run; captured; overlap", captured, dotted=overlap, ylim=(0, 1.01)),
-            "What the run itself recorded at its renewals: share of the gradient that the old basis still captured "
-            "(solid), and overlap of the new basis with the old (dotted).",
-        )
-    return made
+    def renewals(figure: str) -> dict[str, Line]:
+        return {name: ([one["step"] for one in own], [one[figure] for one in own]) for name, own in recorded.items()}
+
+    drawn = {
+        "spectra": _draw(
+            ("rank, as a share of the shorter side", energy),
+            lines(lambda group: _by_rank(group.held)),
+            dotted=lines(lambda group: _by_rank(group.captured[first]) if first in group.captured else ([], [])),
+            upright=chance,
+            xlim=(0, 1),
+            ylim=share,
+        ),
+        "ages": _draw((age, f"{energy} captured"), lines(_by_age), level=chance, ylim=share),
+        "overlap": _draw(
+            (age, "overlap"),
+            lines(lambda group: (list(group.overlap), list(group.overlap.values()))),
+            level=[0],
+            ylim=(None, None),
+        ),
+        "stable_rank": _draw(
+            ("step", "stable rank"), lines(lambda group: _stable_ranks(group, lambda _, step: step)), xlim=None
+        ),
+        "layers": _draw(
+            ("layer", "stable rank"),
+            lines(lambda group: _stable_ranks(group, lambda weight, _: _layer(weight))),
+            xlim=None,
+        ),
+    }
+    if recorded:
+        labels = ("step of the run", "captured; overlap")
+        drawn["run"] = _draw(labels, renewals("captured"), dotted=renewals("overlap"), ylim=share)
+    return {name: (figure, _CAPTIONS[name].format(first=first, rank=found.rank)) for name, figure in drawn.items()}
 
 
 def _draw(
-    labels: str,
+    labels: tuple[str, str],
     lines: Mapping[str, Line],
     *,
     dotted: Mapping[str, Line] | None = None,
@@ -113,11 +91,11 @@ def _draw(
 
     Along steps and layers, which have no `xlim`, only whole numbers are shown.
     """
-    figure, axes = new_axes(*labels.split("; ", 1))
+    figure, axes = new_axes(*labels)
     for index, (name, line) in enumerate(lines.items()):
         style = line_style(index, len(line[0]))
         axes.plot(*line, label=name, **style)
-        if dotted and name in dotted:
+        if dotted:
             axes.plot(*dotted[name], **{**style, "linestyle": ":", "linewidth": 1})
     for value in level:
         axes.axhline(value, color=GRAY, linewidth=0.8)
@@ -132,30 +110,25 @@ def _draw(
     return figure
 
 
-def _by_rank(shares: list[float]) -> Line:
-    return [place / len(shares) for place in range(len(shares) + 1)], [0, *shares]
+def _by_rank(shares: Tensor) -> Line:
+    return [place / len(shares) for place in range(len(shares) + 1)], [0, *shares.tolist()]
 
 
-def _by_layer(histories: Iterable[GradientHistory]) -> Iterable[tuple[int, float]]:
-    for one in histories:
-        layer = layer_of(one.name)
-        if layer is not None and one.snapshots:
-            yield layer, fmean(snapshot.stable_rank for snapshot in one.snapshots)
+def _by_age(group: ModuleGroup) -> Line:
+    return [0, *group.captured], [float(curve[group.rank - 1]) for curve in (group.held, *group.captured.values())]
 
 
-def _means(points: Iterable[tuple[int, float]]) -> Line:
-    """The mean of all points at the same place along."""
+def _stable_ranks(group: ModuleGroup, place: Callable[[str, int], int | None]) -> Line:
+    """The stable ranks of a group's gradients by their place, which a weight's name and a step have; the means."""
     values: dict[int, list[float]] = {}
-    for along, up in points:
-        values.setdefault(along, []).append(up)
+    for history in group.histories:
+        for snapshot in history.snapshots:
+            along = place(history.name, snapshot.step)
+            if along is not None:
+                values.setdefault(along, []).append(snapshot.stable_rank)
     return sorted(values), [fmean(values[along]) for along in sorted(values)]
 
 
-def layer_of(weight: str) -> int | None:
-    """The number of the layer that a weight is in, if its name has one.
-
-    >>> layer_of("model.layers.3.self_attn.q_proj.weight")
-    3
-    """
+def _layer(weight: str) -> int | None:
     number = re.search(r"\.(\d+)\.", weight)
     return int(number[1]) if number else None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 
 from rich import box
 from rich.table import Table
 
-from galore_torch.training.inspection.plots import plots
+from galore_torch.training.inspection.plots import HEADINGS, plots
 from galore_torch.training.inspection.result import Inspection
 from galore_torch.training.page.page import Page
 from galore_torch.training.run.machine import versions
@@ -17,36 +16,30 @@ from galore_torch.training.run.machine import versions
 _LETTERS = 14  # of a module's name in a line of the terminal
 
 
-def columns(found: Inspection) -> list[str]:
-    """The headings of the table."""
-    aged = [f"+{age}" for age in _ages(found)]
-    return ["module", "shape", "stable", "50/90/99 %", "own", *aged, "overlap", "rank", "gap"]
+def rows(found: Inspection) -> list[dict[str, str]]:
+    """A row of the table for each group of modules: what stands under each heading."""
+    made = []
+    for name, group in found.modules.items():
+        at, first, recommended = group.rank - 1, found.config.snapshots.ages[0], found.recommended[name]
+        captured = {age: f"{float(curve[at]):.0%}" for age, curve in group.captured.items()}
+        row = {
+            "module": name,
+            "shape": "x".join(map(str, group.shape)),
+            "stable": f"{group.stable_rank:.1f}",
+            "50/90/99 %": "/".join(map(str, group.ranks)),
+            "own": f"{float(group.held[at]):.0%}",
+            **{f"+{age}": captured.get(age, "-") for age in _ages(found)},
+            "overlap": f"{group.overlap[first]:.2f}" if first in group.overlap else "-",
+            "rank": "full" if recommended.rank == len(group.held) else str(recommended.rank or "-"),
+            "gap": f"{'>=' if recommended.at_least else ''}{recommended.gap or '-'}",
+        }
+        made.append(row)
+    return made
 
 
 def _ages(found: Inspection) -> list[int]:
     """The ages that have a column: the least and the greatest."""
-    ages = found.config.snapshots.ages
-    return list(dict.fromkeys((ages[0], ages[-1])))
-
-
-def rows(found: Inspection) -> Iterator[list[str]]:
-    """A row of the table for each group of modules."""
-    ages = _ages(found)
-    for name, group in found.modules.items():
-        at, recommended = group.rank - 1, found.recommended[name]
-        rank = "full" if recommended.rank == len(group.held) else recommended.rank or "-"
-        gap = "-" if recommended.gap is None else f"{'>=' if recommended.at_least else ''}{recommended.gap}"
-        yield [
-            name,
-            "x".join(map(str, group.shape)),
-            f"{group.stable_rank:.1f}",
-            "/".join(map(str, group.ranks)),
-            f"{float(group.held[at]):.0%}",
-            *(f"{float(group.captured[age][at]):.0%}" if age in group.captured else "-" for age in ages),
-            f"{group.overlap[ages[0]]:.2f}" if ages[0] in group.overlap else "-",
-            str(rank),
-            gap,
-        ]
+    return sorted({found.config.snapshots.ages[0], found.config.snapshots.ages[-1]})
 
 
 def legend(found: Inspection) -> str:
@@ -76,37 +69,32 @@ def rule(found: Inspection) -> str:
 def table(found: Inspection) -> Table:
     """The table for a terminal of 80 columns."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, heading in enumerate(columns(found)):
+    for place, heading in enumerate(rows(found)[0]):
         made.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=bool(place))
-    for name, *figures in rows(found):
+    for name, *figures in map(dict.values, rows(found)):
         made.add_row(name if len(name) <= _LETTERS else name.replace(".", ".\n"), *figures)
     return made
 
 
 def files(found: Inspection, command: str) -> dict[str, bytes]:
-    """All files of an inspection, by name.
-
-    Args:
-        found: the figures.
-        command: by which they were made.
-    """
+    """All files of an inspection, by name; the page says the command by which they were made."""
     snapshots, weights = found.config.snapshots, sum(len(group.histories) for group in found.modules.values())
     page = Page(
         "Gradients and their subspaces",
         f"{found.inspected.title}: {snapshots.count} snapshots of the gradients of {weights} weights, one every "
         f"{snapshots.every} steps.",
     )
-    page.table(columns(found), rows(found))
+    page.table(list(rows(found)[0]), [list(row.values()) for row in rows(found)])
     for text in (legend(found), rule(found), *found.notes):
         page.text(text)
     made = {"inspection.json": (json.dumps(found.as_json(), indent=1) + "\n").encode()}
-    for name, plot in plots(found).items():
-        if plot.heading:
-            page.heading(plot.heading)
+    for name, (figure, caption) in plots(found).items():
+        if name in HEADINGS:
+            page.heading(HEADINGS[name])
         png = io.BytesIO()
-        plot.figure.savefig(png, format="png", dpi=150)
+        figure.savefig(png, format="png", dpi=150)
         made[f"{name}.png"] = png.getvalue()
-        page.figure(plot.figure, plot.caption)
+        page.figure(figure, caption)
     page.heading("How it was made")
     page.code(command)
     page.facts({**found.inspected.facts, "losses": f"{found.losses[0]:.3f} to {found.losses[-1]:.3f}"})

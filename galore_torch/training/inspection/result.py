@@ -54,8 +54,7 @@ class Inspection:
     @cached_property
     def modules(self) -> dict[str, ModuleGroup]:
         """The groups of modules that had gradients, by name."""
-        every = self.config.snapshots.every
-        groups = group_by_module(self.histories).items()
+        every, groups = self.config.snapshots.every, group_by_module(self.histories).items()
         return {name: ModuleGroup(own, every) for name, own in groups if any(one.snapshots for one in own)}
 
     @cached_property
@@ -65,16 +64,11 @@ class Inspection:
 
     @property
     def recommended_for_all(self) -> Recommendation:
-        """One rank and one gap for all groups: the greatest and the least."""
+        """One rank and one gap for all groups, the greatest and the least; None where one of them has none."""
         each = self.recommended.values()
-        ranks = [one.rank for one in each if one.rank is not None]
-        gaps = [one.gap for one in each if one.gap is not None]
-        gap = min(gaps) if len(gaps) == len(each) else None
-        return Recommendation(
-            rank=max(ranks) if len(ranks) == len(each) else None,
-            gap=gap,
-            at_least=all(one.at_least for one in each if one.gap == gap),
-        )
+        rank = None if any(one.rank is None for one in each) else max(one.rank or 0 for one in each)
+        gap = None if any(one.gap is None for one in each) else min(one.gap or 0 for one in each)
+        return Recommendation(rank=rank, gap=gap, at_least=all(one.at_least for one in each if one.gap == gap))
 
     @cached_property
     def recorded(self) -> dict[str, list[Record]]:
@@ -96,12 +90,11 @@ class Inspection:
     def notes(self) -> list[str]:
         """What the reader must know, a sentence each."""
         notes = list(self.inspected.remarks)
-        skipped = {one.name: len(one.skipped) for group in self.modules.values() for one in group.histories}
-        skipped = {name: count for name, count in skipped.items() if count}
+        skipped = [one for group in self.modules.values() for one in group.histories if one.skipped]
         if skipped:
             notes.append(
-                f"{sum(skipped.values()):,} gradients of {len(skipped)} weights were missing, zero or not finite and "
-                f"were skipped, the first of {next(iter(skipped))}."
+                f"{sum(len(one.skipped) for one in skipped):,} gradients of {len(skipped)} weights were missing, zero "
+                f"or not finite and were skipped, the first of {skipped[0].name}."
             )
         reasons: dict[str, list[str]] = {}
         for name, one in self.recommended.items():
@@ -120,7 +113,7 @@ class Inspection:
             "facts": self.inspected.facts,
             "settings": dataclasses.asdict(self.config),
             "rank": self.rank,
-            "ages": list(self.config.snapshots.ages),
+            "ages": self.config.snapshots.ages,
             "notes": self.notes,
             "recommended": {"rank": for_all.rank, "gap": for_all.gap, "gap_is_at_least": for_all.at_least},
             "losses": self.losses,
@@ -136,39 +129,34 @@ class Inspection:
         side = len(group.held)
         ranks = sorted({*range(1, side + 1, -(-side // _POINTS)), side, group.rank, recommended.rank or side})
         shown = [rank - 1 for rank in ranks]
+        captured = {age: curve[shown].tolist() for age, curve in group.captured.items()}
         return {
             **_at_rank(group),
             "weights": group.weights,
             "recommended": dataclasses.asdict(recommended),
-            "by_rank": {
-                "rank": ranks,
-                "own": group.held[shown].tolist(),
-                "captured": {str(age): curve[shown].tolist() for age, curve in group.captured.items()},
-            },
+            "by_rank": {"rank": ranks, "own": group.held[shown].tolist(), "captured": captured},
             "run": self.recorded.get(name, []),
         }
 
     def _weight(self, history: GradientHistory) -> dict[str, Any]:
-        every = self.config.snapshots.every
-        return {
-            "shape": list(history.shape),
-            "snapshots": [dataclasses.asdict(snapshot) for snapshot in history.snapshots],
-            "skipped": history.skipped,
-            **(_at_rank(ModuleGroup([history], every)) if history.snapshots else {}),
-        }
+        alone = _at_rank(ModuleGroup([history], self.config.snapshots.every)) if history.snapshots else {}
+        snapshots = [dataclasses.asdict(snapshot) for snapshot in history.snapshots]
+        return {"shape": history.shape, **alone, "snapshots": snapshots, "skipped": history.skipped}
 
 
 def _at_rank(group: ModuleGroup) -> dict[str, Any]:
     """The figures at the rank that they are about."""
-    at = group.rank - 1
+    captured, kept = (
+        {age: float(curve[group.rank - 1]) for age, curve in curves.items()} for curves in (group.captured, group.kept)
+    )
     return {
-        "shape": list(group.shape),
+        "shape": group.shape,
         "rank": group.rank,
         "stable_rank": group.stable_rank,
-        "rank_that_holds": dict(zip(map(str, SHARES), group.ranks, strict=True)),
-        "own": float(group.held[at]),
-        "captured": {str(age): float(curve[at]) for age, curve in group.captured.items()},
-        "kept": {str(age): float(curve[at]) for age, curve in group.kept.items()},
-        "overlap": {str(age): value for age, value in group.overlap.items()},
-        "pairs": {str(age): pairs for age, pairs in group.pairs.items()},
+        "rank_that_holds": dict(zip(SHARES, group.ranks, strict=True)),
+        "own": float(group.held[group.rank - 1]),
+        "captured": captured,
+        "kept": kept,
+        "overlap": group.overlap,
+        "pairs": group.pairs,
     }

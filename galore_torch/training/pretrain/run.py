@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +12,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from galore_torch.training.pretrain.config import PretrainConfig, recorded
-from galore_torch.training.pretrain.model import build_model
+from galore_torch.training.pretrain.model import build_model, load_llama
 from galore_torch.training.run import optimizers, records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
@@ -60,9 +62,12 @@ class Pretraining(Job):
         )
 
     @classmethod
-    def load(cls, config: PretrainConfig, console: Console) -> Pretraining:
-        """Read, tokenize and pack the text; make the model."""
-        return cls(config, console)
+    def load(cls, config: PretrainConfig, console: Console, weights: Path | None = None) -> Pretraining:
+        """Read, tokenize and pack the text; make or load the model."""
+        if weights is None:
+            return cls(config, console)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(weights)))
+        return cls(config, console, load_llama(weights, config))
 
     @classmethod
     def recorded(cls, folder: RunFolder) -> PretrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -33,8 +34,14 @@ class Job(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, config: Any, console: Console) -> Job:
-        """Load data and model, seeded; raise a ValueError when they cannot be read or do not fit the settings."""
+    def load(cls, config: Any, console: Console, weights: Path | None = None) -> Job:
+        """Load data and model, seeded; raise a ValueError when they cannot be read or do not fit the settings.
+
+        Args:
+            config: the job's settings.
+            console: where progress is shown.
+            weights: folder of weights and tokenizer to start from; None for those of a new run.
+        """
 
     @classmethod
     @abstractmethod

@@ -15,7 +15,7 @@ from galore_torch.training.run.run import new_run
 def run(tiny, tmp_path_factory):
     """The folder of a finished run of eight steps."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    new_run(Pretraining, tiny(eval_every=0), folder).train()
+    new_run(Pretraining, tiny(eval_every=0, gradients="full"), folder).train()  # formed as an inspection does
     return folder
 
 
