@@ -1,4 +1,4 @@
-"""Floor 4: several processes. DDP's traffic in low rank, renewals that are divided among processes.
+"""Floor 4: several processes. DDP's traffic in low rank, FSDP2's shards, renewals that are divided.
 
 `import galore_torch` imports this much of it, so that the floors below can ask; the rest comes when they do.
 """
@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from galore_torch.optim.processes import JOIN
+from galore_torch.optim.processes import JOIN, SHARD
 
-__all__: list[str] = []
+__all__ = ["shard_placement"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from galore_torch.distributed.placement import shard_placement
+
+    return shard_placement
 
 
 def _join(*given: Any) -> Any:
@@ -18,4 +26,10 @@ def _join(*given: Any) -> Any:
     return join(*given)
 
 
-JOIN[:] = [_join]
+def _shard(*given: Any) -> Any:
+    from galore_torch.distributed.sharded import shard
+
+    return shard(*given)
+
+
+JOIN[:], SHARD[:] = [_join], [_shard]

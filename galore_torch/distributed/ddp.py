@@ -23,14 +23,13 @@ from torch.utils._pytree import tree_leaves
 from galore_torch.distributed.agreement import require_agreement
 from galore_torch.distributed.buckets import Bucket, drop_empty, layout, put
 from galore_torch.distributed.left_out import leave_out, refuse_what_is_averaged_twice, require_left_out
-from galore_torch.distributed.owners import bases_of, renew_together
+from galore_torch.distributed.owners import Replicas, bases_of
 from galore_torch.gradients.data_parallel import Hook
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.nonfinite import peaks
+from galore_torch.optim.processes import Alone, is_sharded
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.renewals import renew_each
-from galore_torch.optim.work import Work
 
 BUCKET_BYTES = 25 * 2**20
 """What DDP's buckets hold by default."""
@@ -61,6 +60,12 @@ def join(
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
+    sharded = next((name for name, weight in weights.items() if is_sharded(weight)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded (fully_shard), and its gradient is averaged in full after it is formed: use "
+            'attach(..., gradients="full", update="step"), or no attach at all. The optimizer works on the shards'
+        )
     refuse_what_is_averaged_twice(model, weights)
     root = model.module if isinstance(model, DistributedDataParallel) else model
     traffic = Traffic(optimizer, leave_out(root, weights), dtype, applies)
@@ -144,12 +149,13 @@ class Traffic:
         if optimizer is None:
             return
         if wrapper is None:
-            optimizer._renew = renew_each
+            if isinstance(optimizer._processes, Replicas):
+                optimizer._processes = Alone()
             return
         if self._wrapper() is not wrapper:
             self._meet(wrapper, optimizer)
         self._synchronizes = wrapper.require_backward_grad_sync
-        optimizer._renew = self._renew
+        optimizer._processes = Replicas(self._group)
 
     def _meet(self, wrapper: DistributedDataParallel, optimizer: GaLore) -> None:
         """The first forward pass in a wrapper: all agree, and begin from the first one's weights."""
@@ -167,9 +173,6 @@ class Traffic:
             for tensor in tensors:
                 dist.broadcast(tensor, group_src=0, group=self._group)
         self._wrapper = weakref.ref(wrapper)
-
-    def _renew(self, work: list[Work]) -> None:
-        renew_together(work, self._group)
 
     # Backward --------------------------------------------------------------------------------------------------------
 
@@ -276,9 +279,8 @@ class Traffic:
         usable = [0 < peak < float("inf") for peak in found]
         for one, average in averages:
             one.weight.grad = average.to(one.weight.dtype)
-        bases = iter(
-            bases_of([one for (one, _), is_usable in zip(averages, usable, strict=True) if is_usable], self._group)
-        )
+        told = [one for (one, _), is_usable in zip(averages, usable, strict=True) if is_usable]
+        bases = iter(bases_of(told, self._group, lambda one, _: one.grad))
         for (one, average), own, is_usable in zip(averages, local, usable, strict=True):
             basis = next(bases) if is_usable else None
             if not self._synchronizes:

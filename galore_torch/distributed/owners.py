@@ -6,24 +6,48 @@ decide alike; what they compute, one of them computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from galore_torch.lowbit import QuantizedWeight
+from galore_torch.optim.processes import Alone, is_sharded
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.work import Work
 from galore_torch.projection import Basis
 
 
-def renew_together(work: Sequence[Work], group: dist.ProcessGroup) -> None:
+class Replicas(Alone):
+    """Processes that hold the same weights and gradients.
+
+    Args:
+        group: the processes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def require(self, seed: int) -> None:
+        """Nothing: they have agreed in the forward pass."""
+
+    def renew(self, work: Sequence[Work]) -> None:
+        """Renews bases, each found by one process."""
+        renew_together(work, self._group, lambda one, _: one.grad)
+
+
+Gather = Callable[[Work, int], Tensor | None]
+"""A weight's whole gradient in the process of that number, which is its owner; in the others it need not be."""
+
+
+def renew_together(work: Sequence[Work], group: dist.ProcessGroup, gather: Gather) -> None:
     """Renews bases, each found by one process.
 
     Args:
-        work: the weights, the same ones in all processes, with the same gradients.
+        work: the weights, the same ones in all processes.
         group: the processes.
+        gather: brings a gradient to its owner.
 
     Raises:
         RuntimeError: the processes hold different weights or bases, in all of them.
@@ -32,17 +56,18 @@ def renew_together(work: Sequence[Work], group: dist.ProcessGroup) -> None:
     for one in work:
         if isinstance(one.grad, ProjectedGradient):  # it brings the basis that was found in the backward
             one.renew()
-    for one, basis in zip(told, bases_of(told, group), strict=True):
+    for one, basis in zip(told, bases_of(told, group, gather), strict=True):
         if basis is not None:
             one.take(basis)
 
 
-def bases_of(work: Sequence[Work], group: dist.ProcessGroup) -> list[Basis | None]:
+def bases_of(work: Sequence[Work], group: dist.ProcessGroup, gather: Gather) -> list[Basis | None]:
     """The bases that full gradients tell.
 
     Args:
-        work: the weights, the same ones in all processes, with the same gradients.
+        work: the weights, the same ones in all processes.
         group: the processes.
+        gather: brings a gradient to its owner.
 
     Returns:
         One for each; None where the decomposition failed, in every process alike.
@@ -54,7 +79,12 @@ def bases_of(work: Sequence[Work], group: dist.ProcessGroup) -> list[Basis | Non
         return []
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     owners = [(place + one.state["step"]) % size for place, one in enumerate(work)]
-    found = [one.decompose() if owner == rank else None for one, owner in zip(work, owners, strict=True)]
+    grads = [gather(one, owner) for one, owner in zip(work, owners, strict=True)]
+    found = [
+        one.decompose(grad) if owner == rank and grad is not None else None
+        for one, owner, grad in zip(work, owners, grads, strict=True)
+    ]
+    del grads
     is_found = _agree(work, [basis is not None for basis in found], group)
     return [
         _share(one, basis, owner, group) if exists else None
@@ -92,10 +122,11 @@ def _agree(work: Sequence[Work], found: Sequence[bool], group: dist.ProcessGroup
 
 
 def _checksum(one: Work) -> Tensor:
-    """Of a weight and its basis: a sum of their bits, which is exact in any order and on any device."""
+    """Of a basis and of a weight that all hold whole: a sum of their bits, exact in any order and on any device."""
     weight = one.weight.codes if isinstance(one.weight, QuantizedWeight) else one.weight
-    parts = [weight, *(one.basis.values() if one.state["renewals"] else ())]
-    return torch.stack([_bits(part.detach()).sum(dtype=torch.int64) for part in parts]).sum() % 2**61
+    parts = [*(() if is_sharded(weight) else (weight,)), *(one.basis.values() if one.state["renewals"] else ())]
+    sums = [_bits(part.detach()).sum(dtype=torch.int64) for part in parts]
+    return torch.stack(sums).sum() % 2**61 if sums else torch.zeros((), dtype=torch.int64)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def coordinates_of(chunk: Sequence[Work], images: Sequence[Tensor]) -> list[Tens
         start = sizes.get(image.dtype, 0)
         starts.append(start)
         if one.through_coordinates:
-            sizes[image.dtype] = start + -(-one.coordinate_count // ALIGNMENT) * ALIGNMENT
+            sizes[image.dtype] = start + -(-image.numel() // ALIGNMENT) * ALIGNMENT
     zeros = {dtype: torch.zeros(size, dtype=dtype, device=images[0].device) for dtype, size in sizes.items()}
     return [
         torch.as_strided(zeros[image.dtype], image.shape, _contiguous_strides(image.shape), start)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from galore_torch.optim.lent import lend
 from galore_torch.optim.work import Work
 
 MADE_ANEW = {"gap", "overlaps", "captured", "lacking", "compensation"}
@@ -108,6 +109,8 @@ def _fit(state: Mapping[str, Any], work: Work, known: Known, start: float) -> di
     if inner and given.get("step", 0) == 0 and "inner" not in given:
         inner = {}  # prepared, and not stepped yet
     expected = {**ours, "inner": inner} if inner or "inner" in given else ours
+    if "inner" in given:
+        given["inner"] = work.opened(given["inner"])
     for key in MADE_ANEW & expected.keys() - given.keys():
         given[key] = blank.state[key]
     if "overlaps" in ours and isinstance(given["overlaps"], Tensor) and given["overlaps"].dim() == 1:
@@ -115,12 +118,12 @@ def _fit(state: Mapping[str, Any], work: Work, known: Known, start: float) -> di
         given["overlaps"] = torch.nn.functional.pad(given["overlaps"], (max(0, size - len(given["overlaps"])), 0))
         given["overlaps"] = given["overlaps"][-size:]
     fitted: dict[str, Any] = _fitted(given, expected, "", work)
-    return fitted
+    return {**fitted, "inner": work.closed(fitted["inner"])} if "inner" in fitted else fitted
 
 
 def _inner_layout(work: Work, known: Known, start: float) -> dict[str, Any]:
     """What the rule keeps of a weight, as leaves."""
-    weight, shape = work.weight, work.projection.image_shape
+    weight, shape = work.local, work.local_projection.image_shape
     through = work.through_coordinates
     key = (id(work.lent_group), id(work.rule), through, shape, work.dtype, weight.device, weight.is_contiguous(), start)
     if key not in known:
@@ -136,11 +139,11 @@ def _inner_layout(work: Work, known: Known, start: float) -> dict[str, Any]:
 def _tried(work: Work, start: float) -> dict[str, Any]:
     weight = work.weight
     if work.through_coordinates:
-        image = torch.ones(work.projection.image_shape, dtype=work.dtype, device=weight.device)
+        image = torch.ones(work.local_projection.image_shape, dtype=work.dtype, device=weight.device)
     else:
         weight = torch.full_like(weight, start, requires_grad=False)
-        image = torch.ones_like(weight)
-    _, lent = replace(work, weight=weight, state={}).lend(image)
+        image = torch.ones_like(work.local)
+    _, lent = lend(replace(work, weight=weight, state={}), image)
     rule, layouts = work.rule.again(), {}
     for one in lent:
         if one.tensor.shape not in layouts:

@@ -22,7 +22,7 @@ def fold(work: Work, coordinates: Tensor) -> None:
         coordinates: as the rule has moved them; changed in place.
     """
     work.state["step"] += 1
-    group, traits, weight = work.group, work.traits, work.weight
+    group, traits, weight = work.group, work.traits, work.local
     alpha: Any = group["scale"] if is_projected(group) else 1.0
     beta: Any = 1.0
     if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
@@ -41,7 +41,7 @@ def fold(work: Work, coordinates: Tensor) -> None:
         if isinstance(beta, Tensor):
             weight.mul_(beta)
             beta = 1.0
-        work.projection.fold(weight, coordinates, work.factors, alpha=alpha, beta=beta)
+        work.local_projection.fold(weight, coordinates, work.factors, alpha=alpha, beta=beta)
 
 
 def _moved(work: Work, coordinates: Tensor) -> Moved:

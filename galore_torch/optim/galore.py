@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_torch.lowbit import Rounding
-from galore_torch.optim.agreement import Agreement
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks, coordinates_of
@@ -30,10 +29,12 @@ from galore_torch.optim.group_report import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
 from galore_torch.optim.known import Known
 from galore_torch.optim.lending import Written, lent_group
+from galore_torch.optim.lent import lend, take_back
 from galore_torch.optim.nonfinite import count_nonfinite, projected_only
 from galore_torch.optim.places import Place, places
 from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
-from galore_torch.optim.renewals import Renew, renew_each, renewable
+from galore_torch.optim.processes import SHARD, Alone, is_sharded
+from galore_torch.optim.renewals import renewable
 from galore_torch.optim.rule import Traits
 from galore_torch.optim.rules import Rules
 from galore_torch.optim.state_size import report_unquantized
@@ -126,11 +127,10 @@ class GaLore(Optimizer):
         """Builds the rules from the settings, at construction and after unpickling."""
         self._known = Known()
         self._fits = Fits()
-        self._agreement = Agreement()
         self._written = Written()
         self._clock = Clock()
         self._rules = Rules(self._settings)
-        self._renew: Renew = renew_each  # `distributed/` divides the work among processes
+        self._processes = Alone()  # `distributed/` puts those of the job here
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings}
@@ -260,7 +260,7 @@ class GaLore(Optimizer):
         Raises:
             ValueError: a sparse or complex gradient, named; no weight has been moved then.
         """
-        self._agreement.require(self._settings["seed"])
+        self._processes.require(self._settings["seed"])
         for one in work:  # all are checked before anything changes
             one.check_gradient()
         for one in work:
@@ -268,7 +268,7 @@ class GaLore(Optimizer):
                 self.state[one.weight], one.is_kept = one.state, True
         self._lend_groups(work)
         self._fits.prepare(work)
-        self._renew(renewable(work))
+        self._processes.renew(renewable(work, self._processes.agree))
         for chunk in chunks(work):
             self._move(chunk)
         self._fits.note_all(work)
@@ -296,7 +296,7 @@ class GaLore(Optimizer):
         rule, traits, through_coordinates = self._rules.of_weight(weight, group)
         held = self.state.get(weight) if state is None else state
         staggered = projected and group["stagger"]
-        return Work(
+        work = Work(
             weight=weight,
             name=parameter_name(group, place.index),
             group=group,
@@ -315,12 +315,13 @@ class GaLore(Optimizer):
             clock=self._clock,
             turn=turn_offset(place.among_projected, place.projected, group["update_proj_gap"]) if staggered else 0,
         )
+        return SHARD[0](work, self) if is_sharded(weight) else work
 
     def _move(self, chunk: list[Work]) -> None:
         """The rule moves the coordinates (or parameters) of a chunk, and they are folded into the weights."""
-        images = [one.image() for one in chunk]
+        images, agree = [one.image() for one in chunk], self._processes.agree
         if self._settings["skip_nonfinite"]:
-            flags = count_nonfinite(chunk, images, everywhere=True).tolist()
+            flags = count_nonfinite(chunk, images, agree, everywhere=True).tolist()
             for one, bad in zip(chunk, flags, strict=True):
                 if bad:
                     one.let_go()
@@ -328,16 +329,16 @@ class GaLore(Optimizer):
             chunk = [chunk[place] for place in kept]
             images = [images[place] for place in kept]
         elif any(one.projection.modes for one in chunk):
-            count_nonfinite(*projected_only(chunk, images))
+            count_nonfinite(*projected_only(chunk, images), agree)
         if not chunk:
             return
         zeros = coordinates_of(chunk, images)
-        lent = [one.lend(image, zero) for one, image, zero in zip(chunk, images, zeros, strict=True)]
+        lent = [lend(*given) for given in zip(chunk, images, zeros, strict=True)]
         written = chunk[0].rule.step([part for _, parts in lent for part in parts])
         for group, lent_as in {id(one.lent_group): (one.group, one.lent_group) for one in chunk}.values():
             self._written.note(group, written[id(lent_as)])
         for one, (tensor, parts) in zip(chunk, lent, strict=True):
-            one.take_back(parts)
+            take_back(one, parts)
             if one.through_coordinates:
                 fold(one, tensor)
             one.let_go()

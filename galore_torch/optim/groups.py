@@ -82,25 +82,19 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def require_current(weight: Tensor) -> None:
-    """Checks that a weight has not been replaced, by `quantize_weights` or `fully_shard`, and is whole.
+    """Checks that a weight has not been replaced, by `quantize_weights` or `fully_shard`.
 
     Args:
         weight: a parameter that an optimizer holds.
 
     Raises:
-        ValueError: it has been, or it is a DTensor; the message says what to do.
+        ValueError: it has been; the message says what to do.
     """
-    if hasattr(weight, "placements"):
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} is a DTensor, sharded over processes (by fully_shard, say), and "
-            'GaLore trains whole weights. Train with DDP and full gradients (no attach, or gradients="full"): the '
-            "optimizer's state is small in every process"
-        )
     if not isinstance(weight, QuantizedWeight) and hasattr(weight, "_fsdp_orig_uid"):
         raise ValueError(
             f"the optimizer holds a weight of shape {tuple(weight.shape)} that is not in the model any more: "
-            "fully_shard has replaced it by its shard, and training it would change nothing. GaLore trains whole "
-            'weights: use DDP and full gradients (no attach, or gradients="full") in place of fully_shard'
+            "fully_shard has replaced it by its shard, and training it would change nothing. Make the optimizer after "
+            "fully_shard"
         )
     by = getattr(weight, "_replaced_by", None)
     if by is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from galore_torch.optim.work import Work
 from galore_torch.projection import Projection
 
 
-def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor], *, everywhere: bool = False) -> Tensor:
+def count_nonfinite(
+    work: Sequence[Work], images: Sequence[Tensor], agree: Callable[[Tensor], Tensor], *, everywhere: bool = False
+) -> Tensor:
     """Finds the images that are not finite, and counts them in the state of the projected weights.
 
     A number that is not finite in a full gradient spoils a whole slice of the image across its projected axes, so the
@@ -23,6 +25,7 @@ def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor], *, everywher
     Args:
         work: the weights, at least one.
         images: their images (or gradients, where they are not projected).
+        agree: the largest value of all processes.
         everywhere: whether all images are looked at as a whole: projecting itself may overflow.
 
     Returns:
@@ -32,7 +35,7 @@ def count_nonfinite(work: Sequence[Work], images: Sequence[Tensor], *, everywher
         image if everywhere or isinstance(one.grad, ProjectedGradient) else _across(image, one.projection)
         for one, image in zip(work, images, strict=True)
     ]
-    bad = peaks(seen).lt(float("inf")).logical_not_()  # a NaN is not less either
+    bad = agree(peaks(seen).lt(float("inf")).logical_not_())  # a NaN is not less either
     for start, stop in _runs(work):
         first = work[start]
         assert first.counters is not None
@@ -62,7 +65,9 @@ def peaks(tensors: Sequence[Tensor]) -> Tensor:
         (number of tensors,); not finite where an entry is not finite, 0 only where all entries are 0.
     """
     device = tensors[0].device
-    largest = list(torch._foreach_norm(list(tensors), float("inf")))
+    # A process' part of a weight may be empty.
+    filled = [one if one.numel() else one.new_zeros(1) for one in tensors]
+    largest = list(torch._foreach_norm(filled, float("inf")))
     if any(peak.device != device for peak in largest):
         largest = [peak.to(device) for peak in largest]
     dtypes = {peak.dtype for peak in largest}

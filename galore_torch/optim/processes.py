@@ -1,11 +1,61 @@
-"""Where `distributed/` says what it does for several processes, for the floors below, which do not know of it."""
+"""What a step asks the other processes of its job, and where `distributed/` answers: floors below do not know of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from galore_torch.optim.agreement import Agreement
+
+if TYPE_CHECKING:
+    from galore_torch.optim.work import Work
 
 JOIN: list[Callable[..., Any]] = []
 """`attach` asks it for a model's traffic (`gradients/data_parallel.py`), by its optimizer, the weights (by name) that
 are projected before `step()`, the dtype of their images, and whether they are applied in the backward. None without a
 process group."""
+
+SHARD: list[Callable[..., Any]] = []
+"""The optimizer asks it for the work on a DTensor, by the work on it as if it were whole."""
+
+
+class Alone:
+    """What a step asks the other processes; there are none, or they are left to themselves."""
+
+    def __init__(self) -> None:
+        self._agreement = Agreement()
+
+    def require(self, seed: int) -> None:
+        """Checks, before the first step, that all processes were given the same.
+
+        Args:
+            seed: of this process' optimizer.
+
+        Raises:
+            ValueError: they were not.
+        """
+        self._agreement.require(seed)
+
+    def agree(self, found: Tensor) -> Tensor:
+        """The largest value that a process has found.
+
+        Args:
+            found: numbers or flags of each weight; of all processes the same ones.
+        """
+        return found
+
+    def renew(self, work: Sequence[Work]) -> None:
+        """Renews the bases of weights whose gradients are finite and not zero.
+
+        Args:
+            work: the weights, of all processes the same ones.
+        """
+        for one in work:
+            one.renew()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Asked without importing what defines it."""
+    return hasattr(tensor, "placements")

@@ -12,7 +12,6 @@ has cut off of the weight, where that is kept) and `inner` (the rule's own).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from galore_torch.messages import warn
 from galore_torch.optim.clock import Clock
 from galore_torch.optim.groups import storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.rule import Lent, Rule, Traits
+from galore_torch.optim.rule import Rule, Traits
 from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
 
 
@@ -95,6 +94,32 @@ class Work:
         """The weight's gradient, full or projected."""
         assert self.weight.grad is not None
         return self.weight.grad
+
+    @property
+    def local(self) -> Tensor:
+        """What of the weight is in this process: all of it, unless it is sharded."""
+        return self.weight
+
+    @property
+    def local_projection(self) -> Projection:
+        """How that is projected."""
+        return self.projection
+
+    def opened(self, inner: Any) -> Any:
+        """The rule's state as the rule takes it: of what is in this process.
+
+        Args:
+            inner: as the optimizer holds it.
+        """
+        return inner
+
+    def closed(self, inner: Any) -> Any:
+        """The rule's state as the optimizer holds it.
+
+        Args:
+            inner: as the rule leaves it.
+        """
+        return inner
 
     @property
     def turn_has_come(self) -> bool:
@@ -200,10 +225,13 @@ class Work:
     def _keep(self, basis: Basis) -> None:
         self.state["basis"] = self.storage.store(basis)
 
-    def decompose(self) -> dict[str, Tensor] | None:
-        """The basis that the gradient tells, which must be full, finite and not zero. It changes nothing.
+    def decompose(self, grad: Tensor) -> dict[str, Tensor] | None:
+        """The basis that a gradient tells. It changes nothing.
 
         The random numbers depend on the seed, on `index` and on the number of the renewal alone.
+
+        Args:
+            grad: the weight's, full, finite and not zero.
 
         Returns:
             The factors by mode, of the weight's dtype; None if the decomposition failed.
@@ -214,7 +242,7 @@ class Work:
         try:
             basis = find_basis(
                 self.projection,
-                self.grad,
+                grad,
                 self.group["decomposition"],
                 generator=generator,
                 old=self.basis if self.state["renewals"] else None,
@@ -239,8 +267,8 @@ class Work:
         return self.storage.read(self.storage.store(factors), self.projection.factor_shapes, self.weight.dtype)
 
     def find_basis(self) -> Basis | None:
-        """What `decompose` finds, as the state would hold it; None if it failed."""
-        found = self.decompose()
+        """What the gradient tells, as the state would hold it; None if the decomposition failed."""
+        found = self.decompose(self.grad)
         return None if found is None else self.as_stored(found)
 
     def renew(self) -> None:
@@ -280,7 +308,7 @@ class Work:
         group, state = self.group, self.state
         noted = torch.cat((state["overlaps"], overlap(basis, old).to(state["overlaps"].dtype).reshape(1)))
         state["overlaps"] = noted[-group["queue_size"] :].clone()
-        state["captured"] = captured_energy(self.projection, self.grad, old).to(torch.float32)
+        state["captured"] = self.captured(old).to(torch.float32)
         if self.is_lazy and state["renewals"] >= group["queue_size"]:
             state["gap"] = adapt_gap(
                 self.gap,
@@ -290,6 +318,14 @@ class Work:
                 factor=group["gamma_proj"],
             )
 
+    def captured(self, basis: Basis) -> Tensor:
+        """The share of the gradient's energy that a basis holds.
+
+        Args:
+            basis: the factors.
+        """
+        return captured_energy(self.projection, self.grad, basis)
+
     def image(self) -> Tensor:
         """What the rule gets as gradient: R = P^T G, with L2 decay R = P^T (G + decay * W); G itself without one."""
         grad = self.grad
@@ -298,53 +334,11 @@ class Work:
         if isinstance(grad, ProjectedGradient):
             image = grad.image_in(self.projection, self.basis)
         else:
-            image = self.projection.project(grad, self.factors)
+            image = self.local_projection.project(grad, self.factors)
         if image.dtype is not self.dtype:
             image = image.to(self.dtype)
         decay = self.group.get("weight_decay", 0)
         if self.traits.decay == "l2" and decay != 0:
             sign = -1 if self.group.get("maximize") else 1
-            image = image.add(self.projection.project(self.weight, self.factors), alpha=sign * decay)
+            image = image.add(self.local_projection.project(self.local, self.factors), alpha=sign * decay)
         return image
-
-    def lend(self, image: Tensor, coordinates: Tensor | None = None) -> tuple[Tensor, list[Lent]]:
-        """What the rule is lent for this weight: its coordinates, or itself, whole or in slices.
-
-        Args:
-            image: what the rule gets as gradient.
-            coordinates: zeros of its shape, where there are any; made if there are none.
-
-        Returns:
-            The tensor that the rule moves, and what it is lent of it. The rule's state of a slice is under its name.
-        """
-        if not self.through_coordinates:
-            tensor = self.weight
-        else:
-            tensor = torch.zeros_like(image) if coordinates is None else coordinates
-        inner, size = self.state.get("inner", {}), self.traits.slice_elements
-        if size is None or self.coordinate_count < 2 * size or not tensor.is_contiguous():
-            return tensor, [Lent(tensor=tensor, grad=image, state=inner, group=self.lent_group, weight=self.weight)]
-        ends = list(range(size, tensor.numel() - size + 1, size))  # the last takes the rest: none is too small
-        slices = zip(tensor.view(-1).tensor_split(ends), image.reshape(-1).tensor_split(ends), strict=True)
-        lent = [
-            Lent(
-                tensor=part,
-                grad=grad,
-                state=inner.get(f"slice{number}", {}),
-                group=self.lent_group,
-                weight=self.weight,
-            )
-            for number, (part, grad) in enumerate(slices)
-        ]
-        return tensor, lent
-
-    def take_back(self, lent: Sequence[Lent]) -> None:
-        """Keeps the rule's state of what it was lent.
-
-        Args:
-            lent: as `lend` made it.
-        """
-        if len(lent) > 1:
-            self.state["inner"] = {f"slice{number}": one.state for number, one in enumerate(lent)}
-        elif lent[0].state:
-            self.state["inner"] = lent[0].state

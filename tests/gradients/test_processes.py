@@ -110,12 +110,12 @@ def seeds() -> str:
 
 def sharded(when: str) -> str:
     net = model()
-    optimizer = optimizer_of(net) if when == "after the optimizer" else None
+    optimizer = optimizer_of(net)
     if when == "in INT8":
         quantize_weights(net, "all-linear")
         return refused(lambda: fully_shard(net, mesh=init_device_mesh("cpu", (2,))))
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
-    return refused(lambda: step(net, optimizer) if optimizer else optimizer_of(net))
+    return refused(lambda: step(net, optimizer))
 
 
 TRIALS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
@@ -125,7 +125,6 @@ TRIALS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "broadcast of a projected gradient": (reduced_by_hand, ("broadcast",), 'gradients="full"'),
     "broadcast of a weight in INT8": (broadcast_in_int8, (), ".codes and then its .scale"),
     "broadcast of its codes": (codes_broadcast, (), "equal"),
-    "fully_shard, then the optimizer": (sharded, ("before",), "is a DTensor"),
     "the optimizer, then fully_shard": (sharded, ("after the optimizer",), "fully_shard has replaced it"),
     "fully_shard of weights in INT8": (sharded, ("in INT8",), "dequantize_weights(model) first"),
     "seed=rank": (seeds, (), "Give all processes the same seed"),

@@ -1,0 +1,68 @@
+"""The small LLaMA under FSDP2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from galore_torch import attach
+from tests.distributed.trained import STEPS, batch, llama, loss_of, optimizer_of, weights_of
+
+UNEVEN = {"width": 27, "inner": 41}
+
+
+def fully_sharded(model: Any, world: int, *, replicas: int = 1, **given: Any) -> Any:
+    """A model, each of its layers and the rest sharded."""
+    if replicas > 1:
+        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, **given)
+    return fully_shard(model, mesh=mesh, **given)
+
+
+def trained_in_shards(
+    rank: int,
+    world: int,
+    *,
+    recipe: str = "adamw",
+    steps: int = STEPS,
+    micro: int = 1,
+    clip: float | None = None,
+    shape: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float64,
+    attached: bool = False,
+    replicas: int = 1,
+    placement: Any = None,
+    spoils: tuple[int, int] | None = None,
+    keys: dict[str, Any] | None = None,
+) -> Tensor:
+    """The weights after some steps, of one process or of one of several."""
+    model: nn.Module = llama(dtype=dtype, **(shape or {}))
+    if world > 1:
+        given = {} if placement is None else {"shard_placement_fn": placement(model)}
+        fully_sharded(model, world, replicas=replicas, **given)
+    optimizer = optimizer_of(model, recipe, **(keys or {}))
+    if attached:
+        attach(model, optimizer, gradients="full")
+    for step in range(steps):
+        for number in range(micro):
+            if world > 1 and micro > 1:
+                model.set_requires_gradient_sync(number == micro - 1)
+            loss_of_part = loss_of(model, batch(step, number).tensor_split(world)[rank]) / micro
+            loss_of_part.backward()
+        if spoils is not None and step == spoils[0] and rank == min(spoils[1], world - 1):
+            for weight in model.parameters():
+                grad = weight.grad.to_local() if world > 1 else weight.grad
+                if grad.numel():
+                    grad.view(-1)[-1] = float("nan")
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
