@@ -247,7 +247,10 @@ class GaLore(Optimizer):
         """
         work = self._known.on(weight, self.param_groups, self.state, self._work)
         if work is None:
-            raise ValueError(f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}")
+            raise ValueError(
+                f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard has "
+                'replaced it, attach after that, with gradients="full"'
+            )
         self._fits.prepare([work])  # the gradient may still be thrown away: `apply` alone keeps a new state
         return work
 
