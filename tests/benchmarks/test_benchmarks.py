@@ -74,6 +74,7 @@ def test_methods_are_called_and_set_as_in_training(name):
     assert not method.projects or name in OPTIMIZERS or name.partition("/")[2] == method.gradients
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told_with_its_last_words():
     words = r"one died while asked for 'step':[\s\S]*KeyError: 'none'"
     worker = OptimizerStep(method=Method(optimizer="none"), size=LLAMA["tiny"], dtype="float32").start("one")

@@ -2,6 +2,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 from benchmarks.common import bf16_products as products
 
 CHECK = """
@@ -34,6 +36,7 @@ CHECK = """
 """
 
 
+@pytest.mark.slow
 def test_products_of_bfloat16_matrices_are_those_of_float32_rounded_once():
     subprocess.run([sys.executable, "-c", textwrap.dedent(CHECK)], check=True, timeout=120)
 

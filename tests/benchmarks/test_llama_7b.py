@@ -37,9 +37,9 @@ def changed(case: Case, **changes) -> Case:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"gradients": "full", "basis_bits": 16},
-        {"basis_bits": 4, "recomputes": True},
+        pytest.param({"basis_bits": 4, "recomputes": True}, marks=pytest.mark.slow),
         {"basis_bits": 4, "weight_bits": 8, "recomputes": True},
     ],
 )

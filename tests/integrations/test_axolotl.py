@@ -46,6 +46,7 @@ def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("codes", [False, True], ids=["plain weights", "INT8 weights"])
 @pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
 def test_its_keys_train_and_resume_exactly(tmp_path, keys, codes):

@@ -55,6 +55,7 @@ def losses(log):
     return [record["loss"] for record in log]
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("gradients", ["projected", "fused"])
 def test_accumulation_clipping_and_the_logged_norm_are_those_of_the_images(tmp_path, gradients):
     plain = by_factory(tmp_path, FULL, gradient_accumulation_steps=2, max_grad_norm=1e6)

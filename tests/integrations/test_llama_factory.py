@@ -57,6 +57,7 @@ def test_the_distribution_that_is_asked_for_is_there():
     assert importlib.metadata.version("galore-torch")
 
 
+@pytest.mark.learning
 @every_name
 def test_three_groups_train(name, recipe, tmp_path):
     model, keywords = mistral(), arguments_of(name, tmp_path)
@@ -80,6 +81,7 @@ def test_three_groups_train(name, recipe, tmp_path):
     assert all(optimizer.state[weight]["renewals"] >= 2 for weight in parts["projected"])
 
 
+@pytest.mark.learning
 @every_name
 def test_layer_by_layer_each_weight_has_an_optimizer_and_a_schedule(name, recipe, tmp_path):
     model, keywords = mistral(), arguments_of(name, tmp_path)

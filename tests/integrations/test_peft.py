@@ -63,6 +63,7 @@ def test_weights_that_are_trained_beside_adapters_are_projected_and_adapters_are
     assert claimed == sorted(name for name, weight in model.named_parameters() if weight.requires_grad)
 
 
+@pytest.mark.learning
 @pytest.mark.filterwarnings("ignore:trained, but not projected")
 @pytest.mark.parametrize("gradients", ["full", "projected", "fused"])
 def test_both_learn(gradients):

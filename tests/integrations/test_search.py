@@ -73,6 +73,7 @@ def by_mixin(args):
     return MixedIn(model_init=mistral, args=args, train_dataset=blocks(), eval_dataset=blocks().select(range(8)))
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("make", [by_name, by_mixin])
 def test_each_trial_has_its_own_optimizer_and_the_best_is_found(make, tmp_path):
     args = TrainingArguments(
@@ -107,10 +108,14 @@ def test_the_factorys_settings_are_those_of_every_trial(tmp_path):
     assert [group["initial_lr"] for *_, groups in Backend.seen for group in groups] == [0.01] * 4
 
 
+@pytest.mark.learning
 def test_training_twice_goes_on_with_the_same_optimizer(tmp_path):
     args = TrainingArguments(
-        str(tmp_path), max_steps=3, save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True
-    )
+        str(tmp_path), max_steps=3, learning_rate=0.01, save_strategy="no", use_cpu=True, report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
     run = MixedIn(model=mistral(), args=args, train_dataset=blocks())
     first = run.train().training_loss
-    assert run.train().training_loss < first
+    made = run.optimizer.optimizer
+    assert run.train().training_loss < first - 0.1
+    assert run.optimizer.optimizer is made

@@ -69,6 +69,7 @@ def test_trainer_finds_the_class_by_its_name(name, recipe, tmp_path):
         assert recipe(**keywords).param_groups[1]["rank"] == 8
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("name", RECIPES)
 def test_trainer_trains_and_resumes_as_if_it_had_never_stopped(name, tmp_path):
     whole = trainer(tmp_path, optim=name, save_strategy="steps", save_steps=7)
@@ -85,6 +86,7 @@ def test_trainer_trains_and_resumes_as_if_it_had_never_stopped(name, tmp_path):
         assert torch.equal(one, other), parameter
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("name", LAYERWISE)
 def test_trainer_trains_layer_by_layer(name, tmp_path):
     run = trainer(tmp_path, optim=name)
@@ -100,7 +102,14 @@ def test_trainer_trains_layer_by_layer(name, tmp_path):
     assert torch.equal(type(run.model).from_pretrained(tmp_path / "model").model.layers[0].mlp.down_proj.weight, down)
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *LAYERWISE])
+@pytest.mark.learning
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("galore_adamw", "galore_adamw_8bit_layerwise") else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*RECIPES, *LAYERWISE)
+    ],
+)
 def test_sft_trainer_trains_on_text(name, tmp_path):
     run = SFTTrainer(
         model=mistral(),
@@ -112,6 +121,7 @@ def test_sft_trainer_trains_on_text(name, tmp_path):
     assert_falls(losses(run))
 
 
+@pytest.mark.learning
 def test_sft_trainer_takes_the_arguments_of_trainer(tmp_path):
     """The published example's own form: TrainingArguments with a name, the targets and nothing else of ours."""
     args = arguments(tmp_path, optim="galore_adamw", optim_args="rank=16", max_steps=6)
@@ -180,6 +190,7 @@ class Factory:
         return GaLoreAdamW(param_groups(model, 8, update_proj_gap=5), **keywords)
 
 
+@pytest.mark.learning
 def test_trainer_takes_our_groups_through_its_factory_and_names_layers(tmp_path):
     run = Trainer(
         model=mistral(),

@@ -50,6 +50,7 @@ def trained(run, **resume):
 # Supervised fine-tuning ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.learning
 @every_form
 def test_sft_trains_and_resumes_exactly(tmp_path, gradients, update):
     whole = trained(supervised(tmp_path / "whole", gradients, update, save_strategy="steps", save_steps=6))
@@ -69,6 +70,7 @@ def test_sft_recomputes_activations_and_learns_the_same(tmp_path, gradients):
     assert with_ == pytest.approx(without, rel=1e-3)
 
 
+@pytest.mark.learning
 def test_sft_accumulates_micro_batches_to_the_batch(tmp_path):
     four = trained(supervised(tmp_path, "projected", gradient_accumulation_steps=2, per_device_train_batch_size=2))
     whole = trained(supervised(tmp_path, "full"))
@@ -76,6 +78,7 @@ def test_sft_accumulates_micro_batches_to_the_batch(tmp_path):
     assert_falls(four, 0.3)
 
 
+@pytest.mark.learning
 def test_sft_takes_any_recipe_and_its_arguments(tmp_path):
     run = supervised(
         tmp_path, "fused", galore={"optimizer": GaLoreAdamW8bit, "betas": (0.8, 0.9), "group_weight_decay": 0.1}
@@ -116,6 +119,7 @@ def preferring(folder, gradients="full", update="step", **given):
     )
 
 
+@pytest.mark.learning
 @every_form
 def test_dpo_learns_to_prefer_and_resumes_exactly(tmp_path, gradients, update):
     run = preferring(tmp_path / "whole", gradients, update, save_strategy="steps", save_steps=6)

@@ -75,6 +75,7 @@ def test_it_is_the_reference(shape, proj_type, dtype, tolerance):
 of_lapack = pytest.mark.of_cpu("moments that are kept in a new basis follow LAPACK's signs")
 
 
+@pytest.mark.slow  # one more process imports torch
 @of_lapack
 @every_shape
 @every_proj_type
@@ -85,6 +86,7 @@ def test_it_is_galore_torch_1(galore_1, shape, proj_type):
     assert distance(walk_ours(problem, proj_type, eps=NEGLIGIBLE_EPS), expected) <= 1e-5
 
 
+@pytest.mark.slow
 @of_lapack
 @every_shape
 @every_proj_type

@@ -52,6 +52,7 @@ def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_p
     assert "is no empty folder; choose another --out" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_same_inspection_finds_the_same_whichever_door_it_comes_through(run, tmp_path):
     (tmp_path / "empty").mkdir()
     told = json.loads(inspected("--run", run, *SHORT, "--json", "--out", tmp_path / "empty").stdout)
@@ -134,7 +135,7 @@ def test_a_stop_while_pictures_are_drawn_leaves_nothing(run, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stop_while_the_folder_is_written_lets_it_be_whole_and_a_second_one_lets_it_be_nothing(
     times, run, tmp_path, monkeypatch
 ):
@@ -172,6 +173,7 @@ def test_a_browser_shows_the_page(browser, run, tmp_path):
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recommended_is_said(run, tmp_path):
     result = inspected("--run", run, "--steps", "4", "--every", "2", "--out", tmp_path / "out")
     told = " ".join(result.output.split())

@@ -192,11 +192,16 @@ def epoch_of_three_steps(texts: Path, folder: Path) -> Path:
     ("optimizer", "data", "stop"),
     [
         ("galore-adamw", "long", 5),
-        ("galore-adamw", "short", 3),
-        ("galore-adamw8bit", "long", 2),
-        ("adamw", "short", 4),
-        ("galore-adamw", "stream", 5),
-        ("galore-adamw", "lazy", 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("galore-adamw", "short", 3),
+                ("galore-adamw8bit", "long", 2),
+                ("adamw", "short", 4),
+                ("galore-adamw", "stream", 5),
+                ("galore-adamw", "lazy", 4),
+            )
+        ),
     ],
 )
 def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny, texts, tmp_path, monkeypatch):
@@ -228,13 +233,17 @@ def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny,
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    """The result of a run whose gradients are formed, a batch at a time."""
+    config = tiny(micro_batch=8, gradients="full")
+    return new_run(Pretraining, config, tmp_path_factory.mktemp("plain") / "run").train()
+
+
 @pytest.mark.parametrize(("gradients", "update"), [("projected", "step"), ("fused", "step"), ("fused", "backward")])
-def test_forms_of_gradients_change_nothing_but_cost(gradients, update, tiny, tmp_path):
-    batch = tiny().schedule.batch
-    plain = new_run(Pretraining, tiny(micro_batch=batch, gradients="full"), tmp_path / "plain").train()
-    formed = new_run(
-        Pretraining, tiny(micro_batch=batch, gradients=gradients, update=update), tmp_path / "formed"
-    ).train()
+def test_forms_of_gradients_change_nothing_but_cost(gradients, update, plain, tiny, tmp_path):
+    config = tiny(micro_batch=8, gradients=gradients, update=update)
+    formed = new_run(Pretraining, config, tmp_path / "formed").train()
     assert formed.eval_loss == pytest.approx(plain.eval_loss, rel=1e-4)
     assert formed.state_bytes == plain.state_bytes
 
