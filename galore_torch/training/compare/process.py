@@ -109,7 +109,7 @@ def _serve(
 ) -> None:
     """Be the process: call the function, and send what it returned or raised."""
     screen = None if terminal is None else os.fdopen(os.dup(terminal), "w", encoding="utf-8")
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
     threading.Thread(target=_stop_with_parent, daemon=True).start()

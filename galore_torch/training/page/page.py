@@ -33,8 +33,7 @@ class Page:
     """
 
     def __init__(self, title: str, lead: str = "") -> None:
-        self.title = title
-        self.lead = lead
+        self.title, self.lead = title, lead
         self._blocks: list[dict[str, Any]] = []
         self._figures = 0
 
@@ -71,24 +70,18 @@ class Page:
         cells = [[str(cell) for cell in row] for row in rows]
         for row in cells:
             if len(row) != len(columns):
-                raise ValueError(
-                    f"row = {row!r} has {len(row)} cells for {len(columns)} columns; give one for each of "
-                    f"{', '.join(columns)}."
-                )
-        self._blocks.append(
-            {"kind": "table", "columns": list(columns), "rows": cells, "caption": caption, "words": words}
-        )
+                wanted = f"{len(columns)} columns; give one for each of {', '.join(columns)}."
+                raise ValueError(f"row = {row!r} has {len(row)} cells for {wanted}")
+        block = {"kind": "table", "columns": list(columns), "rows": cells, "caption": caption, "words": words}
+        self._blocks.append(block)
 
-    def figure(self, figure: Figure, caption: str, *, alt: str = "") -> None:
-        """Add a figure of matplotlib. What it draws in black takes the colour of the page's text.
+    def figure(self, figure: Figure, caption: str) -> None:
+        """Add a figure, best made by `galore_torch.training.run.plots.new_axes`, and below it what can be seen.
 
-        Args:
-            figure: best made by `galore_torch.training.run.plots.new_axes`.
-            caption: what can be seen, below it.
-            alt: what those hear who cannot see it; the caption if empty.
+        What it draws in black takes the color of the page's text.
         """
         self._figures += 1
-        svg = inline_svg(figure, f"figure{self._figures}", alt or caption)
+        svg = inline_svg(figure, f"figure{self._figures}", caption)
         self._blocks.append({"kind": "figure", "svg": svg, "caption": caption})
 
     def render(self) -> str:
@@ -107,7 +100,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     """A figure as an ``<svg>`` element to stand inside a page.
 
     Args:
-        figure: of matplotlib; black becomes the colour of the surrounding text, its background is taken away.
+        figure: of matplotlib; black becomes the color of the surrounding text, its background is taken away.
         name: what all of its ids begin with; two figures of a page need two names.
         label: what a screen reader says.
 
@@ -119,8 +112,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = ElementTree.fromstring(drawn.getvalue())
     for parent in list(svg.iter()):
-        for child in list(parent):
-            # matplotlib's style sheet would style the whole page
+        for child in list(parent):  # matplotlib's style sheet would style the whole page
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
                 parent.remove(child)
     for element in svg.iter():
@@ -136,7 +128,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _attribute(key: str, value: str, name: str) -> str:
-    """An attribute's value with ids under the figure's name and black as the text's colour."""
+    """An attribute's value with ids under the figure's name and black as the text's color."""
     if key == "id":
         return f"{name}-{value}"
     if key == _LINK:

@@ -21,7 +21,12 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 0.5rem; overflow-wrap: an
 h2 { font-size: 1.2rem; margin: 2.5rem 0 0.75rem; padding-top: 1rem; border-top: 1px solid var(--rule); }
 p { max-width: 42rem; margin: 0.5rem 0; overflow-wrap: anywhere; }
 .lead, caption, figcaption, dt { color: var(--faint); }
-.box { overflow-x: auto; margin: 0.75rem 0; }
+.box { overflow-x: auto; margin: 0.75rem 0;
+  /* a shadow at the edge behind which there is more: the first two scroll along and cover it at the ends */
+  background: linear-gradient(to right, var(--back) 30%, transparent) left / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--back) 30%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to right, var(--faint), transparent) left / 0.6rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--faint), transparent) right / 0.6rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 caption { text-align: left; padding-bottom: 0.5rem; }
 caption span { display: block; position: sticky; left: 0; width: max-content; max-width: min(42rem, 100vw - 2rem); }
@@ -30,7 +35,7 @@ th { font-weight: 600; border-bottom: 1px solid var(--text); vertical-align: bot
 td { border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); }
 .words { text-align: left; }
-pre { background: var(--raised); padding: 0.75rem 1rem; margin: 0; border-radius: 6px; font-size: 0.85rem;
+pre { background: var(--raised); padding: 0.75rem 1rem; border-radius: 6px; font-size: 0.85rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-family: ui-monospace, monospace; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1.25rem; font-size: 0.9rem; margin: 0.75rem 0; }
@@ -54,7 +59,7 @@ figcaption { font-size: 0.9rem; max-width: 42rem; }
 {% elif block.kind == "text" %}
 <p>{{ block.text }}</p>
 {% elif block.kind == "code" %}
-<div class="box" tabindex="0"><pre><code>{{ block.text }}</code></pre></div>
+<pre><code>{{ block.text }}</code></pre>
 {% elif block.kind == "facts" %}
 <dl>
 {% for name, value in block.facts.items() %}

@@ -86,7 +86,7 @@ def explain(error: Exception, *, at_work: bool = False) -> str | None:
     if failed is not None:
         return f"a file could not be written: {failed}. {_ROOM}"
     if not at_work and isinstance(error, (ValueError, ImportError)):
-        return str(error)
+        return " ".join(map(str.strip, str(error).splitlines()))
     if not at_work and file is not None:
         return f"{file.filename!r} cannot be used: {file.strerror}. Allow it, or give another path."
     return None
