@@ -18,6 +18,7 @@ from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, PANEL, Json, reported_errors
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.signals import stoppable
+from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.flags import given_settings, with_settings
 from galore_torch.training.settings.methods import METHODS
 
@@ -88,7 +89,7 @@ def commands() -> typer.Typer:
 
 
 def _command(job: ComparedJob) -> Callable[..., None]:
-    presets = _option(f"What to start from: {', '.join(job.presets)}.")
+    presets = _option(f"What to start from: {', '.join(job.recipes.presets)}.")
 
     def command(
         *,
@@ -105,7 +106,7 @@ def _command(job: ComparedJob) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         given = given_settings(given)
-        folder = out or Path("runs") / f"compare-{job.title(preset, given)}"
+        folder = out or Path("runs") / f"compare-{given.get('task') or preset or job.recipes.default(given)}"
         console = Console(stderr=json)
         runs: list[PlannedRun] = []
         with stoppable(lambda: _stopped(runs, folder)), reported_errors(f"galore compare {job.name}"):
@@ -119,11 +120,12 @@ def _command(job: ComparedJob) -> Callable[..., None]:
                 make_runs(job, runs, folder, console, shlex.join(["galore", *sys.argv[1:]]))
             _report(job, runs, folder, console, json=json)
 
-    command.__doc__ = f"""Compare methods on {job.doing}, at equal data: every learning rate with every seed.
+    doing = job.recipes.config.doing
+    command.__doc__ = f"""Compare methods on {doing}, at equal data: every learning rate with every seed.
 
     The folder gets a run folder each, report.html and results.json. After Ctrl-C or a crash the same command goes on.
     """
-    return with_settings(command, job.sections, job.presets, job.shown)
+    return with_settings(command, sections_of(job.recipes.config), job.recipes.presets, job.shown)
 
 
 def _stopped(runs: Sequence[PlannedRun], out: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from galore_torch.training.compare.jobs import Amount, ComparedJob
 from galore_torch.training.run.files import Lock, being_written, write_whole
+from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.methods import method_settings, refuse_without_effect
 
@@ -27,7 +28,8 @@ OF_RUNS = {"lr": "--lr METHOD=X", "others_lr": "--others-lr METHOD=X", "seed": "
 """Settings in which the runs of one method differ, and how they are given."""
 
 _SHARED = ("model", "data")  # sections that all runs have in common, but for
-_NOT_SHARED = ("dtype", "target_modules")
+_NOT_SHARED = {"dtype", "target_modules"}
+_CHOOSE = "it is what the methods differ in; choose them by --method"
 
 
 def lock_of(out: Path) -> Lock:
@@ -83,7 +85,15 @@ def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str])
     {'galore': {}, 'lora': {'adapter_rank': 2}}
     """
     own: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    shared = field_names(*(job.sections[section] for section in _SHARED))
+    sections = sections_of(job.recipes.config)
+    refused = {
+        **{
+            name: f"runs with another {name} cannot be compared; give it for all"
+            for name in {*field_names(*(sections[section] for section in _SHARED))} - _NOT_SHARED
+        },
+        **{name: f"{name} has an option of its own; give {option}" for name, option in OF_RUNS.items()},
+        **dict.fromkeys(OF_METHODS, _CHOOSE),
+    }
     for text in given:
         target, _, value = text.partition("=")
         method, _, name = target.partition(":")
@@ -91,13 +101,8 @@ def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str])
         if not (method and name and value):
             raise ValueError(f"{wrong} is not METHOD:NAME=VALUE; give such as lora:adapter_rank=2.")
         _require_compared(wrong, method, own)
-        if name in OF_METHODS:
-            raise ValueError(f"{wrong}: {name} is what the methods differ in; choose them by --method.")
-        if name in OF_RUNS:
-            raise ValueError(f"{wrong}: {name} has an option of its own; give {OF_RUNS[name]}.")
-        if name in shared and name not in _NOT_SHARED:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{wrong}: runs with another {name} cannot be compared; give {option} for all.")
+        if name in refused:
+            raise ValueError(f"{wrong}: {refused[name]}.")
         if name in own[method]:
             raise ValueError(f"{wrong} sets {name} of {method} a second time; leave out one of them.")
         with suppress(ValueError):  # a word
@@ -135,7 +140,7 @@ def make_plan(
     """
     for name in OF_METHODS:
         if given.get(name) is not None:
-            raise ValueError(f"{name} = {given[name]!r} is what the methods differ in; choose them by --method.")
+            raise ValueError(f"{name} = {given[name]!r}: {_CHOOSE}.")
     methods = list(dict.fromkeys(methods))
     by_method = {method: method_settings(method) for method in methods}
     by_lr, by_others = rates_by_method("lr", lrs, methods), rates_by_method("others_lr", others_lrs, methods)
@@ -146,7 +151,7 @@ def make_plan(
             # As settings, not by the method's name: a flag for all, such as a rank, may have no effect on one of them.
             settings = {**by_method[method], **given, **own[method], "seed": seed, "lr": lr, "others_lr": others}
             try:
-                config = job.configure(preset, **settings)
+                config = job.recipes.configure(preset, None, None, settings)
             except ValueError as error:
                 raise ValueError(f"{error}{_hint(job, preset, str(error), given, by_method)}") from error
             refuse_without_effect(method, own[method], config.optimizer, config.adapter)
@@ -169,7 +174,7 @@ def _hint(
     name = error.partition(" ")[0]
     for method, settings in methods.items() if name in given else ():
         try:
-            job.configure(preset, **{**settings, **given})
+            job.recipes.configure(preset, None, None, {**settings, **given})
         except ValueError:
             continue
         return f" For one method alone, give it by --set {method}:{name}={given[name]}."

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from galore_torch.training.compare.jobs import FINETUNE
 from galore_torch.training.compare.plan import make_plan
+from galore_torch.training.finetune.presets import configure
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
 from galore_torch.training.run.run import new_run, resumed_run
@@ -106,7 +107,7 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on_exactly(at, whole, tmp_pat
             control.should_save = control.should_training_stop = state.global_step == at
 
     config = whole[0] / "galore" / RATE / "seed-0" / "config.toml"
-    new_run(Finetuning, FINETUNE.configure(None, config), tmp_path / "run", callbacks=[Stop()]).train()
+    new_run(Finetuning, configure(None, config), tmp_path / "run", callbacks=[Stop()]).train()
     assert resumed_run(Finetuning, tmp_path / "run").train().finished
     history = records.read(tmp_path / "run" / "metrics.jsonl")
     assert [record.get("loss") for record in history] == [record.get("loss") for record in measured(whole[0], "galore")]
@@ -184,4 +185,4 @@ def test_the_settings_of_every_run_survive_its_file(tmp_path):
     for run in make_plan(FINETUNE, None, methods, (), (), (3,), {"task": "cola", "max_grad_norm": 0.0}, sets):
         path = tmp_path / "run.toml"
         path.write_text(run.config.to_toml(), encoding="utf-8")
-        assert FINETUNE.configure(None, path) == run.config
+        assert configure(None, path) == run.config
