@@ -36,11 +36,11 @@ def demand(size: Llama, method: Method, tokens: int, dtype: torch.dtype) -> Dema
     operations = 6.0 * tokens * size.hidden * (size.vocabulary + size.sequence * size.layers)
     nbytes = float(size.other_elements * (3 * item + 4 * moment))  # read weight, gradient, moments; write all but one
     for m, n in size.weights:
-        image = rank * max(m, n)
+        projected = rank * max(m, n)
         operations += 4.0 * tokens * m * n + 2.0 * tokens * (rank * (m + n) if fused else m * n)
         if projects:
             operations += 2.0 * rank * m * n * (1 if fused else 2)
-            nbytes += 2 * m * n * item + image * (item + 4 * moment) + 2 * rank * min(m, n) * item
+            nbytes += 2 * m * n * item + projected * (item + 4 * moment) + 2 * rank * min(m, n) * item
         else:
             nbytes += m * n * (3 * item + 4 * moment)
     return Demand(operations=operations, nbytes=nbytes)

@@ -15,9 +15,9 @@ from benchmarks.common.memory import Footprint, stored_bytes
 from benchmarks.llama_7b.model import Advance, Case, real_text
 from galore_torch import GaLore
 from galore_torch.gradients import attach
-from galore_torch.optim import galore as galore_module
+from galore_torch.optim import chunks as chunks_module
 from galore_torch.optim.rule import Rule
-from galore_torch.optim.work import Work
+from galore_torch.optim.trained_weight import TrainedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,12 @@ class Steps:
         with ExitStack() as stack:
             applying, renewing, inner, folding = (
                 stack.enter_context(timed_calls(owner, name))
-                for owner, name in ((GaLore, "apply"), (Work, "renew"), (Rule, "step"), (galore_module, "fold"))
+                for owner, name in (
+                    (GaLore, "_apply"),
+                    (TrainedWeight, "renew"),
+                    (Rule, "step"),
+                    (chunks_module, "fold"),
+                )
             )
             before_bytes, start_s = self._footprint.taken_bytes(), time.perf_counter()
             loss = self.model(input_ids=self._ids, labels=self._ids).loss

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work
+from galore_torch.optim.trained_weight import TrainedWeight
 
 
 @dataclass(eq=False)
@@ -23,7 +23,7 @@ class Bucket:
     """Weights whose gradients are averaged in one collective.
 
     Attributes:
-        work: the weights, of one dtype and device, in the order that all processes know.
+        trained: the weights, of one dtype and device, in the order that all processes know.
         fills: whether their bases are found from these gradients, which are full.
         dtype: in which they are averaged.
         waits_for: the identities of the weights whose gradients are not complete.
@@ -32,7 +32,7 @@ class Bucket:
         handle: of the collective.
     """
 
-    work: list[Work]
+    trained: list[TrainedWeight]
     fills: bool
     dtype: torch.dtype
     waits_for: set[int] = field(default_factory=set)
@@ -41,7 +41,7 @@ class Bucket:
     handle: Any = None
 
     def __post_init__(self) -> None:
-        self.waits_for = {id(one.weight) for one in self.work}
+        self.waits_for = {id(one.weight) for one in self.trained}
 
     def reduce(self, group: dist.ProcessGroup) -> None:
         """Begins to average the gradients there are; one that is missing counts as zeros.
@@ -49,20 +49,20 @@ class Bucket:
         Args:
             group: the processes.
         """
-        grads = [one.weight.grad for one in self.work]
-        self.shapes = [self._shape(one) for one in self.work]
+        grads = [one.weight.grad for one in self.trained]
+        self.shapes = [self._shape(one) for one in self.trained]
         parts = [
             torch.zeros(math.prod(shape), dtype=self.dtype, device=one.weight.device)
             if grad is None
             else _stored(grad).reshape(-1).to(self.dtype)
-            for one, grad, shape in zip(self.work, grads, self.shapes, strict=True)
+            for one, grad, shape in zip(self.trained, grads, self.shapes, strict=True)
         ]
         has = torch.tensor([grad is not None for grad in grads], dtype=self.dtype)
         self.flat = torch.cat((*parts, has.to(parts[0].device, non_blocking=True)))
         self.flat.div_(dist.get_world_size(group))
         self.handle = dist.all_reduce(self.flat, group=group, async_op=True)
 
-    def averages(self) -> Iterator[tuple[Work, Tensor]]:
+    def averages(self) -> Iterator[tuple[TrainedWeight, Tensor]]:
         """Waits for the collective.
 
         Yields:
@@ -74,26 +74,26 @@ class Bucket:
         # What this process has, another cannot lack: only a weight that it has not used is asked about.
         has = None
         start = 0
-        for place, (one, shape) in enumerate(zip(self.work, self.shapes, strict=True)):
+        for place, (one, shape) in enumerate(zip(self.trained, self.shapes, strict=True)):
             part = flat[start : start + math.prod(shape)].view(shape)
             start += part.numel()
             if one.weight.grad is None:
-                has = flat[-len(self.work) :].tolist() if has is None else has
+                has = flat[-len(self.trained) :].tolist() if has is None else has
                 if has[place] == 0:
                     continue
             yield one, part
 
-    def _shape(self, one: Work) -> tuple[int, ...]:
+    def _shape(self, one: TrainedWeight) -> tuple[int, ...]:
         grad = one.weight.grad
-        full = self.fills or one.turn_has_come if grad is None else not isinstance(grad, ProjectedGradient)
-        return tuple(one.weight.shape) if full else one.projection.image_shape
+        full = self.fills or one.needs_renewal if grad is None else not isinstance(grad, ProjectedGradient)
+        return tuple(one.weight.shape) if full else one.projection.projected_shape
 
 
 def _stored(grad: Tensor) -> Tensor:
-    return grad.image if isinstance(grad, ProjectedGradient) else grad
+    return grad.projected if isinstance(grad, ProjectedGradient) else grad
 
 
-def put(one: Work, average: Tensor) -> None:
+def put(one: TrainedWeight, average: Tensor) -> None:
     """Makes an average the gradient of its weight.
 
     Args:
@@ -102,20 +102,20 @@ def put(one: Work, average: Tensor) -> None:
     """
     grad, weight = one.weight.grad, one.weight
     if isinstance(grad, ProjectedGradient):
-        grad.image = average.to(grad.image.dtype)
-    elif grad is not None or tuple(average.shape) != one.projection.image_shape or one.turn_has_come:
+        grad.projected = average.to(grad.projected.dtype)
+    elif grad is not None or tuple(average.shape) != one.projection.projected_shape or one.needs_renewal:
         weight.grad = average.to(weight.dtype)
     else:
         weight.grad = ProjectedGradient(average, one.projection, one.basis, weight.dtype)
 
 
 def layout(
-    work: Iterable[Work], *, most_bytes: int, most_fills: int, dtype: torch.dtype | None, only_fills: bool
+    trained: Iterable[TrainedWeight], *, most_bytes: int, most_fills: int, dtype: torch.dtype | None, only_fills: bool
 ) -> list[Bucket]:
     """Which weights share a bucket in this backward pass.
 
     Args:
-        work: all weights, about in the order in which their gradients come.
+        trained: all weights, about in the order in which their gradients come.
         most_bytes: of a bucket of more than one weight.
         most_fills: how many weights whose bases are found share a bucket of their own; 0 if these are as others.
         dtype: in which images accumulate; the weight's when None.
@@ -127,39 +127,39 @@ def layout(
     buckets: list[Bucket] = []
     kind: Any = None
     room = 0
-    for one in work:
-        fills = most_fills > 0 and one.is_filled_up and not isinstance(one.weight.grad, ProjectedGradient)
+    for one in trained:
+        fills = most_fills > 0 and one.completes_basis and not isinstance(one.weight.grad, ProjectedGradient)
         if only_fills and not fills:
             continue
         weight = one.weight
         of_image = torch.promote_types(weight.dtype, dtype or weight.dtype)
-        size = 1 if fills else of_image.itemsize * (weight.numel() if one.turn_has_come else one.coordinate_count)
+        size = 1 if fills else of_image.itemsize * (weight.numel() if one.needs_renewal else one.coordinate_count)
         is_alike = kind == (fills, of_image, weight.device)
         if not is_alike or size > room:
             kind, room = (fills, of_image, weight.device), most_fills if fills else most_bytes
             buckets.append(Bucket([], fills, of_image))
-        buckets[-1].work.append(one)
+        buckets[-1].trained.append(one)
         buckets[-1].waits_for.add(id(weight))
         room -= size
     return buckets
 
 
-def drop_empty(work: Sequence[Work], group: dist.ProcessGroup) -> None:
+def drop_empty(trained: Sequence[TrainedWeight], group: dist.ProcessGroup) -> None:
     """Lets go of images that are zeros in all processes and could not take up what is to come.
 
     Args:
-        work: all weights.
+        trained: all weights.
         group: the processes.
     """
     kept = []
-    for one in work:
+    for one in trained:
         grad = one.weight.grad
-        if isinstance(grad, ProjectedGradient) and (one.turn_has_come or not grad.is_in(one.basis)):
+        if isinstance(grad, ProjectedGradient) and (one.needs_renewal or not grad.is_in(one.basis)):
             kept.append((one, grad))
     if not kept:
         return
     device = kept[0][0].weight.device
-    some = torch.stack([grad.image.any().to(device) for _, grad in kept]).to(torch.int32)
+    some = torch.stack([grad.projected.any().to(device) for _, grad in kept]).to(torch.int32)
     dist.all_reduce(some, op=dist.ReduceOp.MAX, group=group)
     for (one, _), is_some in zip(kept, some.tolist(), strict=True):
         if not is_some:

@@ -7,36 +7,40 @@ import functools
 import torch
 from torch import Tensor
 
-from galore_torch.optim.rule import Lent, Rule
-from galore_torch.optim.work import Work
+from galore_torch.optim.rule import InnerParam, Rule
+from galore_torch.optim.trained_weight import TrainedWeight
 
 STEPS, ROWS, COLUMNS = 12, 8, 6
 
 
-def require_by_element(work: Work) -> None:
+def require_by_element(trained: TrainedWeight) -> None:
     """Checks that a sharded weight can be moved part by part.
 
     Args:
-        work: on the weight.
+        trained: on the weight.
 
     Raises:
         ValueError: its optimizer moves tensors as wholes, holds its state in blocks, or rounds in a way of ours.
     """
-    if work.rounding != "nearest":
+    if trained.rounding != "nearest":
         raise ValueError(
-            f"rounding={work.rounding!r} is not served for a sharded weight ({work.name}); keep the shards in float32 "
-            "(MixedPrecisionPolicy(param_dtype=torch.bfloat16))"
+            f"rounding={trained.rounding!r} does not work for a sharded weight ({trained.name}); keep the shards in "
+            "float32 (MixedPrecisionPolicy(param_dtype=torch.bfloat16))"
         )
-    traits = work.traits
+    traits = trained.traits
     if traits.holds_in_few_bits is not None:
         raise ValueError(
-            f"{work.rule.name} holds its state in blocks of numbers, which the parts of a sharded weight ({work.name}) "
-            "would cut; use an optimizer with state in 16 or 32 bits, or DDP"
+            f"{trained.rule.name} holds its state in blocks of numbers, which the parts of a sharded weight "
+            f"({trained.name}) would cut; use an optimizer with state in 16 or 32 bits, or DDP"
         )
-    if traits.factor or traits.learning_rate or not _moves_by_element(work.rule, len(work.projection.image_shape)):
+    if (
+        traits.factor
+        or traits.learning_rate
+        or not _moves_by_element(trained.rule, len(trained.projection.projected_shape))
+    ):
         raise ValueError(
-            f"{work.rule.name} moves a tensor as a whole, and a process has a part of a sharded weight ({work.name}); "
-            "use an optimizer that moves each number by itself (AdamW, SGD, Lion), or DDP"
+            f"{trained.rule.name} moves a tensor as a whole, and a process has a part of a sharded weight "
+            f"({trained.name}); use an optimizer that moves each number by itself (AdamW, SGD, Lion), or DDP"
         )
 
 
@@ -61,9 +65,9 @@ def _step(rule: Rule, tensors: list[Tensor], grads: list[list[Tensor]]) -> None:
     group = dict(rule.defaults)
     states: list[dict[str, object]] = [{} for _ in tensors]
     for step in grads:
-        lent = [
-            Lent(tensor=tensor, grad=grad.clone(), state=state, group=group)
+        params = [
+            InnerParam(tensor=tensor, grad=grad.clone(), state=state, group=group)
             for tensor, grad, state in zip(tensors, step, states, strict=True)
         ]
-        group.update(rule.step(lent)[id(group)])
-        states = [one.state for one in lent]
+        group.update(rule.step(params)[id(group)])
+        states = [one.state for one in params]

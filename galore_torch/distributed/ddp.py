@@ -226,16 +226,16 @@ class Traffic:
         if self._applies and not self._synchronizes:
             raise ValueError("no_sync() accumulates gradients, and update='backward' applies each; use update='step'")
         self._backward = backward
-        work = [optimizer.work_on(weight) for weight in self.weights() if weight.requires_grad]
-        drop_empty(work, self._group)
+        trained = [optimizer._trained_weight(weight) for weight in self.weights() if weight.requires_grad]
+        drop_empty(trained, self._group)
         self._buckets = layout(
-            work,
+            trained,
             most_bytes=BUCKET_BYTES,
             most_fills=0 if self._applies else dist.get_world_size(self._group),
             dtype=self._dtype,
             only_fills=not self._synchronizes,
         )
-        self._of_weight = {id(one.weight): bucket for bucket in self._buckets for one in bucket.work}
+        self._of_weight = {id(one.weight): bucket for bucket in self._buckets for one in bucket.trained}
         self._reduced = self._finished = 0
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
@@ -259,7 +259,9 @@ class Traffic:
 
     def _form_image(self, weight: Tensor) -> None:
         optimizer = self._optimizer()
-        if optimizer and (isinstance(weight.grad, ProjectedGradient) or not optimizer.work_on(weight).turn_has_come):
+        if optimizer and (
+            isinstance(weight.grad, ProjectedGradient) or not optimizer._trained_weight(weight).needs_renewal
+        ):
             self._form(weight)
 
     def _reduce_next(self) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.processes import Alone, is_sharded
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work
+from galore_torch.optim.state_keys import RENEWALS, STEP
+from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Basis
 
 
@@ -32,28 +33,28 @@ class Replicas(Alone):
     def require(self, seed: int) -> None:
         """Nothing: they have agreed in the forward pass."""
 
-    def renew(self, work: Sequence[Work]) -> None:
+    def renew(self, trained: Sequence[TrainedWeight]) -> None:
         """Renews bases, each found by one process."""
-        renew_together(work, self._group, lambda one, _: one.grad)
+        renew_together(trained, self._group, lambda one, _: one.grad)
 
 
-Gather = Callable[[Work, int], Tensor | None]
+Gather = Callable[[TrainedWeight, int], Tensor | None]
 """A weight's whole gradient in the process of that number, which is its owner; in the others it need not be."""
 
 
-def renew_together(work: Sequence[Work], group: dist.ProcessGroup, gather: Gather) -> None:
+def renew_together(trained: Sequence[TrainedWeight], group: dist.ProcessGroup, gather: Gather) -> None:
     """Renews bases, each found by one process.
 
     Args:
-        work: the weights, the same ones in all processes.
+        trained: the weights, the same ones in all processes.
         group: the processes.
         gather: brings a gradient to its owner.
 
     Raises:
         RuntimeError: the processes hold different weights or bases, in all of them.
     """
-    told = [one for one in work if not isinstance(one.grad, ProjectedGradient)]
-    for one in work:
+    told = [one for one in trained if not isinstance(one.grad, ProjectedGradient)]
+    for one in trained:
         if isinstance(one.grad, ProjectedGradient):  # it brings the basis that was found in the backward
             one.renew()
     for one, basis in zip(told, bases_of(told, group, gather), strict=True):
@@ -61,11 +62,11 @@ def renew_together(work: Sequence[Work], group: dist.ProcessGroup, gather: Gathe
             one.take(basis)
 
 
-def bases_of(work: Sequence[Work], group: dist.ProcessGroup, gather: Gather) -> list[Basis | None]:
+def bases_of(trained: Sequence[TrainedWeight], group: dist.ProcessGroup, gather: Gather) -> list[Basis | None]:
     """The bases that full gradients tell.
 
     Args:
-        work: the weights, the same ones in all processes.
+        trained: the weights, the same ones in all processes.
         group: the processes.
         gather: brings a gradient to its owner.
 
@@ -75,24 +76,24 @@ def bases_of(work: Sequence[Work], group: dist.ProcessGroup, gather: Gather) -> 
     Raises:
         RuntimeError: the processes hold different weights or bases, in all of them.
     """
-    if not work:
+    if not trained:
         return []
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    owners = [(place + one.state["step"]) % size for place, one in enumerate(work)]
-    grads = [gather(one, owner) for one, owner in zip(work, owners, strict=True)]
+    owners = [(place + one.state[STEP]) % size for place, one in enumerate(trained)]
+    grads = [gather(one, owner) for one, owner in zip(trained, owners, strict=True)]
     found = [
         one.decompose(grad) if owner == rank and grad is not None else None
-        for one, owner, grad in zip(work, owners, grads, strict=True)
+        for one, owner, grad in zip(trained, owners, grads, strict=True)
     ]
     del grads
-    is_found = _agree(work, [basis is not None for basis in found], group)
+    is_found = _agree(trained, [basis is not None for basis in found], group)
     return [
         _share(one, basis, owner, group) if exists else None
-        for one, basis, owner, exists in zip(work, found, owners, is_found, strict=True)
+        for one, basis, owner, exists in zip(trained, found, owners, is_found, strict=True)
     ]
 
 
-def _share(one: Work, found: dict[str, Tensor] | None, owner: int, group: dist.ProcessGroup) -> Basis:
+def _share(one: TrainedWeight, found: dict[str, Tensor] | None, owner: int, group: dist.ProcessGroup) -> Basis:
     weight, factors = one.weight, {}
     for name, shape in one.projection.factor_shapes.items():
         if found is None:
@@ -104,14 +105,14 @@ def _share(one: Work, found: dict[str, Tensor] | None, owner: int, group: dist.P
     return one.as_stored(factors)
 
 
-def _agree(work: Sequence[Work], found: Sequence[bool], group: dist.ProcessGroup) -> list[bool]:
+def _agree(trained: Sequence[TrainedWeight], found: Sequence[bool], group: dist.ProcessGroup) -> list[bool]:
     """Tells all processes what was found, and checks on the way that they hold the same weights and bases."""
-    device = work[0].weight.device
-    sums = torch.stack([_checksum(one).to(device) for one in work])
+    device = trained[0].weight.device
+    sums = torch.stack([_checksum(one).to(device) for one in trained])
     most = torch.cat((torch.tensor(found, dtype=torch.int64, device=device), sums, -sums))
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     is_found, largest, smallest = most.view(3, -1).tolist()
-    for one, high, low in zip(work, largest, smallest, strict=True):
+    for one, high, low in zip(trained, largest, smallest, strict=True):
         if high != -low:
             raise RuntimeError(
                 f"the processes hold different values of {one.name} or of its basis: they have drifted apart since its "
@@ -121,10 +122,10 @@ def _agree(work: Sequence[Work], found: Sequence[bool], group: dist.ProcessGroup
     return [bool(flag) for flag in is_found]
 
 
-def _checksum(one: Work) -> Tensor:
+def _checksum(one: TrainedWeight) -> Tensor:
     """Of a basis and of a weight that all hold whole: a sum of their bits, exact in any order and on any device."""
     weight = one.weight.codes if isinstance(one.weight, QuantizedWeight) else one.weight
-    parts = [*(() if is_sharded(weight) else (weight,)), *(one.basis.values() if one.state["renewals"] else ())]
+    parts = [*(() if is_sharded(weight) else (weight,)), *(one.basis.values() if one.state[RENEWALS] else ())]
     sums = [_bits(part.detach()).sum(dtype=torch.int64) for part in parts]
     return torch.stack(sums).sum() % 2**61 if sums else torch.zeros((), dtype=torch.int64)
 

@@ -22,30 +22,31 @@ from galore_torch.distributed.owners import renew_together
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work
+from galore_torch.optim.state_keys import INNER
+from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Basis, Projection
 
 
-def shard(work: Work, optimizer: GaLore) -> ShardedWork:
+def shard(trained: TrainedWeight, optimizer: GaLore) -> ShardedWork:
     """The work on a DTensor.
 
     Args:
-        work: on it as if it were whole.
+        trained: on it as if it were whole.
         optimizer: that holds it; it is told of the processes.
 
     Raises:
         ValueError: a placement, an optimizer inside or a rounding that is not served.
     """
-    assert isinstance(work.weight, DTensor)
-    require_by_element(work)
-    cut = Cut.of(work.weight, work.name)
+    assert isinstance(trained.weight, DTensor)
+    require_by_element(trained)
+    cut = Cut.of(trained.weight, trained.name)
     if not isinstance(optimizer._processes, Shards):
         optimizer._processes = Shards(optimizer, cut.group)
-    return ShardedWork.of(work, cut)
+    return ShardedWork.of(trained, cut)
 
 
 @dataclass(slots=True, kw_only=True)
-class ShardedWork(Work):
+class ShardedWork(TrainedWeight):
     """One weight of which each process holds a part.
 
     Attributes:
@@ -59,16 +60,16 @@ class ShardedWork(Work):
     is_contracted: bool
 
     @classmethod
-    def of(cls, work: Work, cut: Cut) -> ShardedWork:
+    def of(cls, trained: TrainedWeight, cut: Cut) -> ShardedWork:
         """The same work on a part.
 
         Args:
-            work: on the whole weight.
+            trained: on the whole weight.
             cut: which part.
         """
-        given = {one.name: getattr(work, one.name) for one in fields(work) if one.init}
-        projection = cut.projection(work.projection)
-        contracted = cut.is_contracted(work.projection)
+        given = {one.name: getattr(trained, one.name) for one in fields(trained) if one.init}
+        projection = cut.projection(trained.projection)
+        contracted = cut.is_contracted(trained.projection)
         return cls(**given, cut=cut, part_projection=projection, is_contracted=contracted)
 
     @property
@@ -95,20 +96,20 @@ class ShardedWork(Work):
             self._factors = self.cut.factors(self.projection, self.basis)
         return self._factors
 
-    def image(self) -> Tensor:
+    def inner_grad(self) -> Tensor:
         """This process' part of what the rule gets as gradient; all of it where parts are summed."""
-        image = Work.image(self)
+        projected = TrainedWeight.inner_grad(self)
         if self.is_contracted:
-            dist.all_reduce(image, group=self.cut.group)
-        return image
+            dist.all_reduce(projected, group=self.cut.group)
+        return projected
 
     def captured(self, basis: Basis) -> Tensor:
         """The share of the gradient's energy that a basis holds, in all processes together."""
         grad = self.grad
-        image = self.part_projection.project(grad, self.cut.factors(self.projection, basis))
+        projected = self.part_projection.project(grad, self.cut.factors(self.projection, basis))
         if self.is_contracted:
-            dist.all_reduce(image, group=self.cut.group)
-        energies = torch.stack([one.double().square().sum() for one in (image, grad)])
+            dist.all_reduce(projected, group=self.cut.group)
+        energies = torch.stack([one.double().square().sum() for one in (projected, grad)])
         if not self.cut.is_whole:
             dist.all_reduce(energies, group=self.cut.group)
         inside, whole = energies.unbind()
@@ -124,7 +125,7 @@ class ShardedWork(Work):
 
     def closed(self, inner: Any) -> Any:
         """The rule's state, of which each process holds a part."""
-        held = self.state.get("inner", {})
+        held = self.state.get(INNER, {})
         if held.keys() == inner.keys() and all(_part(held[key]) is value for key, value in inner.items()):
             return held
         whole, part = self._whole_shape, self._part_shape
@@ -138,11 +139,11 @@ class ShardedWork(Work):
 
     @property
     def _whole_shape(self) -> tuple[int, ...]:
-        return self.projection.image_shape if self.through_coordinates else tuple(self.weight.shape)
+        return self.projection.projected_shape if self.through_coordinates else tuple(self.weight.shape)
 
     @property
     def _part_shape(self) -> tuple[int, ...]:
-        return self.part_projection.image_shape if self.through_coordinates else tuple(self.local.shape)
+        return self.part_projection.projected_shape if self.through_coordinates else tuple(self.local.shape)
 
 
 def _part(value: Any) -> Any:
@@ -174,10 +175,10 @@ class Shards(Alone):
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
         return largest.to(found.dtype)
 
-    def renew(self, work: Sequence[Work]) -> None:
+    def renew(self, trained: Sequence[TrainedWeight]) -> None:
         """Renews bases, each found by one process."""
-        renew_together(work, self._group, _gather)
+        renew_together(trained, self._group, _gather)
 
 
-def _gather(one: Work, owner: int) -> Tensor | None:
+def _gather(one: TrainedWeight, owner: int) -> Tensor | None:
     return one.cut.gather(one.grad, owner) if isinstance(one, ShardedWork) else one.grad

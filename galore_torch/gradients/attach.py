@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.applied_gradient import AppliedGradient
 from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
-from galore_torch.gradients.hooks import apply_when_complete, make_room, project_when_complete
-from galore_torch.gradients.linear import FusedLinear, Neighbours, fuse, is_linear
+from galore_torch.gradients.hooks import apply_when_complete, discard_stale, project_when_complete
+from galore_torch.gradients.linear import FusedLinear, InputTracker, fuse, is_linear
 from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
-from galore_torch.gradients.moved import MovedWeights
+from galore_torch.gradients.updated_weights import UpdatedWeights
 from galore_torch.messages import warn
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
@@ -109,7 +109,9 @@ def attach(
     check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits)
     _check(model, optimizer)
     projected = _projected_weights(model, optimizer)
-    if update == "backward" and not all(optimizer.work_on(weight).traits.many_calls for weight in projected.values()):
+    if update == "backward" and not all(
+        optimizer._trained_weight(weight).traits.many_calls for weight in projected.values()
+    ):
         raise ValueError(
             "update='backward' moves one weight at a time, and the optimizer inside must move all in one call; use "
             "update='step'"
@@ -131,7 +133,7 @@ def attach(
         hook = form if traffic is None else traffic.completes(form, None)
         for weight in projected.values():
             _hook(attachment, weight, hook)
-            room = make_room(optimizer, weight)
+            room = discard_stale(optimizer, weight)
             arrival = weight.register_hook(room if traffic is None else traffic.arrives(room))  # type: ignore[no-untyped-call]
             attachment._undo.append(arrival.remove)
     _ATTACHED.update(model.modules())
@@ -175,12 +177,12 @@ def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]
 
 def _fuse_linears(model: nn.Module, optimizer: GaLore, projected: dict[str, Tensor], attachment: Attachment) -> None:
     names = {id(weight): name for name, weight in projected.items()}
-    neighbours, fused = Neighbours(), set()
+    tracker, fused = InputTracker(), set()
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if id(weight) not in names or not is_linear(module):
             continue
-        attachment._undo.append(fuse(module, FusedLinear(module, optimizer, neighbours)))
+        attachment._undo.append(fuse(module, FusedLinear(module, optimizer, tracker)))
         fused.add(id(weight))
     attachment.formed_in_full = left = [name for key, name in names.items() if key not in fused]
     if left:
@@ -203,7 +205,7 @@ def _apply_in_backward(
     projected: dict[str, Tensor],
     traffic: Traffic | None,
 ) -> None:
-    moved = MovedWeights()
+    moved = UpdatedWeights()
     apply = of_projected = of_others = apply_when_complete(optimizer, moved)
     if traffic is not None:
         of_projected = traffic.completes(project_when_complete(optimizer, None), apply)

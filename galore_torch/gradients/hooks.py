@@ -16,13 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from galore_torch.gradients.applied import AppliedGradient
-from galore_torch.gradients.moved import MovedWeights
+from galore_torch.gradients.applied_gradient import AppliedGradient
+from galore_torch.gradients.updated_weights import UpdatedWeights
 from galore_torch.lowbit import Codes
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.nonfinite import peaks
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work
+from galore_torch.optim.trained_weight import TrainedWeight
 
 Hook = Callable[[Tensor], None]
 
@@ -52,12 +52,12 @@ def project_when_complete(optimizer: GaLore, grad_dtype: torch.dtype | None, gra
         if isinstance(weight.grad, ProjectedGradient):
             weight.grad = _stored_in(weight.grad, grad_dtype, grad_bits)
             return
-        work = ours.work_on(weight)
+        trained = ours._trained_weight(weight)
         try:
-            projected = _projected(work, work.grad)
+            projected = _projected(trained, trained.grad)
         except Exception as error:
             raise RuntimeError(
-                f"projecting the gradient of {work.name} inside the backward pass failed: {error}. No weight has "
+                f"projecting the gradient of {trained.name} inside the backward pass failed: {error}. No weight has "
                 "moved; empty the gradients with zero_grad() before the next backward"
             ) from error
         if projected is not None:
@@ -66,24 +66,24 @@ def project_when_complete(optimizer: GaLore, grad_dtype: torch.dtype | None, gra
     return project
 
 
-def _projected(work: Work, grad: Tensor) -> ProjectedGradient | None:
+def _projected(trained: TrainedWeight, grad: Tensor) -> ProjectedGradient | None:
     """The projection of a gradient; None if the full one is wanted, for `step()` to renew the basis from."""
-    if not work.turn_has_come:
-        return ProjectedGradient.of(grad, work.projection, work.basis)
-    basis = work.find_basis() if work.is_filled_up and _is_usable(grad) else None
-    return None if basis is None else ProjectedGradient.of(grad, work.projection, basis)
+    if not trained.needs_renewal:
+        return ProjectedGradient.of(grad, trained.projection, trained.basis)
+    basis = trained.find_basis() if trained.completes_basis and _is_usable(grad) else None
+    return None if basis is None else ProjectedGradient.of(grad, trained.projection, basis)
 
 
 def _stored_in(gradient: ProjectedGradient, dtype: torch.dtype | None, bits: int) -> ProjectedGradient:
     if bits != 16 and not gradient.in_few_bits:
-        codes = Codes.of(gradient.image, bits)
+        codes = Codes.of(gradient.projected, bits)
         return ProjectedGradient(codes, gradient.projection, gradient.basis, gradient.dtype)
-    if dtype is None or gradient.image.dtype == dtype:
+    if dtype is None or gradient.projected.dtype == dtype:
         return gradient
-    return ProjectedGradient(gradient.image.to(dtype), gradient.projection, gradient.basis, gradient.dtype)
+    return ProjectedGradient(gradient.projected.to(dtype), gradient.projection, gradient.basis, gradient.dtype)
 
 
-def make_room(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
+def discard_stale(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
     """A hook on an incoming gradient: lets go of an empty image that could not take it up.
 
     `zero_grad(set_to_none=False)` leaves such images. Where a full gradient is wanted, or the basis is another by now,
@@ -102,15 +102,15 @@ def make_room(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
         kept = weight.grad
         if not isinstance(kept, ProjectedGradient):
             return
-        work = optimizer.work_on(weight)
-        takes_up = not work.turn_has_come and kept.is_in(work.basis)
-        if not takes_up and not kept.image.any():
+        trained = optimizer._trained_weight(weight)
+        takes_up = not trained.needs_renewal and kept.is_in(trained.basis)
+        if not takes_up and not kept.projected.any():
             weight.grad = None
 
     return let_go
 
 
-def apply_when_complete(optimizer: GaLore, moved: MovedWeights) -> Hook:
+def apply_when_complete(optimizer: GaLore, moved: UpdatedWeights) -> Hook:
     """A hook that makes a weight's whole step the moment its gradient is complete, and frees the gradient.
 
     Args:
@@ -133,17 +133,17 @@ def apply_when_complete(optimizer: GaLore, moved: MovedWeights) -> Hook:
                 "(create_graph=True); use attach(..., update='step')"
             )
         moved.expect()
-        work = ours.work_on(weight)
+        trained = ours._trained_weight(weight)
         try:
-            norm = torch.linalg.vector_norm(work.grad)
-            ours.apply([work])
+            norm = torch.linalg.vector_norm(trained.grad)
+            ours._apply([trained])
         except Exception as error:
             raise RuntimeError(
-                f"updating {work.name} inside the backward pass failed: {error}. Weights whose backward came before "
+                f"updating {trained.name} inside the backward pass failed: {error}. Weights whose backward came before "
                 "have been updated; this one and those after it have not"
             ) from error
-        weight.grad = AppliedGradient(weight, work.name, norm)
-        moved.add(weight, work.name)
+        weight.grad = AppliedGradient(weight, trained.name, norm)
+        moved.add(weight, trained.name)
 
     return apply
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work
+from galore_torch.optim.state_keys import STEP
+from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Basis, Projection
 
 
@@ -34,9 +35,9 @@ class SharedInput:
     def __init__(self) -> None:
         self.layers: list[FusedLinear] = []
 
-    def saves_images(self) -> bool:
+    def project_inputs(self) -> bool:
         """Whether saving every layer's X Q takes no more than saving X once. One layer that needs X decides for all."""
-        if not self.layers or not all(layer.can_save_image() for layer in self.layers):
+        if not self.layers or not all(layer.can_project_input() for layer in self.layers):
             return False
         return sum(layer.rank for layer in self.layers) <= self.layers[0].inputs
 
@@ -47,13 +48,13 @@ class FusedLinear:
     Args:
         module: the layer.
         optimizer: holds its weight, projected.
-        neighbours: who shares an input with whom; one object for all layers of a model.
+        tracker: who shares an input with whom; one object for all layers of a model.
     """
 
-    def __init__(self, module: nn.Linear, optimizer: GaLore, neighbours: Neighbours) -> None:
+    def __init__(self, module: nn.Linear, optimizer: GaLore, tracker: InputTracker) -> None:
         self.module = module
         self.optimizer = optimizer
-        self.neighbours = neighbours
+        self.tracker = tracker
         self.shared = SharedInput()
         self._decided: tuple[int, bool] | None = None
         # Layers take turns to renew; a compiler that looked inside would compile anew for each. Not a decorator: it
@@ -61,9 +62,9 @@ class FusedLinear:
         self._forward = torch.compiler.disable(self._form)  # type: ignore[no-untyped-call]
 
     @property
-    def work(self) -> Work:
+    def trained(self) -> TrainedWeight:
         """The weight as the next step will see it. Asked anew each time: loading a checkpoint replaces state."""
-        return self.optimizer.work_on(self.module.weight)
+        return self.optimizer._trained_weight(self.module.weight)
 
     @property
     def inputs(self) -> int:
@@ -73,18 +74,18 @@ class FusedLinear:
     @property
     def rank(self) -> int:
         """The rank r."""
-        return self.work.projection.modes[0].rank
+        return self.trained.projection.modes[0].rank
 
-    def can_save_image(self) -> bool:
+    def can_project_input(self) -> bool:
         """Whether X Q is all that this layer's backward needs of X."""
-        work = self.work
-        return not work.turn_has_come and [mode.name for mode in work.projection.modes] == ["right"]
+        trained = self.trained
+        return not trained.needs_renewal and [mode.name for mode in trained.projection.modes] == ["right"]
 
-    def saves_image(self, work: Work) -> bool:
+    def projects_input(self, trained: TrainedWeight) -> bool:
         """Whether this step's backward gets X Q. Decided once a step, so that a recomputed forward decides the same."""
-        step = work.state["step"]
+        step = trained.state[STEP]
         if self._decided is None or self._decided[0] != step:
-            self._decided = step, self.shared.saves_images()
+            self._decided = step, self.shared.project_inputs()
         return self._decided[1]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -96,21 +97,21 @@ class FusedLinear:
         weight, bias = self.module.weight, self.module.bias
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return F.linear(x, weight, bias)
-        work = self.work
-        decided = self.saves_image(work)  # by what the steps before have shown
-        self.neighbours.meet(self, x)
+        trained = self.trained
+        decided = self.projects_input(trained)  # by what the steps before have shown
+        self.tracker.record_call(self, x)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
-                return self._apply(work, x.to(dtype), None if bias is None else bias.to(dtype), decided)
-        return self._apply(work, x, bias, decided)
+                return self._apply(trained, x.to(dtype), None if bias is None else bias.to(dtype), decided)
+        return self._apply(trained, x, bias, decided)
 
-    def _apply(self, work: Work, x: Tensor, bias: Tensor | None, saves_image: bool) -> Tensor:
+    def _apply(self, trained: TrainedWeight, x: Tensor, bias: Tensor | None, projects_input: bool) -> Tensor:
         # Without a basis the full gradient is formed: to renew, or for want of one. A checkpoint loaded since it was
         # decided what to save may have taken the basis away.
-        basis = None if work.turn_has_come else work.basis
+        basis = None if trained.needs_renewal else trained.basis
         y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x, work.weight, bias, work.projection, basis, saves_image and basis is not None
+            x, trained.weight, bias, trained.projection, basis, projects_input and basis is not None
         )
         return y
 
@@ -119,14 +120,14 @@ class FusedLinear:
         return nn.Linear.forward.__get__, (self.module,)
 
 
-class Neighbours:
+class InputTracker:
     """Finds out which layers share an input, by the order of their calls."""
 
     def __init__(self) -> None:
         self._last_input: Callable[[], Tensor | None] = lambda: None
         self._current = SharedInput()
 
-    def meet(self, layer: FusedLinear, x: Tensor) -> None:
+    def record_call(self, layer: FusedLinear, x: Tensor) -> None:
         """Notes a call. What is learned holds from the next step on, when all that share the input are known."""
         if self._last_input() is not x or layer in self._current.layers:
             self._last_input, self._current = weakref.ref(x), SharedInput()
@@ -145,11 +146,11 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         projection: Projection,
         basis: Basis | None,
-        saves_image: bool,
+        projects_input: bool,
     ) -> Tensor:
-        ctx.projection, ctx.basis, ctx.saves_image = projection, basis, saves_image
+        ctx.projection, ctx.basis, ctx.projects_input = projection, basis, projects_input
         kept = x
-        if saves_image:
+        if projects_input:
             assert basis is not None
             kept = x @ basis["right"].to(x.dtype)
         ctx.save_for_backward(kept, weight)
@@ -167,10 +168,10 @@ class _Linear(torch.autograd.Function):
                 grad_x = _Once.apply(grad_x, grad_y, weight)  # type: ignore[no-untyped-call]
         grad_y_nm = _rows(grad_y)
         if ctx.needs_input_grad[1]:
-            basis = None if differentiable and not ctx.saves_image else ctx.basis
-            with torch.set_grad_enabled(differentiable and not ctx.saves_image):
+            basis = None if differentiable and not ctx.projects_input else ctx.basis
+            with torch.set_grad_enabled(differentiable and not ctx.projects_input):
                 grad_weight = _weight_gradient(ctx, basis, grad_y_nm, _rows(kept), weight.dtype)
-            if differentiable and ctx.saves_image:
+            if differentiable and ctx.projects_input:
                 grad_weight = _Once.apply(grad_weight, grad_y, weight)  # type: ignore[no-untyped-call]
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y_nm.sum(0)
@@ -211,10 +212,10 @@ def _weight_gradient(ctx: Any, basis: Basis | None, grad_y_nm: Tensor, kept_nn: 
         factor = basis[mode.name].to(grad_y_nm.dtype)
         if mode.name == "left":
             grad_y_nm = grad_y_nm @ factor
-        elif not ctx.saves_image:
+        elif not ctx.projects_input:
             kept_nn = kept_nn @ factor
-    image = grad_y_nm.mT @ kept_nn
-    return ProjectedGradient(image.to(dtype), ctx.projection, basis, dtype)
+    projected = grad_y_nm.mT @ kept_nn
+    return ProjectedGradient(projected.to(dtype), ctx.projection, basis, dtype)
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

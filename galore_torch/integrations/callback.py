@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from galore_torch.optim import GaLore, state_bytes
+from galore_torch.optim.state_keys import RENEWALS
 from galore_torch.optim.subspaces import Subspace
 
 try:
@@ -71,7 +72,7 @@ class GaLoreCallback(TrainerCallback):
         """Count from here, also after a checkpoint has been loaded."""
         galore = galore_in(kwargs.get("optimizer"))
         if galore is not None:
-            self._logged = renewals_of(galore), galore.renewal_seconds
+            self._logged = renewals_of(galore), galore._renewal_seconds
             self._subspaces = galore.subspaces()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -96,7 +97,7 @@ class GaLoreCallback(TrainerCallback):
             return
         self._renewed(galore)
         renewals, seconds = self._logged
-        self._logged = renewals_of(galore), galore.renewal_seconds
+        self._logged = renewals_of(galore), galore._renewal_seconds
         self._trainer.log(
             {
                 **figures_of(self._subspaces.values()),
@@ -138,7 +139,7 @@ def renewals_of(galore: GaLore) -> int:
     Returns:
         The number, the first ones and those before a checkpoint included.
     """
-    return sum(state.get("renewals", 0) for state in galore.state.values())
+    return sum(state.get(RENEWALS, 0) for state in galore.state.values())
 
 
 def figures_of(subspaces: Iterable[Subspace]) -> dict[str, float]:

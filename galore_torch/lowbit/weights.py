@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from galore_torch.lowbit.codes import Codes, check_bits
-from galore_torch.lowbit.moved_codes import fastest
 from galore_torch.lowbit.random_bits import key_of
+from galore_torch.lowbit.updated_codes import fastest
 
 aten = torch.ops.aten
 
@@ -163,7 +163,7 @@ class QuantizedWeight(Tensor):
         """In place: weight <- beta * weight + alpha * update, rounded to codes at random if there is a seed.
 
         The random numbers depend on the seed and on the step alone, whatever the device. The update is formed block by
-        block; of a large weight nothing else is (`moved_codes`).
+        block; of a large weight nothing else is (`updated_codes`).
 
         Args:
             update: gives these rows of the update.

@@ -102,8 +102,10 @@ def _named(group: Mapping[str, Any], place: int, *, needs_names: bool) -> dict[s
     made = {**group, "params": [parameter for _, parameter in pairs]}
     names = [name for name, _ in pairs] if given is None else list(given)
     if needs_names or any(name is not None for name in names):
-        places = _places(place, len(pairs))
-        made["param_names"] = [of_place if name is None else name for name, of_place in zip(names, places, strict=True)]
+        positions = _places(place, len(pairs))
+        made["param_names"] = [
+            of_place if name is None else name for name, of_place in zip(names, positions, strict=True)
+        ]
     return made
 
 

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from torch.optim import Optimizer
 
 from galore_torch.galore_projector import GaLoreProjector
-from galore_torch.optim.fitting import REMEDY, Known, TrialError, fit
 from galore_torch.optim.groups import check_group, check_same_geometry, parameter_name
-from galore_torch.optim.work import Work
+from galore_torch.optim.state_layout import REMEDY, LayoutCache, TrialError, fit
+from galore_torch.optim.trained_weight import TrainedWeight
 
 WRAPPERS = re.compile(r"(?:^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
 """What DDP, `torch.compile` and the like put into parameters' names."""
@@ -31,7 +31,7 @@ def load_uncast(
     optimizer: Optimizer,
     state_dict: dict[str, Any],
     load: Callable[[dict[str, Any]], None],
-    work_in: Callable[[Groups], list[Work]],
+    trained_in: Callable[[Groups], list[TrainedWeight]],
 ) -> None:
     """Loads groups and hooks as torch does, and the state in the dtypes that the optimizer asks for.
 
@@ -43,7 +43,7 @@ def load_uncast(
         optimizer: to load into.
         state_dict: the checkpoint.
         load: torch's own `load_state_dict`, bound to the optimizer.
-        work_in: the optimizer's weights, in order, as a step would see them in other groups.
+        trained_in: the optimizer's weights, in order, as a step would see them in other groups.
 
     Raises:
         ValueError: a checkpoint that does not fit, before anything is changed; the message names the weight.
@@ -56,7 +56,7 @@ def load_uncast(
         # What a checkpoint does not say, as one of an older version, stays as it is here.
         both = zip(optimizer.param_groups, saved_groups, strict=True)
         groups = [{**group, **saved} for group, saved in both]
-        matched["state"] = _fitting_state(optimizer.param_groups, saved_groups, given["state"], work_in)
+        matched["state"] = _fitting_state(optimizer.param_groups, saved_groups, given["state"], trained_in)
         return {**given, "state": {}, "param_groups": groups}
 
     def put_state_in(_: Optimizer) -> None:
@@ -163,25 +163,25 @@ def _check_counts(groups: Groups, saved_groups: Groups) -> None:
 
 
 def _fitting_state(
-    ours: Groups, saved_groups: Groups, saved: Mapping[Any, Any], work_in: Callable[[Groups], list[Work]]
+    ours: Groups, saved_groups: Groups, saved: Mapping[Any, Any], trained_in: Callable[[Groups], list[TrainedWeight]]
 ) -> dict[Any, Any]:
     """The saved state under our parameters, each as its next step can use it."""
     for index, pair in enumerate(zip(ours, saved_groups, strict=True)):
         check_same_geometry(*pair, index)
-    as_it_is = work_in(ours)
+    as_it_is = trained_in(ours)
     of_weights, others = {}, dict(saved)
-    for key, work in zip(chain.from_iterable(group["params"] for group in saved_groups), as_it_is, strict=True):
+    for key, trained in zip(chain.from_iterable(group["params"] for group in saved_groups), as_it_is, strict=True):
         if key in others:
-            of_weights[id(work.weight)] = state = others.pop(key)
+            of_weights[id(trained.weight)] = state = others.pop(key)
             if not isinstance(state, Mapping):
-                raise ValueError(f"the optimizer's state of {work.name} is {state!r}, not a dictionary. {REMEDY}")
+                raise ValueError(f"the optimizer's state of {trained.name} is {state!r}, not a dictionary. {REMEDY}")
     held = [{**group, **there, "params": group["params"]} for group, there in zip(ours, saved_groups, strict=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # told when the optimizer was made
         for group in held:
             check_group(group)
     try:
-        return {**others, **_fit_all(of_weights, work_in(held))}
+        return {**others, **_fit_all(of_weights, trained_in(held))}
     except (TrialError, TypeError, KeyError, IndexError) as error:  # values that nobody expected in a group
         _fit_all(of_weights, as_it_is)  # another optimizer's state is told first
         raise ValueError(
@@ -189,6 +189,6 @@ def _fitting_state(
         ) from error
 
 
-def _fit_all(saved: Mapping[int, Any], work: Sequence[Work]) -> dict[Any, Any]:
-    known: Known = {}
-    return {one.weight: fit(saved[id(one.weight)], one, known) for one in work if id(one.weight) in saved}
+def _fit_all(saved: Mapping[int, Any], trained: Sequence[TrainedWeight]) -> dict[Any, Any]:
+    known: LayoutCache = {}
+    return {one.weight: fit(saved[id(one.weight)], one, known) for one in trained if id(one.weight) in saved}

@@ -1,15 +1,19 @@
-"""Which weights are stepped together, and the coordinates that they have in that time."""
+"""Steps weights in chunks: which are stepped together, and the coordinates that they have in that time."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from galore_torch.optim.work import Work
+from galore_torch.optim.folding import fold
+from galore_torch.optim.inner_group import GroupWrites
+from galore_torch.optim.nonfinite import count_nonfinite
+from galore_torch.optim.slices import inner_params, keep_inner_state
+from galore_torch.optim.trained_weight import TrainedWeight
 
 CHUNK_ELEMENTS = 2**23
 """Coordinates that are stepped together at least: enough to keep a device busy."""
@@ -22,21 +26,21 @@ ALIGNMENT = 64
 """Numbers; where coordinates of a weight begin in the memory that they share. Kernels load several at a time."""
 
 
-def chunks(work: list[Work]) -> Iterator[list[Work]]:
+def chunks(trained: list[TrainedWeight]) -> Iterator[list[TrainedWeight]]:
     """Weights of one rule and device together, up to a share of all coordinates; all of a rule if it must be.
 
     Args:
-        work: weights in any order.
+        trained: weights in any order.
 
     Yields:
         Some of them, each once.
     """
-    most = max(CHUNK_ELEMENTS, int(CHUNK_SHARE * sum(one.coordinate_count for one in work)))
-    kinds: dict[tuple[int, torch.device], list[Work]] = {}
-    for one in work:
+    most = max(CHUNK_ELEMENTS, int(CHUNK_SHARE * sum(one.coordinate_count for one in trained)))
+    kinds: dict[tuple[int, torch.device], list[TrainedWeight]] = {}
+    for one in trained:
         kinds.setdefault((id(one.rule), one.weight.device), []).append(one)
     for alike in kinds.values():
-        chunk: list[Work] = []
+        chunk: list[TrainedWeight] = []
         elements = 0
         for one in alike:
             if chunk and one.traits.many_calls and elements + one.coordinate_count > most:
@@ -47,29 +51,69 @@ def chunks(work: list[Work]) -> Iterator[list[Work]]:
         yield chunk
 
 
-def coordinates_of(chunk: Sequence[Work], images: Sequence[Tensor]) -> list[Tensor | None]:
+def step_chunk(
+    chunk: list[TrainedWeight],
+    written: GroupWrites,
+    agree: Callable[[Tensor], Tensor],
+    *,
+    skip_nonfinite: bool,
+) -> None:
+    """Moves the coordinates (or the parameters) of a chunk by the optimizer inside, and folds them into the weights.
+
+    Args:
+        chunk: weights with a gradient, of one rule and device.
+        written: takes what the optimizer inside writes into its groups.
+        agree: makes the largest entries of gradients the same in all processes that have shards of them.
+        skip_nonfinite: leave out weights whose gradient is not finite.
+    """
+    grads = [one.inner_grad() for one in chunk]
+    if skip_nonfinite:
+        flags = count_nonfinite(chunk, grads, agree, everywhere=True).tolist()
+        for one, is_bad in zip(chunk, flags, strict=True):
+            if is_bad:
+                one.drop_factors()
+        finite = [index for index, is_bad in enumerate(flags) if not is_bad]
+        chunk, grads = [chunk[index] for index in finite], [grads[index] for index in finite]
+    elif any(one.projection.modes for one in chunk):
+        projected = [index for index, one in enumerate(chunk) if one.projection.modes]
+        count_nonfinite([chunk[index] for index in projected], [grads[index] for index in projected], agree)
+    if not chunk:
+        return
+    coordinates = _coordinates_of(chunk, grads)
+    params = [inner_params(*given) for given in zip(chunk, grads, coordinates, strict=True)]
+    wrote = chunk[0].rule.step([part for _, parts in params for part in parts])
+    for group, inner in {id(one.inner_group): (one.group, one.inner_group) for one in chunk}.values():
+        written.note(group, wrote[id(inner)])
+    for one, (tensor, parts) in zip(chunk, params, strict=True):
+        keep_inner_state(one, parts)
+        if one.through_coordinates:
+            fold(one, tensor)
+        one.drop_factors()
+
+
+def _coordinates_of(chunk: Sequence[TrainedWeight], grads: Sequence[Tensor]) -> list[Tensor | None]:
     """The coordinates of weights that are stepped together: zeros, in one piece of memory for each dtype.
 
     Args:
         chunk: the weights.
-        images: what the rule gets as gradient of each.
+        grads: the gradient of each, as the optimizer inside gets it.
 
     Returns:
-        One tensor for each, of its image's shape; None where the rule moves the weight itself.
+        One tensor for each, of the gradient's shape; None where the rule moves the weight itself.
     """
     sizes: dict[torch.dtype, int] = {}
     starts = []
-    for one, image in zip(chunk, images, strict=True):
-        start = sizes.get(image.dtype, 0)
+    for one, grad in zip(chunk, grads, strict=True):
+        start = sizes.get(grad.dtype, 0)
         starts.append(start)
         if one.through_coordinates:
-            sizes[image.dtype] = start + -(-image.numel() // ALIGNMENT) * ALIGNMENT
-    zeros = {dtype: torch.zeros(size, dtype=dtype, device=images[0].device) for dtype, size in sizes.items()}
+            sizes[grad.dtype] = start + -(-grad.numel() // ALIGNMENT) * ALIGNMENT
+    zeros = {dtype: torch.zeros(size, dtype=dtype, device=grads[0].device) for dtype, size in sizes.items()}
     return [
-        torch.as_strided(zeros[image.dtype], image.shape, _contiguous_strides(image.shape), start)
+        torch.as_strided(zeros[grad.dtype], grad.shape, _contiguous_strides(grad.shape), start)
         if one.through_coordinates
         else None
-        for one, image, start in zip(chunk, images, starts, strict=True)
+        for one, grad, start in zip(chunk, grads, starts, strict=True)
     ]
 
 

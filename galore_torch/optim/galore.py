@@ -21,25 +21,23 @@ from torch.optim import Optimizer
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
-from galore_torch.optim.chunks import chunks, coordinates_of
+from galore_torch.optim.chunks import chunks, step_chunk
 from galore_torch.optim.clock import Clock
-from galore_torch.optim.fits import Fits
-from galore_torch.optim.folding import fold
-from galore_torch.optim.group_report import report_all, report_each
+from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
-from galore_torch.optim.known import Known
-from galore_torch.optim.lending import Written, lent_group
-from galore_torch.optim.lent import lend, take_back
-from galore_torch.optim.nonfinite import count_nonfinite, projected_only
-from galore_torch.optim.places import Place, places
+from galore_torch.optim.inner_group import GroupWrites, inner_group
+from galore_torch.optim.positions import Position, positions
 from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
 from galore_torch.optim.processes import SHARD, Alone, is_sharded
 from galore_torch.optim.renewals import renewable
 from galore_torch.optim.rule import Traits
 from galore_torch.optim.rules import Rules
+from galore_torch.optim.state_checks import StateChecks
+from galore_torch.optim.state_keys import NONFINITE, RENEWALS
 from galore_torch.optim.state_size import report_unquantized
 from galore_torch.optim.subspaces import Subspace, subspaces_of
-from galore_torch.optim.work import Work
+from galore_torch.optim.trained_weight import TrainedWeight
+from galore_torch.optim.weight_cache import WeightCache
 from galore_torch.projection import turn_offset
 
 
@@ -71,8 +69,29 @@ class GaLore(Optimizer):
         traits: what `optimizer_class` does with decay and shape, for those who know; found by a probe when None.
         **arguments: of the optimizer inside, by name.
 
+    Attributes:
+        state: a dictionary for each weight, empty before its first step. m x n is the weight, r the rank:
+
+            * `step`: int, steps made; without it where the optimizer inside updates the weight itself.
+            * `inner`: dict, the state of the optimizer inside, of tensors of r x n (m x r on the right, r x r on both
+              sides), in `state_dtype` or as that optimizer keeps it; in parts `slice0`, `slice1`, ... where it gets a
+              large tensor in slices.
+            * `basis`: dict of factors by side (`left` m x r, `right` n x r; `mode0`, ... of a convolution), in the
+              weight's dtype, or their codes and scales with `basis_bits` of 8 or 4.
+            * `renewals`, `renewed_step`: int, bases found, and the step of the last.
+            * `lacking`: int, columns of the basis that are zeros, for want of directions in the gradients so far;
+              negative if they are looked for at the next renewal only.
+            * `gap`: int, steps between two renewals of a layer with `cos_threshold`.
+            * `overlaps`: float32, (queue_size,), the overlap of each new basis with the one before, newest last.
+            * `captured`: float32, (), share of the gradient's energy that the last basis but one held at its end.
+            * `nonfinite`: int64, (), gradients that were not finite.
+            * `compensation`: of the weight's shape and dtype, what rounding has cut off; `rounding="compensated"`.
+
+            All but `step`, `inner` and `compensation` are of projected weights alone. `optim/state_keys.py` has the
+            names as constants.
+
     Raises:
-        ValueError: an argument or a group that cannot be served; nothing has been changed then.
+        ValueError: an argument or a group that does not fit; nothing has been changed then.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.randn(64, 32))
@@ -83,7 +102,7 @@ class GaLore(Optimizer):
         torch.Size([64, 4])
     """
 
-    further_keys: ClassVar[frozenset[str]] = frozenset()  # that a recipe reads of a projected group
+    _further_keys: ClassVar[frozenset[str]] = frozenset()  # that a recipe reads of a projected group
     _is_built = True
 
     def __init__(  # noqa: PLR0913 (each is one choice, and all but the first are named)
@@ -116,18 +135,18 @@ class GaLore(Optimizer):
         self._is_built = False  # so that what is told of all groups is told once
         super().__init__(params, {**self._rules.rule.defaults, **(group_defaults or {})})
         report_all(self.param_groups)
-        report_rounding(rounding, [place.weight for place in places(self.param_groups)])
+        report_rounding(rounding, [place.weight for place in positions(self.param_groups)])
         if state_dtype in (None, torch.float16):
-            held = (place for place in places(self.param_groups) if place.weight.dtype is torch.float16)
+            held = (place for place in positions(self.param_groups) if place.weight.dtype is torch.float16)
             report_float16(self._rules.rule, [parameter_name(place.group, place.index) for place in held])
         self._is_built = True
         self._report(self.param_groups)
 
     def _build_rules(self) -> None:
         """Builds the rules from the settings, at construction and after unpickling."""
-        self._known = Known()
-        self._fits = Fits()
-        self._written = Written()
+        self._cache = WeightCache()
+        self._state_checks = StateChecks()
+        self._written = GroupWrites()
         self._clock = Clock()
         self._rules = Rules(self._settings)
         self._processes = Alone()  # `distributed/` puts those of the job here
@@ -160,7 +179,7 @@ class GaLore(Optimizer):
         self._report([group] if self._is_built else [])
 
     def _report(self, groups: list[dict[str, Any]]) -> None:
-        report_each(groups, {*self.defaults, *self._rules.fallback.defaults, *self.further_keys}, self._rules.classes)
+        report_each(groups, {*self.defaults, *self._rules.fallback.defaults, *self._further_keys}, self._rules.classes)
         report_unquantized([sized for group in groups for sized in self._sizes(group)])
 
     # A compiler would look into gradients that are no plain tensors. torch.compiler.disable would import it at once.
@@ -183,10 +202,10 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        works = self._known.all(self.param_groups, self.state, self._work)
-        for one in works:
+        all_trained = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
+        for one in all_trained:
             require_current(one.weight)
-        self.apply([one for one in works if one.weight.grad is not None])
+        self._apply([one for one in all_trained if one.weight.grad is not None])
         self._written.close(self.param_groups, self._rules.of)
         return loss
 
@@ -195,13 +214,13 @@ class GaLore(Optimizer):
         counts = {}
         for group in self.param_groups:
             for index, weight in enumerate(group["params"]):
-                count = int(self.state.get(weight, {}).get("nonfinite", 0))
+                count = int(self.state.get(weight, {}).get(NONFINITE, 0))
                 if count:
                     counts[parameter_name(group, index)] = count
         return counts
 
     @property
-    def renewal_seconds(self) -> float:
+    def _renewal_seconds(self) -> float:
         """Seconds on the host that finding bases has taken since this optimizer was made or unpickled."""
         return self._clock.seconds
 
@@ -211,8 +230,8 @@ class GaLore(Optimizer):
         Returns:
             By the weight's name. Synchronizes.
         """
-        held = (place.weight for place in places(self.param_groups))
-        return subspaces_of([self.work_on(weight) for weight in held if "renewals" in self.state.get(weight, {})])
+        held = (place.weight for place in positions(self.param_groups))
+        return subspaces_of([self._trained_weight(weight) for weight in held if RENEWALS in self.state.get(weight, {})])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint: by name where all parameters have names on both sides, in the dtypes asked for now.
@@ -224,74 +243,74 @@ class GaLore(Optimizer):
             ValueError: other shapes, another rank, `proj_type` or layout, other weights, another optimizer's state,
                 or a checkpoint of galore-torch 1.0. The optimizer is unchanged then.
         """
-        load_uncast(self, state_dict, super().load_state_dict, self._blank_work)
-        self._fits, self._written, self._known = Fits(), Written(), Known()
-        for one in self._known.all(self.param_groups, self.state, self._work):
+        load_uncast(self, state_dict, super().load_state_dict, self._blank_weights)
+        self._state_checks, self._written, self._cache = StateChecks(), GroupWrites(), WeightCache()
+        for one in self._cache.all(self.param_groups, self.state, self._new_trained_weight):
             if one.state:
-                self._fits.note(one)
+                self._state_checks.note(one)
 
-    def _blank_work(self, groups: list[dict[str, Any]]) -> list[Work]:
-        return [self._work(place, {}) for place in places(groups)]
+    def _blank_weights(self, groups: list[dict[str, Any]]) -> list[TrainedWeight]:
+        return [self._new_trained_weight(place, {}) for place in positions(groups)]
 
-    def work_on(self, weight: Tensor) -> Work:
+    def _trained_weight(self, weight: Tensor) -> TrainedWeight:
         """One weight as the next step would see it; for those who form or apply a gradient before `step()`.
 
         Args:
             weight: one of the optimizer's parameters; it may have no gradient yet.
 
         Returns:
-            The work, its state prepared.
+            What is known of it, its state prepared.
 
         Raises:
             ValueError: the optimizer does not hold the weight.
         """
-        work = self._known.on(weight, self.param_groups, self.state, self._work)
-        if work is None:
+        trained = self._cache.on(weight, self.param_groups, self.state, self._new_trained_weight)
+        if trained is None:
             raise ValueError(
                 f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard has "
                 'replaced it, attach after that, with gradients="full"'
             )
-        self._fits.prepare([work])  # the gradient may still be thrown away: `apply` alone keeps a new state
-        return work
+        self._state_checks.prepare([trained])  # the gradient may still be thrown away: `_apply` alone keeps a new state
+        return trained
 
-    def apply(self, work: list[Work]) -> None:
+    def _apply(self, trained: list[TrainedWeight]) -> None:
         """Renews the bases that are due, and moves the weights by their gradients. `step` closes the step.
 
         Args:
-            work: weights that have a gradient.
+            trained: weights that have a gradient.
 
         Raises:
             ValueError: a sparse or complex gradient, named; no weight has been moved then.
         """
         self._processes.require(self._settings["seed"])
-        for one in work:  # all are checked before anything changes
+        for one in trained:  # all are checked before anything changes
             one.check_gradient()
-        for one in work:
+        for one in trained:
             if not one.is_kept:
                 self.state[one.weight], one.is_kept = one.state, True
-        self._lend_groups(work)
-        self._fits.prepare(work)
-        self._processes.renew(renewable(work, self._processes.agree))
-        for chunk in chunks(work):
-            self._move(chunk)
-        self._fits.note_all(work)
+        self._set_inner_groups(trained)
+        self._state_checks.prepare(trained)
+        self._processes.renew(renewable(trained, self._processes.agree))
+        for chunk in chunks(trained):
+            step_chunk(chunk, self._written, self._processes.agree, skip_nonfinite=self._settings["skip_nonfinite"])
+        self._state_checks.note_all(trained)
 
-    def _lend_groups(self, work: list[Work]) -> None:
+    def _set_inner_groups(self, trained: list[TrainedWeight]) -> None:
         """Lets each weight have its group as the rule is to see it in this step."""
-        lent: dict[tuple[int, bool], dict[str, Any]] = {}
-        for one in work:
+        params: dict[tuple[int, bool], dict[str, Any]] = {}
+        for one in trained:
             key = id(one.group), one.through_coordinates
-            if key not in lent:
-                lent[key] = lent_group(one.group, one.traits) if one.through_coordinates else one.group
-            one.lent_group = lent[key]
+            if key not in params:
+                params[key] = inner_group(one.group, one.traits) if one.through_coordinates else one.group
+            one.inner_group = params[key]
 
     def _sizes(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Traits]]:
         """Of each weight in a group its name, how many numbers the rule moves for it, and the rule's traits."""
         _, traits = self._rules.of(group)
         for index, weight in enumerate(group["params"]):
-            yield parameter_name(group, index), math.prod(projection_in(group, weight).image_shape), traits
+            yield parameter_name(group, index), math.prod(projection_in(group, weight).projected_shape), traits
 
-    def _work(self, place: Place, state: dict[str, Any] | None = None) -> Work:
+    def _new_trained_weight(self, place: Position, state: dict[str, Any] | None = None) -> TrainedWeight:
         group, weight = place.group, place.weight
         projected = is_projected(group)
         if projected and "stagger" not in group:
@@ -299,13 +318,13 @@ class GaLore(Optimizer):
         rule, traits, through_coordinates = self._rules.of_weight(weight, group)
         held = self.state.get(weight) if state is None else state
         staggered = projected and group["stagger"]
-        work = Work(
+        trained = TrainedWeight(
             weight=weight,
             name=parameter_name(group, place.index),
             group=group,
             state={} if held is None else held,
             is_kept=held is not None,
-            lent_group=lent_group(group, traits) if through_coordinates else group,
+            inner_group=inner_group(group, traits) if through_coordinates else group,
             projection=projection_in(group, weight),
             rule=rule,
             traits=traits,
@@ -318,30 +337,4 @@ class GaLore(Optimizer):
             clock=self._clock,
             turn=turn_offset(place.among_projected, place.projected, group["update_proj_gap"]) if staggered else 0,
         )
-        return SHARD[0](work, self) if is_sharded(weight) else work
-
-    def _move(self, chunk: list[Work]) -> None:
-        """The rule moves the coordinates (or parameters) of a chunk, and they are folded into the weights."""
-        images, agree = [one.image() for one in chunk], self._processes.agree
-        if self._settings["skip_nonfinite"]:
-            flags = count_nonfinite(chunk, images, agree, everywhere=True).tolist()
-            for one, bad in zip(chunk, flags, strict=True):
-                if bad:
-                    one.let_go()
-            kept = [place for place, bad in enumerate(flags) if not bad]
-            chunk = [chunk[place] for place in kept]
-            images = [images[place] for place in kept]
-        elif any(one.projection.modes for one in chunk):
-            count_nonfinite(*projected_only(chunk, images), agree)
-        if not chunk:
-            return
-        zeros = coordinates_of(chunk, images)
-        lent = [lend(*given) for given in zip(chunk, images, zeros, strict=True)]
-        written = chunk[0].rule.step([part for _, parts in lent for part in parts])
-        for group, lent_as in {id(one.lent_group): (one.group, one.lent_group) for one in chunk}.values():
-            self._written.note(group, written[id(lent_as)])
-        for one, (tensor, parts) in zip(chunk, lent, strict=True):
-            take_back(one, parts)
-            if one.through_coordinates:
-                fold(one, tensor)
-            one.let_go()
+        return SHARD[0](trained, self) if is_sharded(weight) else trained

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work
+from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Projection
 
 
 def count_nonfinite(
-    work: Sequence[Work], images: Sequence[Tensor], agree: Callable[[Tensor], Tensor], *, everywhere: bool = False
+    trained: Sequence[TrainedWeight],
+    projected_grads: Sequence[Tensor],
+    agree: Callable[[Tensor], Tensor],
+    *,
+    everywhere: bool = False,
 ) -> Tensor:
     """Finds the images that are not finite, and counts them in the state of the projected weights.
 
@@ -23,8 +27,8 @@ def count_nonfinite(
     looked at as a whole. Nothing is read back from the device.
 
     Args:
-        work: the weights, at least one.
-        images: their images (or gradients, where they are not projected).
+        trained: the weights, at least one.
+        projected_grads: their images (or gradients, where they are not projected).
         agree: the largest value of all processes.
         everywhere: whether all images are looked at as a whole: projecting itself may overflow.
 
@@ -32,25 +36,27 @@ def count_nonfinite(
         One boolean for each, on the first one's device.
     """
     seen = [
-        image if everywhere or isinstance(one.grad, ProjectedGradient) else _across(image, one.projection)
-        for one, image in zip(work, images, strict=True)
+        projected if everywhere or isinstance(one.grad, ProjectedGradient) else _across(projected, one.projection)
+        for one, projected in zip(trained, projected_grads, strict=True)
     ]
     bad = agree(peaks(seen).lt(float("inf")).logical_not_())  # a NaN is not less either
-    for start, stop in _runs(work):
-        first = work[start]
+    for start, stop in _runs(trained):
+        first = trained[start]
         assert first.counters is not None
         first.counters[first.slot : first.slot + stop - start].add_(bad[start:stop])
     return bad
 
 
-def _runs(work: Sequence[Work]) -> Iterator[tuple[int, int]]:
+def _runs(trained: Sequence[TrainedWeight]) -> Iterator[tuple[int, int]]:
     """Where weights follow each other as their counters do: one run in an ordinary step."""
     start = 0
-    for stop in range(1, len(work) + 1):
-        before = work[stop - 1]
-        follows = stop < len(work) and work[stop].counters is before.counters and work[stop].slot == before.slot + 1
+    for stop in range(1, len(trained) + 1):
+        before = trained[stop - 1]
+        follows = (
+            stop < len(trained) and trained[stop].counters is before.counters and trained[stop].slot == before.slot + 1
+        )
         if not follows:
-            if work[start].counters is not None:
+            if trained[start].counters is not None:
                 yield start, stop
             start = stop
 
@@ -77,13 +83,7 @@ def peaks(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(largest)
 
 
-def _across(image: Tensor, projection: Projection) -> Tensor:
+def _across(projected: Tensor, projection: Projection) -> Tensor:
     for mode in projection.modes:
-        image = image.narrow(mode.axis, 0, 1)
-    return image
-
-
-def projected_only(work: list[Work], images: list[Tensor]) -> tuple[list[Work], list[Tensor]]:
-    """Those that are projected, and their images."""
-    pairs = [(one, image) for one, image in zip(work, images, strict=True) if one.projection.modes]
-    return [one for one, _ in pairs], [image for _, image in pairs]
+        projected = projected.narrow(mode.axis, 0, 1)
+    return projected

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.lowbit import ROUNDINGS, QuantizedWeight, Rounding
-from galore_torch.optim.rule import Lent, Rule
+from galore_torch.optim.rule import InnerParam, Rule
 
 ASKED: dict[str, Rounding] = {
     "bf16_stochastic_round": "stochastic",
@@ -99,10 +99,10 @@ def _too_large_in_float16(rule: Rule) -> float:
         trial, moved, state, group = rule.again(), torch.zeros(64, 64), dict[str, Any](), dict(rule.defaults)
         for _ in range(3):
             tensor = torch.zeros(64, 64, dtype=dtype)
-            lent = Lent(tensor=tensor, grad=grad.to(dtype), state=state, group=group)
+            params = InnerParam(tensor=tensor, grad=grad.to(dtype), state=state, group=group)
             with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
-                group.update(trial.step([lent])[id(group)])
+                group.update(trial.step([params])[id(group)])
             moved += tensor.float()
         lengths.append(float(moved.norm()))
     return lengths[0] / lengths[1] if lengths[1] else 1.0

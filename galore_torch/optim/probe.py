@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from galore_torch.optim.rule import DECLARED, Decay, Lent, Rule, Traits
+from galore_torch.optim.rule import DECLARED, Decay, InnerParam, Rule, Traits
 
 STEPS = 30
 """RAdam shows what it is after five, averages of the weight after as many, preconditioners after ten."""
@@ -207,7 +207,7 @@ class _Trial:
             if step == STEPS // 2:
                 rule = self.rule.again()
                 state, group = _saved_and_loaded(state), _saved_and_loaded(group)
-            written = rule.step([Lent(tensor=weight, grad=grad.clone(), state=state, group=group)])[id(group)]
+            written = rule.step([InnerParam(tensor=weight, grad=grad.clone(), state=state, group=group)])[id(group)]
             group.update(written)
             wrote = wrote or bool(written)
         if not torch.equal(weight, self.alone):
@@ -232,14 +232,14 @@ class _Trial:
                 weight.grad = grad.clone()
             optimizer.step()
         _seed()
-        rule, lent = self.rule.again(), [self.weight.clone() for _ in range(2)]
+        rule, params = self.rule.again(), [self.weight.clone() for _ in range(2)]
         states: list[dict[str, Any]] = [{}, {}]
         for grad in self.grads:
-            lots = zip(lent, states, groups, strict=True)
-            written = rule.step([Lent(tensor=one, grad=grad.clone(), state=s, group=g) for one, s, g in lots])
+            lots = zip(params, states, groups, strict=True)
+            written = rule.step([InnerParam(tensor=one, grad=grad.clone(), state=s, group=g) for one, s, g in lots])
             for group in groups:
                 group.update(written[id(group)])
-        if not all(torch.equal(one, weight) for one, weight in zip(lent, weights, strict=True)):
+        if not all(torch.equal(one, weight) for one, weight in zip(params, weights, strict=True)):
             raise _RefusedError(_KEPT_ELSEWHERE)
 
     def refuse_closures(self) -> None:
@@ -262,10 +262,12 @@ class _Trial:
         state: dict[str, Any] = {}
         sign = -1 if group.get("maximize") else 1
         for grad in self.grads:
-            image = torch.nn.functional.pad(grad, pad)
-            image = image.add(weight, alpha=sign * DECAY) if decay == "l2" else image.clone()
+            projected = torch.nn.functional.pad(grad, pad)
+            projected = projected.add(weight, alpha=sign * DECAY) if decay == "l2" else projected.clone()
             coordinates = torch.zeros_like(weight)
-            group.update(rule.step([Lent(tensor=coordinates, grad=image, state=state, group=group)])[id(group)])
+            group.update(
+                rule.step([InnerParam(tensor=coordinates, grad=projected, state=state, group=group)])[id(group)]
+            )
             if decay == "decoupled":
                 weight = weight * (1 - group["lr"] * DECAY)
             weight = weight + coordinates
@@ -311,12 +313,12 @@ class _Trial:
             weights = [self.weight.clone(), self.weight.clone()]
             states: list[dict[str, Any]] = [{}, {}]
             for grad in self.grads:
-                lent = [
-                    Lent(tensor=weights[i], grad=each.clone(), state=states[i], group=group)
+                params = [
+                    InnerParam(tensor=weights[i], grad=each.clone(), state=states[i], group=group)
                     for i, each in enumerate((grad, 2 * grad.flip(0)))
                 ]
                 written: dict[str, Any] = {}
-                for call in [lent] if in_one_call else [[one] for one in lent]:
+                for call in [params] if in_one_call else [[one] for one in params]:
                     written.update(rule.step(call)[id(group)])
                 group.update(written)
             ends.append(torch.stack(weights))

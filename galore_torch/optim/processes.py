@@ -10,7 +10,7 @@ from torch import Tensor
 from galore_torch.optim.agreement import Agreement
 
 if TYPE_CHECKING:
-    from galore_torch.optim.work import Work
+    from galore_torch.optim.trained_weight import TrainedWeight
 
 JOIN: list[Callable[..., Any]] = []
 """`attach` asks it for a model's traffic (`gradients/data_parallel.py`), by its optimizer, the weights (by name) that
@@ -46,13 +46,13 @@ class Alone:
         """
         return found
 
-    def renew(self, work: Sequence[Work]) -> None:
+    def renew(self, trained: Sequence[TrainedWeight]) -> None:
         """Renews the bases of weights whose gradients are finite and not zero.
 
         Args:
-            work: the weights, of all processes the same ones.
+            trained: the weights, of all processes the same ones.
         """
-        for one in work:
+        for one in trained:
             one.renew()
 
 

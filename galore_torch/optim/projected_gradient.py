@@ -67,8 +67,8 @@ class ProjectedGradient(Tensor):
     """A tensor of a weight's shape that stores the image of its gradient.
 
     Attributes:
-        image: the projected gradient, of `projection.image_shape`. Its dtype may differ from the weight's. If it is
-            stored in few bits it is decoded anew when read, and what is assigned is encoded.
+        projected: the gradient in the basis, of `projection.projected_shape`. Its dtype may differ from the weight's.
+            If it is stored in few bits it is decoded anew when read, and what is assigned is encoded.
         in_few_bits: whether it is so stored.
         projection: how the weight is projected.
         basis: the factors that were used, of the weight's dtype.
@@ -79,7 +79,7 @@ class ProjectedGradient(Tensor):
         >>> weight = torch.nn.Parameter(torch.zeros(8, 4))
         >>> weight.grad = ProjectedGradient.of(torch.randn(8, 4), projection, basis)
         >>> norm = torch.nn.utils.clip_grad_norm_([weight], max_norm=1e-3)
-        >>> weight.grad.image.shape, bool(weight.grad.norm() <= 1e-3)
+        >>> weight.grad.projected.shape, bool(weight.grad.norm() <= 1e-3)
         (torch.Size([8, 2]), True)
     """
 
@@ -90,7 +90,7 @@ class ProjectedGradient(Tensor):
     @staticmethod
     def __new__(  # noqa: D417
         cls: type[ProjectedGradient],
-        image: Tensor | Codes,
+        projected: Tensor | Codes,
         projection: Projection,
         basis: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
@@ -98,26 +98,26 @@ class ProjectedGradient(Tensor):
         """Wraps an image.
 
         Args:
-            image: of `projection.image_shape`, as it is to be stored. In codes, `dtype` must be given.
+            projected: of `projection.projected_shape`, as it is to be stored. In codes, `dtype` must be given.
             projection: how the weight is projected.
             basis: the factors.
             dtype: the weight's dtype; the image's when left out.
         """
-        plain = image.codes if isinstance(image, Codes) else image
+        plain = projected.codes if isinstance(projected, Codes) else projected
         made: ProjectedGradient = Tensor._make_wrapper_subclass(
             cls, projection.shape, dtype=dtype or plain.dtype, device=plain.device, requires_grad=False
         )
-        made._stored, made.projection, made.basis = image, projection, basis
+        made._stored, made.projection, made.basis = projected, projection, basis
         return made
 
     @property
-    def image(self) -> Tensor:
+    def projected(self) -> Tensor:
         """The projected gradient."""
         return self._stored.decode(self.dtype) if isinstance(self._stored, Codes) else self._stored
 
-    @image.setter
-    def image(self, image: Tensor) -> None:
-        self._stored = Codes.of(image, self._stored.bits) if isinstance(self._stored, Codes) else image
+    @projected.setter
+    def projected(self, projected: Tensor) -> None:
+        self._stored = Codes.of(projected, self._stored.bits) if isinstance(self._stored, Codes) else projected
 
     @property
     def in_few_bits(self) -> bool:
@@ -140,9 +140,9 @@ class ProjectedGradient(Tensor):
 
     def to_full(self) -> Tensor:
         """The full-size gradient that this stands for: P R, R Q^T or P R Q^T."""
-        return self.projection.project_back(self.image.to(self.dtype), self.basis)
+        return self.projection.project_back(self.projected.to(self.dtype), self.basis)
 
-    def image_in(self, projection: Projection, basis: Mapping[str, Tensor]) -> Tensor:
+    def projected_by(self, projection: Projection, basis: Mapping[str, Tensor]) -> Tensor:
         """The image under a basis: the stored one when it was made with that basis, else projected anew.
 
         Args:
@@ -150,33 +150,33 @@ class ProjectedGradient(Tensor):
             basis: the factors in use now.
 
         Returns:
-            A tensor of `projection.image_shape`.
+            A tensor of `projection.projected_shape`.
         """
         same = self.is_in(basis) and (projection is self.projection or projection == self.projection)
-        return self.image if same else projection.project(self.to_full(), basis)
+        return self.projected if same else projection.project(self.to_full(), basis)
 
     def is_in(self, basis: Mapping[str, Tensor]) -> bool:
         """Whether the image was made with these factors."""
         return basis is self.basis or is_same_basis(basis, self.basis)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"ProjectedGradient(shape={tuple(self.shape)}, image={self.image!r})"
+        return f"ProjectedGradient(shape={tuple(self.shape)}, projected={self.projected!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProjectedGradient:
-        return self._like(self.image.clone())
+        return self._like(self.projected.clone())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return type(self), (self._stored, self.projection, self.basis, self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Projection, Mapping[str, Tensor], torch.dtype]]:
-        return ["image"], (self.projection, self.basis, self.dtype)
+        return ["projected"], (self.projection, self.basis, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> ProjectedGradient:
-        return ProjectedGradient(inner["image"], *context)
+        return ProjectedGradient(inner["projected"], *context)
 
-    def _like(self, image: Tensor) -> ProjectedGradient:
-        stored = Codes.of(image, self._stored.bits) if isinstance(self._stored, Codes) else image
+    def _like(self, projected: Tensor) -> ProjectedGradient:
+        stored = Codes.of(projected, self._stored.bits) if isinstance(self._stored, Codes) else projected
         return ProjectedGradient(stored, self.projection, self.basis, self.dtype)
 
     @classmethod
@@ -188,14 +188,14 @@ class ProjectedGradient(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is aten.detach.default:  # what the engine does with each gradient that it accumulates
-            return args[0]._like(args[0].image)
+            return args[0]._like(args[0].projected)
         kwargs = kwargs or {}
         if func in _NORMS and _is_euclidean(args, kwargs):
             return func(*_unwrap(args), **kwargs)
         if func in _SUMS and isinstance(args[0], cls) and _is_gradient_like(args[1], args[0]):
             return _sum(func, args[0], args[1], _SUMS[func] * kwargs.get("alpha", 1))
         if func in _ON_IMAGE and _others_are_numbers(args):
-            return _on_image(func, args, kwargs)
+            return _on_projected(func, args, kwargs)
         if func is aten._to_copy.default:
             return _to_copy(args[0], **kwargs)
         if any(isinstance(tensor, cls) for tensor in tree_flatten(_changed(func, args, kwargs))[0]):
@@ -213,7 +213,7 @@ class ProjectedGradient(Tensor):
 
 
 def _unwrap(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.image if isinstance(leaf, ProjectedGradient) else leaf, tree)
+    return tree_map(lambda leaf: leaf.projected if isinstance(leaf, ProjectedGradient) else leaf, tree)
 
 
 def _full(tree: Any) -> Any:
@@ -243,15 +243,15 @@ def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     return [value for value, spec in given if spec.alias_info and spec.alias_info.is_write]
 
 
-def _on_image(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _on_projected(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operation on the images. What it returns, if anything, takes their place one by one."""
     given = args[0]
-    images = _unwrap(args)
-    result = func(*images, **kwargs)
+    projected_grads = _unwrap(args)
+    result = func(*projected_grads, **kwargs)
     if result is None or func._schema.name.endswith("_"):
-        for gradient, image in zip(tree_leaves(given), tree_leaves(images[0]), strict=True):
+        for gradient, projected in zip(tree_leaves(given), tree_leaves(projected_grads[0]), strict=True):
             if isinstance(gradient, ProjectedGradient) and gradient.in_few_bits:
-                gradient.image = image
+                gradient.projected = projected
     if result is None:
         return None
     if func._schema.name.endswith("_"):  # in place
@@ -264,22 +264,22 @@ def _on_image(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _sum(func: Any, left: ProjectedGradient, right: Tensor, alpha: float) -> ProjectedGradient:
     if isinstance(right, ProjectedGradient):
-        image = right.image_in(left.projection, left.basis)
+        projected = right.projected_by(left.projection, left.basis)
     else:
-        image = left.projection.project(right.to(left.dtype), left.basis)
-    kept = left.image
-    image = image.to(kept.dtype)
+        projected = left.projection.project(right.to(left.dtype), left.basis)
+    kept = left.projected
+    projected = projected.to(kept.dtype)
     if func in (aten.add_.Tensor, aten.sub_.Tensor):
-        left.image = kept.add_(image, alpha=alpha)
+        left.projected = kept.add_(projected, alpha=alpha)
         return left
-    return left._like(kept.add(image, alpha=alpha))
+    return left._like(kept.add(projected, alpha=alpha))
 
 
 def _to_copy(gradient: ProjectedGradient, **kwargs: Any) -> ProjectedGradient:
     placed = {name: value for name, value in kwargs.items() if name in ("dtype", "device", "non_blocking")}
     basis = {name: factor.to(**placed) for name, factor in gradient.basis.items()}
-    image = aten._to_copy.default(gradient.image, **placed)
-    return ProjectedGradient(image, gradient.projection, basis, kwargs.get("dtype") or gradient.dtype)
+    projected = aten._to_copy.default(gradient.projected, **placed)
+    return ProjectedGradient(projected, gradient.projection, basis, kwargs.get("dtype") or gradient.dtype)
 
 
 torch.serialization.add_safe_globals([ProjectedGradient, Projection, Mode, Codes])

@@ -8,22 +8,22 @@ from torch import Tensor
 
 from galore_torch.optim.nonfinite import peaks
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.work import Work
+from galore_torch.optim.trained_weight import TrainedWeight
 
 
-def renewable(work: Sequence[Work], agree: Callable[[Tensor], Tensor]) -> list[Work]:
+def renewable(trained: Sequence[TrainedWeight], agree: Callable[[Tensor], Tensor]) -> list[TrainedWeight]:
     """The weights whose turn it is, and whose gradients are finite and not zero. Synchronizes where one is due.
 
     Args:
-        work: weights that have a gradient.
+        trained: weights that have a gradient.
         agree: the largest value of all processes.
 
     Returns:
         Some of them.
     """
-    due = [one for one in work if one.is_due]
+    due = [one for one in trained if one.is_due]
     if not due:
         return []
-    found = peaks([one.grad.image if isinstance(one.grad, ProjectedGradient) else one.grad for one in due])
+    found = peaks([one.grad.projected if isinstance(one.grad, ProjectedGradient) else one.grad for one in due])
     found = agree(found.nan_to_num(nan=float("inf"), posinf=float("inf"))).tolist()
     return [one for one, peak in zip(due, found, strict=True) if 0 < peak < float("inf")]

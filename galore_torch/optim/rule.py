@@ -26,7 +26,7 @@ Decay = Literal["none", "l2", "decoupled", "unserved"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
+class UpdateContext:
     """A weight that is being moved, as the functions in `Traits` see it.
 
     Attributes:
@@ -65,8 +65,8 @@ class Traits:
     decay: Decay = "none"
     many_calls: bool = True
     writes_group: bool = False
-    learning_rate: Callable[[Moved], float | Tensor] | None = None
-    factor: Callable[[Moved], float | Tensor] | None = None
+    learning_rate: Callable[[UpdateContext], float | Tensor] | None = None
+    factor: Callable[[UpdateContext], float | Tensor] | None = None
     is_another: bool = False
     given: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     slice_elements: int | None = None
@@ -74,7 +74,7 @@ class Traits:
 
 
 @dataclass(slots=True, kw_only=True)
-class Lent:
+class InnerParam:
     """What a rule is lent for one tensor.
 
     Attributes:
@@ -132,7 +132,9 @@ class Rule:
                 f"{self.name} cannot run inside GaLore: it holds another optimizer, whose state it cannot be lent. Use "
                 "that optimizer itself"
             )
-        self._template = {key: value for key, value in self._optimizer.param_groups[0].items() if key not in _NOT_LENT}
+        self._template = {
+            key: value for key, value in self._optimizer.param_groups[0].items() if key not in _OF_PARAMETERS
+        }
         # torchao holds the learning rate in a tensor. Ours stays the number that was passed, for schedulers to read.
         self.defaults = {key: _plain(value, arguments.get(key)) for key, value in self._template.items()}
         self._weights: dict[int, Tensor] = {}
@@ -180,19 +182,19 @@ class Rule:
         """
         return group[name] if name in group else self.defaults.get(name, getattr(self._optimizer, name, False))
 
-    def step(self, lent: Sequence[Lent]) -> dict[int, dict[str, Any]]:
+    def step(self, params: Sequence[InnerParam]) -> dict[int, dict[str, Any]]:
         """Moves each tensor by the rule, and updates its state.
 
         Args:
-            lent: the tensors with their gradients, states and groups. Those that share a group share the object.
+            params: the tensors with their gradients, states and groups. Those that share a group share the object.
 
         Returns:
             What the rule has written into each group, by the group's identity; the groups themselves do not change.
         """
-        parameters = [torch.nn.Parameter(one.tensor) for one in lent]
+        parameters = [torch.nn.Parameter(one.tensor) for one in params]
         groups: dict[int, dict[str, Any]] = {}
         try:
-            for one, parameter in zip(lent, parameters, strict=True):
+            for one, parameter in zip(params, parameters, strict=True):
                 parameter.grad = one.grad
                 if one.weight is not None:
                     self._weights[id(parameter)] = one.weight
@@ -207,11 +209,11 @@ class Rule:
             try:
                 self._optimizer.step()
             except Exception:  # some complain that nothing is to be moved, after they have counted the step
-                if any(one.grad is not None for one in lent):
+                if any(one.grad is not None for one in params):
                     raise
             held = self._optimizer.state
-            if len(held) != len(lent) or not all(map(operator.is_, held.values(), [one.state for one in lent])):
-                for one, parameter in zip(lent, parameters, strict=True):
+            if len(held) != len(params) or not all(map(operator.is_, held.values(), [one.state for one in params])):
+                for one, parameter in zip(params, parameters, strict=True):
                     state = held.get(parameter, {})
                     if state is not one.state:
                         one.state.clear()
@@ -229,7 +231,7 @@ class Rule:
         Returns:
             What it has written.
         """
-        return self.step([Lent(tensor=self._tiny().data, grad=None, state={}, group=group)])[id(group)]
+        return self.step([InnerParam(tensor=self._tiny().data, grad=None, state={}, group=group)])[id(group)]
 
     def _tiny(self) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.zeros((2,) * self._dimensions))
@@ -245,7 +247,9 @@ class Rule:
         """
         given = {**self._template, **group}
         values = {
-            key: _as_template(value, self._template.get(key)) for key, value in given.items() if key not in _NOT_LENT
+            key: _as_template(value, self._template.get(key))
+            for key, value in given.items()
+            if key not in _OF_PARAMETERS
         }
         return {**values, "params": []}
 
@@ -255,7 +259,7 @@ class Rule:
         self._optimizer.param_groups = []
 
 
-_NOT_LENT = ("params", "param_names")
+_OF_PARAMETERS = ("params", "param_names")
 """Keys of a group that tell of its parameters, of which a rule may be lent some."""
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from galore_torch.lowbit import QuantizedWeight, Rounding
 from galore_torch.optim.groups import is_projected, projection_in
-from galore_torch.optim.lending import check_decay, check_names
+from galore_torch.optim.inner_group import check_decay, check_names
 from galore_torch.optim.precision import asked_rounding, is_16_bit
 from galore_torch.optim.probe import traits_of
 from galore_torch.optim.rule import Rule, Traits, check_dimensions, share_arguments
@@ -85,7 +85,7 @@ class Rules:
         """
         place = 0 if is_projected(group) else -1
         optimizer: type[Optimizer] = self.classes[place]
-        for dimensions in sorted({len(projection_in(group, weight).image_shape) for weight in weights}):
+        for dimensions in sorted({len(projection_in(group, weight).projected_shape) for weight in weights}):
             check_dimensions(optimizer, self._shares[place], dimensions)
         for rule, traits in {
             (rule, traits)

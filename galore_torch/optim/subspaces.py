@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from galore_torch.optim.work import Work
+from galore_torch.optim.state_keys import CAPTURED, OVERLAPS, RENEWALS
+from galore_torch.optim.trained_weight import TrainedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +31,26 @@ class Subspace:
     captured: float
 
 
-def subspaces_of(work: Sequence[Work]) -> dict[str, Subspace]:
+def subspaces_of(trained: Sequence[TrainedWeight]) -> dict[str, Subspace]:
     """The subspaces of projected weights, read back from the device at once.
 
     Args:
-        work: the weights, with their state prepared.
+        trained: the weights, with their state prepared.
 
     Returns:
         By the weight's name; where several have the same, with its place among the projected ones.
     """
-    if not work:
+    if not trained:
         return {}
-    last = [torch.stack((one.state["overlaps"][-1], one.state["captured"])) for one in work]
+    last = [torch.stack((one.state[OVERLAPS][-1], one.state[CAPTURED])) for one in trained]
     figures = torch.stack([one.to(last[0].device) for one in last]).tolist()
-    count = Counter(one.name for one in work)
+    count = Counter(one.name for one in trained)
     return {
         one.name if count[one.name] == 1 else f"{one.name} (projected weight {one.index})": Subspace(
-            renewals=one.state["renewals"],
+            renewals=one.state[RENEWALS],
             gap=one.gap,
-            overlap=overlap if one.state["renewals"] > 1 else float("nan"),
-            captured=captured if one.state["renewals"] > 1 else float("nan"),
+            overlap=overlap if one.state[RENEWALS] > 1 else float("nan"),
+            captured=captured if one.state[RENEWALS] > 1 else float("nan"),
         )
-        for one, (overlap, captured) in zip(work, figures, strict=True)
+        for one, (overlap, captured) in zip(trained, figures, strict=True)
     }

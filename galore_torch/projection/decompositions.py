@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from galore_torch.projection.numerical_rank import is_lacking, keep_told, told_columns
+from galore_torch.projection.numerical_rank import determined_columns, is_lacking, keep_determined
 from galore_torch.projection.orthonormal import exact_products, orthonormal
 
 Side = Literal["left", "right"]
@@ -106,8 +106,8 @@ def find_bases(
         found = {side: torch.where(idle, old.get(side, basis), basis) for side, basis in found.items()}
     else:
         for side, basis in found.items():
-            told = told_columns(_facing(_multiplied(matrix), side), basis, matrix.dtype)
-            found[side] = keep_told(basis, told, old.get(side))
+            told = determined_columns(_facing(_multiplied(matrix), side), basis, matrix.dtype)
+            found[side] = keep_determined(basis, told, old.get(side))
     # A slice of the whole factor would keep all of it alive.
     return {side: basis.clone(memory_format=torch.contiguous_format) for side, basis in found.items()}
 

@@ -95,11 +95,11 @@ class Projection:
             ValueError: fewer than two dimensions, a rank below 1, an unknown `proj_type` or `layout`, an empty shape.
 
         Example:
-            >>> Projection.of((768, 3072), rank=128).image_shape
+            >>> Projection.of((768, 3072), rank=128).projected_shape
             (128, 3072)
-            >>> Projection.of((64, 32, 3, 3), rank=16).image_shape
+            >>> Projection.of((64, 32, 3, 3), rank=16).projected_shape
             (16, 16, 3, 3)
-            >>> Projection.of((8, 96, 64), rank=16, layout="stack").image_shape
+            >>> Projection.of((8, 96, 64), rank=16, layout="stack").projected_shape
             (8, 96, 16)
         """
         shape = tuple(int(size) for size in shape)
@@ -138,12 +138,12 @@ class Projection:
         return cls(tuple(shape), tuple(shape), ())
 
     @cached_property
-    def image_shape(self) -> tuple[int, ...]:
+    def projected_shape(self) -> tuple[int, ...]:
         """The shape of an image, and of the coordinates."""
-        image = list(self.view_shape)
+        projected = list(self.view_shape)
         for mode in self.modes:
-            image[mode.axis] = mode.rank
-        return tuple(image)
+            projected[mode.axis] = mode.rank
+        return tuple(projected)
 
     @cached_property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -160,7 +160,7 @@ class Projection:
     def state_elements(self) -> int:
         """How many numbers the basis and two images hold together: two, for the moments of Adam."""
         basis = sum(math.prod(shape) for shape in self.factor_shapes.values())
-        return basis + 2 * math.prod(self.image_shape)
+        return basis + 2 * math.prod(self.projected_shape)
 
     @property
     def saves_nothing(self) -> bool:
@@ -186,46 +186,46 @@ class Projection:
             basis: the factors, of `full`'s dtype and device.
 
         Returns:
-            The image, of `image_shape`, contiguous.
+            The image, of `projected_shape`, contiguous.
         """
         side = self._one_side
         if side == "left":
             return basis[side].mT @ full
         if side == "right":
             return full @ basis[side]
-        image = full.reshape(self.view_shape)
+        projected = full.reshape(self.view_shape)
         for mode in self.modes:
-            image = multiply_mode(image, basis[mode.name], mode.axis)
-        return image
+            projected = multiply_mode(projected, basis[mode.name], mode.axis)
+        return projected
 
-    def project_back(self, image: Tensor, basis: Basis) -> Tensor:
+    def project_back(self, projected: Tensor, basis: Basis) -> Tensor:
         """The full-size tensor of an image: G = P R, G = R Q^T, or P R Q^T.
 
         Args:
-            image: a tensor of `image_shape`.
-            basis: the factors, of `image`'s dtype and device.
+            projected: a tensor of `projected_shape`.
+            basis: the factors, of `projected`'s dtype and device.
 
         Returns:
             A tensor of the weight's shape.
         """
         for mode in self.modes:
-            image = multiply_mode(image, basis[mode.name].mT, mode.axis)
-        return image.reshape(self.shape)
+            projected = multiply_mode(projected, basis[mode.name].mT, mode.axis)
+        return projected.reshape(self.shape)
 
-    def project_back_rows(self, image: Tensor, basis: Basis, rows: slice) -> Tensor:
+    def project_back_rows(self, projected: Tensor, basis: Basis, rows: slice) -> Tensor:
         """Some rows of what `project_back` gives for a matrix, formed alone.
 
         Args:
-            image: a tensor of `image_shape`, two-dimensional.
-            basis: the factors, of `image`'s dtype and device.
+            projected: a tensor of `projected_shape`, two-dimensional.
+            basis: the factors, of `projected`'s dtype and device.
             rows: which.
 
         Returns:
             (number of rows, n).
         """
         left, right = basis.get("left"), basis.get("right")
-        image = image[rows] if left is None else left[rows] @ image
-        return image if right is None else image @ right.mT
+        projected = projected[rows] if left is None else left[rows] @ projected
+        return projected if right is None else projected @ right.mT
 
     def fold(self, weight: Tensor, coordinates: Tensor, basis: Basis, *, alpha: float, beta: float = 1.0) -> None:
         """In place: weight <- beta * weight + alpha * project_back(coordinates).
@@ -235,7 +235,7 @@ class Projection:
 
         Args:
             weight: the weight, changed in place.
-            coordinates: a tensor of `image_shape`, of any floating dtype.
+            coordinates: a tensor of `projected_shape`, of any floating dtype.
             basis: the factors, of the weight's dtype.
             alpha: factor of what is added.
             beta: factor of the weight, where decay goes.

@@ -19,7 +19,7 @@ LEAST_SINE = 0.1
 basis to bfloat16 turns its columns by less."""
 
 
-def told_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dtype) -> Tensor:
+def determined_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dtype) -> Tensor:
     """Which columns of a basis stand for more of a matrix than its rounding.
 
     Args:
@@ -30,9 +30,9 @@ def told_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dtype) -
     Returns:
         (..., r), of booleans; all False for a matrix of zeros.
     """
-    image_kr = (facing_dk.mT @ basis_dr.to(facing_dk.dtype)).to(basis_dr.dtype)
-    largest = torch.linalg.vector_norm(image_kr, float("inf"), dim=(-2, -1), keepdim=True)
-    lengths = torch.linalg.vector_norm(image_kr / torch.where(largest > 0, largest, 1), dim=-2)
+    projected_kr = (facing_dk.mT @ basis_dr.to(facing_dk.dtype)).to(basis_dr.dtype)
+    largest = torch.linalg.vector_norm(projected_kr, float("inf"), dim=(-2, -1), keepdim=True)
+    lengths = torch.linalg.vector_norm(projected_kr / torch.where(largest > 0, largest, 1), dim=-2)
     # Rounding each of m x n numbers on its own leaves singular values of eps (sqrt(m) + sqrt(n)) / sqrt(m n) of the
     # norm at most, and so many eps of the computation are lost in finding the directions themselves.
     rounding = 2 * torch.finfo(rounded_to).eps * sum(size**-0.5 for size in facing_dk.shape[-2:])
@@ -68,12 +68,12 @@ def lacking(basis: Basis) -> tuple[int, bool]:
     return read[0], read[1] > 0
 
 
-def keep_told(found_dr: Tensor, told_r: Tensor, old_dr: Tensor | None) -> Tensor:
+def keep_determined(found_dr: Tensor, told_r: Tensor, old_dr: Tensor | None) -> Tensor:
     """A basis of the directions that are told, and beside them what it can keep of the old one. Synchronizes.
 
     Args:
         found_dr: (..., d, r), orthonormal.
-        told_r: (..., r), as `told_columns` gives them.
+        told_r: (..., r), as `determined_columns` gives them.
         old_dr: (..., d, r), the basis in use until now, of `found_dr`'s dtype; None at first.
 
     Returns:

@@ -37,9 +37,9 @@ def captured_energy(projection: Projection, grad: Tensor, basis: Basis) -> Tenso
         >>> round(float(captured_energy(projection, torch.diag(torch.tensor([3.0, 4.0, 0, 0])), basis)), 4)
         0.64
     """
-    image = projection.project(grad, {name: factor.to(grad.dtype) for name, factor in basis.items()})
+    projected = projection.project(grad, {name: factor.to(grad.dtype) for name, factor in basis.items()})
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    inside, whole = (torch.linalg.vector_norm(one, dtype=dtype) for one in (image, grad))
+    inside, whole = (torch.linalg.vector_norm(one, dtype=dtype) for one in (projected, grad))
     share: Tensor = (inside / whole).square()
     return share
 

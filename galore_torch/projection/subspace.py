@@ -89,11 +89,11 @@ def _tucker(
     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     def factor(mode: Mode, others: Basis) -> Tensor:
-        image = tensor
+        projected = tensor
         for other in projection.modes:
             if other.name in others and other.name != mode.name:
-                image = multiply_mode(image, others[other.name], other.axis)
-        unfolded_dk = torch.movedim(image, mode.axis, 0).flatten(1)
+                projected = multiply_mode(projected, others[other.name], other.axis)
+        unfolded_dk = torch.movedim(projected, mode.axis, 0).flatten(1)
         known = {"left": old[mode.name]} if mode.name in old else None
         return find_bases(unfolded_dk, {"left": mode.rank}, decomposition, generator=generator, old=known)["left"]
 

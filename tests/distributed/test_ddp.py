@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from galore_torch import attach
 from galore_torch.distributed import ddp
-from galore_torch.optim.work import Work
+from galore_torch.optim.trained_weight import TrainedWeight
 from tests.distributed.trained import BAR, GAP, RANK, batch, distance, llama, loss_of, optimizer_of, trained, weights_of
 
 MODES = {
@@ -160,8 +160,8 @@ def test_svd_trains_as_one(pool, mode):
 
 @every_low_rank_mode
 def test_an_ordinary_step_sends_images_alone(pool, mode):
-    for sent, images, others in pool.run(bytes_of_a_step, 2, mode=mode):
-        assert sent <= 1.02 * images
+    for sent, projected_grads, others in pool.run(bytes_of_a_step, 2, mode=mode):
+        assert sent <= 1.02 * projected_grads
         assert others == 0
 
 
@@ -186,8 +186,8 @@ def bytes_of_a_step(rank: int, world: int, mode: Any) -> tuple[int, int, int]:
             optimizer.step()
             optimizer.zero_grad()
     held = (one for group in optimizer.param_groups if "rank" in group for one in group["params"])
-    images = sum(RANK * max(weight.shape) * weight.element_size() for weight in held)
-    return sum(sent), images, len(others)
+    projected_grads = sum(RANK * max(weight.shape) * weight.element_size() for weight in held)
+    return sum(sent), projected_grads, len(others)
 
 
 @pytest.mark.parametrize("mode", [("fused", "step"), ("full", "step")])
@@ -200,9 +200,9 @@ def test_renewals_are_divided(pool, mode):
 def decompositions(rank: int, world: int, mode: Any) -> int:
     """How many bases a process finds: 14 weights, twice."""
     found = []
-    decompose = Work.decompose
+    decompose = TrainedWeight.decompose
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Work, "decompose", lambda one: found.append(one) or decompose(one))
+        patched.setattr(TrainedWeight, "decompose", lambda one: found.append(one) or decompose(one))
         trained(rank, world, mode=mode, steps=GAP + 1, stagger=False)
     return len(found)
 

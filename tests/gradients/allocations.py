@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from galore_torch import ProjectedGradient
-from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.applied_gradient import AppliedGradient
 
 
 class Allocations(TorchDispatchMode):

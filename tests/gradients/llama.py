@@ -111,10 +111,10 @@ def projected_weights(optimizer: GaLore) -> list[Tensor]:
     return [weight for group in optimizer.param_groups if "rank" in group for weight in group["params"]]
 
 
-def images(optimizer: GaLore) -> Sequence[Tensor]:
+def projected_grads(optimizer: GaLore) -> Sequence[Tensor]:
     """The images that wait in the gradients of projected weights."""
     grads = [weight.grad for weight in projected_weights(optimizer)]
-    return [grad.image for grad in grads if isinstance(grad, ProjectedGradient)]
+    return [grad.projected for grad in grads if isinstance(grad, ProjectedGradient)]
 
 
 def attached(mode: Mode, make: Callable[[], nn.Module] = llama, **keys: Any) -> tuple[nn.Module, GaLore, Attachment]:

@@ -19,9 +19,9 @@ from tests.gradients.llama import (
     batch,
     distance,
     every_accumulating_mode,
-    images,
     llama,
     loss_of,
+    projected_grads,
     projected_weights,
     trained,
     walk,
@@ -64,7 +64,7 @@ def test_only_layers_whose_turn_it_is_keep_a_full_gradient_through_the_window(mo
     model, optimizer, _ = attached(mode)
     walk(model, optimizer, [0])
     for step in range(1, 2 * GAP):
-        due = [optimizer.work_on(weight).turn_has_come for weight in projected_weights(optimizer)]
+        due = [optimizer._trained_weight(weight).needs_renewal for weight in projected_weights(optimizer)]
         for ids in batch(step).chunk(2):
             loss_of(model, ids).backward()
             full = [not isinstance(weight.grad, ProjectedGradient) for weight in projected_weights(optimizer)]
@@ -84,17 +84,17 @@ def test_bf16_images_can_accumulate_in_fp32(mode):
         parts = []
         for ids in batch(1, rows=32).chunk(32):
             loss_of(model, ids).backward()
-            parts.append([image.clone() for image in images(optimizer)])
+            parts.append([projected.clone() for projected in projected_grads(optimizer)])
             if dtype is None:  # what a window of one micro-batch holds; its sum is formed here
                 model.zero_grad()
-        assert {image.dtype for image in parts[-1]} == {dtype or torch.bfloat16}
+        assert {projected.dtype for projected in parts[-1]} == {dtype or torch.bfloat16}
         assert all(
             weight.grad is None or weight.grad.dtype == torch.bfloat16 for weight in projected_weights(optimizer)
         )
         sums[dtype] = parts
-    exact = [torch.stack(images).double().sum(0) for images in zip(*sums[None], strict=True)]
-    for image, sum_of_parts in zip(sums[torch.float32][-1], exact, strict=True):
-        assert (image.double() - sum_of_parts).norm() <= 1e-5 * sum_of_parts.norm()
+    exact = [torch.stack(projected_grads).double().sum(0) for projected_grads in zip(*sums[None], strict=True)]
+    for projected, sum_of_parts in zip(sums[torch.float32][-1], exact, strict=True):
+        assert (projected.double() - sum_of_parts).norm() <= 1e-5 * sum_of_parts.norm()
     optimizer.step()
     assert all(weight.isfinite().all() for weight in model.parameters())
 
@@ -133,7 +133,7 @@ def test_an_empty_image_of_a_basis_that_was_replaced_takes_up_nothing(mode):
         optimizer.load_state_dict(others_optimizer.state_dict())
         model.load_state_dict(other.state_dict())
         loss_of(model, batch(8)).backward()
-        grads.append(images(optimizer))
+        grads.append(projected_grads(optimizer))
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
@@ -148,7 +148,7 @@ def test_clipping_shows_the_norm_of_what_is_applied(mode, clip):
         for ids in batch(step).chunk(2):
             loss_of(model, ids).backward()
         grads = [weight.grad for weight in model.parameters()]
-        plain = [grad.image if isinstance(grad, ProjectedGradient) else grad for grad in grads]
+        plain = [grad.projected if isinstance(grad, ProjectedGradient) else grad for grad in grads]
         expected = torch.stack([grad.norm() for grad in plain]).norm()
         before = [grad.clone() for grad in plain]
         torch.testing.assert_close(clip(model.parameters(), 0.1), expected)
@@ -167,11 +167,11 @@ def test_clipped_training_agrees_among_modes(mode):
         for step in range(3):
             loss_of(model, batch(step)).backward()
             for weight in projected_weights(optimizer) if one[0] == "full" else ():
-                work = optimizer.work_on(weight)
-                if not work.state["renewals"]:
-                    work.renew()
-                if not work.turn_has_come:
-                    weight.grad = ProjectedGradient.of(weight.grad, work.projection, work.state["basis"])
+                trained = optimizer._trained_weight(weight)
+                if not trained.state["renewals"]:
+                    trained.renew()
+                if not trained.needs_renewal:
+                    weight.grad = ProjectedGradient.of(weight.grad, trained.projection, trained.state["basis"])
             clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
             optimizer.zero_grad()

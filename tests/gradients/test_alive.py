@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from galore_torch import GaLore
-from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.applied_gradient import AppliedGradient
 from tests.gradients.allocations import Allocations
 from tests.gradients.llama import GAP, MODES, attached, batch, every_mode, loss_of, projected_weights
 
@@ -41,9 +41,11 @@ def test_after_a_backward_full_gradients_are_those_of_layers_that_renew(mode):
         optimizer.step()
         optimizer.zero_grad()
         for step in range(1, GAP):
-            works = [optimizer.work_on(weight) for weight in projected_weights(optimizer)]
-            assert step > 1 or any(work.is_filled_up for work in works)  # five tokens tell less than the rank
-            due = sum(work.turn_has_come and not work.is_filled_up for work in works)
+            all_trained = [optimizer._trained_weight(weight) for weight in projected_weights(optimizer)]
+            assert step > 1 or any(
+                trained.completes_basis for trained in all_trained
+            )  # five tokens tell less than the rank
+            due = sum(trained.needs_renewal and not trained.completes_basis for trained in all_trained)
             for _ in range(2):
                 backward(model, step)
                 assert full.count() == due > 0

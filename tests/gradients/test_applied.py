@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from galore_torch import GaLore
-from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.applied_gradient import AppliedGradient
 from tests.device import accelerator
 from tests.gradients.llama import BAR, MODES, attached, batch, distance, every_mode, llama, loss_of, walk, weights
 from tests.optim.small import assert_same, refusing, snapshot

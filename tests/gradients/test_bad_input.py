@@ -10,7 +10,7 @@ from torch import nn
 
 from galore_torch import GaLore, GaLoreAdamW, ProjectedGradient, param_groups
 from galore_torch.gradients import attach
-from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.applied_gradient import AppliedGradient
 from tests.device import accelerator
 from tests.gradients.llama import (
     BAR,
@@ -222,9 +222,9 @@ def breaking(monkeypatch, name: str) -> None:
 
         return wrapper
 
-    from galore_torch.optim.work import Work
+    from galore_torch.optim.trained_weight import TrainedWeight
 
-    monkeypatch.setattr(Work, "find_basis", broken(Work.find_basis))
+    monkeypatch.setattr(TrainedWeight, "find_basis", broken(TrainedWeight.find_basis))
 
 
 @every_mode
@@ -268,5 +268,5 @@ def test_a_hook_that_raises_names_its_layer_and_leaves_weights_and_state_consist
 def test_a_gradient_that_says_nothing_finds_no_basis(mode, factor):
     model, optimizer, _ = attached(mode, one_layer)
     (loss_of(model, batch(0)) * factor).backward()
-    assert all(optimizer.work_on(weight).state["renewals"] == 0 for weight in projected_weights(optimizer))
+    assert all(optimizer._trained_weight(weight).state["renewals"] == 0 for weight in projected_weights(optimizer))
     assert not any(isinstance(weight.grad, ProjectedGradient) for weight in model.parameters())

@@ -23,9 +23,9 @@ from tests.gradients.llama import (
     batch,
     distance,
     every_mode,
-    images,
     llama,
     loss_of,
+    projected_grads,
     projected_weights,
     walk,
     weights,
@@ -101,10 +101,10 @@ def test_autocast_computes_as_plain_layers_do(device):
         assert weight.grad.dtype == alike.grad.dtype == torch.float32
         grad, full = weight.grad, alike.grad
         if isinstance(grad, ProjectedGradient):
-            full = ProjectedGradient.of(full, grad.projection, grad.basis).image
-            grad = grad.image
+            full = ProjectedGradient.of(full, grad.projection, grad.basis).projected
+            grad = grad.projected
         assert (grad - full).norm() <= 0.02 * full.norm()
-    assert len(images(optimizer)) > 10
+    assert len(projected_grads(optimizer)) > 10
     optimizer.step()
 
 
@@ -225,7 +225,7 @@ def test_inputs_of_any_number_of_dimensions(shape):
             optimizer.zero_grad()
             x.grad = None
             model(x).square().sum().backward()
-        grads.append([x.grad, model.mlp_in.bias.grad, *images(optimizer)])
+        grads.append([x.grad, model.mlp_in.bias.grad, *projected_grads(optimizer)])
     assert len(grads[0]) == 4
     torch.testing.assert_close(*grads)
 

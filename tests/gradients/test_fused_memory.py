@@ -22,7 +22,7 @@ no_shared_heads = functools.partial(llama, num_key_value_heads=4)  # so that q, 
 
 def full_sizes(model: nn.Module, optimizer, step: int) -> tuple[int, int]:
     """How many layers are due in a step, and how many tensors of a projected weight's size its backward allocates."""
-    due = sum(optimizer.work_on(weight).turn_has_come for weight in projected_weights(optimizer))
+    due = sum(optimizer._trained_weight(weight).needs_renewal for weight in projected_weights(optimizer))
     loss = loss_of(model, batch(step, rows=1)[:, :3])  # three tokens: activations are smaller than any weight
     with Allocations() as seen:
         loss.backward()
@@ -144,7 +144,7 @@ def test_layers_that_share_an_input_never_save_more_than_it(make, rank, siblings
             assert saved_bytes(tensors) <= one_input
             fewer += saved_bytes(tensors) < one_input
         walk(model, optimizer, [step])
-    right = all(optimizer.work_on(w).projection.modes[0].name == "right" for w in siblings_of(model, siblings))
+    right = all(optimizer._trained_weight(w).projection.modes[0].name == "right" for w in siblings_of(model, siblings))
     assert (fewer > 0) == (right and rank * len(siblings) < DIMENSION)
 
 

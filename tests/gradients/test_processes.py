@@ -74,10 +74,10 @@ def reduced_by_hand(operation: str) -> str:
     attach(net, optimizer_of(net))
     net(torch.randn(8, 16)).square().mean().backward()
     grad = net[0].weight.grad
-    before = grad.image.clone()
+    before = grad.projected.clone()
     act = {"all_reduce": lambda: dist.all_reduce(grad), "broadcast": lambda: dist.broadcast(grad, src=0)}[operation]
     said = refused(act)
-    return said if torch.equal(grad.image, before) else f"changed: {said}"
+    return said if torch.equal(grad.projected, before) else f"changed: {said}"
 
 
 def broadcast_in_int8() -> str:

@@ -225,7 +225,7 @@ def test_a_penalty_on_gradients_is_exact_or_refused(gradients, penalized, proj_t
     torch.testing.assert_close(total, exact)
     for grad, full in zip(grads, expected, strict=True):
         if isinstance(grad, ProjectedGradient):
-            torch.testing.assert_close(grad.image, grad.projection.project(full, grad.basis))
+            torch.testing.assert_close(grad.projected, grad.projection.project(full, grad.basis))
         else:
             torch.testing.assert_close(grad, full)
 

@@ -65,7 +65,7 @@ def test_accumulation_clipping_and_the_logged_norm_are_those_of_the_images(tmp_p
     assert losses(got) == pytest.approx(losses(expected), rel=0.02)
     assert_falls(losses(got))
     norms = [(float(one["grad_norm"]), float(other["grad_norm"])) for one, other in zip(got, expected, strict=True)]
-    assert all(math.isfinite(image) and 0 < image < full * 1.05 for image, full in norms)
+    assert all(math.isfinite(projected) and 0 < projected < full * 1.05 for projected, full in norms)
 
 
 @pytest.mark.parametrize("gradients", ["full", "fused"])

@@ -25,9 +25,9 @@ def test_captured_is_the_share_of_the_gradient_that_the_basis_before_holds(basis
         else:
             expected = (weight.grad @ old).square().sum() / weight.grad.square().sum()
             assert told.captured == pytest.approx(float(expected), rel=1e-5)
-        old = optimizer.work_on(weight).basis["right"].detach().clone()
-        assert optimizer.renewal_seconds > seconds
-        seconds = optimizer.renewal_seconds
+        old = optimizer._trained_weight(weight).basis["right"].detach().clone()
+        assert optimizer._renewal_seconds > seconds
+        seconds = optimizer._renewal_seconds
     assert 0 < told.captured < 1
-    assert copy.deepcopy(optimizer).renewal_seconds == 0
-    assert optimizer.renewal_seconds == seconds
+    assert copy.deepcopy(optimizer)._renewal_seconds == 0
+    assert optimizer._renewal_seconds == seconds

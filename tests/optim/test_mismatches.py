@@ -237,7 +237,7 @@ def test_a_rank_given_or_taken_between_steps_is_refused_too():
 def test_a_rank_changed_before_the_first_step_is_the_rank():
     trained, made = mixed()
     optimizer = GaLoreAdamW(made)
-    optimizer.work_on(trained[0])
+    optimizer._trained_weight(trained[0])
     optimizer.param_groups[0]["rank"] = 8
     walk(optimizer, trained, range(2))
     assert optimizer.state[trained[0]]["inner"]["exp_avg"].shape == (24, 8)

@@ -24,8 +24,8 @@ every_kind = pytest.mark.parametrize("projection", KINDS.values(), ids=KINDS)
 def test_it_has_the_weights_shape_and_the_images_memory(projection):
     grad = projected(projection)
     assert grad.shape == projection.shape
-    assert grad.image.shape == projection.image_shape
-    assert grad.image.untyped_storage().nbytes() == grad.image.numel() * 4 < grad.numel() * 4
+    assert grad.projected.shape == projection.projected_shape
+    assert grad.projected.untyped_storage().nbytes() == grad.projected.numel() * 4 < grad.numel() * 4
     weights(projection.shape)[0].grad = grad  # torch checks shape, dtype and device
 
 
@@ -71,31 +71,33 @@ def test_what_stays_in_the_subspace_stays_projected(projection):
     grad = projected(projection)
     for result in (2 * grad, grad * torch.tensor(2.0), grad / 0.5, -grad.neg() * 2, grad + grad, grad.add(grad)):
         assert isinstance(result, ProjectedGradient)
-        torch.testing.assert_close(result.image, 2 * grad.image)
-    assert_same((grad - grad).image, torch.zeros(projection.image_shape))
+        torch.testing.assert_close(result.projected, 2 * grad.projected)
+    assert_same((grad - grad).projected, torch.zeros(projection.projected_shape))
 
 
 @every_kind
 def test_a_full_gradient_is_projected_before_it_is_added(projection):
     grad, more = projected(projection), gradient(torch.empty(projection.shape), 5, 5)
     expected = projection.project(grad.to_full() + more, grad.basis)
-    torch.testing.assert_close((grad + more).image, expected)
-    torch.testing.assert_close(grad.add(more, alpha=-2).image, grad.image - 2 * projection.project(more, grad.basis))
-    kept = grad.image
+    torch.testing.assert_close((grad + more).projected, expected)
+    torch.testing.assert_close(
+        grad.add(more, alpha=-2).projected, grad.projected - 2 * projection.project(more, grad.basis)
+    )
+    kept = grad.projected
     grad += more
-    assert grad.image is kept
+    assert grad.projected is kept
     torch.testing.assert_close(kept, expected)
     grad -= more
-    torch.testing.assert_close(kept, projected(projection).image)
+    torch.testing.assert_close(kept, projected(projection).projected)
 
 
 def test_one_of_another_basis_is_turned_into_this_one():
     projection = KINDS["left"]
     one = projected(projection)
     other = ProjectedGradient.of(gradient(torch.empty(12, 8), 5, 5), projection, basis_of(projection, seed=7))
-    torch.testing.assert_close((one + other).image, projection.project(one.to_full() + other.to_full(), one.basis))
-    torch.testing.assert_close(other.image_in(projection, other.basis), other.image, rtol=0, atol=0)
-    assert one.image_in(projection, dict(one.basis)) is one.image
+    torch.testing.assert_close((one + other).projected, projection.project(one.to_full() + other.to_full(), one.basis))
+    torch.testing.assert_close(other.projected_by(projection, other.basis), other.projected, rtol=0, atol=0)
+    assert one.projected_by(projection, dict(one.basis)) is one.projected
 
 
 @pytest.mark.parametrize(
@@ -118,10 +120,10 @@ def test_one_of_another_basis_is_turned_into_this_one():
 )
 def test_changing_it_beyond_the_subspace_is_refused(change):
     grad = projected(KINDS["right"])
-    before = grad.image.clone()
+    before = grad.projected.clone()
     message = refusing(lambda: change(grad))
     assert "projected gradient" in message
-    assert_same(grad.image, before)
+    assert_same(grad.projected, before)
 
 
 def holding(grad: ProjectedGradient) -> torch.nn.Parameter:
@@ -150,21 +152,21 @@ def test_a_copy_is_one_of_its_own(projection, copied):
     grad = projected(projection)
     other = copied(grad)
     assert isinstance(other, ProjectedGradient)
-    assert_same(other.image.to(grad.device), grad.image)
+    assert_same(other.projected.to(grad.device), grad.projected)
     assert_same(other.to_full().to(grad.device), grad.to_full())
     other.mul_(2)
-    assert_same(grad.image, projected(projection).image)
+    assert_same(grad.projected, projected(projection).projected)
 
 
 @every_kind
 def test_it_changes_its_dtype(projection):
     grad = projected(projection)
     short = grad.to(torch.bfloat16)
-    assert short.dtype == short.image.dtype == torch.bfloat16
-    assert_same(short.image, grad.image.bfloat16())
+    assert short.dtype == short.projected.dtype == torch.bfloat16
+    assert_same(short.projected, grad.projected.bfloat16())
     assert short.to_full().dtype == torch.bfloat16
-    assert grad.dtype == grad.image.dtype == torch.float32
-    assert short.float().double().image.dtype == torch.float64
+    assert grad.dtype == grad.projected.dtype == torch.float32
+    assert short.float().double().projected.dtype == torch.float64
     layer = torch.nn.Linear(8, 12)
     layer.weight.grad = projected(KINDS["left"])
     assert isinstance(layer.bfloat16().weight.grad, ProjectedGradient)
@@ -174,9 +176,9 @@ def test_it_changes_its_dtype(projection):
 def test_its_image_may_be_longer_than_the_weight():
     """bfloat16 weights, images that are summed in float32."""
     projection, basis = KINDS["left"], {"left": basis_of(KINDS["left"])["left"].bfloat16()}
-    grad = ProjectedGradient(torch.zeros(projection.image_shape), projection, basis, torch.bfloat16)
+    grad = ProjectedGradient(torch.zeros(projection.projected_shape), projection, basis, torch.bfloat16)
     grad.add_(torch.ones(12, 8, dtype=torch.bfloat16))
     assert grad.dtype == torch.bfloat16
-    assert grad.image.dtype == torch.float32
+    assert grad.projected.dtype == torch.float32
     weights((12, 8), dtype=torch.bfloat16)[0].grad = grad
     assert copy.deepcopy(grad).dtype == torch.bfloat16

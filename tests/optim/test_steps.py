@@ -31,9 +31,9 @@ def test_adamw_decays_the_weight_before_the_update(shape, maximize, lr):
     optimizer = GaLoreAdamW(groups([weight]), lr=lr, weight_decay=DECAY, maximize=maximize, eps=0.0)
     walk(optimizer, [weight], [0])
     basis = optimizer.state[weight]["basis"]
-    image = start.detach() * 0 + gradient(start, 0, 0)
+    projected = start.detach() * 0 + gradient(start, 0, 0)
     projection = projection_in(optimizer.param_groups[0], weight)
-    direction = projection.project_back(projection.project(image, basis).sign(), basis)  # Adam's first step
+    direction = projection.project_back(projection.project(projected, basis).sign(), basis)  # Adam's first step
     sign = -1 if maximize else 1
     torch.testing.assert_close(weight.detach(), (1 - LR * DECAY) * start - sign * SCALE * LR * direction)
 

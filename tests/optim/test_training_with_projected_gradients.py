@@ -25,21 +25,21 @@ def carriers(*kinds: str) -> list[torch.nn.Parameter]:
     return trained
 
 
-def images(trained: list[torch.nn.Parameter]) -> list[Tensor]:
-    return [weight.grad.image if isinstance(weight.grad, ProjectedGradient) else weight.grad for weight in trained]
+def projected_grads(trained: list[torch.nn.Parameter]) -> list[Tensor]:
+    return [weight.grad.projected if isinstance(weight.grad, ProjectedGradient) else weight.grad for weight in trained]
 
 
 def twins(trained: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """Parameters whose ordinary gradients are the images: what the carriers must equal."""
-    made = [torch.nn.Parameter(torch.zeros_like(image)) for image in images(trained)]
-    for parameter, image in zip(made, images(trained), strict=True):
-        parameter.grad = image.clone()
+    made = [torch.nn.Parameter(torch.zeros_like(own)) for own in projected_grads(trained)]
+    for parameter, own in zip(made, projected_grads(trained), strict=True):
+        parameter.grad = own.clone()
     return made
 
 
-def assert_as_images(trained: list[torch.nn.Parameter], others: list[torch.nn.Parameter]) -> None:
+def assert_as_projected(trained: list[torch.nn.Parameter], others: list[torch.nn.Parameter]) -> None:
     assert all(isinstance(weight.grad, ProjectedGradient) for weight in trained[:-1])
-    assert_same(images(trained), [parameter.grad for parameter in others])
+    assert_same(projected_grads(trained), [parameter.grad for parameter in others])
 
 
 # Under the tools of training -----------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def test_clipping_clips_the_image(foreach, max_norm):
     ours = clip_grad_norm_(trained, max_norm, foreach=foreach)
     theirs = clip_grad_norm_(others, max_norm, foreach=foreach)
     assert_same(ours, theirs)
-    assert_as_images(trained, others)
+    assert_as_projected(trained, others)
     assert (torch.nn.utils.get_total_norm([weight.grad for weight in trained]) <= max_norm * 1.001).item()
 
 
@@ -62,12 +62,12 @@ def test_clipping_clips_the_image(foreach, max_norm):
 def test_other_norms_are_those_of_the_gradient_it_stands_for(norm_type, foreach):
     trained = carriers("left", "full")
     full = [weight.grad.to_full() for weight in trained[:-1]] + [trained[-1].grad.clone()]
-    before = images(trained)
-    before = [image.clone() for image in before]
+    before = projected_grads(trained)
+    before = [own.clone() for own in before]
     norm = clip_grad_norm_(trained, 0.5, norm_type=norm_type, foreach=foreach)
     torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(full, norm_type))
-    for image, old in zip(images(trained), before, strict=True):
-        torch.testing.assert_close(image, old * 0.5 / (norm + 1e-6))
+    for own, old in zip(projected_grads(trained), before, strict=True):
+        torch.testing.assert_close(own, old * 0.5 / (norm + 1e-6))
 
 
 def test_accelerate_clips_the_image():
@@ -75,7 +75,7 @@ def test_accelerate_clips_the_image():
     others = twins(trained)
     accelerated = accelerator()
     assert_same(accelerated.clip_grad_norm_(trained, 0.5), accelerated.clip_grad_norm_(others, 0.5))
-    assert_as_images(trained, others)
+    assert_as_projected(trained, others)
     message = refusing(lambda: accelerated.clip_grad_value_(trained, 0.1))
     assert "to_full" in message
 
@@ -84,7 +84,7 @@ def test_accelerate_clips_the_image():
 def test_a_loss_scaler_unscales_the_image_and_sees_what_is_not_finite(spoil, device):
     trained = carriers("left", "full", "tucker")
     if spoil is not None:
-        trained[1].grad.image.view(-1)[0] = spoil
+        trained[1].grad.projected.view(-1)[0] = spoil
     others = twins(trained)
     steps = []
     for parameters in (trained, others):
@@ -97,9 +97,9 @@ def test_a_loss_scaler_unscales_the_image_and_sees_what_is_not_finite(spoil, dev
         scaler.update()
         assert scaler.get_scale() == (1024.0 if spoil is None else 512.0)
     assert len(steps) == (2 if spoil is None else 0)
-    assert_as_images(trained, others)
+    assert_as_projected(trained, others)
     if spoil is None:
-        torch.testing.assert_close(trained[0].grad.image, projected(KINDS["left"]).image / 1024)
+        torch.testing.assert_close(trained[0].grad.projected, projected(KINDS["left"]).projected / 1024)
 
 
 def test_zero_grad_of_both_kinds():
@@ -107,10 +107,10 @@ def test_zero_grad_of_both_kinds():
     for foreach in (True, False):
         optimizer = torch.optim.SGD(trained, lr=0.1, foreach=foreach)
         trained[0].grad, trained[1].grad = projected(KINDS["left"]), projected(KINDS["tucker"])
-        kept = trained[0].grad.image
+        kept = trained[0].grad.projected
         optimizer.zero_grad(set_to_none=False)
-        assert trained[0].grad.image is kept
-        assert_same(images(trained), [torch.zeros_like(image) for image in images(trained)])
+        assert trained[0].grad.projected is kept
+        assert_same(projected_grads(trained), [torch.zeros_like(own) for own in projected_grads(trained)])
     optimizer.zero_grad()
     assert [weight.grad for weight in trained] == [None, None, None]
 
@@ -120,12 +120,12 @@ def test_autograd_accumulates_into_it(projection):
     (weight,) = weights(projection.shape)
     factors = gradient(weight, 3, 3)
     grad = weight.grad = projected(projection)
-    kept, before = grad.image, grad.image.clone()
+    kept, before = grad.projected, grad.projected.clone()
     for _ in range(2):
         (weight * factors).sum().backward()
     assert weight.grad is grad
     assert isinstance(weight.grad, ProjectedGradient)
-    assert weight.grad.image is kept
+    assert weight.grad.projected is kept
     torch.testing.assert_close(kept, before + 2 * projection.project(factors, grad.basis))
 
 
@@ -137,7 +137,7 @@ def test_accumulating_in_the_subspace_is_projecting_the_sum():
     for part in parts[1:]:
         total.add_(part / 4)
     whole = projection.project(torch.stack(parts).mean(0), total.basis)
-    torch.testing.assert_close(total.image, whole)
+    torch.testing.assert_close(total.projected, whole)
 
 
 # Under the optimizer -------------------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ def with_spectrum(rows: int, columns: int, values: Tensor) -> Tensor:
 
 def energy(matrix: Tensor, basis: dict[str, Tensor]) -> float:
     """Return the square of the norm of the matrix' image under a basis of its left side, its right side, or both."""
-    image = matrix.double()
+    projected = matrix.double()
     if "left" in basis:
-        image = basis["left"].double().mT @ image
+        projected = basis["left"].double().mT @ projected
     if "right" in basis:
-        image = image @ basis["right"].double()
-    return float(image.square().sum())
+        projected = projected @ basis["right"].double()
+    return float(projected.square().sum())

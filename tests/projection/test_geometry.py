@@ -40,12 +40,12 @@ def test_a_matrix_follows_the_formulas(shape, proj_type, sides):
     basis = random_basis(projection)
     assert " ".join(basis) == sides
     gradient = torch.randn(shape, dtype=torch.float64)
-    image = projection.project(gradient, basis)
-    torch.testing.assert_close(image, formula(PROJECT, sides, gradient, basis))
-    assert image.shape == projection.image_shape
-    assert image.is_contiguous()
-    back = projection.project_back(image, basis)
-    torch.testing.assert_close(back, formula(PROJECT_BACK, sides, image, basis))
+    projected = projection.project(gradient, basis)
+    torch.testing.assert_close(projected, formula(PROJECT, sides, gradient, basis))
+    assert projected.shape == projection.projected_shape
+    assert projected.is_contiguous()
+    back = projection.project_back(projected, basis)
+    torch.testing.assert_close(back, formula(PROJECT_BACK, sides, projected, basis))
 
 
 @pytest.mark.parametrize(("shape", "proj_type", "sides"), MATRICES)
@@ -53,7 +53,7 @@ def test_fold_adds_to_the_weight_in_place(shape, proj_type, sides):
     projection = Projection.of(shape, RANK, proj_type)
     basis = random_basis(projection)
     start = torch.randn(shape, dtype=torch.float64)
-    coordinates = torch.randn(projection.image_shape, dtype=torch.float64)
+    coordinates = torch.randn(projection.projected_shape, dtype=torch.float64)
     expected = 0.75 * start - 0.3 * formula(PROJECT_BACK, sides, coordinates, basis)
     for weight in (start.clone(), start.mT.clone().mT):  # of any layout in memory
         untouched = coordinates.clone()
@@ -74,7 +74,7 @@ def test_reverse_std_of_a_wide_matrix_at_its_full_rank():
     gradient = torch.randn(64, 256, dtype=torch.float64)
     projection = Projection.of((64, 256), 64, "reverse_std")
     basis = find_basis(projection, gradient, "svd", generator=torch.Generator())
-    assert projection.image_shape == (64, 64)
+    assert projection.projected_shape == (64, 64)
     assert basis["right"].shape == (256, 64)
     torch.testing.assert_close(projection.project_back(projection.project(gradient, basis), basis), gradient)
 
@@ -110,18 +110,18 @@ def test_a_rank_saves_nothing_where_basis_and_moments_are_as_large_as_plain_ones
 def test_a_stack_has_a_basis_for_each_matrix(leading, shape, proj_type, sides):
     projection = Projection.of((*leading, *shape), RANK, proj_type, "stack")
     one = Projection.of(shape, RANK, proj_type)
-    assert projection.image_shape == (*leading, *one.image_shape)
+    assert projection.projected_shape == (*leading, *one.projected_shape)
     assert projection.factor_shapes == {side: (*leading, *factor) for side, factor in one.factor_shapes.items()}
     basis = random_basis(projection)
     gradient, weight = torch.randn(2, *projection.shape, dtype=torch.float64)
-    image = projection.project(gradient, basis)
-    torch.testing.assert_close(image, formula(PROJECT, sides, gradient, basis))
-    back = projection.project_back(image, basis)
-    torch.testing.assert_close(back, formula(PROJECT_BACK, sides, image, basis))
+    projected = projection.project(gradient, basis)
+    torch.testing.assert_close(projected, formula(PROJECT, sides, gradient, basis))
+    back = projection.project_back(projected, basis)
+    torch.testing.assert_close(back, formula(PROJECT_BACK, sides, projected, basis))
     expected = 0.5 * weight + 2 * back
     last_two_swapped = weight.mT.clone().mT
     for folded in (weight, last_two_swapped):
-        projection.fold(folded, image, basis, alpha=2.0, beta=0.5)
+        projection.fold(folded, projected, basis, alpha=2.0, beta=0.5)
         torch.testing.assert_close(folded, expected)
 
 
@@ -130,37 +130,37 @@ def test_reshape_projects_all_axes_but_the_first_as_one():
     flat = Projection.of((6, 36), 2)
     basis = random_basis(flat)
     gradient, weight = torch.randn(2, 6, 4, 3, 3, dtype=torch.float64)
-    image = projection.project(gradient, basis)
-    torch.testing.assert_close(image, basis["left"].T @ gradient.flatten(1))
-    back = (basis["left"] @ image).reshape(gradient.shape)
-    torch.testing.assert_close(projection.project_back(image, basis), back)
+    projected = projection.project(gradient, basis)
+    torch.testing.assert_close(projected, basis["left"].T @ gradient.flatten(1))
+    back = (basis["left"] @ projected).reshape(gradient.shape)
+    torch.testing.assert_close(projection.project_back(projected, basis), back)
     expected = 0.5 * weight + back
-    projection.fold(weight, image, basis, alpha=1.0, beta=0.5)
+    projection.fold(weight, projected, basis, alpha=1.0, beta=0.5)
     torch.testing.assert_close(weight, expected)
 
 
 def test_a_convolution_in_tucker_form_has_a_factor_for_each_long_axis():
     projection = Projection.of((12, 8, 3, 5), 4)
     assert projection.factor_shapes == {"mode0": (12, 4), "mode1": (8, 4), "mode3": (5, 4)}
-    assert projection.image_shape == (4, 4, 3, 4)
+    assert projection.projected_shape == (4, 4, 3, 4)
     basis = random_basis(projection)
     factors = basis.values()
     gradient, weight = torch.randn(2, 12, 8, 3, 5, dtype=torch.float64)
-    image = projection.project(gradient, basis)
-    torch.testing.assert_close(image, torch.einsum("oikl,oa,ib,lc->abkc", gradient, *factors))
-    assert image.is_contiguous()
-    back = torch.einsum("abkc,oa,ib,lc->oikl", image, *factors)
-    torch.testing.assert_close(projection.project_back(image, basis), back)
+    projected = projection.project(gradient, basis)
+    torch.testing.assert_close(projected, torch.einsum("oikl,oa,ib,lc->abkc", gradient, *factors))
+    assert projected.is_contiguous()
+    back = torch.einsum("abkc,oa,ib,lc->oikl", projected, *factors)
+    torch.testing.assert_close(projection.project_back(projected, basis), back)
     expected = 0.5 * weight - back
-    projection.fold(weight, image, basis, alpha=-1.0, beta=0.5)
+    projection.fold(weight, projected, basis, alpha=-1.0, beta=0.5)
     torch.testing.assert_close(weight, expected)
 
 
 def test_an_image_is_contiguous_when_the_first_axis_alone_is_projected():
     projection = Projection.of((12, 3, 4), 6)
-    image = projection.project(torch.randn(12, 3, 4, dtype=torch.float64), random_basis(projection))
-    assert image.shape == (6, 3, 4)
-    assert image.is_contiguous()
+    projected = projection.project(torch.randn(12, 3, 4, dtype=torch.float64), random_basis(projection))
+    assert projected.shape == (6, 3, 4)
+    assert projected.is_contiguous()
 
 
 def test_the_identity_projects_nothing():

@@ -38,30 +38,30 @@ def test_projecting_is_linear(projection, seed):
 def test_an_image_comes_back_whole(projection, seed):
     """`project` undoes `project_back`, the norm stays, and so `project_back` of `project` changes nothing twice."""
     torch.manual_seed(seed)
-    basis, image = random_basis(projection), torch.randn(projection.image_shape, dtype=torch.float64)
-    back = projection.project_back(image, basis)
+    basis, projected = random_basis(projection), torch.randn(projection.projected_shape, dtype=torch.float64)
+    back = projection.project_back(projected, basis)
     assert back.shape == projection.shape
-    torch.testing.assert_close(projection.project(back, basis), image, **EXACT)
-    torch.testing.assert_close(back.norm(), image.norm(), **EXACT)
+    torch.testing.assert_close(projection.project(back, basis), projected, **EXACT)
+    torch.testing.assert_close(back.norm(), projected.norm(), **EXACT)
 
 
 @given(projections(), seeds)
 def test_an_image_has_no_more_energy_than_its_gradient(projection, seed):
     torch.manual_seed(seed)
     basis, full = random_basis(projection), gradient(projection)
-    image = projection.project(full, basis)
-    assert image.shape == projection.image_shape
-    assert image.is_contiguous()
-    assert image.norm() <= full.norm() * (1 + 1e-12)
-    missed = full - projection.project_back(image, basis)  # is orthogonal to what was caught
-    torch.testing.assert_close(missed.square().sum() + image.square().sum(), full.square().sum(), **EXACT)
+    projected = projection.project(full, basis)
+    assert projected.shape == projection.projected_shape
+    assert projected.is_contiguous()
+    assert projected.norm() <= full.norm() * (1 + 1e-12)
+    missed = full - projection.project_back(projected, basis)  # is orthogonal to what was caught
+    torch.testing.assert_close(missed.square().sum() + projected.square().sum(), full.square().sum(), **EXACT)
 
 
 @given(projections(), seeds)
 def test_folding_is_adding_what_is_projected_back(projection, seed):
     torch.manual_seed(seed)
     basis, weight = random_basis(projection), gradient(projection)
-    coordinates = torch.randn(projection.image_shape, dtype=torch.float64)
+    coordinates = torch.randn(projection.projected_shape, dtype=torch.float64)
     expected = 0.9 * weight - 0.2 * projection.project_back(coordinates, basis)
     projection.fold(weight, coordinates, basis, alpha=-0.2, beta=0.9)
     torch.testing.assert_close(weight, expected, **EXACT)
@@ -69,7 +69,7 @@ def test_folding_is_adding_what_is_projected_back(projection, seed):
 
 @given(projections())
 def test_no_image_is_larger_than_its_weight(projection):
-    assert math.prod(projection.image_shape) <= math.prod(projection.shape)
+    assert math.prod(projection.projected_shape) <= math.prod(projection.shape)
 
 
 @settings(max_examples=60)

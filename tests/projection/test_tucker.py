@@ -42,7 +42,7 @@ def test_it_misses_no_more_than_tensorly(decomposition, shape, exponent):
     ours = projection.project_back(projection.project(tensor, basis), basis)
 
     with tensorly.backend_context("pytorch"):
-        decomposed = tucker(tensor, rank=list(projection.image_shape), init="svd", n_iter_max=50)
+        decomposed = tucker(tensor, rank=list(projection.projected_shape), init="svd", n_iter_max=50)
         theirs = tensorly.tucker_to_tensor(decomposed)
     assert missed(tensor, ours) <= missed(tensor, theirs) * (1 + 1e-3)
     assert missed(tensor, ours) > 0.005  # there was something to miss

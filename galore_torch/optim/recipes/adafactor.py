@@ -12,7 +12,7 @@ from torch import Tensor
 
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.rule import DECLARED, Moved, Traits
+from galore_torch.optim.rule import DECLARED, Traits, UpdateContext
 
 
 class GaLoreAdafactor(GaLore):
@@ -102,7 +102,7 @@ class GaLoreAdafactor(GaLore):
 _UNIT_RATE = 1e-4
 
 
-def _adafactor_rate(moved: Moved) -> float | Tensor:
+def _adafactor_rate(moved: UpdateContext) -> float | Tensor:
     """The rate a weight moves with: max(eps2, RMS(W)) * min(lr, 1 / sqrt(t))."""
     group, weight = moved.group, moved.weight
     rate = float(group["lr"])
@@ -115,11 +115,11 @@ def _adafactor_rate(moved: Moved) -> float | Tensor:
     return rate * (norm / math.sqrt(weight.numel())).clamp(min=group["eps"][1])
 
 
-def _adafactor_factor(moved: Moved) -> float | Tensor:
+def _adafactor_factor(moved: UpdateContext) -> float | Tensor:
     return _adafactor_rate(moved) / _UNIT_RATE
 
 
-def _adafactor_decay_rate(moved: Moved) -> float | Tensor:
+def _adafactor_decay_rate(moved: UpdateContext) -> float | Tensor:
     """Transformers' class decays with the rate the weight moves with, torch's with the plain learning rate."""
     return _adafactor_rate(moved) if "relative_step" in moved.group else float(moved.group["lr"])
 

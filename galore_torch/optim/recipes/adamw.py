@@ -12,7 +12,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import listed
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.rule import Moved, Traits
+from galore_torch.optim.rule import Traits, UpdateContext
 
 
 class GaLoreAdamW(GaLore):
@@ -95,6 +95,6 @@ def _can_fuse(params: list[Any]) -> bool | None:
     return True if all(fits) else None
 
 
-def _undo_bias_correction(moved: Moved) -> float:
+def _undo_bias_correction(moved: UpdateContext) -> float:
     beta1, beta2 = moved.group["betas"]
     return float((1 - beta1**moved.step) / (1 - beta2**moved.step) ** 0.5)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_torch.optim.fitting import KEPT_BY
-from galore_torch.optim.rule import ADAPTED, DECLARED, Decay, Moved, Traits
+from galore_torch.optim.rule import ADAPTED, DECLARED, Decay, Traits, UpdateContext
+from galore_torch.optim.state_layout import KEPT_BY
 
 
-def _muon_shape_ratio(moved: Moved) -> float:
+def _muon_shape_ratio(moved: UpdateContext) -> float:
     """Muon's learning rate depends on the parameter's shape, and the coordinates' shape is not the weight's."""
 
     def adjusted(rows: int, columns: int) -> float:

@@ -115,7 +115,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
         ValueError: an argument or a group that cannot be served.
     """
 
-    further_keys: ClassVar[frozenset[str]] = frozenset({"quant", "quant_n_bit", "quant_group_size"})
+    _further_keys: ClassVar[frozenset[str]] = frozenset({"quant", "quant_n_bit", "quant_group_size"})
 
     def __init__(
         self,

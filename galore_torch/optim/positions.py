@@ -12,7 +12,7 @@ from galore_torch.optim.groups import is_projected
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Position:
     """One parameter's place.
 
     Attributes:
@@ -38,21 +38,8 @@ class Place:
         """The group that holds it."""
         return self.groups[self.group_index]
 
-    def still_holds(self, weight: Tensor, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether it is still the weight's: groups are added, replaced on load, and their parameters swapped.
 
-        Args:
-            weight: the parameter in question.
-            groups: the optimizer's groups now.
-
-        Returns:
-            False when places must be counted anew.
-        """
-        same_groups = len(groups) == len(self.groups) and groups[self.group_index] is self.group
-        return same_groups and self.group["params"][self.index] is weight
-
-
-def places(groups: Sequence[dict[str, Any]]) -> Iterator[Place]:
+def positions(groups: Sequence[dict[str, Any]]) -> Iterator[Position]:
     """The places of all parameters.
 
     Args:
@@ -65,6 +52,6 @@ def places(groups: Sequence[dict[str, Any]]) -> Iterator[Place]:
     kept, before, among_all = tuple(groups), 0, 0
     for group_index, group in enumerate(kept):
         for index, weight in enumerate(group["params"]):
-            yield Place(weight, kept, group_index, index, among_all, before, count)
+            yield Position(weight, kept, group_index, index, among_all, before, count)
             before += is_projected(group)
             among_all += 1

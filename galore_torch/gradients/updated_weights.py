@@ -14,14 +14,14 @@ import weakref
 import torch
 from torch import Tensor
 
-from galore_torch.gradients.applied import AppliedGradient
+from galore_torch.gradients.applied_gradient import AppliedGradient
 
 # The engine's own questions, which torch.autograd.graph asks as well.
 _current_backward = torch._C._current_graph_task_id
 _will_compute = torch._C._will_engine_execute_node
 
 
-class MovedWeights:
+class UpdatedWeights:
     """The weights that have moved since the last `step()`."""
 
     def __init__(self) -> None:

@@ -17,10 +17,10 @@ from galore_torch.lowbit.codes import symmetric_codes, symmetric_numbers
 COMPILED_ELEMENTS = 2**16
 """Weights of at least so many numbers are worth the seconds that compiling takes, once a process."""
 
-Moved = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "Tensor | None", Tensor], tuple[Tensor, Tensor]]
+UpdateContext = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "Tensor | None", Tensor], tuple[Tensor, Tensor]]
 
 
-def moved_codes(
+def updated_codes(
     codes: Tensor, scale: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, key: Tensor | None, first: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Symmetric 8-bit codes of beta * weight + alpha * update.
@@ -41,27 +41,27 @@ def moved_codes(
     return symmetric_codes(numbers, 8, key, first)
 
 
-_compiled: list[Moved] = []
+_compiled: list[UpdateContext] = []
 """The compiled function, once it has been asked for: importing the compiler takes seconds."""
 
 
-def fastest(elements: int) -> Moved:
+def fastest(elements: int) -> UpdateContext:
     """The function for a weight of so many numbers.
 
     Args:
         elements: of the whole weight.
 
     Returns:
-        `moved_codes`, compiled where that pays and works.
+        `updated_codes`, compiled where that pays and works.
     """
     if elements < COMPILED_ELEMENTS or torch.compiler.is_compiling():
-        return moved_codes
+        return updated_codes
     if not _compiled:
-        _compiled.append(_or_plain(torch.compile(moved_codes, dynamic=True)))
+        _compiled.append(_or_plain(torch.compile(updated_codes, dynamic=True)))
     return _compiled[0]
 
 
-def _or_plain(compiled: Moved) -> Moved:
+def _or_plain(compiled: UpdateContext) -> UpdateContext:
     """The compiled function, where it can be compiled and gives what the plain one gives: compared once on a device."""
     compared: set[torch.device] = set()
 
@@ -72,7 +72,7 @@ def _or_plain(compiled: Moved) -> Moved:
         try:
             made = compiled(codes, *others)  # type: ignore[arg-type]
             if codes.device not in compared:
-                plain = moved_codes(codes, *others)  # type: ignore[arg-type]
+                plain = updated_codes(codes, *others)  # type: ignore[arg-type]
                 if not all(map(torch.equal, made, plain)):
                     raise ArithmeticError("the compiled update is another")
                 compared.add(codes.device)
@@ -83,7 +83,7 @@ def _or_plain(compiled: Moved) -> Moved:
                 "torch, with the same result, many times slower. On a CPU torch.compile needs a C++ compiler",
                 stacklevel=2,
             )
-            _compiled[:] = [moved_codes]
-            return moved_codes(codes, *others)  # type: ignore[arg-type]
+            _compiled[:] = [updated_codes]
+            return updated_codes(codes, *others)  # type: ignore[arg-type]
 
     return moved

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from galore_torch.lowbit import QuantizedWeight, moved_codes
+from galore_torch.lowbit import QuantizedWeight, updated_codes
 
 
 def numbers(*shape, seed=0):
@@ -22,7 +22,7 @@ def assert_same_codes(one, other):
 @pytest.mark.parametrize(("rows", "columns"), [(64, 96), (30, 7)])
 def test_a_compiled_update_is_the_plain_one(monkeypatch, rows, columns, seed):
     def moved(compiled_from):
-        monkeypatch.setattr(moved_codes, "COMPILED_ELEMENTS", compiled_from)
+        monkeypatch.setattr(updated_codes, "COMPILED_ELEMENTS", compiled_from)
         kept = QuantizedWeight.of(numbers(rows, columns), 32, seed=seed)
         for step in range(1, 4):
             update = numbers(rows, columns, seed=step).bfloat16()
@@ -41,8 +41,8 @@ def test_what_cannot_be_compiled_is_told_once_and_made_in_plain_torch(monkeypatc
     def broken(*_):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(moved_codes, "_compiled", [])
-    monkeypatch.setattr(moved_codes, "COMPILED_ELEMENTS", 1)
+    monkeypatch.setattr(updated_codes, "_compiled", [])
+    monkeypatch.setattr(updated_codes, "COMPILED_ELEMENTS", 1)
     monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
     kept, plain = QuantizedWeight.of(numbers(8, 32), 32, seed=1), QuantizedWeight.of(numbers(8, 32), 32, seed=1)
     with pytest.warns(UserWarning, match=r"could not be compiled \(RuntimeError\).*C\+\+ compiler"):
@@ -50,7 +50,7 @@ def test_what_cannot_be_compiled_is_told_once_and_made_in_plain_torch(monkeypatc
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="updates of INT8")
         kept.move(lambda rows: numbers(8, 32, seed=3)[rows], step=2)
-    monkeypatch.setattr(moved_codes, "COMPILED_ELEMENTS", 10**9)
+    monkeypatch.setattr(updated_codes, "COMPILED_ELEMENTS", 10**9)
     for step in (1, 2):
         plain.move(lambda rows, step=step: numbers(8, 32, seed=1 + step)[rows], step=step)
     assert_same_codes(kept, plain)

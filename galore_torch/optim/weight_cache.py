@@ -1,4 +1,4 @@
-"""`Known`: what is known of every weight between steps, made once, and made anew when something was replaced.
+"""`WeightCache`: what is known of every weight between steps, made once, and made anew when something was replaced.
 
 Groups are added, and replaced when a checkpoint is loaded; FSDP2 and Accelerate swap the parameters inside them; a user
 changes a group's rank or takes a weight's state away. Nothing tells the optimizer, so it compares identities.
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from galore_torch.group_keys import FIXED_KEYS
-from galore_torch.optim.places import Place, places
+from galore_torch.optim.positions import Position, positions
 from galore_torch.optim.precision import ASKED
-from galore_torch.optim.work import Work
+from galore_torch.optim.state_keys import NONFINITE
+from galore_torch.optim.trained_weight import TrainedWeight
 
 DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", *ASKED)
 """Keys of a group that a weight's work is made from. All other values are read from the group when they are used."""
 
-Make = Callable[[Place], Work]
+Make = Callable[[Position], TrainedWeight]
 
 
 class _Seen(NamedTuple):
@@ -49,15 +50,15 @@ def _values(group: Mapping[str, Any]) -> list[Any]:
     return [id(group.get("param_names")), *map(group.get, DECIDING)]
 
 
-class Known:
+class WeightCache:
     """The works of an optimizer's weights."""
 
     def __init__(self) -> None:
-        self._works: list[Work] = []
-        self._of_weight: dict[int, tuple[Work, int, int]] = {}
+        self._trained: list[TrainedWeight] = []
+        self._of_weight: dict[int, tuple[TrainedWeight, int, int]] = {}
         self._seen: list[_Seen] = []
 
-    def all(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make) -> list[Work]:
+    def all(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make) -> list[TrainedWeight]:
         """The works of all weights, in order.
 
         Args:
@@ -70,9 +71,11 @@ class Known:
         """
         if not self._are_current(groups, state):
             self._make(groups, make)
-        return self._works
+        return self._trained
 
-    def on(self, weight: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make) -> Work | None:
+    def on(
+        self, weight: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make
+    ) -> TrainedWeight | None:
         """The work of one weight; for those who act on many one by one.
 
         Args:
@@ -90,13 +93,15 @@ class Known:
             found = self._found(weight, groups, state)
         return found
 
-    def _found(self, weight: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> Work | None:
+    def _found(
+        self, weight: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]
+    ) -> TrainedWeight | None:
         if id(weight) not in self._of_weight or len(groups) != len(self._seen):
             return None
-        work, at, index = self._of_weight[id(weight)]
+        trained, at, index = self._of_weight[id(weight)]
         group, seen = groups[at], self._seen[at]
         is_held = group is seen.group and len(group["params"]) == len(seen.weights) and group["params"][index] is weight
-        return work if is_held and _values(group) == seen.values and work.is_current(state.get(weight)) else None
+        return trained if is_held and _values(group) == seen.values and trained.is_current(state.get(weight)) else None
 
     def _are_current(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
         return (
@@ -106,34 +111,36 @@ class Known:
         )
 
     def _states_are_current(self, state: Mapping[Any, Any]) -> bool:
-        held = [state.get(work.weight) for work in self._works]
-        return all(map(operator.is_, held, [work.state for work in self._works])) or all(
-            work.is_current(one) for work, one in zip(self._works, held, strict=True)
+        held = [state.get(trained.weight) for trained in self._trained]
+        return all(map(operator.is_, held, [trained.state for trained in self._trained])) or all(
+            trained.is_current(one) for trained, one in zip(self._trained, held, strict=True)
         )
 
     def _make(self, groups: Sequence[dict[str, Any]], make: Make) -> None:
-        held = list(places(groups))
-        self._works = [make(place) for place in held]
+        held = list(positions(groups))
+        self._trained = [make(place) for place in held]
         self._of_weight = {
-            id(place.weight): (work, place.group_index, place.index)
-            for place, work in zip(held, self._works, strict=True)
+            id(place.weight): (trained, place.group_index, place.index)
+            for place, trained in zip(held, self._trained, strict=True)
         }
         self._seen = [_Seen.of(group) for group in groups]
-        _count_together(self._works)
+        _count_together(self._trained)
 
 
-def _count_together(works: Sequence[Work]) -> None:
+def _count_together(all_trained: Sequence[TrainedWeight]) -> None:
     """Lets the counters of all weights on a device be views of one tensor, so that one operation adds to many."""
-    by_device: dict[torch.device, list[Work]] = {}
-    for work in works:
-        if work.projection.modes:
-            by_device.setdefault(work.weight.device, []).append(work)
+    by_device: dict[torch.device, list[TrainedWeight]] = {}
+    for trained in all_trained:
+        if trained.projection.modes:
+            by_device.setdefault(trained.weight.device, []).append(trained)
     for device, alike in by_device.items():
         counters = torch.zeros(len(alike), dtype=torch.int64, device=device)
-        known = [(slot, work) for slot, work in enumerate(alike) if isinstance(work.state.get("nonfinite"), Tensor)]
-        for slot, work in known:
-            counters[slot].copy_(work.state["nonfinite"])
-        for slot, work in enumerate(alike):
-            work.counters, work.slot = counters, slot
-            if "nonfinite" in work.state:
-                work.state["nonfinite"] = counters[slot]
+        known = [
+            (slot, trained) for slot, trained in enumerate(alike) if isinstance(trained.state.get(NONFINITE), Tensor)
+        ]
+        for slot, trained in known:
+            counters[slot].copy_(trained.state[NONFINITE])
+        for slot, trained in enumerate(alike):
+            trained.counters, trained.slot = counters, slot
+            if NONFINITE in trained.state:
+                trained.state[NONFINITE] = counters[slot]

@@ -74,7 +74,7 @@ def test_what_always_says_little_is_asked_twice_and_then_at_its_turns():
     optimizer = descent(weight, update_proj_gap=4)
     due = []
     for _ in range(9):
-        due.append(optimizer.work_on(weight).turn_has_come)
+        due.append(optimizer._trained_weight(weight).needs_renewal)
         assert captured(weight, optimizer, direction @ torch.randn(2, 2) @ torch.eye(2, 16)) > 0.9999
     assert due == [True, True, False, False, True, False, False, False, True]
     assert optimizer.state[weight]["lacking"] == -6

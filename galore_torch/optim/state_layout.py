@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from galore_torch.optim.lent import lend
-from galore_torch.optim.work import Work
+from galore_torch.optim.slices import inner_params
+from galore_torch.optim.state_keys import CAPTURED, COMPENSATION, GAP, INNER, LACKING, OVERLAPS, STEP
+from galore_torch.optim.trained_weight import TrainedWeight
 
-MADE_ANEW = {"gap", "overlaps", "captured", "lacking", "compensation"}
+MADE_ANEW = {GAP, OVERLAPS, CAPTURED, LACKING, COMPENSATION}
 """What checkpoints of older versions do not have, and of other roundings."""
 
 KEPT_BY: list[tuple[set[str], str]] = []
@@ -33,7 +34,7 @@ class TrialError(RuntimeError):
     """What a rule raised when it was tried, to see what it keeps: it cannot use its group's values."""
 
 
-Known = dict[Any, Any]
+LayoutCache = dict[Any, Any]
 """What rules keep, by what they are lent, so that no question is asked twice."""
 
 
@@ -64,14 +65,14 @@ class Leaf:
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, kind, parts)
 
 
-def fit(state: Mapping[str, Any], work: Work, known: Known) -> dict[str, Any]:
+def fit(state: Mapping[str, Any], trained: TrainedWeight, known: LayoutCache) -> dict[str, Any]:
     """A state as the weight's next step can use it: on its device, in the dtypes that are asked for now.
 
     Codes, counts and the like keep their dtype, but for whole numbers that come back as floats.
 
     Args:
         state: of one weight, from anywhere.
-        work: the weight, as the next step would see it.
+        trained: the weight, as the next step would see it.
         known: what is known of rules; added to.
 
     Returns:
@@ -82,77 +83,86 @@ def fit(state: Mapping[str, Any], work: Work, known: Known) -> dict[str, Any]:
         TrialError: the rule cannot step such a weight.
     """
     try:
-        return _fit(state, work, known, 1.0)
+        return _fit(state, trained, known, 1.0)
     except ValueError as error:
-        if work.through_coordinates:
+        if trained.through_coordinates:
             raise
         try:  # what some rules keep of a weight that began as zeros has another shape
-            return _fit(state, work, known, 0.0)
+            return _fit(state, trained, known, 0.0)
         except ValueError:
             raise error from None
 
 
-def _fit(state: Mapping[str, Any], work: Work, known: Known, start: float) -> dict[str, Any]:
+def _fit(state: Mapping[str, Any], trained: TrainedWeight, known: LayoutCache, start: float) -> dict[str, Any]:
     if not state:
         return {}
-    blank = replace(work, state={})
+    blank = replace(trained, state={})
     blank.prepare_state()
     ours = {key: _layout(value) for key, value in blank.state.items()}
-    inner = _inner_layout(work, known, start)
+    inner = _inner_layout(trained, known, start)
     given = dict(state)
-    if "compensation" not in ours:
-        given.pop("compensation", None)  # of another rounding
-    if "step" not in ours:
-        given.pop("step", None)  # of coordinates, and the weight is moved without them now
-    elif "step" not in given and not work.projection.modes:
-        given["step"] = _steps_in(given.get("inner"))
-    if inner and given.get("step", 0) == 0 and "inner" not in given:
+    if COMPENSATION not in ours:
+        given.pop(COMPENSATION, None)  # of another rounding
+    if STEP not in ours:
+        given.pop(STEP, None)  # of coordinates, and the weight is moved without them now
+    elif STEP not in given and not trained.projection.modes:
+        given[STEP] = _steps_in(given.get(INNER))
+    if inner and given.get(STEP, 0) == 0 and INNER not in given:
         inner = {}  # prepared, and not stepped yet
-    expected = {**ours, "inner": inner} if inner or "inner" in given else ours
-    if "inner" in given:
-        given["inner"] = work.opened(given["inner"])
+    expected = {**ours, INNER: inner} if inner or INNER in given else ours
+    if INNER in given:
+        given[INNER] = trained.opened(given[INNER])
     for key in MADE_ANEW & expected.keys() - given.keys():
         given[key] = blank.state[key]
-    if "overlaps" in ours and isinstance(given["overlaps"], Tensor) and given["overlaps"].dim() == 1:
-        size = ours["overlaps"].shape[0]
-        given["overlaps"] = torch.nn.functional.pad(given["overlaps"], (max(0, size - len(given["overlaps"])), 0))
-        given["overlaps"] = given["overlaps"][-size:]
-    fitted: dict[str, Any] = _fitted(given, expected, "", work)
-    return {**fitted, "inner": work.closed(fitted["inner"])} if "inner" in fitted else fitted
+    if OVERLAPS in ours and isinstance(given[OVERLAPS], Tensor) and given[OVERLAPS].dim() == 1:
+        size = ours[OVERLAPS].shape[0]
+        given[OVERLAPS] = torch.nn.functional.pad(given[OVERLAPS], (max(0, size - len(given[OVERLAPS])), 0))
+        given[OVERLAPS] = given[OVERLAPS][-size:]
+    fitted: dict[str, Any] = _fitted(given, expected, "", trained)
+    return {**fitted, INNER: trained.closed(fitted[INNER])} if INNER in fitted else fitted
 
 
-def _inner_layout(work: Work, known: Known, start: float) -> dict[str, Any]:
+def _inner_layout(trained: TrainedWeight, known: LayoutCache, start: float) -> dict[str, Any]:
     """What the rule keeps of a weight, as leaves."""
-    weight, shape = work.local, work.local_projection.image_shape
-    through = work.through_coordinates
-    key = (id(work.lent_group), id(work.rule), through, shape, work.dtype, weight.device, weight.is_contiguous(), start)
+    weight, shape = trained.local, trained.local_projection.projected_shape
+    through = trained.through_coordinates
+    key = (
+        id(trained.inner_group),
+        id(trained.rule),
+        through,
+        shape,
+        trained.dtype,
+        weight.device,
+        weight.is_contiguous(),
+        start,
+    )
     if key not in known:
         devices = [weight.device] if weight.device.type not in ("cpu", "meta") else []
         with torch.random.fork_rng(devices, device_type=weight.device.type if devices else "cuda"), torch.no_grad():
             try:
-                known[key] = _tried(work, start)
+                known[key] = _tried(trained, start)
             except Exception as error:  # whatever a foreign optimizer raises
-                raise TrialError(f"{work.rule.name} cannot step {work.name}: {error}") from error
+                raise TrialError(f"{trained.rule.name} cannot step {trained.name}: {error}") from error
     return known[key]  # type: ignore[no-any-return]
 
 
-def _tried(work: Work, start: float) -> dict[str, Any]:
-    weight = work.weight
-    if work.through_coordinates:
-        image = torch.ones(work.local_projection.image_shape, dtype=work.dtype, device=weight.device)
+def _tried(trained: TrainedWeight, start: float) -> dict[str, Any]:
+    weight = trained.weight
+    if trained.through_coordinates:
+        projected = torch.ones(trained.local_projection.projected_shape, dtype=trained.dtype, device=weight.device)
     else:
         weight = torch.full_like(weight, start, requires_grad=False)
-        image = torch.ones_like(work.local)
-    _, lent = lend(replace(work, weight=weight, state={}), image)
-    rule, layouts = work.rule.again(), {}
-    for one in lent:
+        projected = torch.ones_like(trained.local)
+    _, params = inner_params(replace(trained, weight=weight, state={}), projected)
+    rule, layouts = trained.rule.again(), {}
+    for one in params:
         if one.tensor.shape not in layouts:
             for _ in range(2):
                 rule.step([one])
             layouts[one.tensor.shape] = _layout(one.state)
-    if len(lent) == 1:
-        return layouts[lent[0].tensor.shape]  # type: ignore[no-any-return]
-    return {f"slice{number}": layouts[one.tensor.shape] for number, one in enumerate(lent)}
+    if len(params) == 1:
+        return layouts[params[0].tensor.shape]  # type: ignore[no-any-return]
+    return {f"slice{number}": layouts[one.tensor.shape] for number, one in enumerate(params)}
 
 
 def _layout(tree: Any) -> Any:
@@ -174,13 +184,13 @@ def _steps_in(inner: Any) -> int:
     return 0
 
 
-def _fitted(value: Any, expected: Any, path: str, work: Work) -> Any:
+def _fitted(value: Any, expected: Any, path: str, trained: TrainedWeight) -> Any:
     if isinstance(expected, dict):
         if not isinstance(value, Mapping) or value.keys() != expected.keys():
-            _refuse_keys(value, expected, path, work)
-        return {key: _fitted(one, expected[key], f"{path}.{key}".strip("."), work) for key, one in value.items()}
+            _refuse_keys(value, expected, path, trained)
+        return {key: _fitted(one, expected[key], f"{path}.{key}".strip("."), trained) for key, one in value.items()}
     if isinstance(expected, Leaf):
-        return _fitted_tensor(value, expected, path, work)
+        return _fitted_tensor(value, expected, path, trained)
     if isinstance(expected, (int, float)) and not isinstance(expected, bool):
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             value = value.item()
@@ -191,27 +201,27 @@ def _fitted(value: Any, expected: Any, path: str, work: Work) -> Any:
             return value
     elif isinstance(value, type(expected)):
         return value
-    return _refuse(work, f"{path} is {_shown(value)}, where a {type(expected).__name__} is needed")
+    return _refuse(trained, f"{path} is {_shown(value)}, where a {type(expected).__name__} is needed")
 
 
-def _fitted_tensor(value: Any, leaf: Leaf, path: str, work: Work) -> Tensor:
+def _fitted_tensor(value: Any, leaf: Leaf, path: str, trained: TrainedWeight) -> Tensor:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and leaf.shape == ():
         value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     if not isinstance(value, Tensor):
-        _refuse(work, f"{path} is {_shown(value)}, where a tensor of shape {leaf.shape} is needed")
+        _refuse(trained, f"{path} is {_shown(value)}, where a tensor of shape {leaf.shape} is needed")
     if tuple(value.shape) != leaf.shape:
-        _refuse(work, f"{path} has shape {tuple(value.shape)}, where {leaf.shape} is needed")
+        _refuse(trained, f"{path} has shape {tuple(value.shape)}, where {leaf.shape} is needed")
     found = Leaf.of(value)
     if found == leaf:
         return value
     if found.kind is not leaf.kind:
-        _refuse(work, f"{path} is a {found.kind.__name__}, where a {leaf.kind.__name__} is needed")
+        _refuse(trained, f"{path} is a {found.kind.__name__}, where a {leaf.kind.__name__} is needed")
     if found.dtype != leaf.dtype and not _is_cast_kept(value, leaf.dtype):
-        _refuse(work, f"{path} is {found.dtype}, where {leaf.dtype} is needed")
+        _refuse(trained, f"{path} is {found.dtype}, where {leaf.dtype} is needed")
     made = value.to(device=leaf.device, dtype=leaf.dtype)
     for (name, have), (_, need) in zip(Leaf.of(made).parts, leaf.parts, strict=False):
         if (have.shape, have.dtype) != (need.shape, need.dtype):
-            _refuse(work, f"{path} has {name} of {have.shape}, {have.dtype}; {need.shape}, {need.dtype} is needed")
+            _refuse(trained, f"{path} has {name} of {have.shape}, {have.dtype}; {need.shape}, {need.dtype} is needed")
     return made
 
 
@@ -224,27 +234,28 @@ def _is_cast_kept(value: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(value.to(dtype).to(value.dtype), value)
 
 
-def _refuse_keys(value: Any, expected: Mapping[str, Any], path: str, work: Work) -> NoReturn:
+def _refuse_keys(value: Any, expected: Mapping[str, Any], path: str, trained: TrainedWeight) -> NoReturn:
     where = f"{path} " if path else ""
     if not isinstance(value, Mapping):
-        _refuse(work, f"{where}is {_shown(value)}, where a dictionary of {_names(expected)} is needed")
-    if path == "inner" and ("slice0" in value) | ("slice0" in expected):
-        shape = work.projection.image_shape
+        _refuse(trained, f"{where}is {_shown(value)}, where a dictionary of {_names(expected)} is needed")
+    if path == INNER and ("slice0" in value) | ("slice0" in expected):
+        shape = trained.projection.projected_shape
         _refuse(
-            work, f"it is of {_count(value):,} numbers, where {shape} is needed, {torch.Size(shape).numel():,} numbers"
+            trained,
+            f"it is of {_count(value):,} numbers, where {shape} is needed, {torch.Size(shape).numel():,} numbers",
         )
-    if path.startswith("inner"):
+    if path.startswith(INNER):
         kept_by = next((f", as that of {name} does" for keys, name in KEPT_BY if keys <= value.keys()), "")
         _refuse(
-            work,
+            trained,
             f"it is of another optimizer, or of another setting of it: it holds {_names(value)}{kept_by}, and "
-            f"{work.rule.name} keeps {_names(expected)} here",
+            f"{trained.rule.name} keeps {_names(expected)} here",
         )
     lacks, foreign = expected.keys() - value.keys(), value.keys() - expected.keys()
     parts = [f"lacks {_names(lacks)}"] * bool(lacks) + [f"holds {_names(foreign)}, which mean nothing here"] * bool(
         foreign
     )
-    _refuse(work, f"{where}{' and '.join(parts)}")
+    _refuse(trained, f"{where}{' and '.join(parts)}")
 
 
 def _shown(value: Any) -> str:
@@ -262,6 +273,6 @@ def _count(inner: Mapping[str, Any]) -> int:
     return sum(max((t.numel() for t in one.values() if isinstance(t, Tensor)), default=0) for one in slices)
 
 
-def _refuse(work: Work, why: str) -> NoReturn:
-    shape = "" if "of shape" in work.name else f" (a weight of shape {tuple(work.weight.shape)})"
-    raise ValueError(f"the optimizer's state of {work.name}{shape} does not fit: {why}. {REMEDY}")
+def _refuse(trained: TrainedWeight, why: str) -> NoReturn:
+    shape = "" if "of shape" in trained.name else f" (a weight of shape {tuple(trained.weight.shape)})"
+    raise ValueError(f"the optimizer's state of {trained.name}{shape} does not fit: {why}. {REMEDY}")

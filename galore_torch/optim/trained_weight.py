@@ -1,12 +1,6 @@
-"""`Work`: one weight in one step. What is done with its gradient before the rule runs, and with its coordinates after.
+"""`TrainedWeight`: what an optimizer knows of one weight, and what it does to it before and after the rule runs.
 
-State of a projected weight: `step` (how many it has made), `renewals` (how many bases it has had), `renewed_step` (the
-step of the last), `gap` (steps to the next, of a lazy layer), `overlaps` (of the last renewals, each with the basis
-before it; newest last, zero where there were not as many), `captured` (share of the gradient's energy at the last
-renewal that the basis before it held; zero before there were two), `lacking` (columns of the basis that are zeros, for
-no gradient has told them; negative if they wait for the next turn, since the last gradient told none), `nonfinite`
-(gradients met that were not finite), `basis` (factors by mode, as `lowbit` stores them), `compensation` (what rounding
-has cut off of the weight, where that is kept) and `inner` (the rule's own).
+`GaLore` describes the state that it keeps.
 """
 
 from __future__ import annotations
@@ -24,18 +18,30 @@ from galore_torch.optim.clock import Clock
 from galore_torch.optim.groups import storage_in
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Rule, Traits
+from galore_torch.optim.state_keys import (
+    BASIS,
+    CAPTURED,
+    COMPENSATION,
+    GAP,
+    LACKING,
+    NONFINITE,
+    OVERLAPS,
+    RENEWALS,
+    RENEWED_STEP,
+    STEP,
+)
 from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
 
 
 @dataclass(slots=True, kw_only=True)
-class Work:
+class TrainedWeight:
     """One weight in one step.
 
     Attributes:
         weight: what is trained; its `grad` is full or projected.
         name: what messages call it.
         group: its parameter group.
-        lent_group: the same as the rule sees it, in the step that is being made.
+        inner_group: the same as the rule sees it, in the step that is being made.
         state: its state in the optimizer.
         projection: how it is projected; the identity if it is not.
         rule: what moves its coordinates, or itself.
@@ -68,7 +74,7 @@ class Work:
     index: int
     turn: int
     clock: Clock = field(default_factory=Clock)
-    lent_group: dict[str, Any] = field(default_factory=dict)
+    inner_group: dict[str, Any] = field(default_factory=dict)
     is_kept: bool = False
     counters: Tensor | None = None
     slot: int = 0
@@ -79,7 +85,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.storage = storage_in(self.group)
-        self.coordinate_count = torch.Size(self.projection.image_shape).numel()
+        self.coordinate_count = torch.Size(self.projection.projected_shape).numel()
 
     def is_current(self, state: Any) -> bool:
         """Whether what the optimizer holds of the weight is still this state.
@@ -122,16 +128,16 @@ class Work:
         return inner
 
     @property
-    def turn_has_come(self) -> bool:
+    def needs_renewal(self) -> bool:
         """Whether the basis is to be renewed or filled up in this step. Nothing but a step changes it."""
-        return bool(self.projection.modes) and (self.state["lacking"] > 0 or self._is_due_anew)
+        return bool(self.projection.modes) and (self.state[LACKING] > 0 or self._is_due_anew)
 
     @property
     def _is_due_anew(self) -> bool:
         state = self.state
-        step, renewed_step = state["step"], state["renewed_step"]
+        step, renewed_step = state[STEP], state[RENEWED_STEP]
         # Gaps that differ keep no common places: after its first turn a lazy layer counts from its last.
-        counts_on = state["renewals"] > 1 and self.is_lazy
+        counts_on = state[RENEWALS] > 1 and self.is_lazy
         return is_due(step, renewed_step, self.gap, renewed_step if counts_on else self.turn)
 
     @property
@@ -143,12 +149,12 @@ class Work:
     def gap(self) -> int:
         """Steps between two renewals of the basis, as things stand."""
         least: int = self.group["update_proj_gap"]
-        return max(least, self.state["gap"]) if self.is_lazy else least
+        return max(least, self.state[GAP]) if self.is_lazy else least
 
     @property
-    def is_filled_up(self) -> bool:
+    def completes_basis(self) -> bool:
         """Whether what is due in this step are directions that no gradient has told yet: all of them at first."""
-        return self.turn_has_come and not (self.state["renewals"] and self._is_due_anew)
+        return self.needs_renewal and not (self.state[RENEWALS] and self._is_due_anew)
 
     @property
     def is_due(self) -> bool:
@@ -159,8 +165,8 @@ class Work:
         """
         grad = self.weight.grad
         if not isinstance(grad, ProjectedGradient):
-            return self.turn_has_come
-        return self.is_filled_up and grad.projection == self.projection and not grad.is_in(self.basis)
+            return self.needs_renewal
+        return self.completes_basis and grad.projection == self.projection and not grad.is_in(self.basis)
 
     def check_gradient(self) -> None:
         """Checks that the gradient is of a kind that is served.
@@ -176,24 +182,24 @@ class Work:
 
     def prepare_state(self) -> None:
         """Creates all keys and shapes of the state, so that they exist after any first step."""
-        if self.projection.modes and "overlaps" not in self.state:  # as in checkpoints of older versions, too
-            self.state["gap"] = self.group["update_proj_gap"]
-            self.state["overlaps"] = torch.zeros(self.group["queue_size"], device=self.weight.device)
-        if self.projection.modes and "captured" not in self.state:
-            self.state["captured"] = torch.zeros((), device=self.weight.device)
-        if self.rounding == "compensated" and "compensation" not in self.state:
-            self.state["compensation"] = torch.zeros_like(self.weight)
-        if "step" in self.state or not self.through_coordinates:
+        if self.projection.modes and OVERLAPS not in self.state:  # as in checkpoints of older versions, too
+            self.state[GAP] = self.group["update_proj_gap"]
+            self.state[OVERLAPS] = torch.zeros(self.group["queue_size"], device=self.weight.device)
+        if self.projection.modes and CAPTURED not in self.state:
+            self.state[CAPTURED] = torch.zeros((), device=self.weight.device)
+        if self.rounding == "compensated" and COMPENSATION not in self.state:
+            self.state[COMPENSATION] = torch.zeros_like(self.weight)
+        if STEP in self.state or not self.through_coordinates:
             if self.projection.modes:
-                self.state.setdefault("lacking", 0)
+                self.state.setdefault(LACKING, 0)
             return
-        self.state["step"] = 0
+        self.state[STEP] = 0
         if self.projection.modes:
-            self.state["renewals"], self.state["renewed_step"], self.state["lacking"] = 0, -1, 0
+            self.state[RENEWALS], self.state[RENEWED_STEP], self.state[LACKING] = 0, -1, 0
             counters = self.counters
             if counters is None:
                 counters = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
-            self.state["nonfinite"] = counters[self.slot]
+            self.state[NONFINITE] = counters[self.slot]
             dtype, device = self.weight.dtype, self.weight.device
             shapes = self.projection.factor_shapes
             self._keep({name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
@@ -204,7 +210,7 @@ class Work:
 
         The same object as long as the basis is the same. In few bits it is decoded each time it is asked for a factor.
         """
-        stored = self.state.get("basis")
+        stored = self.state.get(BASIS)
         if stored is not self._read[0]:
             shapes = self.projection.factor_shapes
             self._read = stored, {} if stored is None else self.storage.read(stored, shapes, self.weight.dtype)
@@ -218,12 +224,12 @@ class Work:
             self._factors = basis if isinstance(basis, dict) else dict(basis.items())
         return self._factors
 
-    def let_go(self) -> None:
+    def drop_factors(self) -> None:
         """Forgets the factors: in few bits they take more memory than what is stored."""
         self._factors = None
 
     def _keep(self, basis: Basis) -> None:
-        self.state["basis"] = self.storage.store(basis)
+        self.state[BASIS] = self.storage.store(basis)
 
     def decompose(self, grad: Tensor) -> dict[str, Tensor] | None:
         """The basis that a gradient tells. It changes nothing.
@@ -238,15 +244,15 @@ class Work:
         """
         start = time.perf_counter()
         generator = torch.Generator()  # of the CPU: the same numbers on every device
-        generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state["renewals"]) % 2**63)
+        generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state[RENEWALS]) % 2**63)
         try:
             basis = find_basis(
                 self.projection,
                 grad,
                 self.group["decomposition"],
                 generator=generator,
-                old=self.basis if self.state["renewals"] else None,
-                fills=self.is_filled_up,
+                old=self.basis if self.state[RENEWALS] else None,
+                fills=self.completes_basis,
             )
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})")
@@ -287,17 +293,17 @@ class Work:
         Args:
             basis: as `as_stored` gives it.
         """
-        state, is_filled_up, old = self.state, self.is_filled_up, self.basis
-        if state["renewals"] and not is_filled_up:
+        state, completes_basis, old = self.state, self.completes_basis, self.basis
+        if state[RENEWALS] and not completes_basis:
             self._compare(basis, old)
-        if not state["renewals"] or state["lacking"]:  # what is whole stays so, and is not read back
-            before = abs(state["lacking"]) if state["renewals"] else self.projection.basis_columns
+        if not state[RENEWALS] or state[LACKING]:  # what is whole stays so, and is not read back
+            before = abs(state[LACKING]) if state[RENEWALS] else self.projection.basis_columns
             missing, some_lack_all = lacking(basis)
-            state["lacking"] = missing if missing < before or some_lack_all else -missing
+            state[LACKING] = missing if missing < before or some_lack_all else -missing
         self._keep(basis)
-        if not (state["renewals"] and is_filled_up):
-            state["renewals"] += 1
-            state["renewed_step"] = state["step"]
+        if not (state[RENEWALS] and completes_basis):
+            state[RENEWALS] += 1
+            state[RENEWED_STEP] = state[STEP]
 
     def _compare(self, basis: Basis, old: Basis) -> None:
         """Notes how much of the subspace is left in the next, and adapts a lazy layer's gap to it.
@@ -306,13 +312,13 @@ class Work:
         layer reads anything back from the device, and only where as many as are averaged are known.
         """
         group, state = self.group, self.state
-        noted = torch.cat((state["overlaps"], overlap(basis, old).to(state["overlaps"].dtype).reshape(1)))
-        state["overlaps"] = noted[-group["queue_size"] :].clone()
-        state["captured"] = self.captured(old).to(torch.float32)
-        if self.is_lazy and state["renewals"] >= group["queue_size"]:
-            state["gap"] = adapt_gap(
+        noted = torch.cat((state[OVERLAPS], overlap(basis, old).to(state[OVERLAPS].dtype).reshape(1)))
+        state[OVERLAPS] = noted[-group["queue_size"] :].clone()
+        state[CAPTURED] = self.captured(old).to(torch.float32)
+        if self.is_lazy and state[RENEWALS] >= group["queue_size"]:
+            state[GAP] = adapt_gap(
                 self.gap,
-                float(state["overlaps"].mean()),
+                float(state[OVERLAPS].mean()),
                 least=group["update_proj_gap"],
                 threshold=group["cos_threshold"],
                 factor=group["gamma_proj"],
@@ -326,19 +332,19 @@ class Work:
         """
         return captured_energy(self.projection, self.grad, basis)
 
-    def image(self) -> Tensor:
+    def inner_grad(self) -> Tensor:
         """What the rule gets as gradient: R = P^T G, with L2 decay R = P^T (G + decay * W); G itself without one."""
         grad = self.grad
         if not self.through_coordinates:
             return grad
         if isinstance(grad, ProjectedGradient):
-            image = grad.image_in(self.projection, self.basis)
+            projected = grad.projected_by(self.projection, self.basis)
         else:
-            image = self.local_projection.project(grad, self.factors)
-        if image.dtype is not self.dtype:
-            image = image.to(self.dtype)
+            projected = self.local_projection.project(grad, self.factors)
+        if projected.dtype is not self.dtype:
+            projected = projected.to(self.dtype)
         decay = self.group.get("weight_decay", 0)
         if self.traits.decay == "l2" and decay != 0:
             sign = -1 if self.group.get("maximize") else 1
-            image = image.add(self.local_projection.project(self.local, self.factors), alpha=sign * decay)
-        return image
+            projected = projected.add(self.local_projection.project(self.local, self.factors), alpha=sign * decay)
+        return projected

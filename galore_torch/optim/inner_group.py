@@ -22,7 +22,7 @@ OURS = ("rank", *PROJECTED_DEFAULTS)
 """Keys of a projected group that mean nothing to the optimizer inside."""
 
 
-def lent_group(group: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+def inner_group(group: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     """A group as the rule of its coordinates sees it: without decay and compensation, which are served from the weight.
 
     Args:
@@ -38,7 +38,7 @@ def lent_group(group: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     return {**kept, **off, **(traits.given(group) if traits.given else {})}
 
 
-class Written:
+class GroupWrites:
     """What rules have written into parameter groups in the step that is being made."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Written:
                 continue
             rule, traits = rule_of(group)
             if traits.writes_group and group["params"]:
-                group.update(rule.rest(lent_group(group, traits) if is_projected(group) else group))
+                group.update(rule.rest(inner_group(group, traits) if is_projected(group) else group))
         self._kept.clear()
 
 

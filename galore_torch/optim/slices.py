@@ -1,0 +1,54 @@
+"""What the rule is lent of one weight in a step: its coordinates, or itself, whole or in slices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from galore_torch.optim.rule import InnerParam
+from galore_torch.optim.state_keys import INNER
+from galore_torch.optim.trained_weight import TrainedWeight
+
+
+def inner_params(
+    trained: TrainedWeight, projected: Tensor, coordinates: Tensor | None = None
+) -> tuple[Tensor, list[InnerParam]]:
+    """What the rule is lent for a weight.
+
+    Args:
+        trained: the weight.
+        projected: what the rule gets as gradient.
+        coordinates: zeros of its shape, where there are any; made if there are none.
+
+    Returns:
+        The tensor that the rule moves, and what it is lent of it. The rule's state of a slice is under its name.
+    """
+    if not trained.through_coordinates:
+        tensor = trained.local
+    else:
+        tensor = torch.zeros_like(projected) if coordinates is None else coordinates
+    inner, size = trained.opened(trained.state.get(INNER, {})), trained.traits.slice_elements
+    group, weight = trained.inner_group, trained.weight
+    if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous():
+        return tensor, [InnerParam(tensor=tensor, grad=projected, state=inner, group=group, weight=weight)]
+    ends = list(range(size, tensor.numel() - size + 1, size))  # the last takes the rest: none is too small
+    slices = zip(tensor.view(-1).tensor_split(ends), projected.reshape(-1).tensor_split(ends), strict=True)
+    return tensor, [
+        InnerParam(tensor=part, grad=grad, state=inner.get(f"slice{number}", {}), group=group, weight=weight)
+        for number, (part, grad) in enumerate(slices)
+    ]
+
+
+def keep_inner_state(trained: TrainedWeight, params: Sequence[InnerParam]) -> None:
+    """Keeps the rule's state of what it was lent.
+
+    Args:
+        trained: the weight.
+        params: as `inner_params` made it.
+    """
+    if len(params) > 1:
+        trained.state[INNER] = trained.closed({f"slice{number}": one.state for number, one in enumerate(params)})
+    elif params[0].state:
+        trained.state[INNER] = trained.closed(params[0].state)

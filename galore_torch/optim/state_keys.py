@@ -1,0 +1,13 @@
+"""The keys of `optimizer.state[weight]`; `GaLore` describes each."""
+
+STEP = "step"
+BASIS = "basis"
+INNER = "inner"
+RENEWALS = "renewals"
+RENEWED_STEP = "renewed_step"
+LACKING = "lacking"
+GAP = "gap"
+OVERLAPS = "overlaps"
+CAPTURED = "captured"
+NONFINITE = "nonfinite"
+COMPENSATION = "compensation"
