@@ -35,13 +35,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class LowRankLinear(nn.Sequential):
-    """A linear layer whose matrix is a product, W = B A.
+    """A linear layer whose matrix (m x n) is a product of B (m x r) and A (r x n); another layer's bias is taken over.
 
-    A and B are drawn from the normal distribution, so that their product spreads as the layer's matrix did.
-
-    Args:
-        linear: the layer in whose place it stands (m x n); its bias is taken over.
-        rank: r of B (m x r) and A (r x n).
+    A and B are drawn from the normal distribution, so that their product spreads as that layer's matrix did.
     """
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
@@ -111,14 +107,7 @@ def adapt(
 
 
 def merged(model: Model) -> Model:
-    """Take the adapters out of a model: the plain model that computes the same, to be saved.
-
-    Args:
-        model: changed in place: it cannot be trained as before.
-
-    Returns:
-        The model, with plain linear layers only.
-    """
+    """Take the adapters out of a model, in place: the plain model that computes the same is returned, to be saved."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LowRankLinear):
             model.set_submodule(name, module.merged())
@@ -133,14 +122,7 @@ def merged(model: Model) -> Model:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """The LoRA layers of a model, with their names.
-
-    Args:
-        model: any.
-
-    Yields:
-        Name and layer.
-    """
+    """The LoRA layers of a model, with their names."""
     if not hasattr(model, "peft_config"):
         return
     from peft.tuners.lora import LoraLayer
@@ -152,11 +134,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 @torch.no_grad()
 def merge(layer: Any) -> None:
-    """Add what an adapter has learnt to the frozen matrix. The adapter itself stays as it is.
-
-    Args:
-        layer: one of `lora_layers`, of a linear layer.
-    """
+    """Add what the adapter of one of `lora_layers` has learnt to the frozen matrix; the adapter stays as it is."""
     weight = layer.get_base_layer().weight
     weight.copy_(weight.float() + layer.get_delta_weight(NAME).float())
 

@@ -23,11 +23,7 @@ from galore_torch.training.settings.adapter import AdapterConfig
 
 
 def callbacks_for(config: AdapterConfig) -> list[TrainerCallback]:
-    """What the Trainer must call for these adapters: restarts for ReLoRA, else nothing.
-
-    Args:
-        config: with `restart_every` known; see `galore_torch.training.settings.adapter.resolved`.
-    """
+    """What the Trainer must call for these adapters: restarts for ReLoRA, else nothing."""
     return [Restarts(config)] if config.adapter == "relora" else []
 
 
@@ -35,9 +31,6 @@ class Restarts(TrainerCallback):
     """Restarts a model's adapters every `restart_every` steps, and makes the learning rate's schedule jagged.
 
     It keeps nothing itself: a checkpoint of model, optimizer, schedule and random state is all that resuming needs.
-
-    Args:
-        config: says how often, and what of the optimizer's state is left.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -48,11 +41,7 @@ class Restarts(TrainerCallback):
         self.prune = config.restart_prune
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Make the schedule jagged.
-
-        Raises:
-            ValueError: the schedule is no function of the step.
-        """
+        """Make the schedule jagged; a ValueError says that it is no function of the step."""
         schedule = kw["lr_scheduler"]
         if not isinstance(schedule, LambdaLR):
             raise ValueError(
@@ -76,9 +65,6 @@ def jagged(smooth: Callable[[int], float], every: int, warmup: int) -> Callable[
         every: steps between two restarts.
         warmup: steps of the rise.
 
-    Returns:
-        The factor at a step. Before the first restart it is the smooth one's.
-
     >>> list(map(jagged(lambda step: 1.0, every=4, warmup=2), range(9)))
     [1.0, 1.0, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 0.0]
     """
@@ -94,12 +80,7 @@ def jagged(smooth: Callable[[int], float], every: int, warmup: int) -> Callable[
 def restart(model: nn.Module, optimizer: Optimizer, prune: float) -> None:
     """Merge a model's LoRA layers and begin them again; what the model computes stays the same.
 
-    A is drawn anew from torch's global random state; B is zero.
-
-    Args:
-        model: with LoRA layers.
-        optimizer: that moves them.
-        prune: share of their optimizer state that is set to zero; see `prune_state`.
+    A is drawn anew from torch's global random state; B is zero; a share of their state is, see `prune_state`.
     """
     for _, layer in lora_layers(model):
         merge(layer)
@@ -109,13 +90,10 @@ def restart(model: nn.Module, optimizer: Optimizer, prune: float) -> None:
 
 @torch.no_grad()
 def prune_state(optimizer: Optimizer, weights: Iterable[Tensor], share: float) -> None:
-    """Set the smallest numbers of what an optimizer keeps for some weights to zero.
+    """Set the smallest numbers of what an optimizer keeps for some weights to zero: a share of each, from 0 to 1.
 
-    Args:
-        optimizer: keeps tensors of a weight's shape; what has another shape, such as the count of steps, stays.
-        weights: whose state is meant.
-        share: of the numbers of each tensor, from 0 to 1. At 1 the state is dropped, so that the optimizer begins anew
-            with all of it.
+    What has another shape than the weight, such as the count of steps, stays. At 1 the state is dropped, so that the
+    optimizer begins anew with all of it.
     """
     for weight in weights:
         if share == 1:

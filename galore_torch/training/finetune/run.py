@@ -38,15 +38,9 @@ class FinetuneResult(RunResult):
 
 
 class Finetuning(Job):
-    """A fine-tuning of a pretrained model.
+    """A fine-tuning of a pretrained model on rows, whose ``kind`` says what they are and what is learnt from them.
 
-    Args:
-        config: its settings, see `galore_torch.training.finetune.presets.configure`.
-        rows: to train on and held out.
-        console: where progress is shown.
-
-    Attributes:
-        kind: what the rows are, and what the model learns from them.
+    Its settings are those of `galore_torch.training.finetune.presets.configure`.
     """
 
     unit = "examples"

@@ -24,14 +24,9 @@ if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
     from galore_torch.training.run.run import RunResult
 
-REFUSED = 2
-"""The exit status of a command that was asked for something it cannot do, as shells have it."""
-
-FAILED = 1
-"""The exit status of a command that could not finish what it had begun."""
-
-PANEL = "Run"
-"""The heading under which ``--help`` lists a command's own options."""
+REFUSED = 2  # the exit status of a command that was asked for something it cannot do, as shells have it
+FAILED = 1  # that of one that could not finish what it had begun
+PANEL = "Run"  # the heading under which --help lists a command's own options
 
 Config = Annotated[
     Path | None,
@@ -51,15 +46,14 @@ _ROOM = "Free some space there, or allow writing; --out, --cache and TMPDIR choo
 
 @contextmanager
 def reported_errors(command: str, left: Callable[[], str] | None = None) -> Iterator[None]:
-    """Print an error of the body as a line on stderr, without a traceback, where it says what the user can do.
+    """Print an error of a command's body that `explain` explains as a line on stderr, without a traceback.
 
     Args:
         command: whose it is, such as ``galore pretrain``.
-        left: of a body at work, whose failed writes alone are reported: says what is left, and how to go on.
+        left: of a body at work: says what is left, and how to go on.
 
     Raises:
-        typer.Exit: with `FAILED` where a body at work could not write; with `REFUSED` for a ValueError, a missing
-            library, or a file that cannot be read or written, which are about what was asked for.
+        typer.Exit: with `FAILED` where a body at work could not write; with `REFUSED` for what was asked for.
     """
     try:
         yield
@@ -75,9 +69,7 @@ def reported_errors(command: str, left: Callable[[], str] | None = None) -> Iter
 def explain(error: Exception, *, at_work: bool = False) -> str | None:
     """What an error says that a user can do something about; None for any other error.
 
-    Args:
-        error: what was raised.
-        at_work: whether what was asked for had been found right, so that only failed writes are the user's.
+    Of a command that was at work, all that was asked for had been found right: only its failed writes are the user's.
     """
     failed = failed_write(error)
     file = error if isinstance(error, OSError) and error.filename is not None else None
@@ -103,20 +95,17 @@ def run_command(
     json: bool,
     instead: Callable[[Any, Console], None] | None = None,
 ) -> None:
-    """Be the command of a job, from its options to the result on the screen.
+    """Be the command of a job, from its options to the result on the screen and the exit status.
 
     Args:
-        load: imports the job, which takes seconds: a wrong option is reported at once.
+        load: imports the job, which takes seconds: a wrong option is reported before.
         command: the subcommand's name.
-        configure: makes the settings, and names the run folder if nobody does.
+        configure: makes the settings, and names the run folder if ``out`` does not.
         given: all options that name settings, which a resumed run has of its own.
         out: the run folder.
         resume: whether to go on with it.
         json: whether the result is printed as JSON.
         instead: what is done with the settings instead of a run.
-
-    Raises:
-        typer.Exit: with the status of a command that was refused, failed or stopped.
     """
     console, name = Console(stderr=json), f"galore {command}"
     folder: RunFolder | None = None

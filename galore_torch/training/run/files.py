@@ -50,22 +50,13 @@ def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
 
 
 def require_empty(out: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        ValueError: when it does, or is no folder.
-    """
+    """Refuse, with a ValueError, a folder that holds something or is none."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out = {str(out)!r} exists and is no empty folder; choose another --out.")
 
 
 def write_folder(files: Mapping[str, bytes], out: Path) -> None:
-    """Write a folder of files in one move: it holds all of them, or is as it was.
-
-    Args:
-        files: what each is to hold, by name.
-        out: a folder that `require_empty` accepts.
-    """
+    """Write files, by name, into a folder that is empty, in one move: it holds all of them, or is as it was."""
     unfinished = being_written(out)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

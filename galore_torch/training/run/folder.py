@@ -21,9 +21,8 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints
@@ -31,16 +30,13 @@ from galore_torch.training.run.files import Lock, being_written, take_back, writ
 from galore_torch.training.run.signals import deferred
 
 
-@dataclass(frozen=True)
-class _Hold:
-    """A run folder that this process works in, or has worked in."""
-
+class _Hold(NamedTuple):
     lock: Lock
     began: bool  # the run was begun by this process
     made: bool  # the folder was
 
 
-_holds: dict[Path, _Hold] = {}
+_holds: dict[Path, _Hold] = {}  # of each folder that this process works in, or has worked in
 
 
 class RunFolder:
@@ -63,14 +59,9 @@ class RunFolder:
         return _holds.get(self.root.resolve())
 
     def hold(self, *, began: bool = False, made: bool = False) -> None:
-        """Take the folder for this process alone, until `release` or the end of the process.
+        """Take the folder for this process alone, or refuse one in which another process or run is at work.
 
-        Args:
-            began: whether this process begins the run, and may take it back.
-            made: whether it has made the folder.
-
-        Raises:
-            ValueError: when another process, or another run of this one, works in it.
+        It is held until `release` or the end of the process, which may take back what it ``began`` and ``made``.
         """
         hold = self._hold
         if (hold is not None and hold.lock.is_held) or not self._lock.acquire():
@@ -186,8 +177,8 @@ class RunFolder:
         whole = all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in found.values())
         if not whole or found.keys() != {"text", self.config.name}:
             raise ValueError(
-                f"{self.text} is missing or damaged, so that nobody can tell whether settings and data are those "
-                "that the run was started with. Restore it from a copy, or start anew with another --out."
+                f"{self.text} is missing or damaged, so that settings and data cannot be compared with those that the "
+                "run was started with. Restore it from a copy, or start anew with another --out."
             )
         return found[name]
 

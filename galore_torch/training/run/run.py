@@ -60,14 +60,8 @@ class RunResult:
 class Run:
     """A run that is ready to train: everything that could be wrong with its settings and its data has been judged.
 
-    Made by `new_run` and `resumed_run`.
-
-    Attributes:
-        job: what it is of, with the model and its adapters.
-        config: the job's settings.
-        folder: where the run leaves what it makes.
-        trainer: with our callbacks.
-        checkpoint: where the run goes on from.
+    Made by `new_run` and `resumed_run`. It has a ``job`` with its ``config`` and ``model``, a ``folder``, a ``trainer``
+    and, if it goes on, the ``checkpoint`` that it goes on from.
     """
 
     def __init__(
@@ -113,8 +107,7 @@ class Run:
     def train(self) -> Any:
         """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record.
 
-        Returns:
-            The job's kind of `RunResult`.
+        What the run came to is returned, as the job's kind of `RunResult`.
         """
         try:
             self._make_steps()
@@ -196,7 +189,7 @@ def new_run(
     Args:
         job: what it is of.
         config: the job's settings.
-        out: the run folder, which must not hold anything yet; it is made once data, model and optimizer stand.
+        out: the run folder, which is made once data, model and optimizer stand.
         console: where progress is shown; nowhere if None.
         callbacks: further callbacks for the Trainer.
 

@@ -89,13 +89,9 @@ def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
 
 @contextmanager
 def stoppable(left: Callable[[], str]) -> Iterator[None]:
-    """Make a command's body end in order when a signal comes.
+    """Make a command's body end in order, with `exit_status`, when a signal comes.
 
-    Args:
-        left: puts in order what the body leaves behind, disturbed by no signal, and says what that is.
-
-    Raises:
-        typer.Exit: with `exit_status`, after the sentence was printed to stderr.
+    ``left`` puts in order what the body leaves behind, disturbed by no signal, and says what that is, for stderr.
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -122,8 +118,7 @@ def stoppable(left: Callable[[], str]) -> Iterator[None]:
 def deferred(*, until_after: bool = False) -> Iterator[None]:
     """Let the body end before a first signal counts, which is then forgotten: all is written. A second one raises.
 
-    Args:
-        until_after: let whoever hears signals now hear the first one after the body, however that ends.
+    If ``until_after``, whoever hears signals now hears the first one after the body, however that ends.
     """
     seen: list[int] = []
 

@@ -16,25 +16,13 @@ _DOCUMENTS_AT_ONCE = 1000
 
 
 def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, seq: int) -> Documents:
-    """Turn documents into rows ``input_ids`` of exactly ``seq`` tokens.
+    """Turn documents, rows with a column ``text``, into rows ``input_ids`` of exactly ``seq`` tokens.
 
     What is left over of each thousand documents, less than one sequence, is dropped.
-
-    Args:
-        documents: rows with a column ``text``.
-        tokenizer: cuts them; its end-of-text token ends each.
-        seq: tokens a row.
     """
-    arguments = {"tokenizer": tokenizer, "seq": seq}
+    options = {"batched": True, "batch_size": _DOCUMENTS_AT_ONCE, "remove_columns": ["text"]}
     named = {"desc": "Tokenizing"} if isinstance(documents, datasets.Dataset) else {}
-    return documents.map(
-        _tokenize_and_cut,
-        batched=True,
-        batch_size=_DOCUMENTS_AT_ONCE,
-        remove_columns=["text"],
-        fn_kwargs=arguments,
-        **named,
-    )
+    return documents.map(_tokenize_and_cut, fn_kwargs={"tokenizer": tokenizer, "seq": seq}, **options, **named)
 
 
 def _tokenize_and_cut(batch: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, seq: int) -> dict[str, Any]:
@@ -46,13 +34,7 @@ def _tokenize_and_cut(batch: dict[str, list[str]], *, tokenizer: PreTrainedToken
 def sequences(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: DataConfig, batch: int
 ) -> tuple[Documents, datasets.Dataset]:
-    """Packed sequences to train on, in whole batches, and those for the evaluation.
-
-    Args:
-        corpus: the documents.
-        tokenizer: cuts them.
-        config: the text's settings.
-        batch: sequences a step.
+    """Packed sequences to train on, in whole batches of so many a step, and those for the evaluation.
 
     Raises:
         ValueError: when the text does not fill one batch, or the held-out text one sequence.

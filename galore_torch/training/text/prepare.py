@@ -24,13 +24,7 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Text that is ready to train on.
-
-    Attributes:
-        train: packed sequences to train on.
-        held_out: packed sequences for the evaluation.
-        tokenizer: what cut them.
-    """
+    """Packed sequences to train on and for the evaluation, and the tokenizer that cut them."""
 
     train: sources.Documents
     held_out: datasets.Dataset
@@ -49,26 +43,16 @@ class Text:
 
 
 def prepare_text(config: DataConfig, console: Console, *, batch: int, seed: int) -> Text:
-    """Read, tokenize and pack the text, or find it in the cache.
+    """Read, tokenize and pack the text, or find it in the cache; a ValueError says why that cannot be.
 
-    Args:
-        config: what to read, and how to cut it.
-        console: where progress is shown.
-        batch: sequences a step; what fills no whole step is left out.
-        seed: of the order of a stream.
-
-    Raises:
-        ValueError: when it cannot be read or is too little.
+    What fills no whole batch, of so many sequences a step, is left out; the seed is that of a stream's order.
     """
     cache = cache_folder(config)
     with console.status("Reading the text"):
         files = sources.local_files(config)
-    with nullcontext() if files is None else kept(files.folder(cache)) as folder:
+    with nullcontext() if files is None else kept(files.folder(cache)):
         with console.status("Reading the text"):
-            if files is None or folder is None:
-                corpus = sources.stream(config, seed)
-            else:
-                corpus = sources.documents(files, config, folder)
+            corpus = sources.load(config, seed, cache, files)
         with console.status("Preparing the tokenizer"):
             tokenizer = tokenizer_for(corpus, config, cache)
         with console.status("Packing documents into sequences"):

@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 
@@ -38,32 +37,22 @@ _HELD_OUT_MOST = 10_000
 _SHUFFLE_BUFFER = 10_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """Documents to train on and documents held out from training.
-
-    Attributes:
-        train: every document but the held-out ones; endless if ``streamed``.
-        held_out: documents for the evaluation, none of which is in ``train``.
-        streamed: whether documents arrive one after the other, without a known number.
-    """
+class Corpus(NamedTuple):
+    """Documents to train on, endless if they are streamed, and documents held out, none of which is among them."""
 
     train: Documents
     held_out: Documents
-    streamed: bool
+
+    @property
+    def streamed(self) -> bool:
+        """Whether documents arrive one after the other, without a known number."""
+        return isinstance(self.train, datasets.IterableDataset)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalFiles:
-    """Files that hold the documents.
+class LocalFiles(NamedTuple):
+    """Files that hold the documents, in order, and a digest of what is in them."""
 
-    Attributes:
-        kind: text, json or parquet.
-        paths: of each, in order.
-        digest: of what is in them.
-    """
-
-    kind: str
+    kind: str  # text, json or parquet
     paths: list[Path]
     digest: str
 
@@ -72,27 +61,21 @@ class LocalFiles:
         return cache / "documents" / f"{self.kind}-{self.digest[:32]}"
 
 
-def load(config: DataConfig, seed: int, cache: Path) -> Corpus:
+def load(config: DataConfig, seed: int, cache: Path, files: LocalFiles | None = None) -> Corpus:
     """Find the documents that ``config.data`` names and hold some out.
 
-    Args:
-        config: what to load.
-        seed: the seed of a stream's shuffle.
-        cache: the folder in which local files are kept as Arrow tables.
-
-    Raises:
-        ValueError: when nothing is there, it cannot be read, or it holds too little text.
+    A stream is shuffled by the seed; of files, those that `local_files` has found if it was asked before, Arrow tables
+    are kept in the cache. A ValueError says that nothing is there, cannot be read, or holds too little text.
     """
-    files = local_files(config)
-    return stream(config, seed) if files is None else documents(files, config, files.folder(cache))
+    files = files or local_files(config)
+    if files is None:
+        return _stream(config, seed)
+    read = _text if files.kind == "text" else _table
+    return _split(read(files, config, files.folder(cache)), config)
 
 
 def local_files(config: DataConfig) -> LocalFiles | None:
-    """The files that ``config.data`` names; None if it names a data set of the Hub.
-
-    Raises:
-        ValueError: when nothing is there or it cannot be read.
-    """
+    """The files that ``config.data`` names; None if it names a data set of the Hub."""
     if config.data == "stdlib":
         kind, paths = "text", _standard_library()
     else:
@@ -103,22 +86,6 @@ def local_files(config: DataConfig) -> LocalFiles | None:
             return None
         kind, paths = _of_one_kind(path, config)
     return LocalFiles(kind=kind, paths=paths, digest=digest_of(paths))
-
-
-def documents(files: LocalFiles, config: DataConfig, folder: Path) -> Corpus:
-    """The documents of files, some held out.
-
-    Args:
-        files: where they are.
-        config: which column holds them.
-        folder: where tables that are made of them are kept.
-
-    Raises:
-        ValueError: when they cannot be read or are too few.
-    """
-    if files.kind == "text":
-        return _split(_text(files, folder), config)
-    return _split(_table(files, config, folder), config)
 
 
 def _standard_library() -> list[Path]:
@@ -142,21 +109,17 @@ def _of_one_kind(path: Path, config: DataConfig) -> tuple[str, list[Path]]:
         found = f"both {' and '.join(kinds)} files" if kinds else "no text, JSON lines or Parquet file"
         raise ValueError(f"data = {config.data!r} holds {found}; give a folder with files of one kind, or one file.")
     ((kind, chosen),) = kinds.items()
-    _require_content(chosen, config)
+    for file in chosen:
+        if not os.access(file, os.R_OK):
+            raise ValueError(f"data = {config.data!r}: {file} cannot be read; allow reading it or leave it out.")
+    if not any(file.stat().st_size for file in chosen):
+        raise ValueError(f"data = {config.data!r} is empty; give a file or folder that holds text.")
     return kind, chosen
 
 
-def _require_content(files: list[Path], config: DataConfig) -> None:
-    for file in files:
-        if not os.access(file, os.R_OK):
-            raise ValueError(f"data = {config.data!r}: {file} cannot be read; allow reading it or leave it out.")
-    if not any(file.stat().st_size for file in files):
-        raise ValueError(f"data = {config.data!r} is empty; give a file or folder that holds text.")
-
-
-def _text(files: LocalFiles, folder: Path) -> datasets.Dataset:
-    # The digest is in the key under which the table is cached: an edited file is read anew.
-    # A tuple, for Datasets would take a list for shards and call `_read` once for each.
+def _text(files: LocalFiles, _config: DataConfig, folder: Path) -> datasets.Dataset:
+    # The digest is in the key under which the table is cached: an edited file is read anew. Datasets would take a list
+    # for shards and call `_read` once for each.
     given = {"names": tuple(map(str, files.paths)), "digest": files.digest}
     try:
         return datasets.Dataset.from_generator(_read, gen_kwargs=given, cache_dir=str(folder), split="train")
@@ -171,9 +134,7 @@ def _read(names: tuple[str, ...], digest: str) -> Iterator[dict[str, str]]:  # n
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"data: {name} is no readable UTF-8 text ({error}); convert it or leave it out."
-            ) from error
+            raise ValueError(f"data: {name} is no UTF-8 text ({error}); convert it or leave it out.") from error
         for document in text.split("\n\n") if len(names) == 1 else [text]:
             if document.strip():
                 yield {"text": document}
@@ -202,34 +163,22 @@ def _only_text(table: Any, config: DataConfig) -> Any:
     table = table.select_columns([config.text_column])
     if config.text_column != "text":
         table = table.rename_column(config.text_column, "text")
-    return table.filter(_has_text)
-
-
-def _has_text(row: dict[str, Any]) -> bool:
-    return isinstance(row["text"], str) and bool(row["text"].strip())
+    return table.filter(lambda row: isinstance(row["text"], str) and bool(row["text"].strip()))
 
 
 def _split(documents: datasets.Dataset, config: DataConfig) -> Corpus:
     count = len(documents)
     if count < 2:
         raise ValueError(
-            f"data = {config.data!r} holds {count} documents; give at least two, one of which can be held out."
+            f"data = {config.data!r} holds {count} documents; give at least two, of which one is held out."
         )
     held_out = min(max(1, round(count * _HELD_OUT_SHARE)), _HELD_OUT_MOST)
     parts = documents.train_test_split(test_size=held_out, seed=_SPLIT_SEED)
-    return Corpus(train=parts["train"], held_out=parts["test"], streamed=False)
+    return Corpus(train=parts["train"], held_out=parts["test"])
 
 
-def stream(config: DataConfig, seed: int) -> Corpus:
-    """The documents of a data set of the Hub, as they arrive.
-
-    Args:
-        config: its name.
-        seed: of the shuffle.
-
-    Raises:
-        ValueError: when the Hub does not give it.
-    """
+def _stream(config: DataConfig, seed: int) -> Corpus:
+    """The documents of a data set of the Hub, as they arrive."""
     subset = "en" if config.subset is None and config.data == "allenai/c4" else config.subset
     try:
         splits = datasets.load_dataset(config.data, subset, streaming=True)
@@ -246,4 +195,4 @@ def stream(config: DataConfig, seed: int) -> Corpus:
         train, held_out = columns.skip(_HELD_OUT_MOST), columns.take(_HELD_OUT_MOST)
     else:
         train, held_out = columns, _only_text(held_out, config)
-    return Corpus(train=train.shuffle(seed, buffer_size=_SHUFFLE_BUFFER).repeat(None), held_out=held_out, streamed=True)
+    return Corpus(train=train.shuffle(seed, buffer_size=_SHUFFLE_BUFFER).repeat(None), held_out=held_out)

@@ -22,12 +22,7 @@ _CHAIN = "::"  # what Datasets reads as an address within an archive, and no esc
 def local_path(field: str, name: str) -> Path:
     """The path that a setting names: as it stands if that exists, else with ``~`` as the home folder.
 
-    Args:
-        field: the setting.
-        name: its value.
-
-    Raises:
-        ValueError: when no path can have that name.
+    A ValueError says that no path can have that name.
     """
     path = Path(name)
     try:
@@ -39,16 +34,10 @@ def local_path(field: str, name: str) -> Path:
 
 
 def read_table(kind: str, files: Iterable[Path], cache: Path, *, in_memory: bool = False) -> datasets.Dataset:
-    """Read files of rows.
+    """Read files of rows, by what Datasets calls their kind (csv, json, parquet) and by their literal paths.
 
-    Args:
-        kind: what Datasets calls them: csv, json, parquet.
-        files: their paths, each literally.
-        cache: where Datasets keeps what it reads; it must be the files' own, see `digest_of`.
-        in_memory: whether the rows are kept in memory, so that the cache may go.
-
-    Returns:
-        The rows.
+    Datasets keeps what it reads in the cache, which must be the files' own, see `digest_of`. If it is to go again, the
+    rows are kept ``in_memory``.
 
     Raises:
         ValueError: when a name cannot be given to Datasets.

@@ -25,12 +25,7 @@ _TRAINING_CHARACTERS = 32 * 2**20
 
 
 def tokenizer_for(corpus: Corpus, config: DataConfig, cache: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``config.tokenizer`` asks for.
-
-    Args:
-        corpus: the documents; a tokenizer is trained on those to train on only.
-        config: says which tokenizer, and how many entries a trained one has.
-        cache: the folder in which trained tokenizers are kept.
+    """The tokenizer that ``config.tokenizer`` asks for; one that is trained sees no held-out document.
 
     Raises:
         ValueError: when a ready tokenizer cannot be loaded or has no token that ends a document.
