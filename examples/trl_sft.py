@@ -52,7 +52,7 @@ def main() -> None:
         output_dir=tempfile.mkdtemp(prefix="galore-example-"),
         max_steps=60,
         per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,  # images accumulate, r x n in place of m x n
+        gradient_accumulation_steps=2,  # projected gradients accumulate, r x n in place of m x n
         max_length=128,
         logging_steps=10,
         save_strategy="no",

@@ -1,4 +1,4 @@
-"""Gradients on their way through an all-reduce: some weights' images, and full gradients where a basis is due.
+"""Gradients that go through one all-reduce: projected ones, and full ones where a basis is due.
 
 All processes hold the same state, and so know alike, before a gradient is there, what each of a bucket's is.
 """
@@ -66,7 +66,8 @@ class Bucket:
         """Waits for the collective.
 
         Yields:
-            Each weight that a process has a gradient of, and the average: of its image's shape, or of its own.
+            Each weight that a process has a gradient of, and the average: of its projected gradient's shape, or of its
+            own.
         """
         assert self.flat is not None
         self.handle.wait()
@@ -98,7 +99,7 @@ def put(one: TrainedWeight, average: Tensor) -> None:
 
     Args:
         one: the weight.
-        average: of its image's shape, or of its own.
+        average: of its projected gradient's shape, or of its own.
     """
     grad, weight = one.weight.grad, one.weight
     if isinstance(grad, ProjectedGradient):
@@ -118,7 +119,7 @@ def layout(
         trained: all weights, about in the order in which their gradients come.
         most_bytes: of a bucket of more than one weight.
         most_fills: how many weights whose bases are found share a bucket of their own; 0 if these are as others.
-        dtype: in which images accumulate; the weight's when None.
+        dtype: in which projected gradients accumulate; the weight's when None.
         only_fills: whether nothing else is averaged in this pass.
 
     Returns:
@@ -145,7 +146,7 @@ def layout(
 
 
 def drop_empty(trained: Sequence[TrainedWeight], group: dist.ProcessGroup) -> None:
-    """Lets go of images that are zeros in all processes and could not take up what is to come.
+    """Lets go of projected gradients that are zeros in all processes and could not take up what is to come.
 
     Args:
         trained: all weights.

@@ -1,8 +1,8 @@
-"""Which part of a sharded weight this process holds, and what follows from it for the weight's image and its basis.
+"""Which part of a sharded weight this process holds, and what follows for its projected gradient and its basis.
 
-A weight is cut along one axis. Where this axis is projected (left basis, rows cut) each process' image is a part of a
-sum, and coordinates are whole in all of them; where it is not (right basis, rows cut) image and coordinates are cut as
-the weight is, and nothing is sent. Shape suffixes: d, r rows and columns of a factor.
+A weight is cut along one axis. Where this axis is projected (left basis, rows cut) each process' projected gradient is
+a part of a sum, and coordinates are whole in all of them; where it is not (right basis, rows cut) projected gradient
+and coordinates are cut as the weight is, and nothing is sent. Shape suffixes: d, r rows and columns of a factor.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Cut:
         return Projection(self._cut(whole.shape), self._cut(whole.view_shape), modes)
 
     def is_contracted(self, whole: Projection) -> bool:
-        """Whether the axis that is cut is projected, so that images are parts of a sum."""
+        """Whether the axis that is cut is projected, so that projected gradients are parts of a sum."""
         return not self.is_whole and any(mode.axis == self._at(whole) for mode in whole.modes)
 
     def factors(self, whole: Projection, basis: Basis) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Under DDP: it leaves projected weights out, and their gradients are averaged in low rank.
 
-Images are averaged in buckets from hooks, while the backward goes on, and are in place when `backward()` returns. A
-weight that renews in this step sends its full gradient once; one that has no basis yet gets it at once, from the
-average. The idea of compressing the same way on all processes is PowerSGD's (arXiv 1905.13727); here what is sent is
-what the optimizer needs, and nothing is lost.
+Projected gradients are averaged in buckets from hooks, while the backward goes on, and are in place when `backward()`
+returns. A weight that renews in this step sends its full gradient once; one that has no basis yet gets it at once, from
+the average. The idea of compressing the same way on all processes is PowerSGD's (arXiv 1905.13727); here what is sent
+is what the optimizer needs, and nothing is lost.
 
 Hooks hold the model and the optimizer weakly: see `gradients/hooks.py`.
 """
@@ -49,7 +49,7 @@ def join(
         model: the model, before it is wrapped.
         optimizer: holds its weights.
         weights: those whose gradients are projected before `step()`, by name.
-        dtype: in which images accumulate; the weight's when None.
+        dtype: in which projected gradients accumulate; the weight's when None.
         applies: whether gradients are applied in the backward.
 
     Returns:
@@ -102,7 +102,7 @@ class Traffic:
     Args:
         optimizer: holds the weights.
         weights: whose gradients are averaged here.
-        dtype: in which images accumulate; the weight's when None.
+        dtype: in which projected gradients accumulate; the weight's when None.
         applies: whether gradients are applied in the backward.
 
     Attributes:
@@ -167,7 +167,9 @@ class Traffic:
         if self._group is None:
             ranks = dist.get_process_group_ranks(wrapper.process_group)
             self._group = dist.new_group(ranks, use_local_synchronization=True)  # never interleaves with DDP's
-        require_agreement(optimizer, {"dtype of images": self._dtype, "update": self._applies}, self._group)
+        require_agreement(
+            optimizer, {"dtype of projected gradients": self._dtype, "update": self._applies}, self._group
+        )
         for weight in self.weights():  # DDP leaves these out of its own broadcast
             tensors = (weight.codes, weight.scale) if isinstance(weight, QuantizedWeight) else (weight.data,)
             for tensor in tensors:

@@ -16,9 +16,9 @@ from galore_torch.targets import param_groups
 def shard_placement(model: nn.Module, world_size: int, **settings: Any) -> Callable[[nn.Parameter], Shard | None]:
     """A `shard_placement_fn` that cuts each projected weight along an axis that is not projected.
 
-    Images, coordinates and the optimizer's state are then cut as the weight is. `fully_shard` cuts along another axis
-    than the first only evenly; a weight for which that does not come out even is cut along its first, and an ordinary
-    step sums its image over processes (rank x columns numbers).
+    Projected gradients, coordinates and the optimizer's state are then cut as the weight is. `fully_shard` cuts along
+    another axis than the first only evenly; a weight for which that does not come out even is cut along its first, and
+    an ordinary step sums its projected gradient over processes (rank x columns numbers).
 
     Args:
         model: the model, before it is sharded.

@@ -52,7 +52,7 @@ class ShardedWork(TrainedWeight):
     Attributes:
         cut: which part.
         part_projection: how it is projected.
-        is_contracted: whether images are parts of a sum.
+        is_contracted: whether projected gradients are parts of a sum.
     """
 
     cut: Cut

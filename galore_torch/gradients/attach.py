@@ -78,16 +78,16 @@ def attach(
         model: the model.
         optimizer: a GaLore optimizer that holds its parameters.
         gradients: `full`: as autograd makes them. `projected`: each is projected the moment it is complete, and freed;
-            images accumulate over micro-batches. `fused`: linear layers compute the projected gradient in their own
-            backward; the full one is formed only where a basis is renewed. The first basis of a weight is found from
-            the first micro-batch, layer by layer.
+            projected gradients accumulate over micro-batches. `fused`: linear layers compute the projected gradient in
+            their own backward; the full one is formed only where a basis is renewed. The first basis of a weight is
+            found from the first micro-batch, layer by layer.
         update: `step`: `optimizer.step()` applies them. `backward`: each weight is updated the moment its gradient is
             complete, and the gradient is gone; `step()` then only closes the step. No accumulation, clipping or loss
             scaling then.
-        grad_dtype: in which images accumulate over micro-batches, for example torch.float32; the gradient's own when
-            None.
-        grad_bits: 8 or 4 to keep the images that wait for `step()` in codes, with a range for each 256 numbers; each
-            micro-batch is then added to what the codes stand for, and rounded again.
+        grad_dtype: in which projected gradients accumulate over micro-batches, for example torch.float32; the
+            gradient's own when None.
+        grad_bits: 8 or 4 to keep the projected gradients that wait for `step()` in codes, with a range for each 256
+            numbers; each micro-batch is then added to what the codes stand for, and rounded again.
 
     Returns:
         A handle with `remove()`, which is also a context manager.

@@ -36,7 +36,7 @@ def project_when_complete(optimizer: GaLore, grad_dtype: torch.dtype | None, gra
 
     Args:
         optimizer: holds the weights.
-        grad_dtype: in which images accumulate; the gradient's own when None.
+        grad_dtype: in which projected gradients accumulate; the gradient's own when None.
         grad_bits: 8 or 4 to keep them in codes.
 
     Returns:
@@ -84,7 +84,7 @@ def _stored_in(gradient: ProjectedGradient, dtype: torch.dtype | None, bits: int
 
 
 def discard_stale(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
-    """A hook on an incoming gradient: lets go of an empty image that could not take it up.
+    """A hook on an incoming gradient: lets go of an empty projected gradient that could not take it up.
 
     `zero_grad(set_to_none=False)` leaves such images. Where a full gradient is wanted, or the basis is another by now,
     what is added to them would be lost in part.

@@ -159,7 +159,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
-        # With create_graph=True the gradients will be differentiated themselves, which images cannot be.
+        # With create_graph=True the gradients will be differentiated themselves, which projected gradients cannot be.
         differentiable = torch.is_grad_enabled()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -188,7 +188,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(*_: Any) -> Any:
         raise RuntimeError(
-            "a linear layer under attach(..., gradients='fused') has kept the image of its input alone, so that it "
+            "a linear layer under attach(..., gradients='fused') has saved its input in projected form alone, so it "
             "cannot be differentiated twice (create_graph=True: gradient penalties, Hessian-vector products); use "
             "gradients='projected' or 'full'"
         )
@@ -205,7 +205,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _weight_gradient(ctx: Any, basis: Basis | None, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient dW = dY^T X, or with a basis its image."""
+    """The gradient dW = dY^T X, or with a basis the projected gradient."""
     if basis is None:
         return (grad_y_nm.mT @ kept_nn).to(dtype)
     for mode in ctx.projection.modes:

@@ -4,7 +4,7 @@ The tensor is read in its own order and cut into groups; a last group that is sh
 Each number is stored as a whole-number code:
 
 * *ranged*: `low + code * scale`, between the least and the largest number of the group. A group of one sign, or of one
-  value, loses nothing to the other sign. Bases and images are kept so (Q-GaLore, arXiv 2407.08296).
+  value, loses nothing to the other sign. Bases and projected gradients are kept so (Q-GaLore, arXiv 2407.08296).
 * *symmetric*: `(code - zero) * scale / top`, where `scale` is the group's largest magnitude and `top` its code. That
   magnitude is kept exactly, so that numbers which were codes once, and were then written out in bfloat16, become the
   same codes again. Weights are kept so.

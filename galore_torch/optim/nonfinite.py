@@ -20,17 +20,17 @@ def count_nonfinite(
     *,
     everywhere: bool = False,
 ) -> Tensor:
-    """Finds the images that are not finite, and counts them in the state of the projected weights.
+    """Finds the projected gradients that are not finite, and counts them in the state of the projected weights.
 
-    A number that is not finite in a full gradient spoils a whole slice of the image across its projected axes, so the
-    first entries along these are looked at. A gradient that came projected may have overflowed anywhere since, and is
-    looked at as a whole. Nothing is read back from the device.
+    A number that is not finite in a full gradient spoils a whole slice of the projected one across its projected axes,
+    so the first entries along these are looked at. A gradient that came projected may have overflowed anywhere
+    since, and is looked at as a whole. Nothing is read back from the device.
 
     Args:
         trained: the weights, at least one.
-        projected_grads: their images (or gradients, where they are not projected).
+        projected_grads: of each weight, or its gradient where it is not projected.
         agree: the largest value of all processes.
-        everywhere: whether all images are looked at as a whole: projecting itself may overflow.
+        everywhere: whether all projected gradients are looked at as a whole: projecting itself may overflow.
 
     Returns:
         One boolean for each, on the first one's device.

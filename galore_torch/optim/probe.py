@@ -286,12 +286,12 @@ class _Trial:
             )
 
     def refuse_shape_dependence(self) -> None:
-        """Rows and columns of zeros around a gradient must change nothing: the image is smaller than the gradient."""
+        """Rows and columns of zeros around a gradient must change nothing: a projected gradient has fewer."""
         for padding in ((0, COLUMNS), (0, 0, 0, ROWS)):
             if not self._close(self.alone, self._moved_by_coordinates(pad=padding), SHAPE_TOLERANCE):
                 raise _RefusedError(
-                    "the size of its update depends on the shape of the parameter, and the image is smaller than the "
-                    "weight. Use an optimizer without that, such as torch.optim.AdamW"
+                    "the size of its update depends on the shape of the parameter, and a projected gradient "
+                    "is smaller than the weight. Use an optimizer without that, such as torch.optim.AdamW"
                 )
 
     def find_decay(self) -> Decay:

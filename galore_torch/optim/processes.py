@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 JOIN: list[Callable[..., Any]] = []
 """`attach` asks it for a model's traffic (`gradients/data_parallel.py`), by its optimizer, the weights (by name) that
-are projected before `step()`, the dtype of their images, and whether they are applied in the backward. None without a
-process group."""
+are projected before `step()`, the dtype of their projected gradients, and whether they are applied in the backward.
+None without a process group."""
 
 SHARD: list[Callable[..., Any]] = []
 """The optimizer asks it for the work on a DTensor, by the work on it as if it were whole."""

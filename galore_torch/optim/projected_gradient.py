@@ -1,7 +1,7 @@
 """`ProjectedGradient`: a gradient that has been projected already, in the place of the full one.
 
-It has the weight's shape and dtype, and stores the image alone. As the basis is orthonormal, the norm of the image is
-the norm of what it stands for; and projection is linear, so scaling, zeroing and adding act on the image, and a full
+It has the weight's shape and dtype, and stores the projected tensor alone. As the basis is orthonormal, its norm is
+the norm of what it stands for; and projection is linear, so scaling, zeroing and adding act on it, and a full
 gradient added to it is projected first. So gradient clipping, loss scaling, accumulation and logging are right
 without knowing of it.
 
@@ -24,7 +24,7 @@ from galore_torch.projection import Mode, Projection
 aten = torch.ops.aten
 
 _NORMS = {aten.linalg_vector_norm.default, aten._foreach_norm.Scalar, aten.norm.Scalar, aten.norm.ScalarOpt_dim}
-"""Norms of the whole tensor. Only the Euclidean one is the same for image and gradient."""
+"""Norms of the whole tensor. Only the Euclidean one is the same for both."""
 
 _ON_IMAGE = {
     # out of place: the result is a projected gradient of the same basis
@@ -64,7 +64,7 @@ _SUMS = {aten.add.Tensor: +1, aten.add_.Tensor: +1, aten.sub.Tensor: -1, aten.su
 
 
 class ProjectedGradient(Tensor):
-    """A tensor of a weight's shape that stores the image of its gradient.
+    """A tensor of a weight's shape that stores its gradient in projected form.
 
     Attributes:
         projected: the gradient in the basis, of `projection.projected_shape`. Its dtype may differ from the weight's.
@@ -95,13 +95,13 @@ class ProjectedGradient(Tensor):
         basis: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
     ) -> ProjectedGradient:
-        """Wraps an image.
+        """Wraps a projected tensor.
 
         Args:
             projected: of `projection.projected_shape`, as it is to be stored. In codes, `dtype` must be given.
             projection: how the weight is projected.
             basis: the factors.
-            dtype: the weight's dtype; the image's when left out.
+            dtype: the weight's dtype; the tensor's when left out.
         """
         plain = projected.codes if isinstance(projected, Codes) else projected
         made: ProjectedGradient = Tensor._make_wrapper_subclass(
@@ -121,7 +121,7 @@ class ProjectedGradient(Tensor):
 
     @property
     def in_few_bits(self) -> bool:
-        """Whether the image is stored as codes."""
+        """Whether it is stored as codes."""
         return isinstance(self._stored, Codes)
 
     @classmethod
@@ -143,7 +143,7 @@ class ProjectedGradient(Tensor):
         return self.projection.project_back(self.projected.to(self.dtype), self.basis)
 
     def projected_by(self, projection: Projection, basis: Mapping[str, Tensor]) -> Tensor:
-        """The image under a basis: the stored one when it was made with that basis, else projected anew.
+        """The gradient projected by a basis: the stored tensor when it was made with that basis, else projected anew.
 
         Args:
             projection: how the weight is projected now.
@@ -156,7 +156,7 @@ class ProjectedGradient(Tensor):
         return self.projected if same else projection.project(self.to_full(), basis)
 
     def is_in(self, basis: Mapping[str, Tensor]) -> bool:
-        """Whether the image was made with these factors."""
+        """Whether it was projected by these factors."""
         return basis is self.basis or is_same_basis(basis, self.basis)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -244,7 +244,7 @@ def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 
 
 def _on_projected(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs an operation on the images. What it returns, if anything, takes their place one by one."""
+    """Runs an operation on the projected tensors. What it returns, if anything, takes their place one by one."""
     given = args[0]
     projected_grads = _unwrap(args)
     result = func(*projected_grads, **kwargs)

@@ -37,7 +37,7 @@ class Mode:
         name: key of the factor in the basis.
         axis: the axis of the viewed weight, counted from the end (negative).
         size: its length d.
-        rank: the length r of the image along it.
+        rank: the length r of the projected tensor along it.
     """
 
     name: str
@@ -134,12 +134,12 @@ class Projection:
 
     @classmethod
     def identity(cls, shape: Sequence[int]) -> Projection:
-        """The projection of a weight that is not projected: the image is the weight's own gradient."""
+        """The projection of a weight that is not projected: projecting changes nothing."""
         return cls(tuple(shape), tuple(shape), ())
 
     @cached_property
     def projected_shape(self) -> tuple[int, ...]:
-        """The shape of an image, and of the coordinates."""
+        """The shape of a projected tensor, and of the coordinates."""
         projected = list(self.view_shape)
         for mode in self.modes:
             projected[mode.axis] = mode.rank
@@ -158,13 +158,13 @@ class Projection:
 
     @property
     def state_elements(self) -> int:
-        """How many numbers the basis and two images hold together: two, for the moments of Adam."""
+        """How many numbers the basis and two projected tensors hold together: two, for the moments of Adam."""
         basis = sum(math.prod(shape) for shape in self.factor_shapes.values())
         return basis + 2 * math.prod(self.projected_shape)
 
     @property
     def saves_nothing(self) -> bool:
-        """Whether basis and two images are as large as two weights: the rank is too high to save memory."""
+        """Whether basis and two projected tensors are as large as two weights: the rank is too high to save memory."""
         return self.state_elements >= 2 * math.prod(self.shape)
 
     @cached_property
@@ -179,14 +179,14 @@ class Projection:
         return self.modes[0].name if is_plain and not self.is_tucker else None
 
     def project(self, full: Tensor, basis: Basis) -> Tensor:
-        """The image of a full-size tensor: R = P^T G, R = G Q, or P^T G Q.
+        """Projects a full-size tensor: R = P^T G, R = G Q, or P^T G Q.
 
         Args:
             full: a tensor of the weight's shape.
             basis: the factors, of `full`'s dtype and device.
 
         Returns:
-            The image, of `projected_shape`, contiguous.
+            The projected tensor, of `projected_shape`, contiguous.
         """
         side = self._one_side
         if side == "left":
@@ -199,7 +199,7 @@ class Projection:
         return projected
 
     def project_back(self, projected: Tensor, basis: Basis) -> Tensor:
-        """The full-size tensor of an image: G = P R, G = R Q^T, or P R Q^T.
+        """The full-size tensor of a projected one: G = P R, G = R Q^T, or P R Q^T.
 
         Args:
             projected: a tensor of `projected_shape`.

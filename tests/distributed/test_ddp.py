@@ -159,14 +159,14 @@ def test_svd_trains_as_one(pool, mode):
 
 
 @every_low_rank_mode
-def test_an_ordinary_step_sends_images_alone(pool, mode):
+def test_an_ordinary_step_sends_projected_gradients_alone(pool, mode):
     for sent, projected_grads, others in pool.run(bytes_of_a_step, 2, mode=mode):
         assert sent <= 1.02 * projected_grads
         assert others == 0
 
 
 def bytes_of_a_step(rank: int, world: int, mode: Any) -> tuple[int, int, int]:
-    """Of the projected layers: bytes handed to collectives in a step without a renewal, those of images, and more."""
+    """Of the projected layers: bytes in collectives in an ordinary step, of projected gradients and of the rest."""
     model = llama(width=96, inner=160)
     optimizer = optimizer_of(model, stagger=False)
     attach(model, optimizer, *mode)

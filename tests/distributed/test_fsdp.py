@@ -70,7 +70,7 @@ def test_weights_cut_where_they_are_not_projected_train_as_one_process(pool):
 
 
 @pytest.mark.parametrize(("keys", "placement"), [({"proj_type": "right"}, None), ({}, of_free_axes)])
-def test_where_the_projected_axis_is_whole_an_ordinary_step_sends_no_image(pool, keys, placement):
+def test_where_the_projected_axis_is_whole_an_ordinary_step_sends_no_projected_gradient(pool, keys, placement):
     assert pool.run(floats_sent, 2, keys=keys, placement=placement) == [0, 0]
 
 

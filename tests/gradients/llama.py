@@ -112,7 +112,7 @@ def projected_weights(optimizer: GaLore) -> list[Tensor]:
 
 
 def projected_grads(optimizer: GaLore) -> Sequence[Tensor]:
-    """The images that wait in the gradients of projected weights."""
+    """The tensors that projected gradients store."""
     grads = [weight.grad for weight in projected_weights(optimizer)]
     return [grad.projected for grad in grads if isinstance(grad, ProjectedGradient)]
 

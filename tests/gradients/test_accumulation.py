@@ -75,7 +75,7 @@ def test_only_layers_whose_turn_it_is_keep_a_full_gradient_through_the_window(mo
 
 
 @every_projecting_mode
-def test_bf16_images_can_accumulate_in_fp32(mode):
+def test_bf16_projected_gradients_can_accumulate_in_fp32(mode):
     make = functools.partial(one_layer, torch.bfloat16)
     sums = {}
     for dtype in (None, torch.float32):
@@ -121,8 +121,8 @@ def test_every_way_to_empty_gradients(mode, empties):
 
 
 @every_projecting_mode
-def test_an_empty_image_of_a_basis_that_was_replaced_takes_up_nothing(mode):
-    """Zeroed in place, then a checkpoint is loaded: the old images' subspace is not the new one."""
+def test_an_empty_projected_gradient_of_a_basis_that_was_replaced_takes_up_nothing(mode):
+    """Zeroed in place, then a checkpoint is loaded: the old projected gradients' subspace is not the new one."""
     grads = []
     for set_to_none in (True, False):
         other, others_optimizer, _ = attached(mode, one_layer)
@@ -160,7 +160,7 @@ def test_clipping_shows_the_norm_of_what_is_applied(mode, clip):
 
 @every_accumulating_mode
 def test_clipped_training_agrees_among_modes(mode):
-    """Full gradients are clipped by their image's norm here, as the other modes see nothing else."""
+    """Full gradients are clipped by the projected gradient's norm here, as the other modes see nothing else."""
 
     def clipped(one):
         model, optimizer, _ = attached(one, one_layer)

@@ -69,7 +69,7 @@ def test_a_norm_that_clips_nothing_is_that_of_the_gradients(mode, foreach):
         for one in (model, theirs):
             loss_of(one, batch(step)).backward()
             norms.append(clip_grad_norm_(one.parameters(), 1e6, foreach=foreach))
-        if step or mode[0] == "full":  # at step(), the first gradients of all wait as images
+        if step or mode[0] == "full":  # at step(), the first gradients of all wait as projected gradients
             torch.testing.assert_close(*norms)
         for one in (optimizer, other):
             one.step()

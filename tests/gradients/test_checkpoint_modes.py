@@ -95,7 +95,7 @@ def test_resuming_in_the_same_mode_is_exact(mode):
     for part, state in zip(resumed, saved, strict=True):
         part.load_state_dict(state)
     run(*resumed, range(SAVED_AT, END))
-    # What layers share an input is learnt anew, so the step after resuming saves inputs where images were saved.
+    # What layers share an input is learnt anew, so the step after resuming saves inputs where it saved projected ones.
     assert distance(resumed[0], uninterrupted(mode)) <= (1e-6 if mode[0] == "fused" else 0)
 
 

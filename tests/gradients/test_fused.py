@@ -87,7 +87,7 @@ def test_a_checkpoint_that_is_loaded_between_two_forwards_of_a_step():
 
 
 def test_autocast_computes_as_plain_layers_do(device):
-    """Outputs bit for bit; the images to what bf16 products in another order leave."""
+    """Outputs bit for bit; the projected gradients to what bf16 products in another order leave."""
     model, optimizer, _ = attached(("fused", "step"))
     walk(model, optimizer, range(2))
     plain = copy.deepcopy(model)

@@ -59,7 +59,7 @@ def blocks() -> datasets.Dataset:
 
 
 def mistral() -> MistralForCausalLM:
-    """Return the same untrained model at every call. Its MLP's images at rank 8 are large enough for 8-bit states."""
+    """Return the same untrained model at every call. At rank 8 its MLP's moments are large enough for 8-bit states."""
     set_seed(0)
     return MistralForCausalLM(
         MistralConfig(

@@ -12,7 +12,7 @@ from galore_torch.integrations.transformers import GaLoreFactory, GaLoreTrainerM
 from tests.integrations.small_mistral import assert_falls, blocks, mistral
 
 STEPS = 12
-# Fused gradients have the norm of their images; full ones have their own.
+# Fused gradients have the norm of what is projected; full ones have their own.
 NORMS = {"full": 1e-4, "fused": 0.5}
 GALORE = {"rank": 8, "update_proj_gap": 4, "lr": 0.01}
 FULL = {"gradients": "full"}

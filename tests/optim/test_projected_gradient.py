@@ -1,4 +1,4 @@
-"""A projected gradient behaves, for all who meet it, as the image that it stores and as the gradient it stands for."""
+"""A projected gradient behaves as the tensor that it stores, and as the full gradient that it stands for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ every_kind = pytest.mark.parametrize("projection", KINDS.values(), ids=KINDS)
 
 
 @every_kind
-def test_it_has_the_weights_shape_and_the_images_memory(projection):
+def test_it_has_the_weights_shape_and_the_projected_tensors_memory(projection):
     grad = projected(projection)
     assert grad.shape == projection.shape
     assert grad.projected.shape == projection.projected_shape
@@ -173,8 +173,8 @@ def test_it_changes_its_dtype(projection):
     assert layer.weight.grad.dtype == torch.bfloat16
 
 
-def test_its_image_may_be_longer_than_the_weight():
-    """bfloat16 weights, images that are summed in float32."""
+def test_its_dtype_may_be_longer_than_the_weights():
+    """bfloat16 weights, projected gradients that are summed in float32."""
     projection, basis = KINDS["left"], {"left": basis_of(KINDS["left"])["left"].bfloat16()}
     grad = ProjectedGradient(torch.zeros(projection.projected_shape), projection, basis, torch.bfloat16)
     grad.add_(torch.ones(12, 8, dtype=torch.bfloat16))

@@ -230,7 +230,7 @@ def test_adafactor_is_that_of_transformers(arguments, weight_decay, identity_bas
 
 @every_mode
 def test_adafactor_in_the_subspace_is_its_formula(arguments):
-    """Shazeer and Stern 2018, algorithms 4 and 5, on the image; the rate is that of the weight, not of the image."""
+    """Shazeer and Stern 2018, algorithms 4 and 5, on the projected gradient; the rate is the weight's."""
     settings = {"lr": None, "scale_parameter": True, "warmup_init": False, "clip_threshold": 1.0, "decay_rate": -0.8}
     settings |= arguments
     (weight,), (expected,) = weights((24, 16)), weights((24, 16))

@@ -41,7 +41,7 @@ def test_adamw_decays_the_weight_before_the_update(shape, maximize, lr):
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("proj_type", ["left", "right", "full"])
 def test_sgd_decays_through_the_gradient(proj_type, maximize):
-    """L2: the image is that of G + decay * W (-G + decay * W where it goes up, as torch's SGD), momentum and all."""
+    """L2: the projected gradient is that of G + decay * W (-G + decay * W to maximize, as torch's SGD)."""
     (start,), (weight,) = weights((24, 16)), weights((24, 16))
     arguments = {"lr": LR, "momentum": 0.9, "weight_decay": DECAY, "maximize": maximize}
     optimizer = GaLoreSGD(groups([weight], proj_type=proj_type), **arguments)

@@ -1,4 +1,4 @@
-"""The tools of training treat a projected gradient as the image it stores; a step reads it as the full one."""
+"""The tools of training treat a projected gradient as the tensor it stores; a step reads it as the full one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def projected_grads(trained: list[torch.nn.Parameter]) -> list[Tensor]:
 
 
 def twins(trained: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    """Parameters whose ordinary gradients are the images: what the carriers must equal."""
+    """Parameters with the projected tensors as ordinary gradients: what the others must equal."""
     made = [torch.nn.Parameter(torch.zeros_like(own)) for own in projected_grads(trained)]
     for parameter, own in zip(made, projected_grads(trained), strict=True):
         parameter.grad = own.clone()
@@ -47,7 +47,7 @@ def assert_as_projected(trained: list[torch.nn.Parameter], others: list[torch.nn
 
 @pytest.mark.parametrize("foreach", [True, False, None])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_clipping_clips_the_image(foreach, max_norm):
+def test_clipping_clips_the_projected_gradient(foreach, max_norm):
     trained = carriers("left", "right", "full", "tucker", "stack")
     others = twins(trained)
     ours = clip_grad_norm_(trained, max_norm, foreach=foreach)
@@ -70,7 +70,7 @@ def test_other_norms_are_those_of_the_gradient_it_stands_for(norm_type, foreach)
         torch.testing.assert_close(own, old * 0.5 / (norm + 1e-6))
 
 
-def test_accelerate_clips_the_image():
+def test_accelerate_clips_the_projected_gradient():
     trained = carriers("left", "right")
     others = twins(trained)
     accelerated = accelerator()
@@ -81,7 +81,7 @@ def test_accelerate_clips_the_image():
 
 
 @pytest.mark.parametrize("spoil", [None, float("inf"), float("nan")])
-def test_a_loss_scaler_unscales_the_image_and_sees_what_is_not_finite(spoil, device):
+def test_a_loss_scaler_unscales_the_projected_gradient_and_sees_what_is_not_finite(spoil, device):
     trained = carriers("left", "full", "tucker")
     if spoil is not None:
         trained[1].grad.projected.view(-1)[0] = spoil

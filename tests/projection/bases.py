@@ -23,7 +23,7 @@ def with_spectrum(rows: int, columns: int, values: Tensor) -> Tensor:
 
 
 def energy(matrix: Tensor, basis: dict[str, Tensor]) -> float:
-    """Return the square of the norm of the matrix' image under a basis of its left side, its right side, or both."""
+    """Return the square of the norm of the projected matrix: on its left side, its right side, or both."""
     projected = matrix.double()
     if "left" in basis:
         projected = basis["left"].double().mT @ projected

@@ -156,7 +156,7 @@ def test_a_convolution_in_tucker_form_has_a_factor_for_each_long_axis():
     torch.testing.assert_close(weight, expected)
 
 
-def test_an_image_is_contiguous_when_the_first_axis_alone_is_projected():
+def test_a_projected_tensor_is_contiguous_when_the_first_axis_alone_is_projected():
     projection = Projection.of((12, 3, 4), 6)
     projected = projection.project(torch.randn(12, 3, 4, dtype=torch.float64), random_basis(projection))
     assert projected.shape == (6, 3, 4)

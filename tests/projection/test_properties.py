@@ -35,7 +35,7 @@ def test_projecting_is_linear(projection, seed):
 
 
 @given(projections(), seeds)
-def test_an_image_comes_back_whole(projection, seed):
+def test_a_projected_tensor_comes_back_whole(projection, seed):
     """`project` undoes `project_back`, the norm stays, and so `project_back` of `project` changes nothing twice."""
     torch.manual_seed(seed)
     basis, projected = random_basis(projection), torch.randn(projection.projected_shape, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_an_image_comes_back_whole(projection, seed):
 
 
 @given(projections(), seeds)
-def test_an_image_has_no_more_energy_than_its_gradient(projection, seed):
+def test_a_projected_tensor_has_no_more_energy_than_its_gradient(projection, seed):
     torch.manual_seed(seed)
     basis, full = random_basis(projection), gradient(projection)
     projected = projection.project(full, basis)
@@ -68,7 +68,7 @@ def test_folding_is_adding_what_is_projected_back(projection, seed):
 
 
 @given(projections())
-def test_no_image_is_larger_than_its_weight(projection):
+def test_no_projected_tensor_is_larger_than_its_weight(projection):
     assert math.prod(projection.projected_shape) <= math.prod(projection.shape)
 
 
