@@ -75,7 +75,7 @@ def available_bytes(device: str) -> int:
 
 
 def give_back_at_once() -> None:
-    """Let the C library return memory from now on as soon as it is freed, as far as it can be told to (glibc's)."""
+    """Let the C library return memory from now on as soon as it is freed, as far as it can (glibc's)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
@@ -110,7 +110,7 @@ def held_bytes(known: list[Tensor]) -> dict[str, float]:
     """Return the bytes of all storages alive in this process but those of the `known` tensors.
 
     Storages are counted, not tensors: a view that keeps a larger tensor alive weighs what it keeps. Step counters and
-    other single numbers (8 bytes and less) are told apart as "counters".
+    other single numbers (8 bytes and less) are counted apart as "counters".
     """
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_alive()}
     for tensor in known:

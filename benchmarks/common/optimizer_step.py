@@ -88,11 +88,11 @@ class OptimizerStep:
             return _figures(self)
         from galore_torch.galore_projector import GaLoreProjector
 
-        told, size = {}, self.size
+        renewal, size = {}, self.size
         if size.hidden <= SVD_UP_TO:
-            told["renewal_s"] = _figures(replace(self, size=replace(size, layers=1)))["first_s"] * size.layers
+            renewal["renewal_s"] = _figures(replace(self, size=replace(size, layers=1)))["first_s"] * size.layers
         GaLoreProjector.get_orthogonal_matrix = _random_basis  # type: ignore[attr-defined]
-        return _figures(self) | told
+        return _figures(self) | renewal
 
 
 def _figures(one: OptimizerStep) -> dict[str, Any]:

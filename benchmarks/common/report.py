@@ -10,15 +10,13 @@ from rich.table import Table
 
 from benchmarks.common.bars import Bar
 
-Figures = Mapping[str, Any]
-
 
 @dataclass(kw_only=True)
 class Sheet:
     """A table: a row each, and a column for each figure that any row has."""
 
     title: str | None = None
-    rows: Mapping[str, Figures]  # by the row's words, and the figure's, which may name its unit after a comma
+    rows: Mapping[str, Mapping[str, Any]]  # by the row's words, and the figure's, which may name its unit after a comma
     caption: str = ""
     last: int = 0  # how many rows at the end are set apart
     drawn: Sequence[str] = ()  # the figures that the chart shows of each row, one on the other
@@ -54,7 +52,7 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
-    return "-" if value is None else str(value)
+    return "-" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def bar_sheet(bars: Iterable[Bar]) -> Sheet:

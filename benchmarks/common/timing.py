@@ -13,7 +13,7 @@ Running = TypeVar("Running")
 
 
 def now_s(device: str) -> float:
-    """Wait until the device has done all that it was told, and return the time in seconds."""
+    """Wait until the device has done all its work, and return the time in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

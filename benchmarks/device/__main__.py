@@ -3,7 +3,7 @@
     python -m benchmarks.device [--only PART,...] [--out FOLDER] [--budget SECONDS] [--small]
 
 Every part has a share of the time. It prints each figure as soon as it has it, and keeps it in PART.json, so that a run
-which is cut short has told what it knows; tables come last. With `--small` all of it runs on a CPU, in seconds.
+which is cut short has printed what it knows; tables come last. With `--small` all of it runs on a CPU, in seconds.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PARTS: dict[str, tuple[Callable[[Session], None], float]] = {
     "steps": (steps.measure, 0.40),
     "staggered": (steps.measure_staggered, 0.10),
 }
-"""In this order: what tells its figures, and the share of all the time that it may take at most.
+"""In this order: what measures, and the share of all the time that it may take at most.
 
 Together they may take more than all the time: what one does not need, the next ones have.
 """
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, ob
         try:
             measure(session)
         except Exception:
-            session.tell("all of it", {"failed": traceback.format_exc()[-1500:]})
+            session.report("all of it", {"failed": traceback.format_exc()[-1500:]})
         print(f"== {name} took {time.monotonic() - begin:.0f} s", flush=True)
     session.print_tables()
     return dict(session.rows)

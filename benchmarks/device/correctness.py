@@ -33,7 +33,7 @@ Walk = Callable[[Mode, str], Tensor]
 
 
 def measure(session: Session) -> None:
-    """Tell the relative error of each recipe and mode after some steps, and of what else must hold."""
+    """Report the relative error of each recipe and mode after some steps, and of what else must hold."""
 
     def compare(row: str, walk: Walk, expected: Walk, limit: str, modes: Iterable[str] = MODES) -> None:
         session.try_row(row, partial(_compared, walk, expected, limit, modes, session.device))

@@ -17,7 +17,7 @@ OVERSAMPLED = 16
 
 
 def measure(session: Session) -> None:
-    """Tell the time of each piece on the shapes of the models, and how orthonormal and how good its bases are."""
+    """Report the time of each piece on the shapes of the models, and how orthonormal and how good its bases are."""
     for name, size in session.sizes.items():
         if name.startswith("tiny"):
             continue  # there is nothing to compute

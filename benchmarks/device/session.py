@@ -53,7 +53,7 @@ class Session:
         """The seconds that the part has left."""
         return self.deadline - time.monotonic()
 
-    def tell(self, row: str, figures: Figures) -> None:
+    def report(self, row: str, figures: Figures) -> None:
         """Print what was measured in a row (numbers, words, or lists of them), and keep it in the part's file."""
         self.rows.setdefault(self.part, {}).setdefault(row, {}).update(figures)
         print(f"  {row}: {', '.join(f'{name} {shown(value)}' for name, value in figures.items())}", flush=True)
@@ -61,15 +61,15 @@ class Session:
         path.write_text(json.dumps(self.rows[self.part], indent=1) + "\n")
 
     def try_row(self, row: str, measure: Callable[[], Figures], *, needs_s: float = 0.0) -> None:
-        """Measure one row, if the seconds are left that it takes, about; what fails is told, and the others go on."""
+        """Measure one row, if there are the seconds that it takes; what fails is reported, and others go on."""
         if self.left_s <= (0 if self.small else needs_s):
-            self.tell(row, {"left out": "no time"})
+            self.report(row, {"left out": "no time"})
             return
         try:
             figures = measure()
         except Exception as error:
             figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        self.tell(row, figures)
+        self.report(row, figures)
 
     def print_tables(self) -> None:
         """Print a table for each part; figures that are long, such as lists, come below it."""

@@ -21,7 +21,7 @@ STAGGERED_STEPS = 400
 
 
 def measure(session: Session) -> None:
-    """Tell each optimizer's step on each model, the most telling first."""
+    """Report each optimizer's step on each model, the most telling first."""
     for name, size in session.sizes.items():
         for which, method in OPTIMIZERS.items():
             if name.startswith("tiny") and method.weight_bits == 8:
@@ -44,7 +44,7 @@ def _of_peer(session: Session, which: str, one: OptimizerStep) -> Figures:
 
 
 def measure_staggered(session: Session) -> None:
-    """Tell the median and the worst of the staggered steps, by the defaults."""
+    """Report the median and the worst of the staggered steps, by the defaults."""
     for name, size in session.sizes.items():
         if name in ("350m", "1b"):
             session.try_row(name, partial(_staggered, session, size), needs_s=15)

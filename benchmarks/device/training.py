@@ -26,7 +26,7 @@ NEEDS_S = {"7b": 45.0, "1b": 15.0}
 
 
 def measure(session: Session) -> None:
-    """Tell the figures of each model trained in each way."""
+    """Report the figures of each model trained in each way."""
     for name, method in ((name, method) for name, methods in PLAN for method in methods if name in session.sizes):
         size = session.sizes[name]
         sequences = 2 if session.small else {"7b": 1}.get(name, 8)

@@ -31,7 +31,7 @@ READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.de
 
 
 def measure(session: Session) -> None:
-    """Tell for each recipe and mode in how many of some steps the host waits, how often, and where first."""
+    """Report for each recipe and mode in how many of some steps the host waits, how often, and where first."""
     for name, kind in KINDS.items():
         session.try_row(name, partial(_waits_of, session.device, *kind))
 

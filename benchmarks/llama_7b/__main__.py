@@ -6,7 +6,7 @@
 
 The model is the preset llama-7b, 6.7 billion parameters, with random weights that are made layer by layer. It is
 trained on one piece of real text, the same in every step, so that its loss must fall. Every basis is found in the first
-step. The C library is told to give freed memory back at once, so that the peak is what the steps need at a time.
+step. The C library has to give freed memory back at once, so that the peak is what the steps need at a time.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from benchmarks.common.report import Report
 from benchmarks.common.sizes import LLAMA
 from benchmarks.llama_7b import floor as floors
 from benchmarks.llama_7b import report
-from benchmarks.llama_7b.model import Case, build_model
+from benchmarks.llama_7b.model import TrainingCase, build_model
 from benchmarks.llama_7b.steps import Steps
 from galore_torch.optim import state_bytes
 
 
-def measure(case: Case, steps: int, floor_rounds: int, messages: Console) -> report.Outcome:
+def measure(case: TrainingCase, steps: int, floor_rounds: int, messages: Console) -> report.TrainingResult:
     """Build the model, train it for some steps and time the floor, unless its parts are to be timed 0 times."""
     give_back_at_once()
     footprint = Footprint("cpu")
@@ -57,7 +57,7 @@ def measure(case: Case, steps: int, floor_rounds: int, messages: Console) -> rep
         if floor_rounds:
             phases.begin("timing the floor", floors.parts(case) * floor_rounds)
             floor = floors.measure(model, case, floor_rounds, phases.count)
-    return report.Outcome(
+    return report.TrainingResult(
         case=case,
         steps=taken,
         base_bytes=footprint.base_bytes,
@@ -81,7 +81,7 @@ def run(given: argparse.Namespace, messages: Console) -> Report:
         weight_bits=given.weight_bits,
         recomputes=given.gradient_checkpointing,
     )
-    case = Case(size=size, method=method, learning_rate=given.learning_rate)
+    case = TrainingCase(size=size, method=method, learning_rate=given.learning_rate)
     return report.report(measure(case, given.steps, given.floor_rounds, messages))
 
 

@@ -18,13 +18,13 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.common.floor import Bare, weights_with_gradients
 from benchmarks.common.timing import Call, seconds_of
-from benchmarks.llama_7b.model import Advance, Case, real_text
+from benchmarks.llama_7b.model import Advance, TrainingCase, real_text
 
 SLICE_ELEMENTS = 2**22
 """What bitsandbytes gets at a time: on a CPU it copies all that it is given into float32."""
 
 
-def parts(case: Case) -> int:
+def parts(case: TrainingCase) -> int:
     """Return how many parts are timed."""
     return 5 if case.method.weight_bits == 16 else 6
 
@@ -44,7 +44,7 @@ class Floor:
         return self.pass_s + self.project_s + self.fold_s + self.inner_s
 
 
-def measure(model: LlamaForCausalLM, case: Case, rounds: int, advance: Advance = lambda: None) -> Floor:
+def measure(model: LlamaForCausalLM, case: TrainingCase, rounds: int, advance: Advance = lambda: None) -> Floor:
     """Time the parts of a case, each once for itself and then in so many rounds, whose median counts.
 
     The model is the one that has been trained, with nothing attached any more; `advance` is called
@@ -78,7 +78,7 @@ def measure(model: LlamaForCausalLM, case: Case, rounds: int, advance: Advance =
     )
 
 
-def _pass(model: LlamaForCausalLM, case: Case) -> Call:
+def _pass(model: LlamaForCausalLM, case: TrainingCase) -> Call:
     """A forward and a backward that drops every gradient."""
     ids = real_text(case.size)
 

@@ -21,7 +21,7 @@ Advance = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class TrainingCase:
     """Training steps of a LLaMA in bfloat16 on one sequence of real text, at a constant learning rate."""
 
     size: Llama
@@ -44,7 +44,7 @@ class Case:
         return {**asdict(self.size), **asdict(self.method), **rest}
 
 
-def build_model(case: Case, advance: Advance = lambda: None) -> LlamaForCausalLM:
+def build_model(case: TrainingCase, advance: Advance = lambda: None) -> LlamaForCausalLM:
     """Return the model with random weights, no more than a layer of which is ever there unquantized."""
     torch.manual_seed(0)
     seeds = iter(range(case.size.layers))

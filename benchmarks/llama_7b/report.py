@@ -13,7 +13,7 @@ from benchmarks.common.bars import Bar, judged
 from benchmarks.common.memory import GIB, stored_bytes
 from benchmarks.common.report import Report, Sheet
 from benchmarks.llama_7b.floor import Floor
-from benchmarks.llama_7b.model import Case
+from benchmarks.llama_7b.model import TrainingCase
 from benchmarks.llama_7b.steps import Step
 
 GB = 1e9
@@ -51,10 +51,10 @@ def _codes_bytes(tensors: list[Tensor]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrainingResult:
     """All that was measured."""
 
-    case: Case  # what ran
+    case: TrainingCase  # what ran
     steps: list[Step]  # in order; the first finds every basis
     base_bytes: int  # what the process took before there was a model
     building_s: float  # seconds of making the model
@@ -117,12 +117,12 @@ class Outcome:
         }
 
 
-def report(outcome: Outcome) -> Report:
+def report(outcome: TrainingResult) -> Report:
     """Return all of it."""
     return Report(title=outcome.case.title, record=outcome.record(), sheets=sheets(outcome), bars=bars(outcome))
 
 
-def bars(outcome: Outcome) -> list[Bar]:
+def bars(outcome: TrainingResult) -> list[Bar]:
     """Return the figures that have bars in this case."""
     states = outcome.states_bytes()
     figures = {f"state of {name} / AdamW's": held / states[ADAMW][0] for name, (held, _) in states.items()}
@@ -134,7 +134,7 @@ def bars(outcome: Outcome) -> list[Bar]:
     return judged("llama_7b", outcome.case.record(), figures)
 
 
-def sheets(outcome: Outcome) -> list[Sheet]:
+def sheets(outcome: TrainingResult) -> list[Sheet]:
     """Return all as tables that fit 80 columns: the steps, memory, the optimizer's state, and the floor."""
     parts = ("forward, s", "backward, s", "renewal, s", "optimizer, s")
     steps: dict[str, dict[str, Any]] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.common.memory import Footprint, stored_bytes
-from benchmarks.llama_7b.model import Advance, Case, real_text
+from benchmarks.llama_7b.model import Advance, TrainingCase, real_text
 from galore_torch import GaLore
 from galore_torch.gradients import attach
 from galore_torch.optim import chunks as chunks_module
@@ -75,7 +75,7 @@ class Steps:
     """A model under training, the same text in every step; `advance` is called as each gradient is complete."""
 
     def __init__(
-        self, model: LlamaForCausalLM, optimizer: GaLore, case: Case, footprint: Footprint, advance: Advance
+        self, model: LlamaForCausalLM, optimizer: GaLore, case: TrainingCase, footprint: Footprint, advance: Advance
     ) -> None:
         self.model, self._optimizer, self._footprint = model, optimizer, footprint
         self._ids = real_text(case.size)

@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.common import command, peers
 from benchmarks.common.memory import MIB
 from benchmarks.common.report import Report, Sheet, bar_sheet
-from benchmarks.step.measure import FLOOR, Case, Outcome, measure
+from benchmarks.step.measure import FLOOR, StepCase, StepTimings, measure
 
 PARTS = {
     "products": "  project and project back",
@@ -29,7 +29,7 @@ def run(given: argparse.Namespace, messages: Console) -> Report:
     """Measure the cases one after the other."""
     quick = given.quick
     cases = [
-        Case(
+        StepCase(
             shapes=shapes,
             dtype=dtype,
             rounds=min(given.rounds, 5) if quick else given.rounds,
@@ -51,7 +51,7 @@ def run(given: argparse.Namespace, messages: Console) -> Report:
     return report
 
 
-def costs(outcome: Outcome) -> Sheet:
+def costs(outcome: StepTimings) -> Sheet:
     """Return what each optimizer costs in an ordinary step; the floor's parts come last."""
     rows: dict[str, dict[str, str | float]] = {}
     for name, timing in outcome.timings.items():

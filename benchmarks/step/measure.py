@@ -22,7 +22,7 @@ WARM_UP = 2  # steps that nobody counts: the one that makes the state, and one m
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class StepCase:
     """What is timed."""
 
     shapes: str  # key of `LLAMA`
@@ -71,10 +71,10 @@ class Timing:
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class StepTimings:
     """What was measured in one case: a timing for each of `STEPPED`, and our staggered steps in order."""
 
-    case: Case
+    case: StepCase
     timings: dict[str, Timing]
     staggered_s: list[float]
 
@@ -102,7 +102,7 @@ class Outcome:
         }
 
 
-def measure(case: Case, advance: Callable[[str], None]) -> Outcome:
+def measure(case: StepCase, advance: Callable[[str], None]) -> StepTimings:
     """Measure one case; `advance` gets a few words before each step, `case.units` times in all."""
     timings = {name: Timing() for name in STEPPED}
     # All layers renew in the first step and, ours alone, once more after the last round.
@@ -127,10 +127,10 @@ def measure(case: Case, advance: Callable[[str], None]) -> Outcome:
             timing.state_bytes, timing.counter_bytes = int(memory["state"]), int(memory["counters"])
         advance("renewing all layers")
         timings[OURS].renewals_s.append(workers[STEPPED.index(OURS)].ask("step")["step"])
-    return Outcome(case=case, timings=timings, staggered_s=_staggered(case, advance))
+    return StepTimings(case=case, timings=timings, staggered_s=_staggered(case, advance))
 
 
-def _staggered(case: Case, advance: Callable[[str], None]) -> list[float]:
+def _staggered(case: StepCase, advance: Callable[[str], None]) -> list[float]:
     """The seconds of our steps after the first when the layers take turns to renew, as they do by default."""
     if not case.stagger_steps:
         return []
@@ -142,6 +142,6 @@ def _staggered(case: Case, advance: Callable[[str], None]) -> list[float]:
     return seconds[1:]
 
 
-def _worker(case: Case, name: str, gap: int, *, stagger: bool = False) -> Worker:
+def _worker(case: StepCase, name: str, gap: int, *, stagger: bool = False) -> Worker:
     size, method = replace(case.size, gap=gap), OPTIMIZERS.get(name)  # none is the floor
     return OptimizerStep(method=method, size=size, dtype=case.dtype, stagger=stagger, threads=case.threads).start(name)

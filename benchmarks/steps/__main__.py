@@ -12,7 +12,7 @@ process of its own; the tokens are random and of the preset's sequence length.
 * Speed, beside full-rank AdamW and the physical floor: all step in turn, 16 sequences a step, and no layer renews.
 * Memory above the weights, and what it consists of: methods run one by one, one sequence a step, with the library's
   defaults; renewals by turns are among the steps. On a CPU the peak is the resident set of the process, and its C
-  library is told to give freed memory back at once, so that what is measured is what a method needs at a time; on a GPU
+  library has to give freed memory back at once, so that what is measured is what a method needs at a time; on a GPU
   it is what torch has allocated.
 """
 

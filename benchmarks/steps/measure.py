@@ -20,7 +20,7 @@ KINDS = ("gradients", "state", "the rest")
 
 
 @dataclass(kw_only=True)
-class Figures:
+class RunFigures:
     """What was measured of one method."""
 
     first_s: float = 0.0  # seconds of the first step, in which all state is made and all bases are found
@@ -66,23 +66,23 @@ class TrainingRun(Worker):
     def __init__(self, training: Training, advance: Advance) -> None:
         environment = peers.environment(training.method.peer)
         super().__init__(training.name, Training.__module__, asdict(training), environment)
-        self.figures, self._advance = Figures(), advance
+        self.figures, self._advance = RunFigures(), advance
 
     def first_step(self) -> None:
         """Take the first step."""
         self._advance(f"{self.name}, first step")
-        told = self.ask("step")
-        self.figures.first_s, self.figures.first_peak_bytes = told["seconds"], int(told["peak"])
+        answer = self.ask("step")
+        self.figures.first_s, self.figures.first_peak_bytes = answer["seconds"], int(answer["peak"])
 
     def step(self, *, counts: bool = True) -> float:
         """Take an ordinary step; return its seconds."""
         self._advance(self.name)
-        told = self.ask("step")
+        answer = self.ask("step")
         if counts:
-            self.figures.steps_s.append(told["seconds"])
-            self.figures.peak_bytes.append(int(told["peak"]))
-            self.figures.gradient_bytes = int(told["gradients"])
-        return float(told["seconds"])
+            self.figures.steps_s.append(answer["seconds"])
+            self.figures.peak_bytes.append(int(answer["peak"]))
+            self.figures.gradient_bytes = int(answer["gradients"])
+        return float(answer["seconds"])
 
     def finish(self) -> None:
         """Ask for what is kept between steps."""
@@ -97,14 +97,14 @@ class TrainingRun(Worker):
 
 def interleaved(
     trainings: list[Training], rounds: int, advance: Advance, each_round: Callable[[], None]
-) -> dict[str, Figures]:
+) -> dict[str, RunFigures]:
     """Measure methods that step in turn, the reference among them; `each_round` is called before every round.
 
     All stay alive together while there is room for one more like the largest, whichever of them is at its peak. If not,
     they come in groups, and the reference steps with each of them.
     """
     waiting = [one for one in trainings if one.name != REFERENCE]
-    figures: dict[str, Figures] = {}
+    figures: dict[str, RunFigures] = {}
 
     def started(stack: ExitStack, training: Training) -> TrainingRun:
         run = stack.enter_context(TrainingRun(training, advance))
@@ -135,7 +135,7 @@ def interleaved(
     return {one.name: figures[one.name] for one in trainings}
 
 
-def one_by_one(trainings: list[Training], steps: int, advance: Advance) -> dict[str, Figures]:
+def one_by_one(trainings: list[Training], steps: int, advance: Advance) -> dict[str, RunFigures]:
     """Measure methods one after the other, each alone in memory; steps are those after the first of each."""
     figures = {}
     for training in trainings:

@@ -9,11 +9,11 @@ from benchmarks.common.memory import MIB
 from benchmarks.common.methods import REFERENCE
 from benchmarks.common.report import Sheet
 from benchmarks.common.training import Training
-from benchmarks.steps.measure import KINDS, Figures
+from benchmarks.steps.measure import KINDS, RunFigures
 
 PAPERS_GAP = 200
 OURS, PEER = "galore-per-layer/fused", "galore-1.0-per-layer"
-Results = Mapping[str, Figures]
+Results = Mapping[str, RunFigures]
 
 
 def bars(results: Results, training: Training, measured: str) -> list[Bar]:
@@ -55,10 +55,10 @@ def memory_sheet(results: Results, training: Training) -> Sheet:
     weights = next(iter(results.values())).weight_bytes
     rows = {
         name: {
-            "peak": max(one.peak_bytes) // MIB,
+            "peak": round(max(one.peak_bytes) / MIB),
             f"of {REFERENCE}": one.highest_bytes / results[REFERENCE].highest_bytes,
-            "first": one.first_peak_bytes // MIB,
-            **{kind: size // MIB for kind, size in one.kinds_bytes().items()},
+            "first": round(one.first_peak_bytes / MIB),
+            **{kind: round(size / MIB) for kind, size in one.kinds_bytes().items()},
         }
         for name, one in results.items()
     }

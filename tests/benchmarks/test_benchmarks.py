@@ -16,21 +16,21 @@ from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.common.timing import in_turn
 from benchmarks.common.worker import Worker
 from benchmarks.step.__main__ import costs
-from benchmarks.step.measure import ADAMW, FLOOR, GALORE, OURS, STEPPED, Case, Outcome, Timing
+from benchmarks.step.measure import ADAMW, FLOOR, GALORE, OURS, STEPPED, StepCase, StepTimings, Timing
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.settings.methods import method_settings
 
-CASE = Case(shapes="60m", dtype="bfloat16", rounds=2, stagger_steps=3, threads=1)
+CASE = StepCase(shapes="60m", dtype="bfloat16", rounds=2, stagger_steps=3, threads=1)
 
 
 @pytest.fixture
-def outcome() -> Outcome:
+def outcome() -> StepTimings:
     """A case in which every bar is met exactly."""
     timings = {name: Timing(rounds_s={"step": [0.5, 0.1, 0.2]}, renewals_s=[8.0]) for name in STEPPED if name != FLOOR}
     timings[OURS].renewals_s = [0.5, 1.0]
     timings[OURS].state_bytes = LLAMA["60m"].state_elements() * 2
     timings[FLOOR] = Timing(rounds_s={"products": [0.1, 0.1], "inner": [0.04, 0.04], "weights": [0.02, 0.02]})
-    return Outcome(case=CASE, timings=timings, staggered_s=[1.0, 1.0, 3.0])
+    return StepTimings(case=CASE, timings=timings, staggered_s=[1.0, 1.0, 3.0])
 
 
 def test_a_peer_that_is_missing_is_told_with_its_remedy(tmp_path, monkeypatch):

@@ -15,19 +15,19 @@ from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.llama_7b import __main__ as command
 from benchmarks.llama_7b import floor, report
 from benchmarks.llama_7b.floor import Floor
-from benchmarks.llama_7b.model import Case, build_model, real_text
-from benchmarks.llama_7b.report import HELD, Outcome, State
+from benchmarks.llama_7b.model import TrainingCase, build_model, real_text
+from benchmarks.llama_7b.report import HELD, State, TrainingResult
 from benchmarks.llama_7b.steps import Step, Steps, timed_calls
 from galore_torch.optim import state_bytes
 
 EIGHT = Method(optimizer="GaLoreAdamW8bit", gradients="fused", update="backward", basis_bits=8)
 LITTLE = Llama(hidden=64, intermediate=128, layers=2, heads=4, vocabulary=256, rank=32, gap=500, sequence=48)
-TINY = Case(size=LITTLE, method=EIGHT, learning_rate=1e-3)
+TINY = TrainingCase(size=LITTLE, method=EIGHT, learning_rate=1e-3)
 SILENT = Console(quiet=True)
-SEVEN_B = Case(size=LLAMA["7b"], method=EIGHT, learning_rate=1e-3)
+SEVEN_B = TrainingCase(size=LLAMA["7b"], method=EIGHT, learning_rate=1e-3)
 
 
-def changed(case: Case, **changes) -> Case:
+def changed(case: TrainingCase, **changes) -> TrainingCase:
     """The case with other fields of its size or its method."""
     of_size = {name: value for name, value in changes.items() if hasattr(case.size, name)}
     of_method = {name: value for name, value in changes.items() if name not in of_size}
@@ -72,7 +72,7 @@ def test_the_state_is_counted_from_its_tensors():
     assert state.held - state.codes - (state.bases - bases) > 2 * 4 * (mlp + 2 * 256 * 64) // 256
 
 
-def steps_of(case: Case, advance=lambda: None):
+def steps_of(case: TrainingCase, advance=lambda: None):
     model = build_model(case)
     optimizer = case.method.build_over(model, case.size, lr=case.learning_rate)
     return Steps(model, optimizer, case, Footprint("cpu"), advance), optimizer
@@ -118,7 +118,7 @@ def test_the_floor_of_few_bits_is_that_of_bfloat16(bits):
 
 
 @pytest.fixture
-def outcome() -> Outcome:
+def outcome() -> TrainingResult:
     """Every bar is met nearly exactly, with numbers as they would be."""
     step = Step(
         loss=10.0,
@@ -133,7 +133,7 @@ def outcome() -> Outcome:
         activation_bytes=GIB,
         gradient_bytes=GIB // 4,
     )
-    return Outcome(
+    return TrainingResult(
         case=SEVEN_B,
         steps=[step, *[replace(step, renewal_s=0.0, renewed=0)] * 2],
         base_bytes=GIB // 2,

@@ -16,7 +16,7 @@ from benchmarks.common.sizes import Llama
 from benchmarks.common.training import Trained, Training
 from benchmarks.steps import __main__ as command
 from benchmarks.steps import measure, mlp_block, report
-from benchmarks.steps.measure import Figures, interleaved, one_by_one
+from benchmarks.steps.measure import RunFigures, interleaved, one_by_one
 
 MIB = 2**20
 OURS = [name for name, method in METHODS.items() if method.peer is None]
@@ -125,7 +125,7 @@ class Imagined:
     together: ClassVar[list[set[str]]] = []
 
     def __init__(self, training, advance):
-        self.name, self.figures, self.largest_bytes = training.name, Figures(), MIB
+        self.name, self.figures, self.largest_bytes = training.name, RunFigures(), MIB
         self.advance = advance
 
     def __enter__(self):
@@ -176,8 +176,8 @@ def test_a_real_process_is_measured():
     assert min(figures.state_bytes, figures.step_s, figures.first_s) > 0
 
 
-def imagined(seconds: float, mib: int) -> Figures:
-    return Figures(
+def imagined(seconds: float, mib: int) -> RunFigures:
+    return RunFigures(
         first_s=20.0,
         steps_s=[seconds, seconds, 9.0],
         beside_s=[2.3] * 3,
@@ -190,7 +190,7 @@ def imagined(seconds: float, mib: int) -> Figures:
 
 
 @pytest.fixture
-def results() -> dict[str, Figures]:
+def results() -> dict[str, RunFigures]:
     """Every bar is met exactly."""
     gains = {REFERENCE: 1.0, "galore/fused": 1.15, "galore/full": 0.95, "galore/projected": 0.95}
     shares = {
