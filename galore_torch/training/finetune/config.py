@@ -3,9 +3,8 @@
 from typing import ClassVar, Literal
 
 from galore_torch.training.finetune.tasks import GLUE, TaskName
-from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.settings.config import TrainConfig, from_values, read_file, sections_of
-from galore_torch.training.settings.fields import DType, defaults_of, setting, settings
+from galore_torch.training.settings.config import TrainConfig, sections_of
+from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 
 
 @settings
@@ -61,10 +60,7 @@ class RowsConfig:
         if self.task not in GLUE and not self.data:
             raise ValueError(f"data = {self.data!r} leaves task = {self.task!r} without rows; give a file.")
         without_effect = _NOT_SFT if self.task == "sft" else _SFT if self.task == "classify" else (*_SFT, *_OWN)
-        for name in without_effect:
-            value = getattr(self, name)
-            if value != defaults_of(RowsConfig)[name]:
-                raise ValueError(f"{name} = {value!r} has no effect with task = {self.task!r}; leave it out.")
+        require_defaults(self, f"task = {self.task!r}", dict.fromkeys(without_effect, "another task"))
 
 
 @settings
@@ -85,12 +81,6 @@ class LengthConfig:
     report_to: str = setting(
         "none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma."
     )
-
-    def __post_init__(self) -> None:
-        if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise ValueError(
-                f"micro_batch = {self.micro_batch} does not divide batch = {self.batch}; choose a divisor."
-            )
 
 
 @settings
@@ -125,13 +115,3 @@ class FinetuneConfig(TrainConfig):
 
 SECTIONS = sections_of(FinetuneConfig)
 """Every section by its name in TOML and in `FinetuneConfig`."""
-
-
-def recorded(folder: RunFolder) -> FinetuneConfig:
-    """The configuration that a run was started with.
-
-    Raises:
-        ValueError: when it is not as it was written.
-    """
-    folder.require_settings()
-    return from_values(FinetuneConfig, read_file(FinetuneConfig, folder.config)[1])

@@ -14,10 +14,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from galore_torch.lowbit import quantize_weights
 from galore_torch.training.finetune.classification import Classification
-from galore_torch.training.finetune.config import FinetuneConfig, recorded
+from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load
 from galore_torch.training.finetune.supervised import Supervised
-from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
 from galore_torch.training.run.run import RunResult
 
@@ -44,6 +43,7 @@ class Finetuning(Job):
     """
 
     unit = "examples"
+    settings = FinetuneConfig
     result = FinetuneResult
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
@@ -75,11 +75,6 @@ class Finetuning(Job):
             config = dataclasses.replace(config, model=base)
         set_seed(config.schedule.seed)
         return cls(config, load(config.data), console)
-
-    @classmethod
-    def recorded(cls, folder: RunFolder) -> FinetuneConfig:
-        """The settings that a run was started with."""
-        return recorded(folder)
 
     def schedule(self) -> dict[str, Any]:
         """Steps or epochs; a warmup, then what the settings say of the learning rate."""

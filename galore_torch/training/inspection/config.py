@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from galore_torch.training.finetune.tasks import TASKS, TaskName
 from galore_torch.training.settings.config import from_values, sections_of
-from galore_torch.training.settings.fields import DType, setting, settings
+from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 
 PLAIN_TEXT = "text"
 """The task of a causal model on packed text, as in pre-training."""
@@ -81,10 +81,7 @@ class RecommendConfig:
         lt=1,
     )
     keep_share: float = setting(
-        0.9,
-        "Share of what young bases capture that one must still capture after the recommended gap.",
-        gt=0,
-        lt=1,
+        0.9, "Share of what young bases capture that one must still capture after the recommended gap.", gt=0, lt=1
     )
     rank_multiple: int = setting(8, "Recommended ranks are multiples of it.", ge=1)
 
@@ -113,12 +110,8 @@ class ModelDataConfig:
     cache: str | None = setting(None, "Folder for tokenized text.", shown="$GALORE_CACHE or ~/.cache/galore-torch")
 
     def __post_init__(self) -> None:
-        for name in _OF_LABELS:
-            if self.task == PLAIN_TEXT and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)!r} has no effect with task = {PLAIN_TEXT!r}; leave it out, or give "
-                    "--task classify."
-                )
+        if self.task == PLAIN_TEXT:
+            require_defaults(self, f"task = {PLAIN_TEXT!r}", dict.fromkeys(_OF_LABELS, "task = 'classify'"))
 
     @property
     def given(self) -> dict[str, Any]:

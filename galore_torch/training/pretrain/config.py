@@ -2,8 +2,7 @@
 
 from typing import ClassVar
 
-from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.settings.config import TrainConfig, from_values, read_file, sections_of
+from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, setting, settings
 from galore_torch.training.text.config import DataConfig
 
@@ -45,12 +44,6 @@ class ScheduleConfig:
         "none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma."
     )
 
-    def __post_init__(self) -> None:
-        if self.batch % self.micro_batch:
-            raise ValueError(
-                f"micro_batch = {self.micro_batch} does not divide batch = {self.batch}; choose a divisor of the batch."
-            )
-
 
 @settings
 class PretrainConfig(TrainConfig):
@@ -70,13 +63,3 @@ class PretrainConfig(TrainConfig):
 
 SECTIONS = sections_of(PretrainConfig)
 """Every section by its name in TOML and in `PretrainConfig`."""
-
-
-def recorded(folder: RunFolder) -> PretrainConfig:
-    """The configuration that a run was started with.
-
-    Raises:
-        ValueError: when it is not as it was written.
-    """
-    folder.require_settings()
-    return from_values(PretrainConfig, read_file(PretrainConfig, folder.config)[1])

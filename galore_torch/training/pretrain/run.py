@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from galore_torch.training.pretrain.config import PretrainConfig, recorded
+from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.model import build_model, load_llama
 from galore_torch.training.run import optimizers, records
-from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
 from galore_torch.training.run.run import RunResult
 from galore_torch.training.text import packing
@@ -45,6 +44,7 @@ class Pretraining(Job):
     """
 
     unit = "tokens"
+    settings = PretrainConfig
     result = PretrainResult
 
     def __init__(self, config: PretrainConfig, console: Console, model: PreTrainedModel | None = None) -> None:
@@ -68,11 +68,6 @@ class Pretraining(Job):
             return cls(config, console)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(weights)))
         return cls(config, console, load_llama(weights, config))
-
-    @classmethod
-    def recorded(cls, folder: RunFolder) -> PretrainConfig:
-        """The settings that a run was started with."""
-        return recorded(folder)
 
     def schedule(self) -> dict[str, Any]:
         """A warmup, then a cosine down to a share of the peak."""

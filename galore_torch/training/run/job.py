@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.settings.config import from_values, read_file
 from galore_torch.training.settings.optimizer import OptimizerConfig
 
 
@@ -20,6 +21,7 @@ class Job(ABC):
     """A pre-training, a fine-tuning or an inspection, with its data and its model loaded."""
 
     unit: ClassVar[str]  # what its records count: tokens or examples
+    settings: ClassVar[type]  # the dataclass of its settings
     result: ClassVar[Callable[..., Any]]  # the subclass of `RunResult` that says what it came to
     task_type: str | None = None  # PEFT's name of what the model is trained for; None for newly initialized weights
 
@@ -44,9 +46,10 @@ class Job(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def recorded(cls, folder: RunFolder) -> Any:
-        """The settings that a run was started with; raise a ValueError when they are not as they were written."""
+        """The settings that a run was started with; a ValueError when they are not as they were written."""
+        folder.require_settings()
+        return from_values(cls.settings, read_file(cls.settings, folder.config)[1])
 
     @abstractmethod
     def schedule(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-from galore_torch.training.settings.fields import defaults_of, setting, settings
+from galore_torch.training.settings.fields import field_names, require_defaults, setting, settings
 
 Adapter = Literal["none", "low-rank", "lora", "relora"]
 
@@ -39,14 +39,13 @@ class AdapterConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, default in defaults_of(AdapterConfig).items():
-            value = getattr(self, name)
-            if value != default and not has_effect(name, self.adapter):
-                others = [other for other in get_args(Adapter) if has_effect(name, other)]
-                raise ValueError(
-                    f"{name} = {value!r} has no effect with adapter = {self.adapter!r}; leave it out, or use adapter = "
-                    f"{' or '.join(map(repr, others))}."
-                )
+        needs = {
+            name: "adapter = "
+            + " or ".join(repr(adapter) for adapter in get_args(Adapter) if has_effect(name, adapter))
+            for name in field_names(AdapterConfig)
+            if not has_effect(name, self.adapter)
+        }
+        require_defaults(self, f"adapter = {self.adapter!r}", needs)
 
 
 _LORA = {"adapter", "adapter_rank", "adapter_alpha", "adapter_dropout"}

@@ -40,6 +40,10 @@ class TrainConfig:
         adapter = resolved(self.adapter, rank=self.optimizer.rank, steps=self.schedule.steps or 1)
         object.__setattr__(self, "adapter", adapter)
         _check_adapter(self.adapter, self.optimizer)
+        if self.schedule.batch % self.micro_batch:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} does not divide batch = {self.schedule.batch}; choose a divisor."
+            )
         _check_modes(self.optimizer, self.schedule.batch, self.micro_batch)
 
     @property

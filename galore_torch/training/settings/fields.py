@@ -6,7 +6,7 @@ A field carries its type, default, limits and help; flags, ``--config`` and Pyth
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -114,6 +114,24 @@ def field_names(*kinds: type) -> list[str]:
 def defaults_of(kind: type) -> dict[str, Any]:
     """The settings' own defaults by name."""
     return {name: field.default for name, field in kind.__pydantic_fields__.items()}  # type: ignore[attr-defined]
+
+
+def require_defaults(config: Any, condition: str, needs: Mapping[str, str]) -> None:
+    """Refuse settings of a section that are not as by default though they have no effect.
+
+    Args:
+        config: the section.
+        condition: what they have no effect with, such as ``adapter = 'none'``.
+        needs: what each of them has an effect with.
+
+    Raises:
+        ValueError: with the setting, its value and the remedy.
+    """
+    defaults = defaults_of(type(config))
+    for name, need in needs.items():
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise ValueError(f"{name} = {value!r} has no effect with {condition}; leave it out, or choose {need}.")
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:

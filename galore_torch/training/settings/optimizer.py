@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from galore_torch.group_keys import KEYS, BasisBits, Decomposition, Layout, ProjType
-from galore_torch.training.settings.fields import DType, defaults_of, group_setting, setting, settings
+from galore_torch.training.settings.fields import DType, field_names, group_setting, require_defaults, setting, settings
 
 Optim = Literal[
     "galore-adamw", "galore-adamw8bit", "qgalore-adamw8bit", "galore-adafactor", "galore-sgd",
@@ -126,10 +126,7 @@ class OptimizerConfig:
     eps: float = setting(1e-8, "Added to the root of the second moment.", gt=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay per unit of learning rate.", ge=0)
     max_grad_norm: float = setting(
-        0.0,
-        "Clip the gradient to this norm; 0 clips nothing.",
-        ge=0,
-        shown="0; llama-7b with a full-rank optimizer: 1",
+        0.0, "Clip the gradient to this norm; 0 clips nothing.", ge=0, shown="0; llama-7b with a full-rank optimizer: 1"
     )
     state_dtype: DType | None = setting(
         None,
@@ -160,13 +157,9 @@ class OptimizerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, default in defaults_of(OptimizerConfig).items():
-            value = getattr(self, name)
-            if value != default and name not in _SHARED and not has_effect(name, self.optim):
-                raise ValueError(
-                    f"{name} = {value!r} has no effect with optim = {self.optim!r}; leave it out, or choose one of "
-                    f"{', '.join(optimizers_with(name))}."
-                )
+        idle = [name for name in field_names(OptimizerConfig) if not has_effect(name, self.optim)]
+        needs = {name: f"one of {', '.join(optimizers_with(name))}" for name in idle if name not in _SHARED}
+        require_defaults(self, f"optim = {self.optim!r}", needs)
         if self.weight_bits == 16 and self.weight_rounding == "nearest":
             raise ValueError("weight_rounding = 'nearest' has no effect with weight_bits = 16; give weight_bits = 8.")
 

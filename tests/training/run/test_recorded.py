@@ -11,7 +11,7 @@ from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.training.baselines.layers import LowRankLinear, lora_layers
 from galore_torch.training.baselines.restarts import Restarts
-from galore_torch.training.pretrain.config import SECTIONS, recorded
+from galore_torch.training.pretrain.config import SECTIONS
 from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.folder import RunFolder
@@ -118,7 +118,7 @@ def assert_recorded_is_built(config, out: Path, monkeypatch) -> set[str]:
 
     monkeypatch.setattr(galore_torch, "attach", attach)
     run = new_run(Pretraining, config, out)
-    assert recorded(RunFolder(out)) == config
+    assert Pretraining.recorded(RunFolder(out)) == config
     found = {**of_trainer(run), **of_adapters(run), **of_optimizer(run, attached)}
     compared = set()
     for section in dataclasses.asdict(config).values():
