@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _make_known() -> None:
-    """Tells `torch.load` of our tensors, as `weights_only` wants it, and `attach` of other processes.
+    """Registers our tensors with `torch.load(weights_only=True)`, and `distributed/` with `attach`.
 
     Importing what defines them does.
     """

@@ -44,7 +44,7 @@ class Key:
     fixed: bool = False
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value can be served.
+        """Whether a value is allowed.
 
         Args:
             value: of any type.
@@ -151,7 +151,7 @@ KEYS: Mapping[str, Key] = {
 """By their names. Gap and scale are the paper's, the last two as Q-GaLore's."""
 
 PROJECTED_DEFAULTS: dict[str, Any] = {name: key.default for name, key in KEYS.items() if name != "rank"}
-"""What a group with a `rank` gets where it says nothing."""
+"""Defaults of the keys of a group with a `rank`."""
 
 FIXED_KEYS = tuple(name for name, key in KEYS.items() if key.fixed)
 """Keys that decide the shapes in the state, so that a checkpoint must agree with them."""

@@ -1,7 +1,7 @@
-"""Which modules are meant: the rules of Transformers' `optim_target_modules`, and what is meant where nothing is said.
+"""Which modules match `target_modules`: Transformers' rules for `optim_target_modules`, and a default.
 
 A list matches by substring, then by full regular expression; a string is a regular expression for the whole name, or
-"all-linear". Where nothing is said, it is the modules of the model's repeated blocks, whatever their architecture calls
+"all-linear". By default it is the modules of the model's repeated blocks, whatever their architecture calls
 them, and those with `attn` or `mlp` in their names.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from galore_torch.messages import collapse_indices, list_names, warn
 
 Suits = Callable[[nn.Module, str, Tensor], bool]
-"""Whether a module's parameter, by its attribute, can be served."""
+"""Whether a module's parameter, by its attribute, is supported."""
 
 Targets = str | Sequence[str] | None
 """What `target_modules` may be."""
@@ -27,18 +27,19 @@ USUAL_PARTS = ("attn", "mlp")
 """The names that the ecosystem gives."""
 
 _WITHOUT_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.GroupNorm)
-"""Modules of a block whose weights multiply no vector: nobody expects them among linear layers."""
+"""Modules of a block whose weights multiply no vector: they are not expected among linear layers."""
 
 
 def find_targets(model: nn.Module, target_modules: Targets, suits: Suits, done: str) -> dict[str, Tensor]:
     """The weights of the matching modules, unless modules that do not suit use them too.
 
-    A tied weight counts once. What matches and is left out is told in one warning, and so are names that match nothing.
+    A tied weight counts once. What matches and is left out is reported in one warning, and so are names that match
+    nothing.
 
     Args:
         model: the model.
         target_modules: which modules, by the rules above.
-        suits: which of their parameters can be served.
+        suits: which of their parameters is supported.
         done: what is done with them, for messages, such as "projected".
 
     Returns:
@@ -70,7 +71,7 @@ def find_targets(model: nn.Module, target_modules: Targets, suits: Suits, done: 
         warn(f"matched, but not {done}: {', '.join(why)}")
     if not found:
         raise ValueError(_nothing_matched(model, target_modules, suits, done))
-    _report_unmatched(model, target_modules, suits, done, told=[*shared, *unsuited])
+    _report_unmatched(model, target_modules, suits, done, reported=[*shared, *unsuited])
     return found
 
 
@@ -155,7 +156,7 @@ def _is_all_linear(target_modules: Targets) -> bool:
 
 
 def _matcher(model: nn.Module, target_modules: Targets) -> Callable[[str], bool]:
-    """Whether a module's name is meant."""
+    """Whether a module's name matches."""
     if target_modules is None:
         blocks, heads = tuple(f"{name}." for name in block_names(model)), _head_names(model)
         return lambda name: (
@@ -183,7 +184,7 @@ def _head_names(model: nn.Module) -> set[str]:
 
 
 def _is_missed(module: nn.Module, weight: Tensor, target_modules: Targets) -> bool:
-    """Whether it is worth a word that a matching weight cannot be served: the more so, the closer it was named."""
+    """Whether to warn of a matching weight that is not supported: the more so, the closer it was named."""
     if target_modules is None:
         return (
             weight.dim() > 1
@@ -196,12 +197,12 @@ def _is_missed(module: nn.Module, weight: Tensor, target_modules: Targets) -> bo
 
 
 def _report_unmatched(
-    model: nn.Module, target_modules: Targets, suits: Suits, done: str, *, told: Sequence[str]
+    model: nn.Module, target_modules: Targets, suits: Suits, done: str, *, reported: Sequence[str]
 ) -> None:
     """Warns of names that match no layer although others do: a typing error, or the words of another architecture."""
     names = [name for name, module, attribute, weight in owned(model) if suits(module, attribute, weight)]
     parts = USUAL_PARTS if target_modules is None else () if isinstance(target_modules, str) else target_modules
-    unmatched = [part for part in parts if not any(_matches(name, part) for name in (*names, *told))]
+    unmatched = [part for part in parts if not any(_matches(name, part) for name in (*names, *reported))]
     if not unmatched:
         return
     nothing = f"{' and '.join(map(repr, unmatched))} match{'' if len(unmatched) > 1 else 'es'} no linear layer"

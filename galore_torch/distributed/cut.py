@@ -57,8 +57,8 @@ class Cut:
         cuts = [(at, placement) for at, placement in enumerate(weight.placements) if not placement.is_replicate()]
         if len(cuts) > 1 or any(type(placement) is not Shard for _, placement in cuts):
             raise ValueError(
-                f"{name} has placements {weight.placements}; a weight is served that is cut along one axis (Shard), as "
-                "fully_shard cuts it, and nothing besides (no tensor parallelism)"
+                f"{name} has placements {weight.placements}; use weights that are cut along one axis (Shard), as "
+                "fully_shard cuts them, without tensor parallelism"
             )
         dimension, axis = (cuts[0][0], cuts[0][1].dim) if cuts else (0, 0)  # type: ignore[attr-defined]
         size = weight.shape[axis]

@@ -141,7 +141,7 @@ class Traffic:
             wrapper: DDP; None where the model runs by itself.
 
         Raises:
-            ValueError: the processes disagree on the optimizer, or DDP was asked for what is not served.
+            ValueError: the processes disagree on the optimizer, or DDP was asked for something that is not supported.
         """
         self._backward = None  # one that ended in an error is over
         optimizer = self._optimizer()
@@ -243,7 +243,7 @@ class Traffic:
 
     def _complete(self, weight: Tensor) -> None:
         if weight.grad is not None and weight.grad.requires_grad:
-            raise ValueError("create_graph=True is not served inside DistributedDataParallel; leave it out")
+            raise ValueError("create_graph=True is not supported inside DistributedDataParallel; leave it out")
         bucket = self._of_weight.get(id(weight))
         if bucket is None:
             self._form(weight)

@@ -35,7 +35,7 @@ def shard(trained: TrainedWeight, optimizer: GaLore) -> ShardedWork:
         optimizer: that holds it; it is told of the processes.
 
     Raises:
-        ValueError: a placement, an optimizer inside or a rounding that is not served.
+        ValueError: a placement, an optimizer inside or a rounding that is not supported.
     """
     assert isinstance(trained.weight, DTensor)
     require_by_element(trained)

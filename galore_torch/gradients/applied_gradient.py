@@ -1,7 +1,6 @@
 """`AppliedGradient`: what stands in the place of a gradient that has been applied inside the backward pass.
 
-It holds nothing but its norm, for those who log it. Whoever still wants to clip, scale or accumulate it comes too late,
-and is told so.
+It holds nothing but its norm, for logging. Clipping, scaling or accumulating it raises an error.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _stored_in(gradient: ProjectedGradient, dtype: torch.dtype | None, bits: int
 
 
 def discard_stale(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]:
-    """A hook on an incoming gradient: lets go of an empty projected gradient that could not take it up.
+    """A hook on an incoming gradient: drops a projected gradient of zeros to which it could not be added.
 
     `zero_grad(set_to_none=False)` leaves such images. Where a full gradient is wanted, or the basis is another by now,
     what is added to them would be lost in part.

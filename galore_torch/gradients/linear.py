@@ -57,13 +57,13 @@ class FusedLinear:
         self.tracker = tracker
         self.shared = SharedInput()
         self._decided: tuple[int, bool] | None = None
-        # Layers take turns to renew; a compiler that looked inside would compile anew for each. Not a decorator: it
+        # Layers take turns to renew; a compiler that looked inside would compile again for each. Not a decorator: it
         # imports the compiler.
         self._forward = torch.compiler.disable(self._form)  # type: ignore[no-untyped-call]
 
     @property
     def trained(self) -> TrainedWeight:
-        """The weight as the next step will see it. Asked anew each time: loading a checkpoint replaces state."""
+        """The weight as the next step will see it. Looked up each time: loading a checkpoint replaces state."""
         return self.optimizer._trained_weight(self.module.weight)
 
     @property

@@ -1,7 +1,7 @@
 """Which ways to form gradients exist, when they can be applied, and which of these exclude each other.
 
-The one place for these rules: `attach` calls it, and so does whoever knows the choices before there is a model (the
-Trainer factory, the command line).
+The one place for these rules: `attach` calls it, and the Trainer factory and the command line call it before there is a
+model.
 """
 
 from __future__ import annotations

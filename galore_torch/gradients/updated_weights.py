@@ -3,7 +3,7 @@
 With `update="backward"` a gradient acts when it is complete. A second one before `step()`, of another backward or of
 another re-entrant segment of the same, would act on a weight that is not the one it was computed for, and a gradient
 that is thrown away by `zero_grad()` has acted already. Both are found when the first gradient of a backward arrives,
-before anything moves. A backward that ends in an error leaves some weights moved and others not; that is told.
+before anything moves. A backward that ends in an error leaves some weights moved and others not; a warning says so.
 """
 
 from __future__ import annotations

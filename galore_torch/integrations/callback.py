@@ -152,10 +152,10 @@ def figures_of(subspaces: Iterable[Subspace]) -> dict[str, float]:
         ``galore/overlap``, ``galore/overlap_min``, ``galore/captured`` and ``galore/captured_min``, over the weights
         that have had two bases; nothing while none has.
     """
-    told = list(subspaces)
+    found = list(subspaces)
     return {
-        **_mean_and_least("galore/overlap", [one.overlap for one in told]),
-        **_mean_and_least("galore/captured", [one.captured for one in told]),
+        **_mean_and_least("galore/overlap", [one.overlap for one in found]),
+        **_mean_and_least("galore/captured", [one.captured for one in found]),
     }
 
 

@@ -41,7 +41,7 @@ _SEARCHED = {
     "adam_beta2": "betas",
     "adam_epsilon": "eps",
 }
-"""What training arguments say of an optimizer, and what it is called here."""
+"""Training arguments of an optimizer, and their names here."""
 
 
 class GaLoreFactory:
@@ -133,7 +133,7 @@ class GaLoreTrainerMixin:
     galore: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Refuses a class whose trainer stands before the mixin, and so would train without GaLore."""
+        """Raises an error for a class with its trainer before the mixin, which would train without GaLore."""
         super().__init_subclass__(**arguments)
         for base in cls.__mro__[: cls.__mro__.index(GaLoreTrainerMixin)]:
             if "create_optimizer" in vars(base) and not issubclass(base, GaLoreTrainerMixin):
@@ -191,8 +191,8 @@ def _arguments_of(optimizer: Callable[..., GaLore]) -> dict[str | None, Any]:
 def _from_training_arguments(
     args: Any, known: Mapping[str | None, Any], matrices_decay: float | None
 ) -> dict[str, Any]:
-    """What training arguments say, of what a recipe has by the same meaning: an Adafactor's eps is another."""
-    said = {
+    """The training arguments that a recipe has with the same meaning: an Adafactor's eps is another."""
+    given = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay if matrices_decay is None else 0.0,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -200,13 +200,13 @@ def _from_training_arguments(
     }
     return {
         name: value
-        for name, value in said.items()
+        for name, value in given.items()
         if name in known and (name == "lr" or isinstance(known[name], tuple) == isinstance(value, tuple))
     }
 
 
 def _report_ignored(trainer: Any, arguments: Mapping[str, Any]) -> None:
-    """Warns of what training arguments or a search say and what is given here stands against."""
+    """Warns of training arguments and searched values that have no effect, as others are given here."""
     trial = getattr(trainer, "_trial", None)
     searched = getattr(trial, "params", trial) if getattr(trainer, "hp_search_backend", None) is not None else None
     for name, ours in _SEARCHED.items():

@@ -1,6 +1,6 @@
 """Bases, projected gradients and weights in few bits, and `quantize_weights`. It knows no optimizer."""
 
-from galore_torch.lowbit import operations  # noqa: F401 (serves torch's operations on a QuantizedWeight)
+from galore_torch.lowbit import operations  # noqa: F401 (implements torch's operations on a QuantizedWeight)
 from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, orthonormality_loss
 from galore_torch.lowbit.codes import BITS, Codes, check_bits
 from galore_torch.lowbit.linear import linear

@@ -113,7 +113,7 @@ FUNCTIONS |= {
     Tensor.contiguous: _contiguous,
     Tensor.numpy: lambda weight, **_: weight.decode().numpy(),
     Tensor.tolist: lambda weight: weight.decode().tolist(),
-    Tensor.untyped_storage: lambda weight: weight.codes.untyped_storage(),  # tells tied weights, and counts bytes
+    Tensor.untyped_storage: lambda weight: weight.codes.untyped_storage(),  # recognizes tied weights, and counts bytes
     Tensor.data_ptr: _refuse_memory,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.__setitem__: _set_item,

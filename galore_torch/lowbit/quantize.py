@@ -33,7 +33,7 @@ def quantize_weights(
 
     Args:
         model: the model; changed in place, one weight at a time.
-        target_modules: which modules, as in `param_groups`; frozen weights too. `nn.Linear` alone can be served.
+        target_modules: which modules, as in `param_groups`; frozen weights too. `nn.Linear` alone is supported.
         group_size: numbers that share a scale, in the weight's own order; even. No weight's size must be a multiple.
         stochastic_rounding: round updates up or down at random, so that they are right on average. Without it what
             is less than half a code is lost.
@@ -44,7 +44,7 @@ def quantize_weights(
         The names of the weights.
 
     Raises:
-        ValueError: no layer matches, or one that cannot be served. The model is unchanged then.
+        ValueError: no layer matches, or one that is not supported. The model is unchanged then.
 
     Example:
         >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "head": nn.Linear(64, 8)})

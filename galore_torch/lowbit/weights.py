@@ -6,8 +6,8 @@ between. An optimizer's update is added to the decoded numbers and rounded to co
 updates of less than a code are right on average.
 
 Whatever else only reads it sees the decoded numbers; of views, too: they are views of a decoded copy. Whatever else
-would change it in place is refused, but for `copy_`, which rounds to the nearest: numbers that were decoded, and kept
-in bfloat16 or more, become the same codes again. So plain checkpoints lose nothing.
+would change it in place raises an error, but for `copy_`, which rounds to the nearest: numbers that were decoded, and
+kept in bfloat16 or more, become the same codes again. So plain checkpoints lose nothing.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class QuantizedWeight(Tensor):
             The quantized weight, of the same shape, dtype and device.
 
         Raises:
-            ValueError: a weight or a group size that cannot be served.
+            ValueError: a weight or a group size that is not supported.
         """
         check_bits(8, group_size)
         if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() < 2:

@@ -18,7 +18,7 @@ class Agreement:
         self._is_reached = False
 
     def require(self, seed: int) -> None:
-        """Checks it. Nobody waits: the first to come leaves its seed in the job's store, and each other one compares.
+        """Checks it without waiting: the first process puts its seed into the job's store, the others compare.
 
         Args:
             seed: of this process' optimizer.

@@ -127,7 +127,7 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
         The settings, with Python's numbers in place of numpy's.
 
     Raises:
-        ValueError: one that cannot be served; the message names it, its value and the remedy.
+        ValueError: one that is not supported; the message names it, its value and the remedy.
     """
     made = {name: plain(value) for name, value in settings.items()}
     for name in ("optimizer_class", "fallback_class"):
@@ -182,7 +182,7 @@ def check_hyperparameters(values: Mapping[str, Any], defaults: Mapping[str, Any]
 
     Args:
         values: by name, as arguments or in a group.
-        defaults: what each is where nothing is said; one that is None by default may be.
+        defaults: of each; one whose default is None may be None.
         where: which group, for messages.
 
     Raises:

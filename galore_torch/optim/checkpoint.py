@@ -2,7 +2,7 @@
 
 `torch.optim.Optimizer.load_state_dict` matches by order, compares counts alone and casts all state to the parameter's
 dtype: 8-bit codes and fp32 moments of bf16 weights would be ruined. Here its state is kept out of that cast, and put
-in place once every tensor of it has been found to fit; all that is refused is refused before anything changes.
+in place once every tensor of it fits; every error is raised before anything changes.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ def _in_our_order(groups: Groups, saved_groups: Groups) -> Groups:
     all_ours, all_theirs = set(chain.from_iterable(ours)), set(chain.from_iterable(theirs))
     if all_ours != all_theirs:
         lacking, foreign = _some(all_ours - all_theirs), _some(all_theirs - all_ours)
-        said = [f"has no {lacking}"] * bool(lacking) + [f"has {foreign}, which the optimizer does not hold"] * bool(
-            foreign
-        )
+        differences = [f"has no {lacking}"] * bool(lacking) + [
+            f"has {foreign}, which the optimizer does not hold"
+        ] * bool(foreign)
         raise ValueError(
-            f"the checkpoint {' and '.join(said)}. {REMEDY}; or, if the weights were only renamed, take 'param_names' "
-            "out of the checkpoint's groups: weights are then matched by their order"
+            f"the checkpoint {' and '.join(differences)}. {REMEDY}; or, if the weights were only renamed, take "
+            "'param_names' out of the checkpoint's groups: weights are then matched by their order"
         )
     left = list(zip(theirs, saved_groups, strict=True))
     found = []
@@ -177,13 +177,13 @@ def _fitting_state(
                 raise ValueError(f"the optimizer's state of {trained.name} is {state!r}, not a dictionary. {REMEDY}")
     held = [{**group, **there, "params": group["params"]} for group, there in zip(ours, saved_groups, strict=True)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # told when the optimizer was made
+        warnings.simplefilter("ignore")  # given when the optimizer was made
         for group in held:
             check_group(group)
     try:
         return {**others, **_fit_all(of_weights, trained_in(held))}
     except (TrialError, TypeError, KeyError, IndexError) as error:  # values that nobody expected in a group
-        _fit_all(of_weights, as_it_is)  # another optimizer's state is told first
+        _fit_all(of_weights, as_it_is)  # another optimizer's state is the first error
         raise ValueError(
             f"the values in the checkpoint's groups cannot be used, from {as_it_is[0].name} on: {error}. {REMEDY}"
         ) from error

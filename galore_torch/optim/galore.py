@@ -62,7 +62,7 @@ class GaLore(Optimizer):
             arguments of `optimizer_class` ask (`bf16_stochastic_round`, `kahan_sum`), else to the nearest.
         skip_nonfinite: leave out a weight whose gradient is not finite, state and all. Costs a device synchronization
             a step. Without it the update is what the optimizer inside makes of such a gradient; a renewal is never
-            made from one, and `nonfinite_counts` tells how many there were.
+            made from one, and `nonfinite_counts` returns how many there were.
         seed: of the random numbers that decompositions use; they depend on it, the weight's place and the number of
             its renewal alone.
         group_defaults: further keys that every group gets.
@@ -132,7 +132,7 @@ class GaLore(Optimizer):
         check_rounding(rounding)
         self._settings = checked_settings(arguments=arguments, **choices)
         self._build_rules()
-        self._is_built = False  # so that what is told of all groups is told once
+        self._is_built = False  # so that warnings about all groups come once
         super().__init__(params, {**self._rules.rule.defaults, **(group_defaults or {})})
         report_all(self.param_groups)
         report_rounding(rounding, [place.weight for place in positions(self.param_groups)])
@@ -166,7 +166,7 @@ class GaLore(Optimizer):
             param_group: with `params` and any keys; one with a `rank` is projected.
 
         Raises:
-            ValueError: a value that cannot be served. The optimizer is unchanged then.
+            ValueError: a value that is not supported. The optimizer is unchanged then.
         """
         group = prepared(param_group, self.param_groups)
         if not is_projected(group):

@@ -1,4 +1,4 @@
-"""What parameter groups say that has no effect, told once when the optimizer takes them."""
+"""Warnings of what has no effect in parameter groups, given once when the optimizer takes them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def report_all(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def report_each(groups: Sequence[dict[str, Any]], read: Collection[str], classes: Iterable[type]) -> None:
-    """Warns of what single groups say that has no effect.
+    """Warns of what has no effect in single groups.
 
     Args:
         groups: with their defaults filled in.
@@ -75,10 +75,10 @@ def report_each(groups: Sequence[dict[str, Any]], read: Collection[str], classes
 def _report_unread(groups: Sequence[dict[str, Any]], read: Collection[str]) -> None:
     """Warns of keys that nothing reads, with the nearest name that is read.
 
-    In a group without a `rank` only what can mean nothing but a projection is told: its other keys are its owner's.
+    In a group without a `rank` only keys of a projection are reported: others may be the user's own.
     """
     known = {*KEYS, *read, *_OF_FRAMEWORKS}
-    told = []
+    unread = []
     for group in groups:
         rank = f"the projected group (rank {group['rank']})" if is_projected(group) else "a group without `rank`"
         for key, value in group.items():
@@ -86,13 +86,13 @@ def _report_unread(groups: Sequence[dict[str, Any]], read: Collection[str]) -> N
                 meant = key if key in _OURS_ALONE else None if key in known else nearest(key, _OURS_ALONE, 0.75)
                 if meant is not None:
                     hint = "give the group a `rank`" if meant == key else f"did you mean {meant}?"
-                    told.append(f"{key}={reprlib.repr(value)} in {rank} ({hint})")
+                    unread.append(f"{key}={reprlib.repr(value)} in {rank} ({hint})")
             elif key not in known and not key.startswith("_"):
                 meant = nearest(key, [*KEYS, *read])
                 hint = f"did you mean {meant}?" if meant else f"it may have {', '.join(KEYS)}"
-                told.append(f"{key}={reprlib.repr(value)} in {rank} ({hint})")
-    if told:
-        warn(f"nothing reads {'; '.join(dict.fromkeys(told))}")
+                unread.append(f"{key}={reprlib.repr(value)} in {rank} ({hint})")
+    if unread:
+        warn(f"no effect: {'; '.join(dict.fromkeys(unread))}")
 
 
 def _report_wasteful(groups: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What of a parameter group a rule sees, and what becomes of what it writes there.
+"""A parameter group as the optimizer inside sees it, and what that writes into it.
 
 A step may take several calls of a rule: one for each chunk of weights, or one for each weight inside the backward pass.
 All see the group as it was before the step. What they have written is put into the group once, when the step is closed,
@@ -23,7 +23,7 @@ OURS = ("rank", *PROJECTED_DEFAULTS)
 
 
 def inner_group(group: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
-    """A group as the rule of its coordinates sees it: without decay and compensation, which are served from the weight.
+    """A group as the rule of its coordinates sees it: without decay and compensation, which act on the weight itself.
 
     Args:
         group: the parameter group.
@@ -33,8 +33,8 @@ def inner_group(group: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
         Another dictionary.
     """
     kept = {key: value for key, value in group.items() if key not in OURS}
-    served = {"weight_decay": 0.0, "kahan_sum": False}
-    off = {key: value for key, value in served.items() if key in group}
+    applied_here = {"weight_decay": 0.0, "kahan_sum": False}
+    off = {key: value for key, value in applied_here.items() if key in group}
     return {**kept, **off, **(traits.given(group) if traits.given else {})}
 
 
@@ -96,7 +96,7 @@ def check_decay(
     group: Mapping[str, Any],
     made_of: tuple[type[torch.optim.Optimizer], Mapping[str, Any]] | None,
 ) -> None:
-    """Checks that the decay of a group whose coordinates are moved can be served from the weight.
+    """Checks that the decay of a group whose coordinates are moved can be applied to the weight.
 
     Args:
         rule: the optimizer.
@@ -119,10 +119,10 @@ def check_decay(
     if own and made_of:
         with suppress(TypeError):  # no arguments of these names
             decay = traits_of(made_of[0], {**made_of[1], **own}).decay
-    if decay == "unserved":
+    if decay == "unsupported":
         raise ValueError(
             f"weight_decay is {group['weight_decay']!r} in a group whose coordinates are moved, and {rule.name} decays "
-            "neither by L2 (on the gradient) nor decoupled (lr * weight_decay * weight), so that it cannot be served "
+            "neither by L2 (on the gradient) nor decoupled (lr * weight_decay * weight), so that it is not supported "
             "from the weight. Set weight_decay=0.0 there"
         )
     if decay != traits.decay:

@@ -46,7 +46,7 @@ def asked_rounding(rule: Rule, group: Mapping[str, Any]) -> Rounding:
         group: a parameter group.
 
     Returns:
-        To the nearest, where it says nothing.
+        `nearest` if it does not ask.
     """
     for name, rounding in ASKED.items():
         value = rule.setting(name, group)

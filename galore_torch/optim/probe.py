@@ -1,10 +1,10 @@
 """Finding out, on a few numbers, whether an optimizer can run on coordinates, and what it does with its decay.
 
-An optimizer is served when the rule that is lent everything does bit for bit what the optimizer does alone, also where
-it is made anew half-way from a checkpoint, and when its displacement depends on gradient and state alone: coordinates
-are zero before each step, so that what reads the parameter (scaling by its norm, trust ratios, averages of it, the
-distance from its start) would compute with those zeros. The rest is refused by name. `recipes` declares the few
-optimizers that need help or take long to try.
+An optimizer is supported when the rule that gets all from outside does bit for bit what the optimizer does alone, also
+where it is rebuilt half-way from a checkpoint, and when its displacement depends on gradient and state alone:
+coordinates are zero before each step, so that what reads the parameter (scaling by its norm, trust ratios, averages of
+it, the distance from its start) would compute with those zeros. The rest raises an error that names it. `recipes`
+declares the few optimizers that need help or take long to try.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ TOLERANCE = 1e-5
 ROUNDING = 5e-6
 """How far apart float32 alone puts two ends of so many small steps."""
 DTYPES = (torch.float64, torch.float32)
-"""The first tells more, and not all take it; some compute in the second whatever they are given."""
+"""The first finds more, and not all take it; some compute in the second whatever they are given."""
 MOVED = 1e-2
-"""How long a way must be, to tell anything by it."""
+"""The shortest displacement that shows anything."""
 DECAY = 0.1
 DECAY_TOLERANCE = 1e-3
 """The same of two ways that differ in the order of decay and update."""
@@ -97,7 +97,8 @@ def probe(rule: Rule, on_coordinates: bool = True) -> Traits:
     Raises:
         ValueError: it keeps something outside of its state and its group, or something that a checkpoint cannot hold;
             its displacement depends on the parameter's own value or on its shape; it needs a closure, or does with one
-            what it does not without; or it did not move, so that nothing can be told. The message names the optimizer.
+            what it does not without; or it did not move, so that nothing can be found out. The message names the
+            optimizer.
 
     Example:
         >>> probe(Rule(torch.optim.SGD, {"lr": 0.1})).decay
@@ -128,7 +129,7 @@ def probe(rule: Rule, on_coordinates: bool = True) -> Traits:
 
 
 class _RefusedError(Exception):
-    """Why an optimizer is not served."""
+    """Why an optimizer is not supported."""
 
 
 @contextmanager
@@ -195,7 +196,7 @@ class _Trial:
         return parameter.detach()
 
     def refuse_what_is_kept_elsewhere(self) -> bool:
-        """What a rule is not lent, and a checkpoint does not hold, would be lost: it is made anew half-way from one.
+        """What neither the rule gets nor a checkpoint holds would be lost: it is rebuilt half-way from one.
 
         Returns:
             Whether the rule has written into its group.
@@ -215,7 +216,7 @@ class _Trial:
         return wrote
 
     def refuse_what_is_kept_of_groups(self, apart: bool = True) -> None:
-        """A rule is made on one group, and lent as many as there are, each with its own rate if they are `apart`."""
+        """A rule is made on one group, and gets as many as there are, each with its own rate if they are `apart`."""
         _seed()
         weights = [torch.nn.Parameter(self.weight.clone()) for _ in range(2)]
         groups = [dict(self.group), dict(self.group)]
@@ -255,7 +256,7 @@ class _Trial:
             )
 
     def _moved_by_coordinates(self, decay: Decay = "none", pad: Sequence[int] = ()) -> Tensor:
-        """The weight after the steps, moved through coordinates that are zero before each, with the decay served."""
+        """The weight after the steps, moved through coordinates that are zero before each, decay applied to it."""
         _seed()
         rule, group = self.rule.again(), dict(self.group)
         weight = torch.nn.functional.pad(self.weight, pad)
@@ -295,14 +296,14 @@ class _Trial:
                 )
 
     def find_decay(self) -> Decay:
-        """Whether decay is L2, decoupled, or neither, so that it cannot be served from the weight."""
+        """Whether decay is L2, decoupled, or neither, so that it cannot be applied to the weight."""
         if "weight_decay" not in self.rule.defaults:
             return "none"
         decayed = self._moved_alone(weight_decay=DECAY)
         candidates: tuple[Decay, ...] = ("decoupled", "l2") if "lr" in self.rule.defaults else ("l2",)
         ends = {decay: self._moved_by_coordinates(decay) for decay in candidates}
         nearest = min(candidates, key=lambda decay: float((ends[decay] - decayed).norm()))
-        return nearest if self._close(decayed, ends[nearest], DECAY_TOLERANCE) else "unserved"
+        return nearest if self._close(decayed, ends[nearest], DECAY_TOLERANCE) else "unsupported"
 
     def allows_many_calls(self) -> bool:
         """Whether two tensors that are moved in two calls end where they end in one."""

@@ -6,7 +6,7 @@ gradient added to it is projected first. So gradient clipping, loss scaling, acc
 without knowing of it.
 
 Anything else that only reads it sees the full-size gradient it stands for, formed on the spot. Anything else that
-would change it in place is refused: it could silently leave the subspace.
+would change it in place raises an error: it could silently leave the subspace.
 """
 
 from __future__ import annotations

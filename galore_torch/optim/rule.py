@@ -1,7 +1,7 @@
 """`Rule`: any `torch.optim.Optimizer`, used as nothing but its update rule.
 
-The optimizer is built once, on a tiny parameter, so that wrong arguments are told at once and its defaults are known.
-For each call it is lent the tensors to move, their gradients, their state and their hyperparameters, and it keeps
+The optimizer is built once, on a tiny parameter, so that wrong arguments raise at once and its defaults are known.
+For each call it gets the tensors to move, their gradients, their state and their hyperparameters, and it keeps
 none of them afterwards. So nothing is keyed on the identity of a parameter, nothing is copied when a checkpoint is
 taken, and it never notices that what it moves are coordinates.
 
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Decay = Literal["none", "l2", "decoupled", "unserved"]
+Decay = Literal["none", "l2", "decoupled", "unsupported"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class UpdateContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What an optimizer does that its signature does not tell.
+    """What an optimizer does that its signature does not show.
 
     Attributes:
         decay: where its `weight_decay` acts: on the gradient (`l2`), on the weight before the update (`decoupled`),
-            there is none, or it is one that cannot be served from the weight (`unserved`).
+            there is none, or it is one that cannot be applied to the weight from the weight (`unsupported`).
         many_calls: whether stepping the parameters in several calls equals stepping them in one.
         writes_group: whether it writes into its parameter group, also where none of its parameters has a gradient.
         learning_rate: the rate that decay takes, where that depends on the weight; the group's `lr` when left out.
@@ -56,8 +56,8 @@ class Traits:
         is_another: whether `factor` makes another rule of the optimizer, so that parameters that are not projected go
             through coordinates too. Without it the optimizer itself moves them.
         given: hyperparameters that the rule gets instead of the group's, because `factor` takes their place.
-        slice_elements: how many numbers of one tensor the rule may be lent at a time: slices that it moves as it would
-            the whole, where it makes copies of what it is lent. All at once when None.
+        slice_elements: how many numbers of one tensor the rule may get at a time: slices that it moves as it would
+            the whole, where it copies what it gets. All at once when None.
         holds_in_few_bits: of an optimizer with quantized state, whether it quantizes that of a tensor with so many
             elements; None for one without.
     """
@@ -75,7 +75,7 @@ class Traits:
 
 @dataclass(slots=True, kw_only=True)
 class InnerParam:
-    """What a rule is lent for one tensor.
+    """One tensor that a rule moves, as the rule gets it.
 
     Attributes:
         tensor: moved in place.
@@ -93,11 +93,11 @@ class InnerParam:
 
 
 DECLARED: dict[str, Traits] = {}
-"""Traits by qualified class name, for optimizers that a probe cannot tell about. `recipes` fills it."""
+"""Traits by qualified class name, for optimizers whose traits a probe cannot find out. `recipes` fills it."""
 
 ADAPTED: dict[str, Callable[[torch.optim.Optimizer, Mapping[int, Tensor]], None]] = {}
 """What is done to a rule's optimizer that knows single weights by their identity, by the library that it comes from:
-called once with the optimizer and with the weights behind what it is lent, by the identity of that. `recipes` fills it.
+called once with the optimizer and with the weights behind what it gets, by the identity of that. `recipes` fills it.
 """
 
 
@@ -129,7 +129,7 @@ class Rule:
         self._optimizer = self.alone([self._tiny()])
         if isinstance(getattr(type(self._optimizer), "state", None), property):
             raise ValueError(
-                f"{self.name} cannot run inside GaLore: it holds another optimizer, whose state it cannot be lent. Use "
+                f"{self.name} cannot run inside GaLore: it holds another optimizer, whose state is out of reach. Use "
                 "that optimizer itself"
             )
         self._template = {
@@ -260,7 +260,7 @@ class Rule:
 
 
 _OF_PARAMETERS = ("params", "param_names")
-"""Keys of a group that tell of its parameters, of which a rule may be lent some."""
+"""Keys of a group that hold its parameters, of which a rule may get some."""
 
 
 def _noted(group: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:

@@ -31,7 +31,7 @@ class Rules:
         classes: of the rules.
 
     Raises:
-        ValueError: a class or an argument that cannot be served.
+        ValueError: a class or an argument that is not supported.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ class Rules:
     def of_weight(self, weight: Tensor, group: Mapping[str, Any]) -> tuple[Rule, Traits, bool]:
         """The rule of one weight, what is known of it, and whether it moves coordinates of the weight.
 
-        Without projection, coordinates serve another rule than the optimizer's own, a dtype of their own, codes, and
+        Without projection, coordinates are for another rule than the optimizer's own, a dtype of their own, codes, and
         roundings of ours.
         """
         rule, traits = self.of(group)
@@ -74,7 +74,7 @@ class Rules:
         return chosen or asked_rounding(self.of(group)[0], group)
 
     def check(self, group: Mapping[str, Any], weights: Sequence[Tensor]) -> None:
-        """Checks that a group can be served: its weights' dimensions, and its decay where coordinates are moved.
+        """Checks that a group is supported: its weights' dimensions, and its decay where coordinates are moved.
 
         Args:
             group: with its defaults.

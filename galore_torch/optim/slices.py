@@ -1,4 +1,4 @@
-"""What the rule is lent of one weight in a step: its coordinates, or itself, whole or in slices."""
+"""What the rule gets of one weight in a step: its coordinates, or itself, whole or in slices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from galore_torch.optim.trained_weight import TrainedWeight
 def inner_params(
     trained: TrainedWeight, projected: Tensor, coordinates: Tensor | None = None
 ) -> tuple[Tensor, list[InnerParam]]:
-    """What the rule is lent for a weight.
+    """What the rule gets of a weight.
 
     Args:
         trained: the weight.
@@ -23,7 +23,7 @@ def inner_params(
         coordinates: zeros of its shape, where there are any; made if there are none.
 
     Returns:
-        The tensor that the rule moves, and what it is lent of it. The rule's state of a slice is under its name.
+        The tensor that the rule moves, and the parameters that it gets: the tensor, or slices of it.
     """
     if not trained.through_coordinates:
         tensor = trained.local
@@ -42,7 +42,7 @@ def inner_params(
 
 
 def keep_inner_state(trained: TrainedWeight, params: Sequence[InnerParam]) -> None:
-    """Keeps the rule's state of what it was lent.
+    """Keeps the rule's state of a weight; that of slices under their names.
 
     Args:
         trained: the weight.

@@ -35,7 +35,7 @@ class TrialError(RuntimeError):
 
 
 LayoutCache = dict[Any, Any]
-"""What rules keep, by what they are lent, so that no question is asked twice."""
+"""What rules keep, by what they get, so that each is tried once."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class TrainedWeight:
         index: its place among the projected weights.
         turn: its offset within the gap.
         clock: where the time of renewals is added up.
-        is_kept: whether the optimizer holds the state; until its first step a weight's is nobody's but its own.
+        is_kept: whether the optimizer holds the state; until its first step a weight keeps it for itself.
         counters: of all projected weights on the device, one for each: how many gradients were not finite.
         slot: which of them is the weight's.
     """
@@ -153,7 +153,7 @@ class TrainedWeight:
 
     @property
     def completes_basis(self) -> bool:
-        """Whether what is due in this step are directions that no gradient has told yet: all of them at first."""
+        """Whether what is due in this step are directions that no gradient has determined yet: all of them at first."""
         return self.needs_renewal and not (self.state[RENEWALS] and self._is_due_anew)
 
     @property
@@ -169,7 +169,7 @@ class TrainedWeight:
         return self.completes_basis and grad.projection == self.projection and not grad.is_in(self.basis)
 
     def check_gradient(self) -> None:
-        """Checks that the gradient is of a kind that is served.
+        """Checks that the gradient is of a supported kind.
 
         Raises:
             ValueError: it is sparse or complex; the message names the weight.
@@ -232,7 +232,7 @@ class TrainedWeight:
         self.state[BASIS] = self.storage.store(basis)
 
     def decompose(self, grad: Tensor) -> dict[str, Tensor] | None:
-        """The basis that a gradient tells. It changes nothing.
+        """The basis that is found from a gradient. It changes nothing.
 
         The random numbers depend on the seed, on `index` and on the number of the renewal alone.
 
@@ -273,12 +273,12 @@ class TrainedWeight:
         return self.storage.read(self.storage.store(factors), self.projection.factor_shapes, self.weight.dtype)
 
     def find_basis(self) -> Basis | None:
-        """What the gradient tells, as the state would hold it; None if the decomposition failed."""
+        """The basis found from the gradient, as the state would hold it; None if the decomposition failed."""
         found = self.decompose(self.grad)
         return None if found is None else self.as_stored(found)
 
     def renew(self) -> None:
-        """Takes the basis that the gradient brings or, in full, tells."""
+        """Takes the basis that the gradient brings, or finds one from the full gradient."""
         grad = self.grad
         basis = grad.basis if isinstance(grad, ProjectedGradient) else self.find_basis()
         if basis is not None:

@@ -1,7 +1,7 @@
-"""`WeightCache`: what is known of every weight between steps, made once, and made anew when something was replaced.
+"""`WeightCache`: what an optimizer knows of its weights, built once, and again when something was replaced.
 
 Groups are added, and replaced when a checkpoint is loaded; FSDP2 and Accelerate swap the parameters inside them; a user
-changes a group's rank or takes a weight's state away. Nothing tells the optimizer, so it compares identities.
+changes a group's rank or takes a weight's state away. The optimizer is not notified, so it compares identities.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from galore_torch.optim.state_keys import NONFINITE
 from galore_torch.optim.trained_weight import TrainedWeight
 
 DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", *ASKED)
-"""Keys of a group that a weight's work is made from. All other values are read from the group when they are used."""
+"""Keys of a group that decide what is known of a weight. All others are read from the group when they are used."""
 
 Make = Callable[[Position], TrainedWeight]
 
@@ -51,7 +51,7 @@ def _values(group: Mapping[str, Any]) -> list[Any]:
 
 
 class WeightCache:
-    """The works of an optimizer's weights."""
+    """What an optimizer knows of each weight."""
 
     def __init__(self) -> None:
         self._trained: list[TrainedWeight] = []
@@ -59,7 +59,7 @@ class WeightCache:
         self._seen: list[_Seen] = []
 
     def all(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make) -> list[TrainedWeight]:
-        """The works of all weights, in order.
+        """What is known of all weights, in order.
 
         Args:
             groups: the optimizer's groups now.
@@ -76,7 +76,7 @@ class WeightCache:
     def on(
         self, weight: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make
     ) -> TrainedWeight | None:
-        """The work of one weight; for those who act on many one by one.
+        """What is known of one weight; for callers that act on one at a time.
 
         Args:
             weight: a parameter.

@@ -83,12 +83,12 @@ def find_bases(
         generator: where random numbers come from. One of the CPU gives the same numbers for a matrix on any device.
         old: the bases in use until now. `warm` starts from them, and all but `svd` turn the new basis' signs to agree
             with theirs, so that moments kept in the old coordinates stay meaningful. They stay in the place of
-            directions that the matrix does not tell, and a matrix of zeros keeps its old basis.
+            directions that the matrix does not determine, and a matrix of zeros keeps its old basis.
 
     Returns:
         Contiguous (..., m, r) and (..., n, r) by side, in float64 for a float64 matrix and else in float32. They hold
         no memory but their own elements. Orthonormal, but for columns of zeros where neither the matrix nor an old
-        basis tells a direction (`random` draws all of them).
+        basis determines a direction (`random` draws all of them).
 
     Raises:
         ValueError: an unknown decomposition.
@@ -106,8 +106,8 @@ def find_bases(
         found = {side: torch.where(idle, old.get(side, basis), basis) for side, basis in found.items()}
     else:
         for side, basis in found.items():
-            told = determined_columns(_facing(_multiplied(matrix), side), basis, matrix.dtype)
-            found[side] = keep_determined(basis, told, old.get(side))
+            determined = determined_columns(_facing(_multiplied(matrix), side), basis, matrix.dtype)
+            found[side] = keep_determined(basis, determined, old.get(side))
     # A slice of the whole factor would keep all of it alive.
     return {side: basis.clone(memory_format=torch.contiguous_format) for side, basis in found.items()}
 

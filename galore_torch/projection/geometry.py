@@ -1,6 +1,6 @@
 """What a projection does to a tensor: `project` and `project_back`.
 
-One shape serves all cases. A projection multiplies some *modes* (axes) of a weight by the transpose of a matrix with
+One form covers all cases. A projection multiplies some *modes* (axes) of a weight by the transpose of a matrix with
 orthonormal columns, the mode's factor; the basis is the dictionary of these factors. A matrix projected on the left
 has the one mode -2, on the right the one mode -1, `full` has both, a convolution in Tucker form has one mode for each
 long axis, and a weight that is not projected has none. GaLore (arXiv 2403.03507), equation 2 and definition 3.6.

@@ -1,8 +1,9 @@
-"""Which directions of a basis its gradient tells, and what takes the place of the others.
+"""Which directions of a basis its gradient determines, and what takes the place of the others.
 
 A gradient of fewer tokens than the rank, or an expert's that met none, has fewer directions than a basis has columns;
-a decomposition fills up with whatever rounding leaves. Such columns say nothing: the old basis' directions stay in
-their place, and where there is no old one a column of zeros, which projects to nothing, until a gradient tells more.
+a decomposition fills up with whatever rounding leaves. Such columns are noise: the old basis' directions stay in
+their place, and where there is no old one a column of zeros, which projects to nothing, until a gradient determines
+more.
 
 Shape suffixes: d x k the matrix seen from the side of the basis, r the rank, q the columns of another basis.
 """
@@ -37,12 +38,12 @@ def determined_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dt
     # norm at most, and so many eps of the computation are lost in finding the directions themselves.
     rounding = 2 * torch.finfo(rounded_to).eps * sum(size**-0.5 for size in facing_dk.shape[-2:])
     least = rounding + 64 * torch.finfo(basis_dr.dtype).eps
-    told: Tensor = lengths > least * torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
-    return told
+    determined: Tensor = lengths > least * torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
+    return determined
 
 
 def is_lacking(basis_dr: Tensor) -> Tensor:
-    """Which columns of a basis are zeros: no gradient has told them yet.
+    """Which columns of a basis are zeros: no gradient has determined them yet.
 
     Args:
         basis_dr: (..., d, r), also as it comes back from few bits.
@@ -55,7 +56,7 @@ def is_lacking(basis_dr: Tensor) -> Tensor:
 
 
 def lacking(basis: Basis) -> tuple[int, bool]:
-    """How many columns of a basis no gradient has told yet. Synchronizes.
+    """How many columns of a basis no gradient has determined yet. Synchronizes.
 
     Args:
         basis: factors by mode.
@@ -69,7 +70,7 @@ def lacking(basis: Basis) -> tuple[int, bool]:
 
 
 def keep_determined(found_dr: Tensor, told_r: Tensor, old_dr: Tensor | None) -> Tensor:
-    """A basis of the directions that are told, and beside them what it can keep of the old one. Synchronizes.
+    """A basis of the directions that are determined, and beside them what it can keep of the old one. Synchronizes.
 
     Args:
         found_dr: (..., d, r), orthonormal.
@@ -77,8 +78,8 @@ def keep_determined(found_dr: Tensor, told_r: Tensor, old_dr: Tensor | None) -> 
         old_dr: (..., d, r), the basis in use until now, of `found_dr`'s dtype; None at first.
 
     Returns:
-        (..., d, r): of each matrix first the told columns, then as many directions of the old basis that are
-        orthogonal to them as there is room for, then zeros. Where nothing is told, the old basis as it is.
+        (..., d, r): of each matrix first the determined columns, then as many directions of the old basis that are
+        orthogonal to them as there is room for, then zeros. Where none is determined, the old basis as it is.
     """
     if bool(told_r.all()):
         return found_dr

@@ -4,7 +4,7 @@ The energy of a gradient is ||G||_F^2, the sum of its squared singular values. A
 from the Gram matrix of the gradient's shorter side, in float64: its eigenvalues are the squared singular values, its
 eigenvectors the basis that GaLore's ``std`` would use at any rank, and the share of another gradient that this basis
 holds is a diagonal (Golub and Van Loan, Matrix Computations, section 8.6.1). So one eigendecomposition of the shorter
-side serves all ranks at once. Squaring leaves singular values below 1e-8 of the largest to rounding; no energy of any
+side is enough for all ranks. Squaring leaves singular values below 1e-8 of the largest to rounding; no energy of any
 weight lies there.
 
 Shape suffixes: m, n rows and columns of a gradient; k the shorter of both; r the rank.

@@ -40,7 +40,7 @@ def find_basis(
 
     Returns:
         The factors by mode, contiguous, in `grad`'s dtype; none for a projection without modes. Columns that neither
-        the gradient nor an old basis tells are zeros.
+        the gradient nor an old basis determines are zeros.
 
     Raises:
         ValueError: an unknown decomposition.

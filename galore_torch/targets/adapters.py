@@ -1,7 +1,7 @@
 """Which weights belong to adapters, such as PEFT's LoRA, and why GaLore leaves them alone.
 
 An adapter freezes the weights that GaLore would train and brings small matrices, whose rank is low already: projecting
-them saves nothing. PEFT marks the layers it wraps; they are told by that mark, without its import.
+them saves nothing. PEFT marks the layers it wraps; they are recognized by that mark, without its import.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def brought_by_adapters(model: nn.Module) -> set[int]:
 
 
 def leave_out_adapters(model: nn.Module, targets: dict[str, Tensor], target_modules: Targets) -> dict[str, Tensor]:
-    """The targets that no adapter has brought; those that are left out though they are trained are told once.
+    """The targets that no adapter has brought. One warning names those that are trained and left out.
 
     Args:
         model: the model.

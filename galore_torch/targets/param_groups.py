@@ -50,7 +50,7 @@ def param_groups(
             decay to the optimizer's own argument, for all.
         others_lr: learning rate of what is not projected. None leaves it to the optimizer's own argument.
         project_adapters: treat the matrices of adapters (PEFT's LoRA) as any others. By default they are trained, but
-            not projected, for their rank is low already; and a model whose targets adapters have frozen is refused.
+            not projected, for their rank is low already; and a model whose targets adapters have frozen is an error.
         summary: print what is projected, and the optimizer state against plain AdamW's.
         **keys: further keys of the projected groups: `update_proj_gap`, `scale`, `proj_type` and all others that
             `GaLore` explains. A `layout` is for all weights of three dimensions among the targets but convolutions.
@@ -155,8 +155,8 @@ def _readable(count: int) -> str:
 
 
 def _print_left(model: nn.Module, suits: Suits, targets: Mapping[str, Tensor]) -> None:
-    served = {id(weight) for weight in targets.values()}
-    trained = [one for one in owned(model) if one[3].requires_grad and id(one[3]) not in served]
+    projected = {id(weight) for weight in targets.values()}
+    trained = [one for one in owned(model) if one[3].requires_grad and id(one[3]) not in projected]
     left = [name for name, module, attribute, weight in trained if suits(module, attribute, weight)]
     if left:
         print(f"Linear layers that are not projected: {list_names(left, 20)}")
@@ -218,7 +218,7 @@ def _is_matrix(model: nn.Module, name: str, weight: Tensor) -> bool:
 
 
 def _merge_plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups that are not projected differ in decay alone; the rest of the split serves the projected ones."""
+    """Groups that are not projected differ in decay alone; the rest of the split is for the projected ones."""
     merged: dict[Any, dict[str, Any]] = {}
     for place, group in enumerate(groups):
         key = place if is_projected(group) else ("plain", group.get("weight_decay"))

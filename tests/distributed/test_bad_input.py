@@ -1,4 +1,4 @@
-"""What cannot be served in several processes is told in every one of them, before anything moves."""
+"""What is not supported in several processes is told in every one of them, before anything moves."""
 
 from __future__ import annotations
 

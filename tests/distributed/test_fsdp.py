@@ -119,7 +119,7 @@ def held_by_a_process(rank: int, world: int) -> int:
     return sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in tensors)
 
 
-# What is not served --------------------------------------------------------------------------------------------------
+# What is not supported -----------------------------------------------------------------------------------------------
 
 REFUSED = {
     "adafactor": "moves a tensor as a whole",

@@ -1,4 +1,4 @@
-"""Two processes: what is not served yet is refused, with the remedy, before a step is made."""
+"""Two processes: what is not supported yet is refused, with the remedy, before a step is made."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Found:
 
     Attributes:
         name: as it is imported.
-        refusal: why it is not served, in full; None if it is.
+        refusal: why it is not supported, in full; None if it is.
         decay: where its decay acts.
         is_equal: whether 30 steps of parameters that are not projected were those of the optimizer alone, to the bit.
         notes: what else is to be known.
@@ -91,12 +91,12 @@ class Found:
     def row(self) -> str:
         if self.refusal is not None:
             reason = next((short for part, short in REASONS if part in self.refusal), f"`{self.refusal}`")
-            return f"| `{self.name}` | refused: {reason} |"
+            return f"| `{self.name}` | not supported: {reason} |"
         served = {
-            "none": "served exactly",
-            "l2": "served exactly; decay is L2, from W",
-            "decoupled": "served exactly; decay is decoupled, from W",
-            "unserved": "served exactly without decay, which is neither L2 nor decoupled",
+            "none": "runs exactly",
+            "l2": "runs exactly; decay is L2, from W",
+            "decoupled": "runs exactly; decay is decoupled, from W",
+            "unsupported": "runs exactly without decay, which is neither L2 nor decoupled",
         }[self.decay]
         return f"| `{self.name}` | {'; '.join([served, *self.notes])} |"
 
@@ -186,7 +186,7 @@ def section(library: str) -> str:
     assert [one.name for one in found if not one.is_equal] == []
     rows = "\n".join(one.row for one in found)
     served = sum(one.refusal is None for one in found)
-    head = f"## {LIBRARIES[library]}\n\n{served} of {len(found)} are served."
+    head = f"## {LIBRARIES[library]}\n\n{served} of {len(found)} are supported."
     return f"{head}\n\n| optimizer | inside GaLore |\n| --- | --- |\n{rows}\n"
 
 
@@ -195,13 +195,13 @@ HEAD = """# Which optimizers run inside
 `GaLore(groups, optimizer_class=Class, **arguments)` runs any optimizer whose update follows from gradient and state. It
 is tried when it is made, on a small matrix over 30 steps, beside the optimizer itself; one that does not fit raises a
 `ValueError` with its name and the reason. This page is made by that trial: each optimizer moved three parameters that
-are not projected for 30 steps, inside and alone, some of them without a gradient now and then. All that are served
+are not projected for 30 steps, inside and alone, some of them without a gradient now and then. All that are supported
 ended at the same numbers, to the bit.
 
-- **Served exactly**: what it keeps in its state and what it writes into its parameter group is kept, and saved.
+- **Runs exactly**: what it keeps in its state and what it writes into its parameter group is kept, and saved.
 - **Decay from W**: for projected weights GaLore applies `weight_decay` to the weight itself, as the optimizer would.
   Where decay is neither L2 nor decoupled, a projected group with `weight_decay` raises an error.
-- **All weights in one call**: it looks at all weights together; `update="backward"` is refused.
+- **All weights in one call**: it looks at all weights together; `update="backward"` raises an error.
 - Weights of 16 bits: `kahan_sum=True` (torch-optimi, where it is the default, and pytorch_optimizer) and
   `bf16_stochastic_round=True` (torchao) hold for projected weights, too; `rounding="stochastic"` or `"compensated"`
   does the same for every optimizer. Compensation takes two bytes a number of the weight.

@@ -1,4 +1,4 @@
-"""What cannot be served: told with the value and the remedy, and everything left as it was."""
+"""What is not supported: told with the value and the remedy, and everything left as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No checkpoint that does not fit reaches a kernel: each is refused by name, or loaded right."""
+"""No checkpoint that does not fit reaches a kernel: each raises an error that names it, or loaded right."""
 
 from __future__ import annotations
 

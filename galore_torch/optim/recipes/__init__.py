@@ -1,4 +1,4 @@
-"""The named recipes, and what is declared of optimizers that a probe cannot tell about.
+"""The named recipes, and the traits of optimizers that a probe cannot find out.
 
 This is the one place that knows optimizers by name. A recipe is a `GaLore` around one optimizer, with its arguments
 spelled out, so that trainers which filter arguments by signature can call it.

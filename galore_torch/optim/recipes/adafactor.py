@@ -18,7 +18,7 @@ from galore_torch.optim.rule import DECLARED, Traits, UpdateContext
 class GaLoreAdafactor(GaLore):
     """GaLore around Adafactor (Shazeer and Stern 2018), with the arguments that Transformers' class has.
 
-    torch's Adafactor runs inside. What it would read from the parameter is served from the weight: the scale by its
+    torch's Adafactor runs inside. What it would read from the parameter is computed from the weight: the scale by its
     root mean square, the relative step, and decay.
 
     Args:
@@ -27,7 +27,7 @@ class GaLoreAdafactor(GaLore):
         eps: added to the squared gradient; and the least root mean square of a weight.
         clip_threshold: updates of a larger root mean square are scaled down to it; at least 1.
         decay_rate: exponent of the second moment's decay, 1 - t^decay_rate.
-        beta1: understood for callers of galore-torch 1.0; only None is served.
+        beta1: understood for callers of galore-torch 1.0; only None is supported.
         weight_decay: decay of the weight, times the rate it moves with.
         scale_parameter: times the weight's root mean square. None: only if `lr` is None.
         relative_step: at most 1/sqrt(t). None: only if `lr` is None.
@@ -39,7 +39,7 @@ class GaLoreAdafactor(GaLore):
         seed: of the decompositions' random numbers.
 
     Raises:
-        ValueError: arguments that exclude each other, or a group that cannot be served.
+        ValueError: arguments that exclude each other, or a group that is not supported.
     """
 
     def __init__(

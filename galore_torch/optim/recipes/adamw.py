@@ -37,7 +37,7 @@ class GaLoreAdamW(GaLore):
         seed: of the decompositions' random numbers.
 
     Raises:
-        ValueError: an argument or a group that cannot be served.
+        ValueError: an argument or a group that is not supported.
 
     Example:
         >>> layer = torch.nn.Linear(64, 256)

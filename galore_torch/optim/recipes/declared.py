@@ -1,4 +1,4 @@
-"""What is declared of optimizers that have no recipe and that a probe cannot tell about, or takes long to try."""
+"""Traits of optimizers that have no recipe and that a probe cannot find out, or only slowly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DECLARED[f"{torch.optim.Muon.__module__}.Muon"] = Traits(decay="decoupled", fact
 
 
 def _serve_single_weights(optimizer: torch.optim.Optimizer, weights: Mapping[int, Tensor]) -> None:
-    """Lets bitsandbytes' settings of single weights (`GlobalOptimManager`) hold for what is lent of these weights."""
+    """Applies bitsandbytes' settings of single weights (`GlobalOptimManager`) to their coordinates."""
     manager: Any = getattr(optimizer, "mng", None)
     plain: Any = getattr(optimizer, "get_config", None)
     if manager is None or plain is None:

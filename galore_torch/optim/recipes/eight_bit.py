@@ -42,7 +42,7 @@ class GaLoreAdamW8bit(GaLore):
 
     Raises:
         ImportError: bitsandbytes is missing.
-        ValueError: an argument or a group that cannot be served.
+        ValueError: an argument or a group that is not supported.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
 
     Raises:
         ImportError: bitsandbytes is missing.
-        ValueError: an argument or a group that cannot be served.
+        ValueError: an argument or a group that is not supported.
     """
 
     _further_keys: ClassVar[frozenset[str]] = frozenset({"quant", "quant_n_bit", "quant_group_size"})
@@ -158,7 +158,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
             param_group: with `params` and any keys; one with a `rank` is projected.
 
         Raises:
-            ValueError: a value that cannot be served. The optimizer is unchanged then.
+            ValueError: a value that is not supported. The optimizer is unchanged then.
         """
         translated = self._translated(param_group) if is_projected(param_group) else {}
         super().add_param_group({**param_group, **translated})
@@ -169,7 +169,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
     def _translated(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of a projected group that it does not say, or says in Q-GaLore's words.
 
-        A value that is `GaLore`'s own default says nothing: `param_groups` writes these out.
+        A value that is `GaLore`'s own default counts as not given: `param_groups` writes these out.
         """
         values = {
             key: value for key, value in self._where_unsaid.items() if group.get(key) in (None, PROJECTED_DEFAULTS[key])

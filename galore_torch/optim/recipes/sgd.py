@@ -32,7 +32,7 @@ class GaLoreSGD(GaLore):
         seed: of the decompositions' random numbers.
 
     Raises:
-        ValueError: an argument or a group that cannot be served.
+        ValueError: an argument or a group that is not supported.
     """
 
     def __init__(
