@@ -67,8 +67,8 @@ class Pool:
             raise RuntimeError(f"{case.__name__} on {world}: {wrong[0].text}")
         return answers
 
-    def ask(self, case: Callable[..., Any], world: int, **given: Any) -> list[Any]:
-        """The same, with what was raised among the answers."""
+    def ask(self, case: Callable[..., Any], world: int, *, survivors: int | None = None, **given: Any) -> list[Any]:
+        """The same, with what was raised among the answers; None of a process that is not to answer."""
         if not self._processes:
             self._start()
         self._case += 1
@@ -77,7 +77,7 @@ class Pool:
             questions.put((self._case, case, world, store, given))
         answers: list[Any] = [None] * world
         try:
-            for _ in range(world):
+            for _ in range(world if survivors is None else survivors):
                 number, rank, answer = self._answers.get(timeout=DEADLINE)
                 assert number == self._case
                 answers[rank] = answer

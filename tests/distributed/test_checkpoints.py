@@ -78,7 +78,10 @@ def load(rank: int, world: int, kind: str, folder: str, options: dict[str, Any])
     return weights_of(model)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(given, id=name, marks=[pytest.mark.slow] if given else []) for name, given in OPTIONS.items()],
+)
 @pytest.mark.parametrize("saved_by", ["one", "ddp", "fsdp"])
 def test_what_some_have_saved_others_load(pool, tmp_path, saved_by, options):
     kind, world = KINDS[saved_by]

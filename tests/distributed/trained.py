@@ -133,11 +133,13 @@ def trained(
     int8: bool = False,
     attachment: dict[str, Any] | None = None,
     parts: int = 2,
+    reverses: bool = False,
     **keys: Any,
 ) -> Tensor:
     """The weights after some steps: of one process on whole batches, or of one of several under DDP on its part.
 
-    With `skips` a batch is taken in as many parts as there are processes, also in one, for it says of each.
+    With `reverses` the rows of a batch come the other way round: the same sums, in another order. With `skips` a batch
+    is taken in as many parts as there are processes, also in one, for it says of each.
     """
     model = llama(seed_of_model, dtype, **(shape or {}))
     if int8:
@@ -151,7 +153,7 @@ def trained(
             last = number == micro - 1
             context = nullcontext() if world == 1 or last or not no_sync else net.no_sync()
             with context:
-                ids = batch(step, number)
+                ids = batch(step, number).flip(0) if reverses else batch(step, number)
                 if skips is None:
                     loss = loss_of(net, ids.tensor_split(world)[rank])
                 elif world > 1:

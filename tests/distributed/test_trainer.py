@@ -1,0 +1,95 @@
+"""Transformers' Trainer and Accelerate, unchanged, in several processes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from galore_torch import attach
+from tests.distributed.trained import BAR, batch, distance, llama, loss_of, optimizer_of, weights_of
+
+pytestmark = pytest.mark.slow  # each process imports Transformers
+STEPS = 10
+
+
+def as_started_by_torchrun(rank: int, world: int) -> None:
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511}
+    os.environ.update({name: str(value) for name, value in given.items()}, ACCELERATE_USE_CPU="1")
+
+
+def by_trainer(rank: int, world: int, folder: str, gradients: str, accumulation: int) -> tuple[Tensor, str]:
+    from accelerate.state import AcceleratorState, PartialState
+    from transformers import Trainer, TrainingArguments
+
+    from galore_torch.integrations.transformers import GaLoreFactory
+    from tests.integrations.small_mistral import blocks, mistral
+
+    as_started_by_torchrun(rank, world)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        ddp_backend="gloo",
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        max_steps=STEPS,
+        learning_rate=0.01,
+        max_grad_norm=0.5,
+        per_device_train_batch_size=4 // world,
+        gradient_accumulation_steps=accumulation,
+    )
+    given = {"rank": 8, "update_proj_gap": 4, "gradients": gradients}
+    trainer = Trainer(
+        model=mistral().double(),
+        args=arguments,
+        train_dataset=blocks(),
+        optimizer_cls_and_kwargs=(GaLoreFactory, given),
+    )
+    trainer.train()
+    wrapped = type(trainer.model_wrapped).__name__
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    return weights_of(trainer.model), wrapped
+
+
+@pytest.mark.parametrize(("gradients", "accumulation"), [("fused", 1), ("projected", 2), ("full", 1)])
+def test_trainer_trains_in_two_processes_as_in_one(pool, tmp_path, gradients, accumulation):
+    given = {"folder": str(tmp_path), "gradients": gradients, "accumulation": accumulation}
+    (ours, wrapped), (theirs, _) = pool.run(by_trainer, 2, **given)
+    assert wrapped == "DistributedDataParallel"
+    assert torch.equal(ours, theirs)
+    assert distance(ours, pool.run(by_trainer, 1, **given)[0][0]) <= BAR
+
+
+def by_accelerate(rank: int, world: int) -> Tensor:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    as_started_by_torchrun(rank, world)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = llama()
+    optimizer = optimizer_of(model)
+    attach(model, optimizer)
+    net, prepared = accelerator.prepare(model, optimizer)
+    for step in range(2 * STEPS):
+        with accelerator.accumulate(net):
+            accelerator.backward(loss_of(net, batch(step).tensor_split(world)[rank]))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(net.parameters(), 0.5)
+            prepared.step()
+            prepared.zero_grad()
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    return weights_of(model)
+
+
+def test_accelerate_trains_in_two_processes_as_in_one(pool: Any):
+    ours, theirs = pool.run(by_accelerate, 2)
+    assert torch.equal(ours, theirs)
+    assert distance(ours, pool.run(by_accelerate, 1)[0]) <= BAR
