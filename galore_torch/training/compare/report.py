@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
     if comparison.best:
         _figures(page, comparison, out)
     page.heading("How it was made")
-    page.code(command)
+    page.code(in_lines(command))
     page.facts(versions(job.libraries))
     apart, shared = apart_and_shared({end.run.method: end.run.config for end in comparison.ends})
     page.heading("Settings of each method")
@@ -48,6 +49,11 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
     page.heading("Settings of all runs")
     page.facts({name: _words(value) for name, value in shared.items()})
     return page
+
+
+def in_lines(command: str) -> str:
+    """A command with a line for each option, which a phone shows whole; to a shell it is the same."""
+    return " ".join(("\\\n  " if word.startswith("-") else "") + shlex.quote(word) for word in shlex.split(command))
 
 
 def apart_and_shared(configs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -113,7 +119,7 @@ def _figures(page: Page, comparison: Comparison, out: Path) -> None:
         },
         "Learning rates": {f"{judged} by learning rate; mean over the seeds.": figures.sensitivity(comparison)},
         "Subspaces": {
-            "Overlap of a basis with the one before: 1 the same subspace, 0 as random ones; weights' means.": overlap,
+            "Overlap with the basis before: 1 the same subspace, 0 as random ones; means over weights.": overlap,
             "Share of the gradient's energy that the old basis still held at a renewal; more is better.": captured,
         },
     }.items():

@@ -10,9 +10,9 @@ TEMPLATE = """<!doctype html>
 <link rel="icon" href="data:,">
 <title>{{ title }}</title>
 <style>
-:root { --text: #1d2329; --faint: #59636e; --back: #ffffff; --raised: #f4f6f8; --rule: #d5dae0; }
+:root { --text: #1d2329; --faint: #59636e; --back: #ffffff; --raised: #f4f6f8; --rule: #d5dae0; --shadow: #59636e66; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e4e8ec; --faint: #9aa5b1; --back: #14171a; --raised: #1f2429; --rule: #39414a; }
+  :root { --text: #e4e8ec; --faint: #9aa5b1; --back: #14171a; --raised: #1f2429; --rule: #39414a; --shadow: #9aa5b166; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
@@ -25,8 +25,8 @@ p { max-width: 42rem; margin: 0.5rem 0; overflow-wrap: anywhere; }
   /* a shadow at the edge behind which there is more: the first two scroll along and cover it at the ends */
   background: linear-gradient(to right, var(--back) 30%, transparent) left / 3rem 100% no-repeat local,
     linear-gradient(to left, var(--back) 30%, transparent) right / 3rem 100% no-repeat local,
-    linear-gradient(to right, var(--faint), transparent) left / 0.6rem 100% no-repeat scroll,
-    linear-gradient(to left, var(--faint), transparent) right / 0.6rem 100% no-repeat scroll; }
+    linear-gradient(to right, var(--shadow), transparent) left / 0.8rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--shadow), transparent) right / 0.8rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 caption { text-align: left; padding-bottom: 0.5rem; }
 caption span { display: block; position: sticky; left: 0; width: max-content; max-width: min(42rem, 100vw - 2rem); }

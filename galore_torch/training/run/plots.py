@@ -63,9 +63,9 @@ def new_axes(xlabel: str, ylabel: str, *, size: tuple[float, float] = FIGURE_SIZ
 
 
 def add_legend(figure: Figure) -> None:
-    """Name the labelled lines above the axes, if there are several: below it they would hide one another."""
+    """Name the labelled lines above the axes, where they hide nothing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
+    if labels:
         columns = max(1, min(4, _LEGEND_LETTERS // max(map(len, labels))))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
 

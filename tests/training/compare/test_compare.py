@@ -15,7 +15,7 @@ from rich.console import Console
 from galore_torch.training.compare.figures import sensitivity
 from galore_torch.training.compare.jobs import FINETUNE, PRETRAIN, Amount
 from galore_torch.training.compare.plan import keep_plan, make_plan, rates_by_method, require_same_plan
-from galore_torch.training.compare.report import apart_and_shared
+from galore_torch.training.compare.report import apart_and_shared, in_lines
 from galore_torch.training.compare.results import RunEnd, as_json, compare, notes, rows, table
 from galore_torch.training.run import records
 from tests.architecture import ROOT
@@ -199,6 +199,13 @@ def test_a_fine_tuning_of_unequal_length_or_unknown_task_is_refused():
         plan(given, sets=("full:max_length=8",), job=FINETUNE)
     with pytest.raises(ValueError, match="low-rank"):
         plan(given, methods=("low-rank",), job=FINETUNE)
+
+
+def test_a_command_in_lines_is_the_same_to_a_shell():
+    command = shlex.join(["galore", "compare", "--data", "my text's.txt", "--dry-run", *["--lr", "galore=0.01"] * 9])
+    lines = in_lines(command)
+    assert max(map(len, lines.splitlines())) <= 40
+    assert shlex.split(lines.replace("\\\n", "")) == shlex.split(command)
 
 
 def test_what_a_reader_must_know_is_told(given):
