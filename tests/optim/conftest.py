@@ -1,11 +1,13 @@
 """A basis that loses nothing, to compare an optimizer inside GaLore with the same one outside."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from galore_torch.group_keys import KEYS
 from galore_torch.projection import decompositions
 
 
@@ -25,4 +27,6 @@ def identity_basis(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
     known: dict[str, Callable[..., dict[str, Tensor]]] = decompositions.DECOMPOSITIONS
     monkeypatch.setitem(known, "identity", identity)
+    key = KEYS["decomposition"]
+    monkeypatch.setitem(KEYS, "decomposition", replace(key, choices=(*key.choices, "identity")))
     return {"rank": 10**6, "scale": 1.0, "decomposition": "identity"}
