@@ -76,7 +76,7 @@ class GaLoreFactory:
         Args:
             model: where it will be trained.
             rank: rank of the projection.
-            optimizer: a recipe, or `GaLore` with `optimizer_class=` bound.
+            optimizer: a recipe, or `GaLore`, which takes `optimizer_class` among the arguments.
             gradients: how they are formed; see `attach`.
             update: when they are applied; see `attach`.
             group_weight_decay: decay of matrices alone; see `param_groups`' `weight_decay`.
@@ -90,7 +90,7 @@ class GaLoreFactory:
             ValueError: no `lr`, an argument that nothing takes, or what `param_groups`, the recipe and `attach` say.
         """
         trainer = _calling_trainer()
-        known = _arguments_of(optimizer)
+        known = _arguments_of(optimizer, arguments)
         if trainer is not None:
             _report_ignored(trainer, arguments)
             check_modes(
@@ -102,7 +102,7 @@ class GaLoreFactory:
             arguments = {**_from_training_arguments(trainer.args, known, group_weight_decay), **arguments}
         if "lr" not in arguments:
             raise ValueError(
-                "GaLoreFactory got no lr, and finds no training arguments to take it from; give one, such as "
+                "GaLoreFactory got no lr, and there are no training arguments to take it from; give one, such as "
                 '{"rank": 128, "lr": 0.01}'
             )
         taken = {*_OF_GROUPS, *_OF_ATTACH, *known}
@@ -173,7 +173,7 @@ def _calling_trainer() -> Any:
     return caller if has_arguments and hasattr(caller, "create_optimizer") else None
 
 
-def _arguments_of(optimizer: Callable[..., GaLore]) -> dict[str | None, Any]:
+def _arguments_of(optimizer: Callable[..., GaLore], given: Mapping[str, Any]) -> dict[str | None, Any]:
     """The arguments of a recipe by name, with their defaults; under None if it takes others that cannot be known."""
     signature = inspect.signature(optimizer).parameters
     known: dict[str | None, Any] = {name: one.default for name, one in signature.items() if name != "params"}
@@ -181,7 +181,7 @@ def _arguments_of(optimizer: Callable[..., GaLore]) -> dict[str | None, Any]:
         known[None] = None
         bound = optimizer.keywords if isinstance(optimizer, functools.partial) else {}
         for name in ("optimizer_class", "fallback_class"):
-            inside = bound.get(name, known.get(name))
+            inside = given.get(name, bound.get(name, known.get(name)))
             if isinstance(inside, type):
                 further = inspect.signature(inside).parameters.items()
                 known = {**{key: one.default for key, one in further if key not in ("self", "params")}, **known}

@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
+from galore_torch import GaLore
 from galore_torch.integrations.transformers import GaLoreFactory, GaLoreTrainerMixin
 
 ARGUMENTS = {
@@ -48,6 +50,17 @@ def test_a_rate_that_a_search_cannot_change_is_told():
     trainer = Calling(hp_search_backend="any", _trial={"learning_rate": 0.1})
     with pytest.warns(UserWarning, match=r"search over learning_rate has no effect, for lr=0\.2"):
         trainer.create_optimizer(lr=0.2)
+
+
+def test_any_class_may_run_inside_and_takes_the_training_arguments_that_it_has():
+    made = Calling().create_optimizer(
+        optimizer=GaLore, optimizer_class=torch.optim.SGD, fallback_class=torch.optim.RMSprop, momentum=0.9
+    )
+    projected, other = made.param_groups[0], made.param_groups[-1]
+    assert (projected["lr"], projected["weight_decay"], projected["momentum"]) == (0.3, 0.1, 0.9)
+    assert "betas" not in projected
+    assert other["lr"] == 0.3
+    assert "alpha" in other
 
 
 def test_without_a_rate_nothing_is_made():
