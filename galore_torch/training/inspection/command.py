@@ -56,9 +56,7 @@ def _option(*names: str, help: str) -> Any:
 def inspect(
     *,
     run: Annotated[Path | None, _option(help="Run folder of a galore pretrain or finetune.")] = None,
-    fresh: Annotated[
-        bool, _option("--fresh", help="Of a run, make its first steps again from its first weights.")
-    ] = False,
+    fresh: Annotated[bool, _option("--fresh", help="Make a run's first steps again, from its first weights.")] = False,
     model: Annotated[str | None, _option(help="Folder, or name on the Hugging Face Hub, of a model.")] = None,
     data: Annotated[str | None, _option(help="What that model learns from: a file or folder.")] = None,
     out: Annotated[Path | None, _option(help=r"Folder to make. [dim]\[default: runs/inspect-NAME][/]")] = None,
@@ -72,10 +70,8 @@ def inspect(
     """
     path = run if run is not None else Path(model or "")
     folder = out or Path("runs") / f"inspect-{path.resolve().name if path.exists() else path.name}"
-    written = False
-    with stoppable(
-        lambda: f"Stopped after the end: {folder} is written." if written else "Stopped. Nothing was written."
-    ):
+    left = "Stopped. Nothing was written."
+    with stoppable(lambda: left):
         console = Console(stderr=json)
         with reported_errors(_COMMAND):
             config = configure(**given)
@@ -97,12 +93,12 @@ def inspect(
             files = report.files(found, shlex.join(["galore", *sys.argv[1:]]))
         with deferred():
             write_folder(files, folder)
-            written = True
+            left = f"Stopped after the end: {folder} is written."
         if json:
             print(json_format.dumps(found.as_json()))
             return
         console.print(report.table(found))
-        for text in (report.legend(found), report.rule(found), *found.notes):
+        for text in report.texts(found):
             console.print(text, highlight=False, markup=False)
         line = f"report {folder}/report.html  figures {folder}/inspection.json"
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -134,6 +130,7 @@ def _require_one_subject(
 def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) -> Inspection:
     """Make the steps. An error on the way is a fault of ours, not of what was asked for: it has its traceback."""
     from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
+    from galore_torch.training.inspection.result import Inspection
     from galore_torch.training.run.progress import StepProgress
 
     progress = StepProgress(console, steps=config.snapshots.last)
@@ -147,4 +144,4 @@ def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) 
         finally:
             progress.stop()
         with reported_errors(_COMMAND):
-            return observer.result()
+            return Inspection(observer)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar, Literal
 
 from galore_torch.training.finetune.tasks import TASKS, TaskName
 from galore_torch.training.settings.config import from_values, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 
-PLAIN_TEXT = "text"
-"""The task of a causal model on packed text, as in pre-training."""
-
-_OF_LABELS = ("text_pair_column", "label_column", "labels")
+PLAIN_TEXT = "text"  # the task of a causal model on packed text, as in pre-training
 
 
 @settings
@@ -33,12 +29,10 @@ class SnapshotConfig:
         None,
         "Learning rate of the steps.",
         gt=0,
-        shown="where the run's has come, at least a tenth of its peak; 0.0001 for --model",
+        shown="the run's newest, at least a tenth of its peak; 0.0001 of --model",
     )
     target_modules: str | None = setting(
-        None,
-        "Which modules are inspected: parts of their names by comma, or all-linear.",
-        shown="those that are projected",
+        None, "Modules to inspect: parts of their names by comma, or all-linear.", shown="those that are projected"
     )
 
     def __post_init__(self) -> None:
@@ -75,10 +69,7 @@ class RecommendConfig:
     """By which rule a rank and a gap are recommended; see `galore_torch.training.inspection.recommend`."""
 
     capture_share: float = setting(
-        0.6,
-        "Share of a gradient's energy that a basis of the recommended rank must hold, at the first snapshot after it.",
-        gt=0,
-        lt=1,
+        0.6, "Share of the next snapshot's gradient that a basis of the recommended rank must capture.", gt=0, lt=1
     )
     keep_share: float = setting(
         0.9, "Share of what young bases capture that one must still capture after the recommended gap.", gt=0, lt=1
@@ -111,13 +102,8 @@ class ModelDataConfig:
 
     def __post_init__(self) -> None:
         if self.task == PLAIN_TEXT:
-            require_defaults(self, f"task = {PLAIN_TEXT!r}", dict.fromkeys(_OF_LABELS, "task = 'classify'"))
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What was asked for, by the names that a fine-tuning has for it; the task is not in it."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return {name: value for name, value in values.items() if name not in ("task", "cache")}
+            of_rows = dict.fromkeys(("text_pair_column", "label_column", "labels"), "task = 'classify'")
+            require_defaults(self, f"task = {PLAIN_TEXT!r}", of_rows)
 
 
 @settings
@@ -136,10 +122,7 @@ SECTIONS = sections_of(InspectConfig)
 
 
 def configure(**given: Any) -> InspectConfig:
-    """Settings by name; what is None is not given.
-
-    Raises:
-        ValueError: when a name is unknown or a value is not allowed.
+    """Settings by name, what is None not being given; a ValueError says which is unknown or not allowed.
 
     >>> configure(steps=20, every=4).snapshots.ages
     (4, 8, 12)

@@ -21,8 +21,7 @@ from torch import Tensor
 from galore_torch.projection.overlap import corrected_for_chance
 from galore_torch.projection.spectra import Spectrum, gram, rank_that_holds
 
-SHARES = (0.5, 0.9, 0.99)
-"""Shares of the energy whose ranks are reported."""
+SHARES = (0.5, 0.9, 0.99)  # of the energy, whose ranks are reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +85,6 @@ class GradientHistory:
         """Length of the shorter side, k."""
         return min(self.shape[-2:])
 
-    @property
-    def kept_bytes(self) -> int:
-        """What the bases take that are kept at the same time."""
-        return self.ages * 4 * self.side**2 * torch.Size(self.shape[:-2]).numel()
-
     def add(self, step: int, grad: Tensor | None) -> None:
         """Take a snapshot of a gradient, which is not changed and not kept.
 
@@ -102,8 +96,7 @@ class GradientHistory:
             self.skipped.append(step)
             self._bases.appendleft(None)
             return
-        if grad.device.type == "mps":  # which has no float64
-            grad = grad.cpu()
+        grad = grad.cpu() if grad.device.type == "mps" else grad  # which has no float64
         spectrum = Spectrum.of(gram(grad).reshape(-1, self.side, self.side))
         whole = spectrum.energies.sum()
         alive = spectrum.energies.sum(-1) > 0  # an expert that met no token has no directions

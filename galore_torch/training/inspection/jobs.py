@@ -6,7 +6,6 @@ Gradients are formed whole and applied at the step, on weights in their own dtyp
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,13 @@ from galore_torch.training.finetune import presets
 from galore_torch.training.finetune.base_model import load_base
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.inspection.config import PLAIN_TEXT, InspectConfig, SnapshotConfig
-from galore_torch.training.pretrain.config import ModelConfig, PretrainConfig, ScheduleConfig
+from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
-from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
-from galore_torch.training.run.manifest import require_whole
-from galore_torch.training.settings.adapter import AdapterConfig
-from galore_torch.training.settings.config import read_toml
+from galore_torch.training.settings.config import from_values, read_toml
 from galore_torch.training.settings.optimizer import OptimizerConfig, is_projected
-from galore_torch.training.text.config import DataConfig
 
 _LEAST_RATE = 0.1  # of the peak: where a schedule has ended at 0, gradients would differ by their batches alone
 _TEXT_LENGTH = 256  # as the paper's sequences
@@ -94,15 +89,16 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
             f"run = {str(run)!r} trained adapter = {recorded.adapter.adapter!r}, and an adapter's gradients have its "
             f"rank already; inspect what it merged into by --model {folder.model} --data ..."
         )
-    weights, step = (None, 0) if fresh else _newest(folder)
+    weights, step = (None, 0) if fresh else folder.newest_weights()
     own, schedule, lr = recorded.optimizer, recorded.schedule, snapshots.lr
     if weights is not None:
         schedule = dataclasses.replace(schedule, seed=schedule.seed + 1)  # from its end, on an order of its own
-        lr = lr or _rate(folder, step, own.lr)
+        rates = [one["lr"] for one in records.read(folder.metrics) if "lr" in one and one["step"] <= step]
+        lr = lr or max(_LEAST_RATE * own.lr, rates[-1] if rates else own.lr)
     config = dataclasses.replace(recorded, optimizer=_full_gradients(own, lr or own.lr), schedule=schedule)
     job = kind.load(config, console, weights)
     remarks = {
-        "The run formed gradients in another way, and so rounded otherwise.": fresh and own.gradients != "full",
+        f"The run had gradients = {own.gradients!r}, which round otherwise.": fresh and own.gradients != "full",
         "The data have changed since the run was started; gradients are of the data as they are now.": (
             folder.text_digest() != job.digest
         ),
@@ -127,24 +123,6 @@ def _full_gradients(optimizer: OptimizerConfig, lr: float) -> OptimizerConfig:
     return dataclasses.replace(optimizer, lr=lr, others_lr=others, **_FULL_GRADIENTS, **_PLAIN_NUMBERS)
 
 
-def _newest(folder: RunFolder) -> tuple[Path, int]:
-    """The folder of a run's newest weights, and how many steps they have made."""
-    final, checkpoint = records.final(folder.metrics), folder.checkpoints.newest_whole(warnings.warn)
-    if final is not None and folder.model.is_dir():
-        require_whole("run", str(folder.root), folder.model)
-        return folder.model, final["step"]
-    if checkpoint is None:
-        run = str(folder.root)
-        raise ValueError(f"run = {run!r} holds neither a finished model nor a checkpoint; give --fresh with it.")
-    return checkpoint, step_of(checkpoint)
-
-
-def _rate(folder: RunFolder, step: int, peak: float) -> float:
-    """The learning rate that a run had come to by a step, but for a rate that moves nothing."""
-    rates = [record["lr"] for record in records.read(folder.metrics) if "lr" in record and record["step"] <= step]
-    return max(_LEAST_RATE * peak, rates[-1]) if rates else peak
-
-
 def job_of_model(model: str, data: str | None, config: InspectConfig, console: Console) -> InspectedJob:
     """Load a model with data: as `galore finetune` would train it, or on packed text as `galore pretrain` does.
 
@@ -154,37 +132,38 @@ def job_of_model(model: str, data: str | None, config: InspectConfig, console: C
         config: the inspection's settings.
         console: where progress is shown.
     """
-    own, snapshots, is_text = config.data, config.snapshots, config.data.task == PLAIN_TEXT
+    given = {name: value for name, value in dataclasses.asdict(config.data).items() if value is not None}
+    task, cache, snapshots = given.pop("task"), given.pop("cache", None), config.snapshots
     recipe = presets.configure(
         model=model,
         data=data,
-        task="sft" if is_text else own.task,
+        task="sft" if task == PLAIN_TEXT else task,
         rank=snapshots.rank,
         lr=snapshots.lr,
         steps=snapshots.steps,
         **_FULL_GRADIENTS,
-        **({"max_length": _TEXT_LENGTH} if is_text else {}) | own.given,
+        **({"max_length": _TEXT_LENGTH} if task == PLAIN_TEXT else {}) | given,
     )
     length, schedule = recipe.data.max_length, recipe.schedule
     job: Job
-    if is_text:
+    if task == PLAIN_TEXT:
         loaded, _ = load_base(recipe.model, AutoModelForCausalLM, length, console)
         loaded.config.use_cache = False
-        text: dict[str, Any] = {
+        packed = {
+            "dtype": recipe.model.dtype,
+            "data": data,
+            "tokenizer": model,
             "text_column": recipe.data.text_column,
             "seq": length,
             "eval_tokens": length,
-            "cache": own.cache,
+            "cache": cache,
+            "batch": schedule.batch,
+            "micro_batch": recipe.micro_batch,
+            "seed": schedule.seed,
+            **dataclasses.asdict(recipe.optimizer),
         }
-        packed = PretrainConfig(
-            model=ModelConfig(dtype=recipe.model.dtype),
-            data=DataConfig(data=str(recipe.data.data), tokenizer=model, **text),
-            optimizer=recipe.optimizer,
-            adapter=AdapterConfig(),
-            schedule=ScheduleConfig(batch=schedule.batch, micro_batch=recipe.micro_batch, seed=schedule.seed),
-        )
-        job = Pretraining(packed, console, loaded)
+        job = Pretraining(from_values(PretrainConfig, packed), console, loaded)
     else:
         job = Finetuning.load(recipe, console)
     job.target_modules = recipe.target_modules
-    return InspectedJob(job=job, title=f"{model} on {data or own.task}", origin={"model": model})
+    return InspectedJob(job=job, title=f"{model} on {data or task}", origin={"model": model})

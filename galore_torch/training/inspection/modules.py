@@ -1,12 +1,12 @@
 """Modules that play the same part in every layer, and the figures of their weights together.
 
-A group's name is a weight's without what counts layers and experts: ``model.layers.3.self_attn.q_proj.weight`` is one
-of ``q_proj``. Where that would name two parts alike, as BERT's three ``dense``, as much of the name is kept as tells
-them apart. Weights of one name but of two shapes are two groups.
+``model.layers.3.self_attn.q_proj.weight`` is one of ``q_proj``: what counts layers and experts is left out, and as much
+of the name is kept as tells parts apart, such as BERT's three ``dense``. Two shapes of one name are two groups.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
@@ -48,15 +48,14 @@ def _shortest(path: tuple[str, ...], others: set[tuple[str, ...]]) -> tuple[str,
 def group_by_module(histories: Sequence[GradientHistory]) -> dict[str, list[GradientHistory]]:
     """The weights of each group, by its name, in the order of the model."""
     names = module_names(one.name for one in histories)
-    shapes: dict[str, set[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, tuple[int, ...]], list[GradientHistory]] = {}
     for one in histories:
-        shapes.setdefault(names[one.name], set()).add(one.shape)
-    groups: dict[str, list[GradientHistory]] = {}
-    for one in histories:
-        name = names[one.name]
-        label = name if len(shapes[name]) == 1 else f"{name} {'x'.join(map(str, one.shape))}"
-        groups.setdefault(label, []).append(one)
-    return groups
+        groups.setdefault((names[one.name], one.shape), []).append(one)
+    shapes = Counter(name for name, _ in groups)
+    return {
+        name if shapes[name] == 1 else f"{name} {'x'.join(map(str, shape))}": own
+        for (name, shape), own in groups.items()
+    }
 
 
 class ModuleGroup:
@@ -67,8 +66,7 @@ class ModuleGroup:
         every: steps between two snapshots.
 
     Attributes:
-        weights: how many of them had a gradient.
-        shape: of each.
+        weights: how many of them had a gradient; ``shape``: of each.
         rank: asked for, or the length of the shorter side where that is less.
         stable_rank: over all snapshots.
         held: share of a gradient's energy in its own strongest 1 to k directions, (k,).

@@ -9,6 +9,7 @@ import re
 import warnings
 from typing import Any
 
+import torch
 from rich.markup import escape
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -17,7 +18,6 @@ from galore_torch import param_groups
 from galore_torch.training.inspection.config import InspectConfig
 from galore_torch.training.inspection.history import GradientHistory
 from galore_torch.training.inspection.jobs import InspectedJob
-from galore_torch.training.inspection.result import Inspection
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.job import Job, make_trainer
 from galore_torch.training.run.signals import stop_if_asked
@@ -32,6 +32,7 @@ class GradientObserver(TrainerCallback):
         config: the inspection's settings; a ValueError says that they mean no weight.
 
     Attributes:
+        rank: of the bases that figures are about.
         weights: those that are observed, by name.
         histories: of their gradients, one a weight.
         losses: of the steps.
@@ -40,14 +41,16 @@ class GradientObserver(TrainerCallback):
     def __init__(self, inspected: InspectedJob, config: InspectConfig) -> None:
         self.inspected, self.config = inspected, config
         self.weights = _weights(inspected.job, config.snapshots.target_modules)
-        rank, ages = config.snapshots.rank or inspected.job.config.optimizer.rank, len(config.snapshots.ages)
-        self.histories = [GradientHistory(name, tuple(one.shape), rank, ages) for name, one in self.weights.items()]
+        self.rank = int(config.snapshots.rank or inspected.job.config.optimizer.rank)
+        each, ages = self.weights.items(), len(config.snapshots.ages)
+        self.histories = [GradientHistory(name, tuple(weight.shape), self.rank, ages) for name, weight in each]
         self.losses: list[float] = []
 
     @property
     def announcement(self) -> str:
         """What is about to be done, and the memory that it takes besides the training's; in Rich's markup."""
-        snapshots, kept = self.config.snapshots, sum(one.kept_bytes for one in self.histories)
+        snapshots = self.config.snapshots
+        kept = sum(4 * one.ages * one.side**2 * torch.Size(one.shape[:-2]).numel() for one in self.histories)
         return (
             f"[bold]{escape(self.inspected.title)}[/]: {len(self.histories)} weights, {snapshots.count} snapshots, one "
             f"every {snapshots.every} steps; their bases take {megabytes(kept)}"
@@ -71,10 +74,6 @@ class GradientObserver(TrainerCallback):
         """Keep the loss of a step."""
         self.losses += [value for name, value in (kwargs.get("logs") or {}).items() if name == "loss"]
 
-    def result(self) -> Inspection:
-        """The figures, after the steps; a ValueError where no gradient was finite and other than zero."""
-        return Inspection(inspected=self.inspected, config=self.config, histories=self.histories, losses=self.losses)
-
 
 def observed_trainer(observer: GradientObserver, folder: str, *callbacks: TrainerCallback) -> Trainer:
     """Make the Trainer of the observed job, with the observer and further callbacks in it.
@@ -85,14 +84,14 @@ def observed_trainer(observer: GradientObserver, folder: str, *callbacks: Traine
         callbacks: further ones.
     """
     job, snapshots = observer.inspected.job, observer.config.snapshots
-    arguments: dict[str, Any] = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
-    arguments = {} if observer.inspected.is_fresh else {**arguments, "max_steps": snapshots.steps}
+    own: dict[str, Any] = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+    own = {} if observer.inspected.is_fresh else {**own, "max_steps": snapshots.steps}
     trainer = make_trainer(
         job,
         folder,
         optimizers.build(job.model, job.config.optimizer, job.config.schedule.seed, job.target_modules),
         callbacks=[observer, *callbacks],
-        **{**arguments, "eval_strategy": "no", "save_strategy": "no"},
+        **{**own, "eval_strategy": "no", "save_strategy": "no"},
     )
     args, available = trainer.args, trainer.args.max_steps
     if available <= 0:

@@ -16,7 +16,6 @@ from galore_torch.training.run.plots import GRAY, add_legend, line_style, new_ax
 
 Line = tuple[Sequence[float], Sequence[float]]
 
-
 HEADINGS = {"spectra": "Energy by rank", "ages": "Bases as they age", "stable_rank": "Stable rank", "run": "The run"}
 """The sections of the page, by the first plot of each."""
 
@@ -62,14 +61,8 @@ def plots(found: Inspection) -> dict[str, tuple[Figure, str]]:
             level=[0],
             ylim=(None, None),
         ),
-        "stable_rank": _draw(
-            ("step", "stable rank"), lines(lambda group: _stable_ranks(group, lambda _, step: step)), xlim=None
-        ),
-        "layers": _draw(
-            ("layer", "stable rank"),
-            lines(lambda group: _stable_ranks(group, lambda weight, _: _layer(weight))),
-            xlim=None,
-        ),
+        "stable_rank": _draw(("step", "stable rank"), lines(_stable_ranks), xlim=None),
+        "layers": _draw(("layer", "stable rank"), lines(lambda group: _stable_ranks(group, by_layer=True)), xlim=None),
     }
     if recorded:
         labels = ("step of the run", "captured; overlap")
@@ -87,10 +80,7 @@ def _draw(
     xlim: tuple[float, float | None] | None = (0, None),
     ylim: tuple[float | None, float | None] = (0, None),
 ) -> Figure:
-    """Lines by name, with dotted ones of the same color, level and upright ones for reference, and limits.
-
-    Along steps and layers, which have no `xlim`, only whole numbers are shown.
-    """
+    """Lines by name, dotted ones of the same color, level and upright ones; whole numbers along what has no limit."""
     figure, axes = new_axes(*labels)
     for index, (name, line) in enumerate(lines.items()):
         style = line_style(index, len(line[0]))
@@ -118,12 +108,12 @@ def _by_age(group: ModuleGroup) -> Line:
     return [0, *group.captured], [float(curve[group.rank - 1]) for curve in (group.held, *group.captured.values())]
 
 
-def _stable_ranks(group: ModuleGroup, place: Callable[[str, int], int | None]) -> Line:
-    """The stable ranks of a group's gradients by their place, which a weight's name and a step have; the means."""
+def _stable_ranks(group: ModuleGroup, *, by_layer: bool = False) -> Line:
+    """The means of the stable ranks of a group's gradients, by step or by layer."""
     values: dict[int, list[float]] = {}
     for history in group.histories:
         for snapshot in history.snapshots:
-            along = place(history.name, snapshot.step)
+            along = _layer(history.name) if by_layer else snapshot.step
             if along is not None:
                 values.setdefault(along, []).append(snapshot.stable_rank)
     return sorted(values), [fmean(values[along]) for along in sorted(values)]

@@ -4,15 +4,13 @@ Rank: the least multiple of `rank_multiple` at which a basis captures, of the gr
 `capture_share` of the energy. The gradient that a basis was made from is no judge: that holds its own noise.
 
 Gap: the greatest age up to which, at that rank, bases of every age capture at least `keep_share` of what bases of the
-least age capture of the same gradients. That is the reference and not the gradient's own best directions, because what
-a basis loses within its first snapshot is mostly the noise of the batch: no gap, however short, brings it back. What it
-loses later, renewals do.
+least age capture of the same gradients. The gradient's own best directions are no reference: what a basis loses within
+its first snapshot is mostly the noise of the batch, which no gap brings back. What it loses later, renewals do.
 
 The default share of 0.6 is about what the least captured group of a tiny LLaMA had at the rank that lost nothing to
-full-rank training; at a rank with 0.5 it lost a little (docs/decisions.md).
-
-What this does not tell: how much of the energy is noise, what the optimizer makes of the rest, and how the loss fares.
-A larger batch has less noise and so a lower recommended rank; a lower learning rate a longer gap.
+full-rank training; at a rank with 0.5 it lost a little (docs/decisions.md). How much of the energy is noise, and how
+the loss fares, is not told by this: a larger batch has less noise and so a lower recommended rank; a lower learning
+rate a longer gap.
 """
 
 from __future__ import annotations
@@ -45,12 +43,7 @@ class Recommendation:
 
 
 def recommend(group: ModuleGroup, config: RecommendConfig) -> Recommendation:
-    """Apply the rule to a group of modules.
-
-    Args:
-        group: its figures.
-        config: the rule's shares.
-    """
+    """Apply the rule to the figures of a group of modules."""
     ages = [age for age, pairs in sorted(group.pairs.items()) if pairs >= LEAST_PAIRS]
     if not ages or ages[0] != min(group.pairs):
         most = max(group.pairs.values(), default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 
 from rich import box
 from rich.table import Table
@@ -13,16 +14,13 @@ from galore_torch.training.inspection.result import Inspection
 from galore_torch.training.page.page import Page
 from galore_torch.training.run.machine import versions
 
-_LETTERS = 14  # of a module's name in a line of the terminal
 
-
-def rows(found: Inspection) -> list[dict[str, str]]:
+def rows(found: Inspection) -> Iterator[dict[str, str]]:
     """A row of the table for each group of modules: what stands under each heading."""
-    made = []
     for name, group in found.modules.items():
         at, first, recommended = group.rank - 1, found.config.snapshots.ages[0], found.recommended[name]
         captured = {age: f"{float(curve[at]):.0%}" for age, curve in group.captured.items()}
-        row = {
+        yield {
             "module": name,
             "shape": "x".join(map(str, group.shape)),
             "stable": f"{group.stable_rank:.1f}",
@@ -33,8 +31,6 @@ def rows(found: Inspection) -> list[dict[str, str]]:
             "rank": "full" if recommended.rank == len(group.held) else str(recommended.rank or "-"),
             "gap": f"{'>=' if recommended.at_least else ''}{recommended.gap or '-'}",
         }
-        made.append(row)
-    return made
 
 
 def _ages(found: Inspection) -> list[int]:
@@ -42,37 +38,31 @@ def _ages(found: Inspection) -> list[int]:
     return sorted({found.config.snapshots.ages[0], found.config.snapshots.ages[-1]})
 
 
-def legend(found: Inspection) -> str:
-    """What the table's columns are."""
-    ages = _ages(found)
-    return (
+def texts(found: Inspection) -> list[str]:
+    """What the table's columns are, how rank and gap were found and which suit all modules, and notes."""
+    for_all, own, ages = found.recommended_for_all, found.config.recommendation, _ages(found)
+    legend = (
         "stable: the stable rank. 50/90/99 %: the rank that holds so much of the energy. "
         f"own: what rank {found.rank} holds of its own gradient; {' and '.join(f'+{age}' for age in ages)}: of the "
         f"gradient so many steps later. overlap: of two bases {ages[0]} steps apart, 0 as of random ones."
     )
-
-
-def rule(found: Inspection) -> str:
-    """How rank and gap were found, and which suit all modules."""
-    for_all, own, first = found.recommended_for_all, found.config.recommendation, found.config.snapshots.ages[0]
-    text = (
+    rule = (
         f"rank: the least multiple of {own.rank_multiple} that captures {own.capture_share:.0%} of the gradient "
-        f"{first} steps later. gap: the longest after which bases of that rank still capture {own.keep_share:.0%} "
-        f"of what {first} steps old ones do. Rules of thumb."
+        f"{ages[0]} steps later. gap: the longest after which bases of that rank still capture {own.keep_share:.0%} "
+        f"of what {ages[0]} steps old ones do. Rules of thumb."
     )
-    if for_all.rank is None:
-        return text
-    until = "" if for_all.gap is None else f", gap {'at least ' if for_all.at_least else ''}{for_all.gap}"
-    return f"{text} One for all modules: rank {for_all.rank}{until}."
+    gap = "" if for_all.gap is None else f", gap {'at least ' if for_all.at_least else ''}{for_all.gap}"
+    rule += "" if for_all.rank is None else f" One for all modules: rank {for_all.rank}{gap}."
+    return [legend, rule, *found.notes]
 
 
 def table(found: Inspection) -> Table:
     """The table for a terminal of 80 columns."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, heading in enumerate(rows(found)[0]):
+    for place, heading in enumerate(next(rows(found))):
         made.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=bool(place))
     for name, *figures in map(dict.values, rows(found)):
-        made.add_row(name if len(name) <= _LETTERS else name.replace(".", ".\n"), *figures)
+        made.add_row(name if len(name) < 15 else name.replace(".", ".\n"), *figures)
     return made
 
 
@@ -84,8 +74,8 @@ def files(found: Inspection, command: str) -> dict[str, bytes]:
         f"{found.inspected.title}: {snapshots.count} snapshots of the gradients of {weights} weights, one every "
         f"{snapshots.every} steps.",
     )
-    page.table(list(rows(found)[0]), [list(row.values()) for row in rows(found)])
-    for text in (legend(found), rule(found), *found.notes):
+    page.table(list(next(rows(found))), [list(row.values()) for row in rows(found)])
+    for text in texts(found):
         page.text(text)
     made = {"inspection.json": (json.dumps(found.as_json(), indent=1) + "\n").encode()}
     for name, (figure, caption) in plots(found).items():

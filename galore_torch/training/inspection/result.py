@@ -4,52 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from galore_torch.training.inspection.config import InspectConfig
 from galore_torch.training.inspection.history import SHARES, GradientHistory
-from galore_torch.training.inspection.jobs import InspectedJob
-from galore_torch.training.inspection.modules import ModuleGroup, group_by_module, module_names
+from galore_torch.training.inspection.modules import ModuleGroup, group_by_module
+from galore_torch.training.inspection.observer import GradientObserver
 from galore_torch.training.inspection.recommend import Recommendation, recommend
 from galore_torch.training.run.records import Record
 
 _POINTS = 128  # of a curve in the JSON, at most
 
 
-@dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What an inspection came to.
 
-    Attributes:
-        inspected: the job.
-        config: the inspection's own settings.
-        histories: of the weights' gradients, in the order of the model.
-        losses: of the steps.
-
-    Raises:
-        ValueError: when no gradient was finite and other than zero.
+    Args:
+        observer: of the job, after its steps; a ValueError says that no gradient was finite and other than zero.
     """
 
-    inspected: InspectedJob
-    config: InspectConfig
-    histories: Sequence[GradientHistory]
-    losses: list[float]
-
-    def __post_init__(self) -> None:
+    def __init__(self, observer: GradientObserver) -> None:
+        self.inspected, self.config, self.rank = observer.inspected, observer.config, observer.rank
+        self.histories, self.losses = observer.histories, observer.losses
         if not self.modules:
             raise ValueError(
                 f"lr = {self.inspected.job.config.optimizer.lr:g}: no gradient was finite and other than zero, so that "
                 "there are no figures; give a lower one, or other data."
             )
-
-    @property
-    def rank(self) -> int:
-        """Of the bases that figures are about."""
-        return self.config.snapshots.rank or int(self.inspected.job.config.optimizer.rank)
 
     @cached_property
     def modules(self) -> dict[str, ModuleGroup]:
@@ -74,11 +56,10 @@ class Inspection:
     def recorded(self) -> dict[str, list[Record]]:
         """What the run recorded of the n-th renewals of each group of modules: step, overlap, captured; the means."""
         homes = {one.name: name for name, group in self.modules.items() for one in group.histories}
-        others = module_names({record["weight"] for record in self.inspected.renewals})
         renewals: dict[tuple[int, str], list[Record]] = {}
         for record in self.inspected.renewals:
-            if record["overlap"] is not None and record["captured"] is not None:
-                home = homes.get(record["weight"], others[record["weight"]])
+            home = homes.get(record["weight"])
+            if home is not None and record["overlap"] is not None and record["captured"] is not None:
                 renewals.setdefault((record["renewals"], home), []).append(record)
         means: dict[str, list[Record]] = {}
         for (_, home), own in sorted(renewals.items(), key=lambda item: item[0][0]):

@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from galore_torch.training.run import records
-from galore_torch.training.run.checkpoints import Checkpoints
+from galore_torch.training.run.checkpoints import Checkpoints, step_of
 from galore_torch.training.run.files import Lock, being_written, take_back, write_whole
+from galore_torch.training.run.manifest import require_whole
 from galore_torch.training.run.signals import deferred
 
 
@@ -158,6 +160,21 @@ class RunFolder:
                 f"{self.config} is not as it was when the run was started: it is damaged, or was edited. Restore it, "
                 "or start anew with another --out."
             )
+
+    def newest_weights(self) -> tuple[Path, int]:
+        """The folder of the finished model or of the newest whole checkpoint, and how many steps have made it.
+
+        Raises:
+            ValueError: when there is neither, or the model is damaged.
+        """
+        final, checkpoint = records.final(self.metrics), self.checkpoints.newest_whole(warnings.warn)
+        if final is not None and self.model.is_dir():
+            require_whole("run", str(self.root), self.model)
+            return self.model, final["step"]
+        if checkpoint is None:
+            run = str(self.root)
+            raise ValueError(f"run = {run!r} holds neither a finished model nor a checkpoint; give --fresh with it.")
+        return checkpoint, step_of(checkpoint)
 
     def text_digest(self) -> str:
         """The digest of what the run is trained on."""

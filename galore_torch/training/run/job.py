@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.settings.config import from_values, read_file
-from galore_torch.training.settings.optimizer import OptimizerConfig
 
 
 class Job(ABC):
@@ -76,7 +75,6 @@ def make_trainer(
     job: Job,
     folder: str,
     optimizer: torch.optim.Optimizer,
-    config: OptimizerConfig | None = None,
     callbacks: Sequence[Any] = (),
     **given: Any,
 ) -> Trainer:
@@ -86,7 +84,6 @@ def make_trainer(
         job: what is trained.
         folder: which the Trainer may write into.
         optimizer: over the model's parameters, see `galore_torch.training.run.optimizers.build`.
-        config: how it forms and applies gradients, if not as the job's settings say.
         callbacks: for the Trainer.
         given: `TrainingArguments` that take the place of the job's.
     """
@@ -114,7 +111,7 @@ def make_trainer(
     args = TrainingArguments(output_dir=folder, **(arguments | job.schedule() | given))
     if args.n_gpu > 1:
         args._n_gpu = 1  # DataParallel would multiply the batch
-    factory = (optimizers.TrainerOptimizer, {"optimizer": optimizer, "config": config or settings})
+    factory = (optimizers.TrainerOptimizer, {"optimizer": optimizer, "config": settings})
     trainer = job.trainer(args, callbacks=list(callbacks), optimizer_cls_and_kwargs=factory)
     trainer.remove_callback(PrinterCallback)  # our own lines are shown
     return trainer

@@ -184,7 +184,7 @@ def test_kinds_are_told_apart_by_name_and_shape():
         ({"oldest": 7}, "oldest = 7, .*multiples of every = 5; give one of them up to 55"),
         ({"oldest": 60}, "oldest = 60, and in steps = 60 .*every = 5; give one of them up to 55, or more steps"),
         ({"capture_share": 1.0}, "capture_share = 1.0 is out of range"),
-        ({"keep_share": 0}, "keep_share = 0.0 is out of range"),
+        ({"keep_share": 0}, "keep_share = 0 is out of range"),
         ({"rank_multiple": 0}, "rank_multiple = 0 is out of range"),
         ({"lr": -1.0}, "lr = -1.0 is out of range"),
         ({"task": "sstt"}, "task = 'sstt' is not known.*did you mean 'sst2'"),
