@@ -199,7 +199,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     assert process.returncode == 130, error
     stopped = int(re.search(r"Stopped after step ([\d,]+)\.", output)[1].replace(",", ""))
     checkpoint = out / "checkpoints" / f"checkpoint-{stopped}"
-    assert f"It is saved in {checkpoint}; go on with:\n  galore pretrain --resume --out {out}\n" in output
+    assert f"It is saved in {checkpoint}; resume with:\n  galore pretrain --resume --out {out}\n" in output
     assert (checkpoint / "optimizer.pt").exists()
     assert lines(out / "metrics.jsonl") == stopped
     assert error == ""

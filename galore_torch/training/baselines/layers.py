@@ -95,9 +95,7 @@ def adapt(
         _inject_lora(model, config, rank, targets, task_type)
         return model
     if task_type is not None:
-        raise ValueError(
-            "adapter = 'low-rank' throws away what a model has learnt; give lora, or train one from scratch."
-        )
+        raise ValueError("adapter = 'low-rank' discards the pretrained weights; give lora, or train one from scratch.")
     for name in targets:
         place = name.removesuffix(".weight")
         linear = model.get_submodule(place)
@@ -150,7 +148,7 @@ def _suits_lora(module: nn.Module, attribute: str, weight: Tensor) -> bool:
 def _checked_rank(config: AdapterConfig, targets: dict[str, Tensor]) -> int:
     rank = config.adapter_rank
     if rank is None:
-        raise ValueError("adapter_rank = None leaves the adapters without a rank; give one, such as 8.")
+        raise ValueError("adapter_rank = None: adapters need a rank; give one, such as 8.")
     for name, weight in targets.items():
         if rank > min(weight.shape):
             raise ValueError(

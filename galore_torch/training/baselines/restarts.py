@@ -35,7 +35,7 @@ class Restarts(TrainerCallback):
 
     def __init__(self, config: AdapterConfig) -> None:
         if config.restart_every is None:
-            raise ValueError("restart_every = None leaves ReLoRA without restarts; give a number of steps.")
+            raise ValueError("restart_every = None: ReLoRA needs restarts; give a number of steps.")
         self.every = config.restart_every
         self.warmup = round(config.restart_warmup * config.restart_every)
         self.prune = config.restart_prune
@@ -45,7 +45,7 @@ class Restarts(TrainerCallback):
         schedule = kw["lr_scheduler"]
         if not isinstance(schedule, LambdaLR):
             raise ValueError(
-                f"lr_scheduler_type = {args.lr_scheduler_type!r} is no function of the step, so that ReLoRA cannot "
+                f"lr_scheduler_type = {args.lr_scheduler_type!r} is not a function of the step, so that ReLoRA cannot "
                 "warm up again after a restart; choose another, such as 'cosine_with_min_lr'."
             )
         schedule.lr_lambdas = [jagged(smooth, self.every, self.warmup) for smooth in schedule.lr_lambdas]

@@ -66,7 +66,7 @@ def _file(field: str, name: str) -> Any:
     path = local_path(field, name)
     kind = _KINDS.get(path.suffix.lower())
     if kind is None or not path.is_file():
-        raise ValueError(f"{field} = {name!r} is no CSV, JSON lines or Parquet file; give one that exists.")
+        raise ValueError(f"{field} = {name!r} is not a CSV, JSON lines or Parquet file; give one that exists.")
     if not path.stat().st_size:
         raise ValueError(f"{field} = {name!r} is empty; give a file that holds rows.")
     try:
@@ -76,7 +76,7 @@ def _file(field: str, name: str) -> Any:
         raise_failed_write(error)
         raise ValueError(
             f"{field} = {name!r} holds no rows that can be read as {kind}: {sentence(error.__cause__ or error)} "
-            "Mend the file, or give another."
+            "Fix the file, or give another."
         ) from error
     if not len(rows):
         raise ValueError(f"{field} = {name!r} holds no rows; give a file that does.")
@@ -86,7 +86,9 @@ def _file(field: str, name: str) -> Any:
 def require_column(rows: datasets.Dataset, field: str, name: str) -> None:
     """Refuse, with a ValueError, rows without a column that a setting names."""
     if name not in rows.column_names:
-        raise ValueError(f"{field} = {name!r} is no column of the rows; choose one of {', '.join(rows.column_names)}.")
+        raise ValueError(
+            f"{field} = {name!r} is not a column of the rows; choose one of {', '.join(rows.column_names)}."
+        )
 
 
 def require_texts(rows: datasets.Dataset, field: str, name: str) -> None:
@@ -96,4 +98,4 @@ def require_texts(rows: datasets.Dataset, field: str, name: str) -> None:
         if text is None or not str(text).strip():
             raise ValueError(f"{field} = {name!r} is empty in row {number} of {len(rows)}; leave such rows out.")
         if isinstance(text, (dict, list)):
-            raise ValueError(f"{field} = {name!r} holds {type(text).__name__}s, no text; choose another column.")
+            raise ValueError(f"{field} = {name!r} holds {type(text).__name__}s, not text; choose another column.")

@@ -52,7 +52,7 @@ def find_labels(config: RowsConfig, rows: Rows) -> Labels:
         nested = [value for value in part[column] if isinstance(value, (list, dict))]
         if nested:
             raise ValueError(
-                f"label_column = {column!r} holds {type(nested[0]).__name__}s, no labels; choose another column."
+                f"label_column = {column!r} holds {type(nested[0]).__name__}s, not labels; choose another column."
             )
     values = list(rows.train[column])
     known = set(values)

@@ -48,11 +48,8 @@ class Finetuning(Job):
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         schedule = config.schedule
-        self.config, self.target_modules, self.data = (
-            config,
-            config.target_modules,
-            config.data.data or config.data.task,
-        )
+        self.config, self.target_modules = config, config.target_modules
+        self.data = config.data.data or config.data.task
         self.digest, self.units_per_step = rows.digest, schedule.batch
         self._steps_per_epoch = math.ceil(len(rows.train) / schedule.batch)
         self.kind = (Supervised if config.data.task == "sft" else Classification)(config, rows, console)

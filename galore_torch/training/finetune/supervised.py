@@ -46,7 +46,9 @@ class Supervised:
         if not self._data.answers_only:
             return
         if self.columns != ["messages"]:
-            raise ValueError("answers_only = True is for messages; completions are learnt alone anyhow: leave it out.")
+            raise ValueError(
+                "answers_only = True has no effect without messages: completions alone are trained on; leave it out."
+            )
         if not re.search(r"{%-?\s*generation", str(template)):
             raise ValueError(
                 "answers_only = True, and the chat template does not mark answers by {% generation %}; leave it out, "
@@ -126,5 +128,5 @@ def _require(rows: Any, column: str) -> None:
         whole = messages and all(isinstance(one, dict) and one.get("role") and "content" in one for one in messages)
         if not whole:
             raise ValueError(
-                f"{column} of row {number} = {messages!r} is no list of messages with role and content; mend the row."
+                f"{column} of row {number} = {messages!r} is not a list of messages with role and content; fix the row."
             )

@@ -53,13 +53,13 @@ class Checkpoints:
             wrong = damage(checkpoint)
             if wrong is None:
                 for each in damaged:
-                    warn(f"{each}. Going on from {checkpoint.name}.")
+                    warn(f"{each}. Resuming from {checkpoint.name}.")
                 return checkpoint
             damaged.append(f"{checkpoint.name} is damaged: {wrong}")
         if damaged:
             raise ValueError(
                 f"out = {str(self.root.parent)!r}: {'; '.join(damaged)}; and there is no other. Restore the files from "
-                "a copy, or start anew with another --out."
+                "a copy, or start over with another --out."
             )
         return None
 

@@ -34,7 +34,7 @@ Config = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder to make, by default in runs/.", rich_help_panel=PANEL)]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run in --out, by its own settings.", rich_help_panel=PANEL)
+    bool, typer.Option("--resume", help="Resume the run in --out, with its own settings.", rich_help_panel=PANEL)
 ]
 Json = Annotated[
     bool,
@@ -103,7 +103,7 @@ def run_command(
         configure: makes the settings, and names the run folder if ``out`` does not.
         given: all options that name settings, which a resumed run has of its own.
         out: the run folder.
-        resume: whether to go on with it.
+        resume: whether to resume it.
         json: whether the result is printed as JSON.
         instead: what is done with the settings instead of a run.
     """
@@ -144,7 +144,7 @@ def _shown(result: RunResult, name: str) -> list[str]:
     """What a run came to, and what to do with it."""
     if not result.finished:
         return [
-            f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; go on with:",
+            f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; resume with:",
             f"  {name} --resume --out {result.out}",
         ]
     folder = RunFolder(Path(result.out))
@@ -160,7 +160,7 @@ def _failed(folder: RunFolder, name: str) -> str:
     """What a run whose process failed has left, and how to go on."""
     saved = folder.checkpoints.newest()
     what = "has no checkpoint yet" if saved is None else f"is saved as of step {step_of(saved):,}"
-    again = "start it again with" if saved is None else "go on with"
+    again = "start it over with" if saved is None else "resume with"
     return f"{folder.root} {what}; then {again}:\n  {name} --resume --out {folder.root}"
 
 
@@ -173,8 +173,8 @@ def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
     if records.final(folder.metrics) is not None:
         return f"Stopped after the end: {root} holds the finished run."
     if saved is not None:
-        return f"Stopped. {root} is saved as of step {step_of(saved):,}; go on with:\n  {name} --resume --out {root}"
+        return f"Stopped. {root} is saved as of step {step_of(saved):,}; resume with:\n  {name} --resume --out {root}"
     if folder.config.exists():
-        text = f"Stopped. {root} is as it was, before its first checkpoint; start it again with:"
+        text = f"Stopped. {root} is as it was, before its first checkpoint; start it over with:"
         return f"{text}\n  {name} --resume --out {root}"
     return f"Stopped before there was anything to save: {root} is {'as it was' if root.exists() else 'not there'}."

@@ -52,7 +52,7 @@ def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
 def require_empty(out: Path) -> None:
     """Refuse, with a ValueError, a folder that holds something or is none."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out = {str(out)!r} exists and is no empty folder; choose another --out.")
+        raise ValueError(f"out = {str(out)!r} exists and is not an empty folder; choose another --out.")
 
 
 def write_folder(files: Mapping[str, bytes], out: Path) -> None:

@@ -91,12 +91,12 @@ class RunFolder:
         """Refuse a folder that already holds something, other than a start that was killed leaves."""
         if self.config.exists():
             raise self._refused(
-                f"already holds a run; go on with it by --resume --out {self.root}, or choose another --out."
+                f"already holds a run; resume it with --resume --out {self.root}, or choose another --out."
             )
         started = {*self._lock.files, self.text, self.config}
         started |= {being_written(file) for file in started}
         if self.root.exists() and not (self.root.is_dir() and started.issuperset(self.root.iterdir())):
-            raise self._refused("exists and is no empty folder; choose another --out.")
+            raise self._refused("exists and is not an empty folder; choose another --out.")
 
     def create(self, config: Any, digest: str) -> None:
         """Make the folder, hold it, and write into it what the run is: its settings and the digest of its text."""
@@ -144,13 +144,15 @@ class RunFolder:
         """Refuse a folder in which nothing is left to do, and settings beside the run's own, by their names."""
         also = [name for name, value in (others or {}).items() if value is not None]
         if also:
-            raise ValueError(f"resume goes on by the run's own settings; leave out {', '.join(also)}.")
+            raise ValueError(f"--resume uses the settings of the run; leave out {', '.join(also)}.")
         if not self.config.exists():
             raise self._refused("holds no run to resume; leave out --resume to start one there.")
         final = records.final(self.metrics)
         if final is not None:
             step = final["step"]
-            raise self._refused(f"holds a run that ended after step {step}; choose another --out to train anew.")
+            raise self._refused(
+                f"holds a run that ended after step {step}; choose another --out to train from scratch."
+            )
         records.read(self.subspaces)  # which is read again once the training begins
 
     def require_settings(self) -> None:
@@ -158,7 +160,7 @@ class RunFolder:
         if _digest(_read(self.config)) != self._digest_of(self.config.name):
             raise ValueError(
                 f"{self.config} is not as it was when the run was started: it is damaged, or was edited. Restore it, "
-                "or start anew with another --out."
+                "or start over with another --out."
             )
 
     def newest_weights(self) -> tuple[Path, int]:
@@ -181,11 +183,11 @@ class RunFolder:
         return self._digest_of("text")
 
     def require_text(self, digest: str, data: str) -> None:
-        """Refuse to go on with another text than the run was started on, by their digests."""
+        """Refuse to resume with another text than the run was started on, by their digests."""
         if self.text_digest() != digest:
             raise ValueError(
                 f"data = {data!r} has changed since the run in {str(self.root)!r} was started; "
-                "restore the text, or start anew with another --out."
+                "restore the text, or start over with another --out."
             )
 
     def _digest_of(self, name: str) -> str:
@@ -195,7 +197,7 @@ class RunFolder:
         if not whole or found.keys() != {"text", self.config.name}:
             raise ValueError(
                 f"{self.text} is missing or damaged, so that settings and data cannot be compared with those that the "
-                "run was started with. Restore it from a copy, or start anew with another --out."
+                "run was started with. Restore it from a copy, or start over with another --out."
             )
         return found[name]
 

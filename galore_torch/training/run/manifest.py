@@ -38,7 +38,7 @@ def _entries(folder: Path) -> list[tuple[str, int, str]]:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return [(str(name), int(each["bytes"]), str(each["sha256"])) for name, each in files.items()]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} is no manifest") from error
+        raise ValueError(f"{MANIFEST} is not a manifest") from error
 
 
 def damage(folder: Path) -> str | None:

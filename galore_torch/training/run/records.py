@@ -61,8 +61,8 @@ def read(path: Path) -> list[Record]:
         record = _record(line)
         if record is None or (found and record["step"] < found[-1]["step"]):
             raise ValueError(
-                f"{path} is damaged in line {number}, which is no record of a run. Restore the file from a copy, or "
-                "take that line out: a run that is gone on with needs no records of the past."
+                f"{path} is damaged in line {number}, which is not a record of a run. Restore the file from a copy, or "
+                "remove that line: to resume a run needs no records of the past."
             )
         found.append(record)
     return found

@@ -1,4 +1,4 @@
-"""One run, whatever its job: prepared, trained, and finished or stopped so that it can be gone on with."""
+"""One run, whatever its job: prepared, trained, and finished or stopped so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RunResult:
     seconds: float  # time spent in training steps
     renewals: int  # bases found, over all weights and resumptions; 0 for an optimizer that does not project
     overlap: float | None  # of each weight's last two subspaces, on average: 1 for the same, 0 as of random ones
-    checkpoint: str | None  # where a stopped run goes on from
+    checkpoint: str | None  # from which a stopped run is resumed
 
     @property
     def headline(self) -> str:
@@ -61,7 +61,7 @@ class Run:
     """A run that is ready to train: everything that could be wrong with its settings and its data has been judged.
 
     Made by `new_run` and `resumed_run`. It has a ``job`` with its ``config`` and ``model``, a ``folder``, a ``trainer``
-    and, if it goes on, the ``checkpoint`` that it goes on from.
+    and, if it is resumed, the ``checkpoint`` from which.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ def new_run(
 def resumed_run(
     job: type[Job], out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
 ) -> Run:
-    """Prepare to go on with a run that was stopped, exactly: its losses will be those of one that never was.
+    """Prepare to resume a run that was stopped, exactly: its losses will be those of one that never was.
 
     The arguments are those of `new_run`; the settings are those of the folder's ``config.toml``.
 
@@ -235,12 +235,12 @@ def _require_room(folder: RunFolder, job: Job, optimizer: torch.optim.Optimizer)
 
 
 def _newest_checkpoint(folder: RunFolder, console: Console) -> Path | None:
-    """The newest whole checkpoint; None if there is none, and the run starts again. Nothing of that is silent."""
+    """The newest whole checkpoint; None if there is none, and the run starts over. Nothing of that is silent."""
     folder.checkpoints.clear()
     lines: list[str] = []
     found = folder.checkpoints.newest_whole(lines.append)
     if found is None:
-        lines.append(f"{folder.root} has no checkpoint; its run starts again.")
+        lines.append(f"{folder.root} has no checkpoint; its run starts over.")
     for line in lines:
         if console.quiet:
             warnings.warn(line, stacklevel=4)  # at the call of resumed_run

@@ -134,7 +134,7 @@ def _read(names: tuple[str, ...], digest: str) -> Iterator[dict[str, str]]:  # n
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"data: {name} is no UTF-8 text ({error}); convert it or leave it out.") from error
+            raise ValueError(f"data: {name} is not UTF-8 text ({error}); convert it or leave it out.") from error
         for document in text.split("\n\n") if len(names) == 1 else [text]:
             if document.strip():
                 yield {"text": document}
@@ -157,7 +157,7 @@ def _only_text(table: Any, config: DataConfig) -> Any:
     columns = table.column_names
     if columns is not None and config.text_column not in columns:
         raise ValueError(
-            f"text_column = {config.text_column!r} is no column of data = {config.data!r}; "
+            f"text_column = {config.text_column!r} is not a column of data = {config.data!r}; "
             f"choose one of {', '.join(columns)}."
         )
     table = table.select_columns([config.text_column])

@@ -161,7 +161,7 @@ def test_a_rank_that_no_matrix_has_is_told_and_changes_nothing(model, kind, give
 def test_modules_that_do_not_exist_and_trained_models_without_their_matrices_are_told(model):
     with pytest.raises(ValueError, match="match no linear layer"):
         adapt(model, config("lora"), ["query"])
-    with pytest.raises(ValueError, match="throws away what a model has learnt"):
+    with pytest.raises(ValueError, match="discards the pretrained weights"):
         adapt(model, config("low-rank"), MATRICES, task_type="CAUSAL_LM")
     assert all(type(module) is not LowRankLinear for module in model.modules())
 

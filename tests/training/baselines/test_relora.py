@@ -163,5 +163,5 @@ def test_only_relora_restarts_and_only_with_a_schedule_that_is_a_function_of_the
         Restarts(AdapterConfig(adapter="relora"))
     plateau = ReduceLROnPlateau(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[])
-    with pytest.raises(ValueError, match="is no function of the step"):
+    with pytest.raises(ValueError, match="is not a function of the step"):
         callback.on_train_begin(arguments, TrainerState(), None, lr_scheduler=plateau)

@@ -98,8 +98,8 @@ def test_rows_and_models_that_do_not_fit(classify, write, tmp_path, rows, given,
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("nowhere.csv", None, ["data = ", "is no CSV", "give one that exists"]),
-        ("rows.txt", "text,label\n", ["is no CSV, JSON lines or Parquet file"]),
+        ("nowhere.csv", None, ["data = ", "is not a CSV", "give one that exists"]),
+        ("rows.txt", "text,label\n", ["is not a CSV, JSON lines or Parquet file"]),
         ("rows.csv", "", ["is empty"]),
         ("rows.csv", "text,label\n", ["holds no rows"]),
         ("rows.jsonl", "{no json}\n", ["holds no rows that can be read as json"]),
@@ -146,10 +146,10 @@ def test_a_tokenizer_that_does_not_fit(classify, encoder, tmp_path):
     ("rows", "given", "words"),
     [
         ([{"question": "a"}] * 4, {}, ["neither messages, nor prompt and completion", "question"]),
-        ([{"messages": []}] * 4, {}, ["messages of row 0", "mend the row"]),
+        ([{"messages": []}] * 4, {}, ["messages of row 0", "fix the row"]),
         ([{"messages": [{"content": "a"}]}] * 4, {}, ["messages of row 0", "role and content"]),
         ([{"prompt": "a", "completion": " "}] * 4, {}, ["is empty in row"]),
-        ([{"text": "a"}] * 4, {"answers_only": True}, ["answers_only = True", "is for messages"]),
+        ([{"text": "a"}] * 4, {"answers_only": True}, ["answers_only = True", "has no effect without messages"]),
         ([{"text": "a"}] * 4, {"max_length": 500}, ["max_length = 500", "128 positions"]),
     ],
 )

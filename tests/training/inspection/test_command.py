@@ -49,7 +49,7 @@ def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_p
     assert page.count("<svg") == 6
     assert f"galore inspect --run {run}" in page  # by what it was made
     again = inspected("--run", run, *SHORT, "--out", out, code=2)
-    assert "is no empty folder; choose another --out" in again.stderr
+    assert "is not an empty folder; choose another --out" in again.stderr
 
 
 @pytest.mark.slow
@@ -75,13 +75,13 @@ def test_the_same_inspection_finds_the_same_whichever_door_it_comes_through(run,
         (["--run", "RUN", "--oldest", "100"], "oldest = 100, and in steps = 60"),
         (["--run", "RUN", "--target-modules", "nothing"], "target_modules = 'nothing': target_modules"),
         (["--run", "RUN", "--target-modules", "[a"], "no regular expression"),
-        (["--run", "RUN", "--out", "EMPTY/.."], "is no empty folder"),
+        (["--run", "RUN", "--out", "EMPTY/.."], "is not an empty folder"),
         (["--run", "RUN", "--tanks", "4"], "No such option"),
         (["--model", "RUN/model"], "data = None leaves model = 'RUN/model' without gradients"),
         (["--model", "RUN/model", "--data", "nowhere.txt"], "data = 'nowhere.txt' does not exist"),
         (["--model", "nowhere/model", "--data", "TEXTS"], "model = 'nowhere/model' cannot be loaded"),
         (["--model", "RUN/model", "--data", "TEXTS", "--fresh"], "is for a run"),
-        (["--model", "RUN/model", "--data", "x.csv", "--task", "classify"], "data = 'x.csv' is no CSV"),
+        (["--model", "RUN/model", "--data", "x.csv", "--task", "classify"], "data = 'x.csv' is not a CSV"),
         (["--model", "RUN/model", "--data", "TEXTS", "--label-column", "x"], "task = 'text'"),
         (["--model", "RUN/model", "--data", "TEXTS", "--batch", "4", "--micro-batch", "3"], "does not divide"),
     ],

@@ -291,7 +291,7 @@ def test_a_folder_that_holds_something_is_refused_and_untouched(tiny, tmp_path):
     config = tiny(steps=1, eval_every=0)
     new_run(Pretraining, config, tmp_path / "run").train()
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=r"already holds a run; go on with it by --resume .* another --out"):
+    with pytest.raises(ValueError, match=r"already holds a run; resume it with --resume .* another --out"):
         new_run(Pretraining, config, tmp_path / "run")
     with pytest.raises(ValueError, match=r"ended after step 1; choose another --out"):
         resumed_run(Pretraining, tmp_path / "run")
@@ -299,7 +299,7 @@ def test_a_folder_that_holds_something_is_refused_and_untouched(tiny, tmp_path):
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear", encoding="utf-8")
-    with pytest.raises(ValueError, match="no empty folder; choose another --out"):
+    with pytest.raises(ValueError, match="not an empty folder; choose another --out"):
         new_run(Pretraining, config, tmp_path / "mine")
     with pytest.raises(ValueError, match="holds no run to resume"):
         resumed_run(Pretraining, tmp_path / "mine")

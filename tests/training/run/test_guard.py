@@ -72,6 +72,6 @@ def test_a_real_run_leaves_a_state_or_nothing(moment, number, tiny, tmp_path):
     assert re.search(r"[Ss]topped", said)
     if moment == "step":
         assert 5 <= step_of(folder.checkpoints.newest()) == records.last(folder.metrics)["step"] < 10
-        assert f"go on with:\n  galore pretrain --resume --out {out}" in said
+        assert f"resume with:\n  galore pretrain --resume --out {out}" in said
     else:
         assert not out.exists()

@@ -32,7 +32,7 @@ def test_a_damaged_line_is_told_with_the_remedy(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     records.append(path, step_record(2, 1.0))
     path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged in line 2.*Restore.*take that line out"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged in line 2.*Restore.*remove that line"):
         records.read(path)
     assert records.last(path) == step_record(2, 1.0)
 

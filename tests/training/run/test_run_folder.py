@@ -109,7 +109,7 @@ def test_every_harm_to_every_file_is_seen(harm, crashed, tmp_path):
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", MANIFEST])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_model(name, copied, whole):
     flip(copied / "checkpoints" / "checkpoint-6" / name)
-    with pytest.warns(UserWarning, match=r"checkpoint-6 is damaged: .*\. Going on from checkpoint-4\.") as told:
+    with pytest.warns(UserWarning, match=r"checkpoint-6 is damaged: .*\. Resuming from checkpoint-4\.") as told:
         run = resumed_run(Pretraining, copied)
     assert [Path(one.filename) for one in told if "checkpoint-6" in str(one.message)] == [Path(__file__)]
     assert name in str(told[0].message)
@@ -210,7 +210,7 @@ def test_what_is_taken_back_is_ones_own(made, tiny, tmp_path):
     (out / "notes.txt").write_text("mine")
     folder.abandon()
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
-    with pytest.raises(ValueError, match="no empty folder"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         folder.create(tiny(), "digest")
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
