@@ -239,6 +239,6 @@ def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found += [f"{name} was not planned" for name in now["runs"] if name not in kept["runs"]]
     for run in kept["runs"].keys() & now["runs"].keys():
         for section, values in now["runs"][run].items():
-            before = kept["runs"][run].get(section, {})
+            before = dict(kept["runs"][run].get(section, {}))
             found += [f"{name} was {before.get(name)!r}" for name in values if values[name] != before.get(name)]
     return list(dict.fromkeys(found))

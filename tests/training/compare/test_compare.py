@@ -293,3 +293,14 @@ def test_a_figure_of_learning_rates_is_drawn_where_a_method_has_several(given):
     for lrs, lines in ((("0.01", "galore=0.02"), None), (("0.01", "galore=0.02", "galore=0.01"), 2)):
         figure = sensitivity(compare(PRETRAIN, [outcome(run, 1.0) for run in plan(given, lrs=lrs)]))
         assert (figure and len(figure.axes[0].lines)) == lines
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "[]", '{"job": "pretrain"}', '{"job": "pretrain", "runs": {"a": {"model": [1]}}}']
+)
+def test_a_damaged_plan_is_refused_with_the_remedy(damaged, given, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(damaged, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged.*Restore it from a copy"):
+        keep_plan(path, PRETRAIN, plan(given), "galore compare")
+    assert path.read_text(encoding="utf-8") == damaged
