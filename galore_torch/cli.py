@@ -56,10 +56,10 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_galore)
     app.command("pretrain", epilog=command.EPILOG)(
-        flags.with_settings(command.pretrain, SECTIONS, PRESETS, command.SHOWN)
+        flags.with_settings(command.pretrain, SECTIONS, PRESETS, command.HELP_PRESET)
     )
     app.command("finetune", epilog=tuning.EPILOG)(
-        flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.SHOWN)
+        flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.HELP_PRESET)
     )
     app.add_typer(compare_command.commands(), name="compare")
     app.command("inspect", epilog=inspection.EPILOG)(flags.with_settings(inspection.inspect, INSPECTION, {}))

@@ -125,7 +125,7 @@ def _command(job: ComparedJob) -> Callable[..., None]:
 
     The folder gets a run folder each, report.html and results.json. After Ctrl-C or a crash the same command goes on.
     """
-    return with_settings(command, sections_of(job.recipes.config), job.recipes.presets, job.shown)
+    return with_settings(command, sections_of(job.recipes.config), job.recipes.presets, job.help_preset)
 
 
 def _stopped(runs: Sequence[PlannedRun], out: Path) -> str:

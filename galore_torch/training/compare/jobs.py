@@ -43,7 +43,7 @@ class ComparedJob:
     Attributes:
         name: of the command.
         recipes: its presets, by which every configuration is made.
-        shown: the preset whose values ``--help`` shows.
+        help_preset: the preset whose values ``--help`` shows.
         methods: what is compared by default.
         load: imports what the runs are of, with Transformers.
         prepare: reads and caches the data for all runs, if that takes long; takes a configuration and a console.
@@ -56,7 +56,7 @@ class ComparedJob:
 
     name: str
     recipes: Recipes[Any]
-    shown: str
+    help_preset: str
     methods: tuple[str, ...]
     load: Callable[[], type[Job]]
     prepare: Callable[[Any, Console], None] | None = None
@@ -75,7 +75,7 @@ def _rows(config: Any) -> Amount:
 PRETRAIN = ComparedJob(
     name="pretrain",
     recipes=pretrain_presets.RECIPES,
-    shown=pretrain.SHOWN,
+    help_preset=pretrain.HELP_PRESET,
     methods=("full", "galore"),
     load=lambda: import_module("galore_torch.training.pretrain.run").Pretraining,
     prepare=pretrain.prepare_only,
@@ -89,7 +89,7 @@ PRETRAIN = ComparedJob(
 FINETUNE = ComparedJob(
     name="finetune",
     recipes=finetune_presets.RECIPES,
-    shown=finetune.SHOWN,
+    help_preset=finetune.HELP_PRESET,
     methods=("full", "galore", "lora"),
     load=lambda: import_module("galore_torch.training.finetune.run").Finetuning,
     unit="examples",

@@ -15,7 +15,7 @@ from galore_torch.training.settings.methods import TUNING, help_text
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
 
-SHOWN = "glue-rank4"
+HELP_PRESET = "glue-rank4"
 """The preset whose values ``--help`` shows."""
 
 EPILOG = f"""[bold]Examples[/]

@@ -17,7 +17,7 @@ class BaseModelConfig:
     target_modules: str | None = setting(
         None,
         "Which modules are projected or adapted: parts of their names by comma, or all-linear.",
-        shown="the linear layers in the model's numbered layers; not embeddings, pooler and head",
+        default_help="the linear layers in the model's numbered layers; not embeddings, pooler and head",
     )
 
 
@@ -36,7 +36,7 @@ class RowsConfig:
         "messages, prompt and completion, or text).",
     )
     data: str | None = setting(None, "CSV, JSON lines or Parquet file of rows; needed but for GLUE.")
-    held_out: str | None = setting(None, "File of held-out rows.", shown="a share of the data")
+    held_out: str | None = setting(None, "File of held-out rows.", default_help="a share of the data")
     held_out_share: float = setting(0.1, "Share of the rows held out, if no file is.", gt=0, lt=1)
     text_column: str = setting("text", "Column of the text.")
     text_pair_column: str | None = setting(None, "Column of a second text, for pairs.")
@@ -70,13 +70,13 @@ class LengthConfig:
     epochs: float = setting(3.0, "Passes over the rows.", gt=0)
     steps: int | None = setting(None, "Optimizer steps, in the place of epochs.", ge=1)
     batch: int = setting(16, "Rows a step.", ge=1)
-    micro_batch: int | None = setting(None, "Rows at once; bounds memory.", ge=1, shown="batch")
+    micro_batch: int | None = setting(None, "Rows at once; bounds memory.", ge=1, default_help="batch")
     warmup: float = setting(0.0, "Share of the steps over which the learning rate rises from 0.", ge=0, lt=1)
     decay: Literal["linear", "cosine", "constant"] = setting("linear", "How the learning rate falls to 0, if it does.")
     seed: int = setting(0, "Seed of the head, of the order of the rows and of random bases.", ge=0, le=2**32 - 1)
-    eval_every: int | None = setting(None, "Steps between two evaluations.", ge=1, shown="an epoch")
+    eval_every: int | None = setting(None, "Steps between two evaluations.", ge=1, default_help="an epoch")
     save_every: int | None = setting(
-        None, "Steps between two resumable checkpoints; Ctrl-C saves besides.", ge=1, shown="an epoch"
+        None, "Steps between two resumable checkpoints; Ctrl-C saves besides.", ge=1, default_help="an epoch"
     )
     report_to: str = setting(
         "none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma."

@@ -22,17 +22,19 @@ class SnapshotConfig:
         "Age up to which a basis is judged by later gradients, in steps: a multiple of every. A basis of every weight "
         "is kept for each snapshot in between.",
         ge=1,
-        shown="two snapshots less than steps",
+        default_help="two snapshots less than steps",
     )
-    rank: int | None = setting(None, "Rank of the bases that figures are about.", ge=1, shown="the recipe's")
+    rank: int | None = setting(None, "Rank of the bases that figures are about.", ge=1, default_help="the recipe's")
     lr: float | None = setting(
         None,
         "Learning rate of the steps.",
         gt=0,
-        shown="the run's newest, at least a tenth of its peak; 0.0001 of --model",
+        default_help="the run's newest, at least a tenth of its peak; 0.0001 of --model",
     )
     target_modules: str | None = setting(
-        None, "Modules to inspect: parts of their names by comma, or all-linear.", shown="those that are projected"
+        None,
+        "Modules to inspect: parts of their names by comma, or all-linear.",
+        default_help="those that are projected",
     )
 
     def __post_init__(self) -> None:
@@ -86,19 +88,21 @@ class ModelDataConfig:
         f"What the model is trained for: {PLAIN_TEXT} (a causal model on packed text), or one of galore finetune's: "
         f"{', '.join(TASKS)}.",
     )
-    dtype: DType | None = setting(None, "What weights are stored in.", shown="float32")
+    dtype: DType | None = setting(None, "What weights are stored in.", default_help="float32")
     gguf_file: str | None = setting(None, "A GGUF file in the model's folder, which holds the weights.")
     max_length: int | None = setting(
-        None, "Tokens of a sequence of packed text; most of a row otherwise.", ge=2, shown="the recipe's"
+        None, "Tokens of a sequence of packed text; most of a row otherwise.", ge=2, default_help="the recipe's"
     )
-    batch: int | None = setting(None, "Sequences or rows a step.", ge=1, shown="the recipe's")
-    micro_batch: int | None = setting(None, "Sequences or rows at once; bounds memory.", ge=1, shown="batch")
-    text_column: str | None = setting(None, "Column of the text.", shown="text")
+    batch: int | None = setting(None, "Sequences or rows a step.", ge=1, default_help="the recipe's")
+    micro_batch: int | None = setting(None, "Sequences or rows at once; bounds memory.", ge=1, default_help="batch")
+    text_column: str | None = setting(None, "Column of the text.", default_help="text")
     text_pair_column: str | None = setting(None, "Column of a second text, for pairs.")
-    label_column: str | None = setting(None, "Column of the label.", shown="label")
-    labels: Literal["auto", "classes", "numbers"] | None = setting(None, "What labels are.", shown="auto")
-    seed: int | None = setting(None, "Seed of a fresh head and of the order of the data.", ge=0, shown="0")
-    cache: str | None = setting(None, "Folder for tokenized text.", shown="$GALORE_CACHE or ~/.cache/galore-torch")
+    label_column: str | None = setting(None, "Column of the label.", default_help="label")
+    labels: Literal["auto", "classes", "numbers"] | None = setting(None, "What labels are.", default_help="auto")
+    seed: int | None = setting(None, "Seed of a fresh head and of the order of the data.", ge=0, default_help="0")
+    cache: str | None = setting(
+        None, "Folder for tokenized text.", default_help="$GALORE_CACHE or ~/.cache/galore-torch"
+    )
 
     def __post_init__(self) -> None:
         if self.task == PLAIN_TEXT:

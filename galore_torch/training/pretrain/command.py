@@ -34,7 +34,7 @@ galore pretrain --resume --out runs/60m
 [dim]go on after Ctrl-C[/]
 """
 
-SHOWN = "llama-60m"
+HELP_PRESET = "llama-60m"
 """The preset whose values ``--help`` shows."""
 
 EPILOG = f"{EXAMPLES}\n{help_text()}"

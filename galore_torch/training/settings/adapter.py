@@ -22,11 +22,11 @@ class AdapterConfig:
         "What is trained in the place of a matrix W: none (W itself), low-rank (W = B A), lora (W frozen, plus B A), "
         "or relora (lora that is merged into W and begun again).",
     )
-    adapter_rank: int | None = setting(None, "Rank of B A.", ge=1, shown="rank")
+    adapter_rank: int | None = setting(None, "Rank of B A.", ge=1, default_help="rank")
     adapter_alpha: float = setting(32.0, "Factor on LoRA's B A, divided by the rank.", gt=0)
     adapter_dropout: float = setting(0.05, "Share of a LoRA's inputs that is dropped while it trains.", ge=0, lt=1)
     restart_every: int | None = setting(
-        None, "Steps after which a ReLoRA is merged and begun again.", ge=1, shown="a quarter of the steps"
+        None, "Steps after which a ReLoRA is merged and begun again.", ge=1, default_help="a quarter of the steps"
     )
     restart_warmup: float = setting(
         0.2, "Share of restart_every over which the learning rate rises again from 0 after a restart.", ge=0, lt=1

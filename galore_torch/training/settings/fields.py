@@ -20,19 +20,19 @@ T = TypeVar("T")
 DType = typing.Literal["float32", "bfloat16"]
 
 
-def setting(default: Any, help: str, *, shown: str | None = None, **limits: Any) -> Any:
+def setting(default: Any, help: str, *, default_help: str | None = None, **limits: Any) -> Any:
     """Declare one setting as a field.
 
     Args:
         default: its value when nobody says otherwise; None where something else decides (the help says what).
         help: one or two sentences for ``--help``, with the unit.
-        shown: what ``--help`` says of the default, where that is not the default itself.
+        default_help: what ``--help`` says of the default, where that is not the default itself.
         limits: bounds of a number, by pydantic's names: ge, gt, le, lt, multiple_of.
 
     Returns:
         The field.
     """
-    return pydantic.Field(default, description=help, json_schema_extra={"shown": shown}, **limits)
+    return pydantic.Field(default, description=help, json_schema_extra={"help": default_help}, **limits)
 
 
 def group_setting(name: str, **other: Any) -> Any:
@@ -66,8 +66,8 @@ def settings(kind: type[T]) -> type[T]:
             _require_unicode(name, value)
 
     checked.__init__ = initialized
-    made: type[T] = checked
-    return made
+    section: type[T] = checked
+    return section
 
 
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}

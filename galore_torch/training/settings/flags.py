@@ -17,7 +17,7 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", bool: None}
 
 
 def with_settings(
-    command: Callable[..., None], sections: Mapping[str, type], presets: Presets, shown: str = ""
+    command: Callable[..., None], sections: Mapping[str, type], presets: Presets, help_preset: str = ""
 ) -> Callable[..., None]:
     """Give a command one optional flag a setting.
 
@@ -26,7 +26,7 @@ def with_settings(
             option of its own that is named as a setting takes the setting's place.
         sections: the dataclass of each section by its name.
         presets: what presets set, by their names.
-        shown: the preset whose values the help shows.
+        help_preset: the preset whose values the help shows.
 
     Returns:
         The command itself, with the flags in its signature, which typer reads.
@@ -37,7 +37,7 @@ def with_settings(
     for section, config in sections.items():
         for name in field_names(config):
             if name not in taken:
-                parameters += _flags(section, config, name, presets, shown)
+                parameters += _flags(section, config, name, presets, help_preset)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -53,13 +53,15 @@ def given_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(_NO): False if name.startswith(_NO) else value for name, value in given.items()}
 
 
-def _flags(section: str, config: Any, name: str, presets: Presets, shown: str) -> list[inspect.Parameter]:
+def _flags(section: str, config: Any, name: str, presets: Presets, help_preset: str) -> list[inspect.Parameter]:
     """A setting's flag; that of a boolean has another one that says no, in a row of its own: names may be long."""
     kind = plain_type(typing.get_type_hints(config)[name])
     flag, field = name.replace("_", "-"), config.__pydantic_fields__[name]
-    helped = field.description + _default(name, field, presets, shown)
-    flags = [_parameter(section, name, f"--{flag}", kind, helped)]
-    return flags + ([_parameter(section, _NO + name, f"--no-{flag}", kind, f"Not --{flag}.")] if kind is bool else [])
+    help = field.description + _default(name, field, presets, help_preset)
+    flags = [_parameter(section, name, f"--{flag}", kind, help)]
+    return flags + (
+        [_parameter(section, _NO + name, f"--no-{flag}", kind, f"Turns --{flag} off.")] if kind is bool else []
+    )
 
 
 def _parameter(section: str, name: str, flag: str, kind: type, help: str) -> inspect.Parameter:
@@ -75,5 +77,5 @@ def _default(name: str, field: Any, presets: Presets, preset: str) -> str:
     """What a help text says of the default: that the preset decides, or the value."""
     if any(name in values and values[name] != field.default for values in presets.values()):
         return rf" [dim]\[by preset; {preset}: {presets[preset].get(name, field.default)}][/]"
-    shown = field.json_schema_extra["shown"] or field.default
-    return "" if shown is None else rf" [dim]\[default: {shown}][/]"
+    default = field.json_schema_extra["help"] or field.default
+    return "" if default is None else rf" [dim]\[default: {default}][/]"

@@ -102,12 +102,12 @@ class OptimizerConfig:
         "galore-adamw",
         f"One of {', '.join(NAMES)}. A galore- optimizer projects the attention's and the MLPs' matrices.",
     )
-    lr: float = setting(0.01, "Peak learning rate.", gt=0, shown="by preset and method")
+    lr: float = setting(0.01, "Peak learning rate.", gt=0, default_help="by preset and method")
     others_lr: float | None = setting(
         None,
         "Peak learning rate of what is never projected: embeddings, head, norms.",
         gt=0,
-        shown="the preset's if --lr is not given, else lr",
+        default_help="the preset's if --lr is not given, else lr",
     )
     rank: int = group_setting("rank", default=128)
     update_proj_gap: int = group_setting("update_proj_gap")
@@ -116,9 +116,11 @@ class OptimizerConfig:
     decomposition: Decomposition = group_setting("decomposition")
     stagger: bool = group_setting("stagger")
     layout: Layout = group_setting("layout")
-    basis_bits: BasisBits = group_setting("basis_bits", shown="16; qgalore-adamw8bit: 4")
+    basis_bits: BasisBits = group_setting("basis_bits", default_help="16; qgalore-adamw8bit: 4")
     basis_group_size: int = group_setting("basis_group_size")
-    cos_threshold: float | None = group_setting("cos_threshold", shown="renew at the fixed gap; qgalore-adamw8bit: 0.4")
+    cos_threshold: float | None = group_setting(
+        "cos_threshold", default_help="renew at the fixed gap; qgalore-adamw8bit: 0.4"
+    )
     gamma_proj: float = group_setting("gamma_proj")
     queue_size: int = group_setting("queue_size")
     beta1: float = setting(0.9, "Decay of the first moment (momentum, for SGD) per step.", ge=0, lt=1)
@@ -126,12 +128,15 @@ class OptimizerConfig:
     eps: float = setting(1e-8, "Added to the root of the second moment.", gt=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay per unit of learning rate.", ge=0)
     max_grad_norm: float = setting(
-        0.0, "Clip the gradient to this norm; 0 clips nothing.", ge=0, shown="0; llama-7b with a full-rank optimizer: 1"
+        0.0,
+        "Clip the gradient to this norm; 0 clips nothing.",
+        ge=0,
+        default_help="0; llama-7b with a full-rank optimizer: 1",
     )
     state_dtype: DType | None = setting(
         None,
         f"What the moments are stored in ({', '.join(optimizers_with('state_dtype'))} only).",
-        shown="as the weights; galore-adafactor: float32",
+        default_help="as the weights; galore-adafactor: float32",
     )
     grad_bits: Literal[16, 8, 4] = setting(
         16, "Bits of the projected gradients that wait for the step: 16 (as the weights), 8 or 4."
@@ -139,13 +144,13 @@ class OptimizerConfig:
     gradients: Literal["full", "projected", "fused"] = setting(
         "full",
         "How gradients are formed (galore- optimizers only): full, projected at once, or fused (never formed).",
-        shown="fused; full with a full-rank optimizer",
+        default_help="fused; full with a full-rank optimizer",
     )
     update: Literal["step", "backward"] = setting(
         "step",
         "When gradients are applied: at the step, or layer by layer inside the backward, which leaves nothing to clip "
         "or to accumulate.",
-        shown="step; llama-7b with a galore- optimizer: backward",
+        default_help="step; llama-7b with a galore- optimizer: backward",
     )
     weight_bits: Literal[16, 8] = setting(
         16, "Bits of the projected weights: 16 (as the dtype says) or 8 (galore- optimizers only)."

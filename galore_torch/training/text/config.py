@@ -12,7 +12,7 @@ class DataConfig:
         "What to train on: stdlib (the Python standard library's own sources, no download), allenai/c4 or any other "
         "data set of the Hugging Face Hub (streamed), or a file or folder of text, JSON lines or Parquet.",
     )
-    subset: str | None = setting(None, "Which configuration of a Hub data set.", shown="en for allenai/c4")
+    subset: str | None = setting(None, "Which configuration of a Hub data set.", default_help="en for allenai/c4")
     text_column: str = setting("text", "Which column of a Hub data set, JSON lines or Parquet holds the text.")
     tokenizer: str = setting(
         "auto",
@@ -25,7 +25,7 @@ class DataConfig:
     seq: int = setting(256, "Length of a sequence, in tokens; documents are packed into sequences.", ge=2)
     eval_tokens: int = setting(10_000_000, "Held-out text for the perplexity, in tokens, at most.", ge=2)
     cache: str | None = setting(
-        None, "Folder for trained tokenizers and tokenized text.", shown="$GALORE_CACHE or ~/.cache/galore-torch"
+        None, "Folder for trained tokenizers and tokenized text.", default_help="$GALORE_CACHE or ~/.cache/galore-torch"
     )
 
     def __post_init__(self) -> None:
