@@ -41,9 +41,9 @@ class Footprint:
         self.base_bytes = self.taken_bytes()
         self.forget()
 
-    def highest_gib(self) -> float:
-        """Return the most GiB that were taken since `forget`, what was there before included."""
-        return (self.base_bytes + self.peak_bytes()) / GIB
+    def highest_bytes(self) -> int:
+        """Return the most that was taken since `forget`, what was there before included."""
+        return self.base_bytes + self.peak_bytes()
 
     def forget(self) -> None:
         """Let the peak start from what is taken now."""

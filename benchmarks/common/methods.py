@@ -73,9 +73,9 @@ class Method:
             parts[name in linear and ("attn" in name or "mlp" in name)].append(weight)
         return self.build(parts[True], parts[False], size, **keywords)
 
-    def set_up(self, model: nn.Module, size: Llama, *, stagger: bool = True) -> Callable[[], None]:
+    def set_up(self, model: nn.Module, size: Llama, **keywords: Any) -> Callable[[], None]:
         """Build the optimizer over a model, attach what is to be attached, and return what ends a step."""
-        whole = self.build_over(model, size, stagger=stagger)
+        whole = self.build_over(model, size, **keywords)
         if self.ours:
             from galore_torch import attach
 
@@ -83,7 +83,7 @@ class Method:
         elif self.update == "backward":
             for group in whole.param_groups:  # one optimizer each, as the README of galore-torch 1.0 has it
                 for weight in group["params"]:
-                    own = self.build(*(([weight], []) if "rank" in group else ([], [weight])), size)
+                    own = self.build(*(([weight], []) if "rank" in group else ([], [weight])), size, **keywords)
                     weight.register_post_accumulate_grad_hook(lambda _, own=own: _step(own))
             return lambda: None
         return partial(_step, whole)

@@ -5,7 +5,6 @@ A published optimizer is measured in a process of its own, see `start`; so is ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.common import peers
 from benchmarks.common.floor import Bare, weights_with_gradients
-from benchmarks.common.memory import Footprint, clear, held_bytes, tensors_alive
+from benchmarks.common.memory import GIB, Footprint, clear, held_bytes, tensors_alive
 from benchmarks.common.methods import Method
 from benchmarks.common.sizes import Llama
-from benchmarks.common.timing import Call, kernels, seconds_of, timed
+from benchmarks.common.timing import Call, seconds_by_part, seconds_of, step_figures
 from benchmarks.common.worker import Commands, Worker
 
 RARELY = 10**9
@@ -41,7 +40,7 @@ class OptimizerStep:
     threads: int = 1  # of torch, in a process of its own
 
     def start(self, name: str, folder: Path | None = None) -> Worker:
-        """Start a process that answers "step" and "memory", or "figures".
+        """Start a process that answers "step" and "kept", or "figures".
 
         Args:
             name: What messages call it.
@@ -52,7 +51,7 @@ class OptimizerStep:
         return Worker(name, __name__, asdict(self), environment)
 
     @cached_property
-    def _made(self) -> tuple[list[Tensor], dict[str, Callable[[], object]]]:
+    def _made(self) -> tuple[list[Tensor], dict[str, Call]]:
         """What was there before the optimizer, and the parts of a step."""
         in_int8 = self.method is not None and self.method.weight_bits == 8
         weights = weights_with_gradients(self.size.weights, getattr(torch, self.dtype), self.device, in_int8=in_int8)
@@ -67,12 +66,13 @@ class OptimizerStep:
         return self._made[1]["step"].__self__  # type: ignore[attr-defined]
 
     def step(self) -> dict[str, float]:
-        """Take a step and return the seconds of its parts: "step" alone for an optimizer."""
+        """Take a step and return the seconds of its parts: `step_s` alone for an optimizer."""
         return seconds_by_part(self._made[1], self.device)
 
-    def memory(self) -> dict[str, float]:
-        """Return the bytes that are kept beside weights and gradients."""
-        return held_bytes(self._made[0])
+    def kept(self) -> dict[str, float]:
+        """Return the bytes that are kept beside weights and gradients, those of single numbers apart."""
+        held = held_bytes(self._made[0])
+        return {"state_bytes": held["state"], "counter_bytes": held["counters"]}
 
     def figures(self) -> dict[str, Any]:
         """Measure all at once, as a device is measured.
@@ -81,8 +81,8 @@ class OptimizerStep:
         layer and counted as often as there are layers; its ordinary steps are of all layers, with random bases.
 
         Returns:
-            `first_s` (of the step that makes state and bases), `renewal_s` (of all weights; ours, from bases that
-            are there), an ordinary step's times and kernels, and the memory at its highest, weights and gradients too.
+            Those of `step_figures`, weights and gradients included; `renewal_s` (of all weights; ours, from bases that
+            are there), and times and kernels a weight.
         """
         if self.method is None or self.method.peer is not peers.GALORE_1:
             return _figures(self)
@@ -99,16 +99,16 @@ def _figures(one: OptimizerStep) -> dict[str, Any]:
     clear(one.device)
     footprint, weights = Footprint(one.device), len(one.size.weights)
     step = one.optimizer.step
-    figures: dict[str, Any] = {"first_s": seconds_of(step, one.device), **timed(step, one.device)}
+    figures = step_figures(step, one.device, footprint)
     figures["host_us_a_weight"] = 1e3 * figures["host_ms"] / weights
+    if "kernels" in figures:
+        figures["kernels_a_weight"] = figures["kernels"] / weights
     if one.method and one.method.ours:
         (group,) = one.optimizer.param_groups
-        gap, group["update_proj_gap"] = group["update_proj_gap"], 1  # every weight renews its basis
+        group["update_proj_gap"] = 1  # every weight renews its basis
         figures["renewal_s"] = seconds_of(step, one.device)
-        group["update_proj_gap"] = gap
-    figures["peak_GiB"] = footprint.highest_gib()
-    traced = kernels(step, one.device)
-    return figures | traced | ({"kernels_a_weight": traced["kernels"] / weights} if traced else {})
+    figures["peak_GiB"] = max(figures["first_peak_GiB"], footprint.highest_bytes() / GIB)
+    return figures
 
 
 def _random_basis(_: Any, gradient: Tensor, rank: int, type: str) -> Tensor:
@@ -136,15 +136,10 @@ def floor(weights: list[Tensor], rank: int) -> dict[str, Call]:
     return {"products": products, "inner": inner, "weights": read_and_write_weights}
 
 
-def seconds_by_part(parts: dict[str, Call], device: str = "cpu") -> dict[str, float]:
-    """Run each part once and return its seconds."""
-    return {name: seconds_of(part, device) for name, part in parts.items()}
-
-
 def commands(request: dict[str, Any]) -> Commands:
     """Serve an `OptimizerStep` that `asdict` has taken apart."""
     method = request["method"] and Method(**request["method"])
     one = OptimizerStep(**{**request, "size": Llama(**request["size"]), "method": method})
     torch.set_num_threads(one.threads)
     torch.set_grad_enabled(False)  # for good: there is nothing but optimizers here
-    return {"step": one.step, "memory": one.memory, "figures": one.figures}
+    return {"step": one.step, "kept": one.kept, "figures": one.figures}

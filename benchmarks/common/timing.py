@@ -2,11 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
+
+from benchmarks.common.memory import GIB, Footprint, clear
 
 Call = Callable[[], object]
 Running = TypeVar("Running")
@@ -24,6 +26,11 @@ def seconds_of(call: Call, device: str) -> float:
     start = now_s(device)
     call()
     return now_s(device) - start
+
+
+def seconds_by_part(parts: Mapping[str, Call], device: str = "cpu") -> dict[str, float]:
+    """Run each part once and return its seconds, by its name with _s at the end."""
+    return {f"{name}_s": seconds_of(part, device) for name, part in parts.items()}
 
 
 def in_turn(those: list[Running], rounds: int) -> Iterator[Running]:
@@ -78,3 +85,18 @@ def kernels(call: Call, device: str) -> dict[str, Any]:
             total_us[event.name] += event.device_time_total
     longest = [f"{name[:60]} x{count[name]} {us / 1e3:.2f} ms" for name, us in total_us.most_common(5)]
     return {"kernels": count.total(), "kernel_ms": total_us.total() / 1e3, "longest": longest}
+
+
+def step_figures(step: Call, device: str, footprint: Footprint) -> dict[str, Any]:
+    """Measure the steps of one that has not stepped yet, as a device is measured.
+
+    Returns:
+        `first_s` and `first_peak_GiB` of the first step, which makes all state; times and kernels of ordinary ones, and
+        `peak_GiB`. Memory is that at its highest, with what was there before.
+    """
+    figures = {"first_s": seconds_of(step, device), "first_peak_GiB": footprint.highest_bytes() / GIB}
+    clear(device)
+    footprint.forget()
+    figures |= timed(step, device)
+    figures["peak_GiB"] = footprint.highest_bytes() / GIB
+    return figures | kernels(step, device)

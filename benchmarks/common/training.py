@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import bf16_products
+from benchmarks.common import bf16_products, peers
 from benchmarks.common.memory import Footprint, give_back_at_once, held_bytes, stored_bytes, tensors_alive
-from benchmarks.common.methods import Method
+from benchmarks.common.methods import LEARNING_RATE, Method
 from benchmarks.common.sizes import REHEARSAL, Llama
 from benchmarks.common.timing import seconds_of
-from benchmarks.common.worker import Commands
+from benchmarks.common.worker import Commands, Worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Training:
     size: Llama  # the model
     tokens: int  # tokens in a step
     batch: int  # sequences at once; gradients accumulate until the step has its tokens
+    learning_rate: float = LEARNING_RATE  # of every weight, constant
     stagger: bool = True  # whether our layers take turns to renew
     dtype: str = "bfloat16"  # name of the torch dtype of the weights
     device: str = "cpu"  # where it runs: cpu or cuda
@@ -68,6 +69,14 @@ class Training:
             f"{times}{self.batch} x {size.sequence} tokens a step"
         )
 
+    def case(self) -> dict[str, Any]:
+        """Return all of it by name, sizes and method too, as bars have it."""
+        return {**asdict(self.size), **asdict(self.method), **asdict(self)}
+
+    def start(self) -> Worker:
+        """Start a process of its own, which answers "step" and "kept"."""
+        return Worker(self.name, __name__, asdict(self), peers.environment(self.method.peer))
+
 
 class Trained:
     """A model under training."""
@@ -84,7 +93,8 @@ class Trained:
         self._tokens = torch.Generator().manual_seed(0)
         self._at_start = tensors_alive()
         self.footprint = Footprint(training.device)
-        self._end_step = training.method.set_up(self.model, training.size, stagger=training.stagger)
+        keywords = {"lr": training.learning_rate, "stagger": training.stagger}
+        self._end_step = training.method.set_up(self.model, training.size, **keywords)
 
     def draw(self) -> Tensor:
         """Return the tokens of the next step, where the model is: (sequences, length)."""
@@ -106,23 +116,24 @@ class Trained:
         """Take one step.
 
         Returns:
-            `seconds` of the step; `peak`, the most memory above the weights during it; `gradients`, what the gradients
-            take when the backward pass has ended. All in bytes.
+            `step_s`, its seconds; `peak_bytes`, the most memory above the weights during it; `gradient_bytes`, what the
+            gradients take when the backward pass has ended.
         """
         device, ids = self._training.device, self.draw()
         self.footprint.forget()
         seconds = seconds_of(lambda: self.backward(ids), device)
         gradient_bytes = stored_bytes(weight.grad for weight in self.model.parameters())
         seconds += seconds_of(self._end_step, device)
-        return {"seconds": seconds, "peak": self.footprint.peak_bytes(), "gradients": gradient_bytes}
+        return {"step_s": seconds, "peak_bytes": self.footprint.peak_bytes(), "gradient_bytes": gradient_bytes}
 
-    def state(self) -> dict[str, float]:
-        """Return what is kept between steps: the bytes of the `weights` and of the optimizer's `state`."""
-        return {"weights": stored_bytes(self.model.parameters()), "state": sum(held_bytes(self._at_start).values())}
+    def kept(self) -> dict[str, float]:
+        """Return what is kept between steps: the bytes of the weights and of the optimizer's state."""
+        state_bytes = sum(held_bytes(self._at_start).values())
+        return {"weight_bytes": stored_bytes(self.model.parameters()), "state_bytes": state_bytes}
 
 
 def commands(request: dict[str, Any]) -> Commands:
-    """Serve a `Training` that `asdict` has taken apart: "step" and "state"."""
+    """Serve a `Training` that `asdict` has taken apart."""
     training = Training(**{**request, "size": Llama(**request["size"]), "method": Method(**request["method"])})
     torch.set_num_threads(training.threads)
     if training.thrifty:
@@ -131,4 +142,4 @@ def commands(request: dict[str, Any]) -> Commands:
     # Libraries load and set up at their first use what they need for good: that is not to count as the method's.
     Trained(replace(training, size=REHEARSAL, tokens=REHEARSAL.sequence, batch=1)).step()
     trained = Trained(training)
-    return {"step": trained.step, "state": trained.state}
+    return {"step": trained.step, "kept": trained.kept}

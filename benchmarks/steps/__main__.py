@@ -4,7 +4,7 @@
     python -m benchmarks.steps --quick                           # a tiny model, a minute
     python -m benchmarks.steps --measure memory --preset llama-60m --methods galore-8bit/full --plot memory.png
     python -m benchmarks.steps --measure speed --methods galore/fused --methods galore-1.0
-    python -m benchmarks.steps --mlp-block                       # the linear layers of one MLP of LLaMA-7B alone
+    python -m benchmarks.steps --measure mlp-block               # the linear layers of one MLP of LLaMA-7B alone
 
 A method is called as by `galore pretrain --method`; after the slash it says how its gradients are formed. Each has a
 process of its own; the tokens are random and of the preset's sequence length.
@@ -27,17 +27,18 @@ from benchmarks.common.floor import Speeds, demand
 from benchmarks.common.methods import METHODS, REFERENCE, SIXTEEN_BIT
 from benchmarks.common.optimizer_step import RARELY
 from benchmarks.common.report import Report
+from benchmarks.common.rounds import WARM_UP, interleaved, one_by_one
 from benchmarks.common.sizes import LLAMA
 from benchmarks.common.training import Training
 from benchmarks.steps import mlp_block, report
-from benchmarks.steps.measure import WARM_UP, interleaved, one_by_one
 
 MEMORY_METHODS = [*SIXTEEN_BIT, "galore-8bit-per-layer/full", "galore-8bit-per-layer/fused"]
 MEASURED: dict[str, dict[str, Any]] = {
     "speed": {"methods": SIXTEEN_BIT, "sequences": 16, "quick sequences": 8, "rounds": 5, "gap": RARELY},
     "memory": {"methods": MEMORY_METHODS, "sequences": 1, "quick sequences": 1, "rounds": 3, "gap": 200},
 }
-"""What each of the two measurements has where options do not tell."""
+"""What measurements of whole steps have where options do not tell."""
+MLP_BLOCK = "mlp-block"
 
 
 def trainings(given: argparse.Namespace, measured: str) -> list[Training]:
@@ -68,7 +69,7 @@ def trainings(given: argparse.Namespace, measured: str) -> list[Training]:
 
 def run(given: argparse.Namespace, messages: Console) -> Report:
     """Measure what is asked for."""
-    if given.mlp_block:
+    if given.measure == MLP_BLOCK:
         return mlp_block.run(small=given.quick, rounds=_rounds(given, "speed"), messages=messages)
     plans = {measured: trainings(given, measured) for measured in ([given.measure] if given.measure else MEASURED)}
     for training in (one for plan in plans.values() for one in plan):
@@ -76,20 +77,20 @@ def run(given: argparse.Namespace, messages: Console) -> Report:
             peers.install(training.method.peer)
     made = Report(title=next(iter(plans.values()))[0].title)
     for measured, plan in plans.items():
-        first, rounds = plan[0], _rounds(given, measured)
+        first, rounds, starts = plan[0], _rounds(given, measured), {one.name: one.start for one in plan}
         floors_s: dict[str, float] = {}
         with command.Phases(messages) as phases:
-            phases.begin(measured, len(plan) * ((WARM_UP if measured == "speed" else 0) + 1 + rounds))
             if measured == "speed":
+                phases.begin(measured, len(plan) * (1 + WARM_UP + rounds))
                 tokens = first.batch * first.size.sequence
                 speeds = Speeds(size=first.size, tokens=tokens, dtype=first.torch_dtype, device=first.device)
-                results = interleaved(plan, rounds, phases.count, speeds.measure)
+                results = interleaved(starts, rounds, phases.count, first.device, speeds.measure)
                 for one in plan:
-                    demanded = demand(one.size, one.method, one.tokens, one.torch_dtype)
-                    floors_s[one.name] = speeds.floor_s(demanded)
+                    floors_s[one.name] = speeds.floor_s(demand(one.size, one.method, one.tokens, one.torch_dtype))
                 made.sheets.append(report.time_sheet(results, first, floors_s))
             else:
-                results = one_by_one(plan, rounds, phases.count)
+                phases.begin(measured, len(plan) * (1 + rounds))
+                results = one_by_one(starts, rounds, phases.count)
         made.sheets.append(report.memory_sheet(results, first))
         made.bars += report.bars(results, first, measured)
         made.record[measured] = report.record(results, first, floors_s)
@@ -106,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     made = command.parser(__doc__, "benchmarks.steps")
     add, number, presets = made.add_argument, command.at_least(1), [f"llama-{name}" for name in LLAMA]
     every = f"repeat for more; {REFERENCE} is always measured: {', '.join(METHODS)}"
-    add("--measure", choices=list(MEASURED), help="one of the two; left out, both")
+    add("--measure", choices=[*MEASURED, MLP_BLOCK], help=f"left out: {' and '.join(MEASURED)}")
     add("--preset", choices=presets, default="llama-350m", help="which LLaMA (llama-350m)")
     add("--tokens", type=number, help="tokens a step")
     add("--batch", type=number, help="sequences at once; left out, all of a step")
@@ -115,7 +116,6 @@ def parser() -> argparse.ArgumentParser:
     add("--methods", action="append", choices=list(METHODS), metavar="METHOD", help=every)
     add("--rounds", type=number, help="ordinary steps of each method (speed 5, memory 3)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the steps run (cpu)")
-    add("--mlp-block", action="store_true", help="time the layers of one MLP block of LLaMA-7B instead")
     add("--quick", action="store_true", help="the smallest model, few tokens and steps")
     return made
 

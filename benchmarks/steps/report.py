@@ -8,12 +8,28 @@ from benchmarks.common.bars import Bar, judged
 from benchmarks.common.memory import MIB
 from benchmarks.common.methods import REFERENCE
 from benchmarks.common.report import Sheet
+from benchmarks.common.rounds import RunFigures
 from benchmarks.common.training import Training
-from benchmarks.steps.measure import KINDS, RunFigures
 
 PAPERS_GAP = 200
 OURS, PEER = "galore-per-layer/fused", "galore-1.0-per-layer"
+KINDS = ("gradients", "state", "the rest")
 Results = Mapping[str, RunFigures]
+
+
+def kinds_bytes(one: RunFigures) -> dict[str, float]:
+    """Return what the peak of an ordinary step consists of, above the weights.
+
+    Gradients count as they are when the backward pass has ended; one that comes and goes within it is in the rest.
+    """
+    gradient_bytes, state_bytes = one.steps["gradient_bytes"][-1], one.kept["state_bytes"]
+    rest = max(one.steps["peak_bytes"]) - gradient_bytes - state_bytes
+    return dict(zip(KINDS, (gradient_bytes, state_bytes, rest), strict=True))
+
+
+def over_a_gap_s(one: RunFigures, gap: int) -> float:
+    """Return the seconds of a step on average over a gap in which every layer renews once."""
+    return ((gap - 1) * one.step_s + one.first_s) / gap
 
 
 def bars(results: Results, training: Training, measured: str) -> list[Bar]:
@@ -25,7 +41,7 @@ def bars(results: Results, training: Training, measured: str) -> list[Bar]:
     if OURS in results and PEER in results:
         figures[f"step of {OURS} / {PEER}'s"] = results[OURS].step_s / results[PEER].step_s
         figures[f"peak of {OURS} / {PEER}'s"] = results[OURS].highest_bytes / results[PEER].highest_bytes
-    return judged("steps", {"measured": measured, **asdict(training.size), **asdict(training)}, figures)
+    return judged("steps", {"measured": measured, **training.case()}, figures)
 
 
 def time_sheet(results: Results, training: Training, floors_s: Mapping[str, float]) -> Sheet:
@@ -37,7 +53,7 @@ def time_sheet(results: Results, training: Training, floors_s: Mapping[str, floa
             "step, s": one.step_s,
             "first, s": one.first_s,
             f"tokens/s, gap {PAPERS_GAP}": training.tokens
-            / (one.step_s if name.startswith(REFERENCE) else one.over_a_gap_s(PAPERS_GAP)),
+            / (one.step_s if name.startswith(REFERENCE) else over_a_gap_s(one, PAPERS_GAP)),
             "floor": f"{floors_s[name] / one.step_s:.0%}",
         }
         for name, one in results.items()
@@ -52,13 +68,13 @@ def time_sheet(results: Results, training: Training, floors_s: Mapping[str, floa
 
 def memory_sheet(results: Results, training: Training) -> Sheet:
     """Return the peak memory of every method and what it consists of, in MiB."""
-    weights = next(iter(results.values())).weight_bytes
+    weights = next(iter(results.values())).kept["weight_bytes"]
     rows = {
         name: {
-            "peak": round(max(one.peak_bytes) / MIB),
+            "peak": round(max(one.steps["peak_bytes"]) / MIB),
             f"of {REFERENCE}": one.highest_bytes / results[REFERENCE].highest_bytes,
-            "first": round(one.first_peak_bytes / MIB),
-            **{kind: round(size / MIB) for kind, size in one.kinds_bytes().items()},
+            "first": round(one.first["peak_bytes"] / MIB),
+            **{kind: round(size / MIB) for kind, size in kinds_bytes(one).items()},
         }
         for name, one in results.items()
     }
@@ -73,7 +89,7 @@ def memory_sheet(results: Results, training: Training) -> Sheet:
 def record(results: Results, training: Training, floors_s: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Return every raw figure as JSON, in seconds and bytes."""
     methods = {
-        name: {**asdict(one), "kinds_bytes": one.kinds_bytes(), "highest_bytes": one.highest_bytes}
+        name: {**asdict(one), "kinds_bytes": kinds_bytes(one), "highest_bytes": one.highest_bytes}
         for name, one in results.items()
     }
     for name, floor_s in (floors_s or {}).items():

@@ -9,14 +9,14 @@ from rich.console import Console
 from benchmarks.common import bars, peers
 from benchmarks.common.memory import held_bytes, tensors_alive
 from benchmarks.common.methods import METHODS, OPTIMIZERS, Method
-from benchmarks.common.optimizer_step import OptimizerStep, commands, floor, seconds_by_part, weights_with_gradients
+from benchmarks.common.optimizer_step import OptimizerStep, commands, floor, weights_with_gradients
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import Report, bar_sheet, draw
+from benchmarks.common.rounds import RunFigures
 from benchmarks.common.sizes import LLAMA, Llama
-from benchmarks.common.timing import in_turn
+from benchmarks.common.timing import in_turn, seconds_by_part
 from benchmarks.common.worker import Worker
-from benchmarks.step.__main__ import costs
-from benchmarks.step.measure import ADAMW, FLOOR, GALORE, OURS, STEPPED, StepCase, StepTimings, Timing
+from benchmarks.step import ADAMW, FLOOR, GALORE, OURS, STEPPED, StepCase, StepTimings
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.settings.methods import method_settings
 
@@ -26,11 +26,14 @@ CASE = StepCase(shapes="60m", dtype="bfloat16", rounds=2, stagger_steps=3, threa
 @pytest.fixture
 def outcome() -> StepTimings:
     """A case in which every bar is met exactly."""
-    timings = {name: Timing(rounds_s={"step": [0.5, 0.1, 0.2]}, renewals_s=[8.0]) for name in STEPPED if name != FLOOR}
-    timings[OURS].renewals_s = [0.5, 1.0]
-    timings[OURS].state_bytes = LLAMA["60m"].state_elements() * 2
-    timings[FLOOR] = Timing(rounds_s={"products": [0.1, 0.1], "inner": [0.04, 0.04], "weights": [0.02, 0.02]})
-    return StepTimings(case=CASE, timings=timings, staggered_s=[1.0, 1.0, 3.0])
+    figures = {
+        name: RunFigures(first={"step_s": 8.0}, steps={"step_s": [0.5, 0.1, 0.2]}, kept={"state_bytes": 0})
+        for name in STEPPED
+    }
+    figures[OURS].first = {"step_s": 0.5}
+    figures[OURS].kept = {"state_bytes": LLAMA["60m"].state_elements() * 2}
+    figures[FLOOR].steps = {"products_s": [0.1, 0.1], "inner_s": [0.04, 0.04], "weights_s": [0.02, 0.02]}
+    return StepTimings(case=CASE, figures=figures, renewal_s=1.0, staggered_s=[1.0, 1.0, 3.0])
 
 
 def test_a_peer_that_is_missing_is_told_with_its_remedy(tmp_path, monkeypatch):
@@ -99,7 +102,7 @@ def test_the_floor_times_its_three_parts():
     weights = weights_with_gradients(size.weights, torch.float32)
     with torch.no_grad():
         seconds = seconds_by_part(floor(weights, size.rank))
-    assert list(seconds) == ["products", "inner", "weights"]
+    assert list(seconds) == ["products_s", "inner_s", "weights_s"]
     assert min(seconds.values()) > 0
 
 
@@ -117,15 +120,15 @@ def test_figures_that_meet_their_bars_keep_them(outcome):
 @pytest.mark.parametrize(
     ("spoil", "missed"),
     [
-        (lambda outcome: outcome.timings[OURS].rounds_s.update(step=[0.21]), [0, 1]),
-        (lambda outcome: outcome.timings[GALORE].renewals_s.__setitem__(0, 7.9), [2]),
-        (lambda outcome: setattr(outcome.timings[OURS], "state_bytes", 1), [3]),
+        (lambda outcome: outcome.figures[OURS].steps.update(step_s=[0.21]), [0, 1]),
+        (lambda outcome: outcome.figures[GALORE].first.update(step_s=7.9), [2]),
+        (lambda outcome: outcome.figures[OURS].kept.update(state_bytes=1), [3]),
         (lambda outcome: outcome.staggered_s.__setitem__(2, 3.1), [4]),
     ],
 )
 def test_a_worse_figure_misses_its_bar(outcome, spoil, missed):
-    outcome.timings[FLOOR].rounds_s["products"] = [0.1001]
-    outcome.timings[GALORE].rounds_s["step"] = [0.2001]
+    outcome.figures[FLOOR].steps["products_s"] = [0.1001]
+    outcome.figures[GALORE].steps["step_s"] = [0.2001]
     assert all(bar.kept for bar in outcome.bars())
     spoil(outcome)
     assert [number for number, bar in enumerate(outcome.bars()) if not bar.kept] == missed
@@ -133,11 +136,11 @@ def test_a_worse_figure_misses_its_bar(outcome, spoil, missed):
 
 def test_the_report_shows_every_optimizer(outcome, tmp_path):
     terminal = Console(width=80, file=StringIO())
-    terminal.print(costs(outcome).table(), bar_sheet(outcome.bars()).table())
+    terminal.print(outcome.costs().table(), bar_sheet(outcome.bars()).table())
     text = terminal.file.getvalue()
     assert all(name in text for name in (OURS, GALORE, ADAMW, "physical floor"))
     assert "…" not in text
-    assert outcome.record()["timings"][OURS]["step_s"] == pytest.approx(0.2)
-    shown = Report(title="", sheets=[costs(outcome)])
+    assert outcome.record()["medians"][OURS]["step_s"] == pytest.approx(0.2)
+    shown = Report(title="", sheets=[outcome.costs()])
     draw(shown, tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """Throughput and memory measure what they say: every method trains, every byte has its kind, every figure its bar."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from io import StringIO
 from typing import ClassVar
 
@@ -8,15 +9,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks.common import rounds as rounds_module
 from benchmarks.common.floor import Demand, Speeds, demand
 from benchmarks.common.memory import Footprint, stored_bytes
 from benchmarks.common.methods import METHODS, REFERENCE, SIXTEEN_BIT
 from benchmarks.common.report import Report, draw
+from benchmarks.common.rounds import RunFigures, interleaved, one_by_one
 from benchmarks.common.sizes import Llama
 from benchmarks.common.training import Trained, Training
 from benchmarks.steps import __main__ as command
-from benchmarks.steps import measure, mlp_block, report
-from benchmarks.steps.measure import RunFigures, interleaved, one_by_one
+from benchmarks.steps import mlp_block, report
 
 MIB = 2**20
 OURS = [name for name, method in METHODS.items() if method.peer is None]
@@ -38,17 +40,17 @@ def test_every_byte_of_a_step_has_its_kind(name):
     process = Trained(tiny(name))
     for _ in range(2):
         told = process.step()
-    kept = process.state()
+    kept = process.kept()
     full_rank, fused = not METHODS[name].projects, METHODS[name].gradients in ("projected", "fused")
     gradients = 0 if METHODS[name].update == "backward" else OTHERS + (IMAGES if fused else PROJECTED)
-    assert told["gradients"] == 4 * gradients
-    assert kept["weights"] == 4 * (PROJECTED + OTHERS)
+    assert told["gradient_bytes"] == 4 * gradients
+    assert kept["weight_bytes"] == 4 * (PROJECTED + OTHERS)
     if METHODS[name].state_bits == 16:
         counters = 4 * (7 * 3 + 5)
         moments = 2 * (PROJECTED + OTHERS) if full_rank else 2 * (IMAGES + OTHERS) + BASES
-        assert kept["state"] == pytest.approx(4 * moments, abs=3 * counters)
-    assert told["seconds"] > 0
-    assert told["peak"] >= 0
+        assert kept["state_bytes"] == pytest.approx(4 * moments, abs=3 * counters)
+    assert told["step_s"] > 0
+    assert told["peak_bytes"] >= 0
 
 
 def test_a_step_may_be_cut_into_batches_but_not_where_weights_move_inside_the_backward():
@@ -124,9 +126,8 @@ class Imagined:
     alive: ClassVar[set[str]] = set()
     together: ClassVar[list[set[str]]] = []
 
-    def __init__(self, training, advance):
-        self.name, self.figures, self.largest_bytes = training.name, RunFigures(), MIB
-        self.advance = advance
+    def __init__(self, name):
+        self.name = name
 
     def __enter__(self):
         self.alive.add(self.name)
@@ -135,30 +136,23 @@ class Imagined:
     def __exit__(self, *_):
         self.alive.discard(self.name)
 
-    def first_step(self):
-        self.advance(self.name)
-
-    def step(self, *, counts=True):
-        self.advance(self.name)
+    def ask(self, command):
+        if command == "kept":
+            return {"weight_bytes": MIB, "state_bytes": 0}
         self.together.append(set(self.alive))
-        if counts:
-            self.figures.steps_s.append(float(len(self.name)))
-        return float(len(self.name))
-
-    def finish(self):
-        pass
+        return {"step_s": float(len(self.name)), "peak_bytes": 0}
 
 
 @pytest.mark.parametrize(("room", "groups"), [(10 * MIB, 1), (MIB, 3)])
 def test_methods_come_in_groups_beside_the_reference_when_memory_is_short(monkeypatch, room, groups):
-    monkeypatch.setattr(measure, "TrainingRun", Imagined)
-    monkeypatch.setattr(measure, "available_bytes", lambda device: room)
+    monkeypatch.setattr(rounds_module, "available_bytes", lambda device: room)
     Imagined.together.clear()
     names = [REFERENCE, "galore/full", "galore/fused", "galore-1.0"]
     steps, rounds = [], []
-    figures = interleaved([tiny(name) for name in names], 3, steps.append, lambda: rounds.append(len(steps)))
+    starts = {name: partial(Imagined, name) for name in names}
+    figures = interleaved(starts, 3, steps.append, each_round=lambda: rounds.append(len(steps)))
     assert list(figures) == names
-    assert [len(figures[name].steps_s) for name in names] == [3 * groups, 3, 3, 3]
+    assert [len(figures[name].steps["step_s"]) for name in names] == [3 * groups, 3, 3, 3]
     assert figures["galore/fused"].gain == pytest.approx(len(REFERENCE) / len("galore/fused"))
     assert len(rounds) == 3 * groups
     assert max(map(len, Imagined.together)) == (4 if groups == 1 else 2)
@@ -168,24 +162,21 @@ def test_methods_come_in_groups_beside_the_reference_when_memory_is_short(monkey
 @pytest.mark.slow
 def test_a_real_process_is_measured():
     steps = []
-    results = one_by_one([replace(tiny("galore/projected"), thrifty=True)], 1, steps.append)
-    figures = results["galore/projected"]
+    training = replace(tiny("galore/projected"), thrifty=True)
+    figures = one_by_one({"one": training.start}, 1, steps.append)["one"]
     assert len(steps) == 2
-    assert figures.gradient_bytes == 4 * (OTHERS + IMAGES)
-    assert figures.weight_bytes == 4 * (OTHERS + PROJECTED)
-    assert min(figures.state_bytes, figures.step_s, figures.first_s) > 0
+    assert figures.steps["gradient_bytes"] == [4 * (OTHERS + IMAGES)]
+    assert figures.kept["weight_bytes"] == 4 * (OTHERS + PROJECTED)
+    assert min(figures.kept["state_bytes"], figures.step_s, figures.first_s) > 0
 
 
 def imagined(seconds: float, mib: int) -> RunFigures:
+    peaks = {"peak_bytes": [mib * MIB, MIB], "gradient_bytes": [MIB, MIB]}
     return RunFigures(
-        first_s=20.0,
-        steps_s=[seconds, seconds, 9.0],
+        first={"step_s": 20.0, "peak_bytes": mib * MIB},
+        steps={"step_s": [seconds, seconds, 9.0], **peaks},
         beside_s=[2.3] * 3,
-        first_peak_bytes=mib * MIB,
-        peak_bytes=[mib * MIB, MIB],
-        gradient_bytes=MIB,
-        state_bytes=2 * MIB,
-        weight_bytes=5 * MIB,
+        kept={"state_bytes": 2 * MIB, "weight_bytes": 5 * MIB},
     )
 
 
@@ -207,13 +198,13 @@ def test_bars_are_kept_and_missed(results):
     speed = report.bars(results, training, "speed")
     assert [bar.value for bar in speed] == pytest.approx([1 / 1.15, 1 / 0.95, 1 / 0.95, 1.0])
     assert [bar.at_most for bar in speed] == pytest.approx([1 / 1.15, 1 / 0.95, 1 / 0.95, 1.0])
-    results["galore/fused"].steps_s = [2.01] * 3
+    results["galore/fused"].steps["step_s"] = [2.01] * 3
     assert not report.bars(results, training, "speed")[0].kept
     training = asked("memory")[0]
     peaks = report.bars(results, training, "memory")
     assert [bar.value for bar in peaks] == pytest.approx([0.4, 0.4, 0.6, 1.0])
     assert all(bar.kept for bar in peaks)
-    results["galore/fused"].first_peak_bytes = 61 * MIB
+    results["galore/fused"].first["peak_bytes"] = 61 * MIB
     assert not report.bars(results, training, "memory")[2].kept
     assert report.bars(results, TINY, "speed") == report.bars(results, TINY, "memory") == []
 
@@ -226,7 +217,7 @@ def test_the_tables_fit_a_terminal_and_the_kinds_add_up(results, tmp_path):
     text = terminal.file.getvalue()
     assert all(name in text for name in METHODS)
     assert "…" not in text
-    assert sum(results[REFERENCE].kinds_bytes().values()) == 100 * MIB
+    assert sum(report.kinds_bytes(results[REFERENCE]).values()) == 100 * MIB
     record = report.record(shown, TINY, dict.fromkeys(shown, 1.0))
     assert record["training"] == asdict(TINY)
     assert record["methods"]["galore/fused"]["gain"] == pytest.approx(1.15)
@@ -236,7 +227,7 @@ def test_the_tables_fit_a_terminal_and_the_kinds_add_up(results, tmp_path):
 
 
 def test_a_renewal_is_spread_over_its_gap():
-    assert imagined(2.0, 1).over_a_gap_s(200) == pytest.approx((199 * 2 + 20) / 200)
+    assert report.over_a_gap_s(imagined(2.0, 1), 200) == pytest.approx((199 * 2 + 20) / 200)
 
 
 def test_the_mlp_block_is_measured_both_ways():

@@ -1,0 +1,144 @@
+"""Processes that step in turn, so that what else the machine does falls on all of them alike; or one by one."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from statistics import median
+
+from benchmarks.common.memory import available_bytes
+from benchmarks.common.timing import in_turn
+from benchmarks.common.worker import Worker
+
+Advance = Callable[[str], None]
+"""Called with a few words before each step."""
+
+Starts = Mapping[str, Callable[[], Worker]]
+"""What starts each process, by its name; it answers "step" and "kept"."""
+
+WARM_UP = 1  # ordinary steps that nobody counts
+
+
+@dataclass(kw_only=True)
+class RunFigures:
+    """What a process answered. Figures that end in _s are the seconds of a step's parts, those in _bytes are bytes."""
+
+    first: dict[str, float]  # of the first step, in which all state is made and all bases are found
+    steps: dict[str, list[float]] = field(default_factory=dict)  # of every ordinary step
+    beside_s: list[float] = field(default_factory=list)  # seconds of the first process's steps in the same rounds
+    kept: dict[str, float] = field(default_factory=dict)  # what is kept between steps
+
+    @property
+    def first_s(self) -> float:
+        """The seconds of the first step."""
+        return _seconds(self.first)
+
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """The median seconds of each part of an ordinary step."""
+        return {name: median(values) for name, values in self.steps.items() if name.endswith("_s")}
+
+    @property
+    def step_s(self) -> float:
+        """The median seconds of an ordinary step: the sum of its parts."""
+        return sum(self.parts_s.values())
+
+    @property
+    def gain(self) -> float:
+        """How often it steps while the first process steps once, in the same rounds."""
+        return median(self.beside_s) / self.step_s
+
+    @property
+    def highest_bytes(self) -> float:
+        """The most memory above the weights in any step, the first included, where that is told."""
+        return max([self.first.get("peak_bytes", 0), *self.steps.get("peak_bytes", [])])
+
+
+def _seconds(answer: Mapping[str, float]) -> float:
+    return sum(value for name, value in answer.items() if name.endswith("_s"))
+
+
+class _Run:
+    """A process that has taken its first step, and its figures."""
+
+    def __init__(self, worker: Worker, advance: Advance) -> None:
+        self._worker, self._advance = worker, advance
+        self.figures = RunFigures(first=self._step(", first step"))
+
+    def _step(self, which: str = "") -> dict[str, float]:
+        self._advance(self._worker.name + which)
+        return self._worker.ask("step")
+
+    def warm_up(self) -> None:
+        """Take the ordinary steps that do not count, and ask what is kept."""
+        for _ in range(WARM_UP):
+            self._step()
+        self.look()
+
+    def step(self) -> float:
+        """Take an ordinary step; return its seconds."""
+        answer = self._step()
+        for name, value in answer.items():
+            self.figures.steps.setdefault(name, []).append(value)
+        return _seconds(answer)
+
+    def look(self) -> None:
+        """Ask what it keeps between steps."""
+        self.figures.kept = self._worker.ask("kept")
+
+    @property
+    def largest_bytes(self) -> float:
+        """The most that it took so far, weights included."""
+        return self.figures.highest_bytes + self.figures.kept.get("weight_bytes", 0)
+
+
+def interleaved(
+    starts: Starts, rounds: int, advance: Advance, device: str = "cpu", each_round: Callable[[], None] = lambda: None
+) -> dict[str, RunFigures]:
+    """Measure processes that step in turn; `each_round` is called before every round.
+
+    All stay alive together while their device (cpu or cuda) has room for one more like the largest, whichever of them
+    is at its peak. If not, they come in groups, and the first steps with each of them.
+
+    Returns:
+        Their figures, by name.
+    """
+    first, *waiting = starts
+    figures: dict[str, RunFigures] = {}
+
+    def started(stack: ExitStack, name: str) -> _Run:
+        run = _Run(stack.enter_context(starts[name]()), advance)
+        run.warm_up()
+        figures[name] = run.figures
+        return run
+
+    with ExitStack() as outer:
+        reference = started(outer, first)
+        while waiting or not reference.figures.steps:
+            with ExitStack() as inner:
+                group, beside_s = [reference], list[float]()
+                while waiting and (
+                    len(group) == 1 or available_bytes(device) > 2 * max(run.largest_bytes for run in group)
+                ):
+                    group.append(started(inner, waiting.pop(0)))
+                for number, run in enumerate(in_turn(group, rounds)):
+                    if number % len(group) == 0:
+                        each_round()
+                    seconds = run.step()
+                    if run is reference:
+                        beside_s.append(seconds)
+                for run in group:
+                    run.figures.beside_s += beside_s
+    return figures
+
+
+def one_by_one(starts: Starts, steps: int, advance: Advance) -> dict[str, RunFigures]:
+    """Measure processes one after the other, each alone in memory; steps are those after the first of each."""
+    figures = {}
+    for name, start in starts.items():
+        with start() as worker:
+            run = _Run(worker, advance)
+            for _ in range(steps):
+                run.step()
+            run.look()
+        figures[name] = run.figures
+    return figures
