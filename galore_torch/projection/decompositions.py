@@ -220,4 +220,4 @@ DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Tensor]]] = {
     "warm": _warm,
     "random": _random,
 }
-"""The decompositions by name."""
+"""The decompositions by name. `galore_torch.group_keys.Decomposition` names them too, for it imports no torch."""
