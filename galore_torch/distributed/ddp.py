@@ -93,7 +93,7 @@ def _after_forward(module: nn.Module, _: Any, output: Any) -> None:
         return
     for one in tree_leaves(output):
         if isinstance(one, Tensor) and one.requires_grad:
-            one.register_hook(lambda _, traffic=traffic: traffic.begin(anew=True))
+            one.register_hook(lambda _, traffic=traffic: traffic.begin(anew=True))  # type: ignore[no-untyped-call]
 
 
 class Traffic:

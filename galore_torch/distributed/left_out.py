@@ -42,7 +42,7 @@ def leave_out(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
         # DDP also looks for f"{module}.{name}", which begins with a dot for what is the root's own.
         told = _OfThisModel({*names, *(f".{name}" for name in names)})
         told |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, told)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, told)  # type: ignore[no-untyped-call]
     _LEFT_OUT[model] = _LEFT_OUT.get(model, set()) | names
     return list(ours.values())
 

@@ -82,7 +82,8 @@ class ShardedWork(TrainedWeight):
     @property
     def local(self) -> Tensor:
         """This process' part of the weight."""
-        return _part(self.weight)
+        part: Tensor = _part(self.weight)
+        return part
 
     @property
     def local_projection(self) -> Projection:

@@ -25,5 +25,5 @@ def renewable(trained: Sequence[TrainedWeight], agree: Callable[[Tensor], Tensor
     if not due:
         return []
     found = peaks([one.grad.projected if isinstance(one.grad, ProjectedGradient) else one.grad for one in due])
-    found = agree(found.nan_to_num(nan=float("inf"), posinf=float("inf"))).tolist()
-    return [one for one, peak in zip(due, found, strict=True) if 0 < peak < float("inf")]
+    agreed = agree(found.nan_to_num(nan=float("inf"), posinf=float("inf"))).tolist()
+    return [one for one, peak in zip(due, agreed, strict=True) if 0 < peak < float("inf")]
