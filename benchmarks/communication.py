@@ -1,0 +1,167 @@
+"""What a step of DDP sends between processes, and how long it takes over a slow link.
+
+    python -m benchmarks.communication                      # two processes, as fast as the machine's own loopback is
+    python -m benchmarks.communication --link 100mbit       # slowed by tc, in a network namespace of its own: as root
+
+Each method trains the same layers on few tokens, so that traffic is what takes time. Bytes are those that cross the
+loopback, both ways and headers included, in a step without a renewal. What the link allows is that many bytes over its
+bandwidth.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.common.command import at_least, parser, run
+from benchmarks.common.report import Report, Sheet
+from galore_torch import GaLoreAdamW, attach, param_groups
+
+METHODS = ("adamw", "power-sgd", "galore/full", "galore/fused")
+INSIDE = "GALORE_BENCHMARK_LINK"  # the link that this process has been put behind
+
+
+class Block(nn.Module):
+    """The matrices of a LLaMA's layer, without what moves no bytes."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width, bias=False) for name in "qkvo"})
+        shapes = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output."""
+        at, mlp = self.self_attn, self.mlp
+        x = x + at["o_proj"](torch.tanh(at["q_proj"](x)) * at["k_proj"](x) + at["v_proj"](x))
+        return x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+
+
+def build(method: str, given: argparse.Namespace) -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
+    """Return a model of a method under DDP, and its optimizer."""
+    torch.manual_seed(0)
+    blocks = [Block(given.hidden, given.hidden * 8 // 3) for _ in range(given.layers)]
+    model = nn.Sequential(*blocks, nn.Linear(given.hidden, 8))
+    if not method.startswith("galore"):
+        net = DistributedDataParallel(model, bucket_cap_mb=1000 if method == "power-sgd" else 25)
+        if method == "power-sgd":
+            state = powerSGD_hook.PowerSGDState(
+                None, matrix_approximation_rank=given.rank, start_powerSGD_iter=2, min_compression_rate=1
+            )
+            net.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        return net, torch.optim.AdamW(model.parameters(), lr=1e-3)
+    groups = param_groups(model, rank=given.rank, update_proj_gap=1000, stagger=False)
+    optimizer = GaLoreAdamW(groups, lr=1e-3)
+    attach(model, optimizer, gradients=method.split("/")[1])  # type: ignore[arg-type]
+    return DistributedDataParallel(model), optimizer
+
+
+def loopback() -> int:
+    """Return how many bytes have crossed the loopback."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
+
+
+def work(rank: int, given: argparse.Namespace, method: str, folder: str) -> None:
+    """Train in one process; the first leaves the bytes and the seconds of each step."""
+    torch.set_num_threads(given.threads)
+    init = f"file://{folder}/store-{method.replace('/', '-')}"
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=given.processes)
+    net, optimizer = build(method, given)
+    torch.manual_seed(rank)
+    steps = []
+    for _ in range(given.steps + 3):  # first bases, and what PowerSGD does before it compresses
+        dist.barrier()
+        began, before = time.perf_counter(), loopback()
+        net(torch.randn(given.tokens, given.hidden)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.barrier()
+        steps.append((loopback() - before, time.perf_counter() - began))
+    if rank == 0:
+        torch.save(steps, f"{folder}/steps")
+    dist.destroy_process_group()
+
+
+def seconds_allowed(bytes_sent: float, link: str) -> float | None:
+    """Return the least time in which so many bytes cross a link, such as "100mbit".
+
+    >>> seconds_allowed(25e6, "100mbit")
+    2.0
+    """
+    units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+    unit = next((unit for unit in units if link.endswith(unit)), None)
+    return None if unit is None else bytes_sent * 8 / (float(link.removesuffix(unit)) * units[unit])
+
+
+def behind(link: str) -> Callable[[], None]:
+    """Return what starts this benchmark again behind a link, and ends this process with its exit status."""
+    slowed = f"ip link set lo up && tc qdisc add dev lo root tbf rate {link} burst 128kb latency 400ms"
+
+    def again() -> None:
+        argv = [sys.executable, "-m", "benchmarks.communication", *sys.argv[1:]]
+        command = ["unshare", "-n", "sh", "-c", f'{slowed} && exec "$@"', "sh", *argv]
+        raise SystemExit(subprocess.run(command, env={**os.environ, INSIDE: link}, check=False).returncode)
+
+    return again
+
+
+def measure(given: argparse.Namespace, messages: Console) -> Report:
+    """Measure the methods one after the other."""
+    rows: dict[str, dict[str, Any]] = {}
+    for method in given.methods:
+        messages.print(f"{method} ...")
+        with tempfile.TemporaryDirectory() as folder:
+            mp.start_processes(work, (given, method, folder), nprocs=given.processes, start_method="spawn")
+            steps = torch.load(f"{folder}/steps")
+        sent, seconds = (sorted(values)[given.steps // 2] for values in zip(*steps[3:], strict=True))
+        rows[method] = {"first, MB": steps[0][0] / 1e6, "step, MB": sent / 1e6, "step, s": seconds}
+        allowed = seconds_allowed(sent, given.link)
+        if allowed is not None:
+            rows[method] |= {"allowed, s": allowed, "of, allowed": seconds / allowed}
+    first = rows[given.methods[0]]
+    for figures in rows.values():
+        figures["times, faster"] = first["step, s"] / figures["step, s"]
+        figures["bytes of, the first's"] = figures["step, MB"] / first["step, MB"]
+    title = (
+        f"{given.layers} layers of {given.hidden}, rank {given.rank}, {given.processes} processes, link {given.link}"
+    )
+    return Report(title=title, record={"rows": rows}, sheets=[Sheet(title=title, rows=rows)])
+
+
+def main() -> None:
+    """Read the options, put this process behind the link if there is to be one, and measure."""
+    made = parser(__doc__, "benchmarks.communication")
+    add = made.add_argument
+    add(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which are measured, the first as the base"
+    )
+    add("--processes", type=at_least(2), default=2)
+    add("--hidden", type=at_least(8), default=512)
+    add("--layers", type=at_least(1), default=4)
+    add("--rank", type=at_least(1), default=64)
+    add("--tokens", type=at_least(1), default=64, help="of each process, a step")
+    add("--steps", type=at_least(1), default=3)
+    add("--link", default="none", help="bandwidth in tc's words, such as 100mbit or 1gbit")
+    given = made.parse_args()
+    if given.link not in ("none", os.environ.get(INSIDE)):
+        behind(given.link)()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    run(given, measure)
+
+
+if __name__ == "__main__":
+    main()
