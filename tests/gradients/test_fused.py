@@ -119,7 +119,7 @@ def test_autocast_trains(device):
             optimizer.step()
             optimizer.zero_grad()
         ends.append(loss.item())
-    assert ends[0] == pytest.approx(ends[1], rel=0.05)
+    assert ends[0] == pytest.approx(ends[1], rel=0.05)  # bf16 products in another order, over two gaps
 
 
 def test_a_model_without_gradients_computes_as_if_nothing_were_attached():

@@ -54,4 +54,5 @@ def test_compensation_ends_where_float32_ends(dtype, shape):
     for _ in range(200):
         add_rounded(weight, lambda rows: update[rows], alpha=-1.0, beta=0.9999, compensation=kept)
         exact = exact * 0.9999 - 3e-4
-    torch.testing.assert_close(weight.float() + kept.float(), exact, rtol=2e-3, atol=0)
+    # What two numbers of 16 bits hold.
+    torch.testing.assert_close(weight.float() + kept.float(), exact, rtol=1e-4, atol=0)

@@ -68,7 +68,7 @@ def test_a_group_of_one_value_keeps_it_and_can_move(value):
     kept = QuantizedWeight.of(torch.full((4, 32), value), group_size=32, seed=0)
     assert torch.equal(kept.decode(), torch.full((4, 32), value))
     kept.move(lambda rows: numbers(4, 32)[rows], step=1)
-    assert (kept.decode() - value - numbers(4, 32)).abs().max() < 0.1
+    assert (kept.decode() - value - numbers(4, 32)).abs().max() < 0.05  # two of 256 codes over a range of 6
 
 
 def test_a_byte_a_number_and_two_a_group():

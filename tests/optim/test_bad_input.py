@@ -128,7 +128,7 @@ def test_a_rank_that_saves_nothing_is_allowed_and_told(rank):
     walk(optimizer, [weight], range(3))
     expected = weights(MATRIX)
     walk(torch.optim.SGD(expected, lr=0.1), expected, range(3))
-    torch.testing.assert_close(weight, expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(weight, expected[0], rtol=0, atol=1e-6)
 
 
 def test_a_tensor_that_the_optimizer_cannot_hold():

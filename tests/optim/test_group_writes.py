@@ -122,7 +122,7 @@ def test_updates_inside_the_backward_count_one_step(in_tensor):
                 optimizer.zero_grad()
         ends.append(copy.deepcopy(model.state_dict()))
         assert {int(group["step"]) for group in optimizer.param_groups} == {6}
-    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
 
 
 def test_what_is_kept_elsewhere_is_refused_by_name():
@@ -167,7 +167,7 @@ def test_small_updates_of_bfloat16_add_up_where_it_is_asked(rounding, keys):
     if rounding == "nearest":
         assert share == 0
     else:
-        assert share == pytest.approx(1, abs=0.15)
+        assert share == pytest.approx(1, abs=0.15)  # moments in bfloat16 make other steps than those in float32
 
 
 def test_draws_are_resumed_and_differ_from_seed_to_seed():

@@ -281,4 +281,5 @@ def test_a_tiny_weight_is_moved_by_the_least_scale():
     weight = torch.nn.Parameter(torch.full((24, 16), 1e-7))
     optimizer = GaLoreAdafactor(groups([weight], scale=1.0))
     walk(optimizer, [weight], [0])
+    # Of a rate times the least scale, in the rank's share of the coordinates; a step of rows and columns is nearly 1.
     assert root_mean_square(weight.detach()) == pytest.approx(1e-3 * 1e-2 * (4 / 16) ** 0.5, rel=0.2)

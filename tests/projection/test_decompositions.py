@@ -130,7 +130,7 @@ def test_signs_turn_to_agree_with_the_old_basis(decomposition, sides):
     old = {side: basis * flips for side, basis in first.items()}
     again = found(matrix, 5, decomposition, sides, old=old)
     for side in sides:
-        torch.testing.assert_close(again[side], old[side], atol=1e-4, rtol=0)
+        torch.testing.assert_close(again[side], old[side], atol=1e-8, rtol=0)  # iterations go on converging
 
 
 @pytest.mark.parametrize("sides", SIDES, ids="-".join)
@@ -153,7 +153,7 @@ def test_tiny_and_huge_matrices_have_the_basis_of_ordinary_ones(decomposition, s
     ordinary, scaled = found(matrix, 5, decomposition, sides), found(matrix * factor, 5, decomposition, sides)
     for side in sides:
         assert_orthonormal(scaled[side])
-        torch.testing.assert_close(scaled[side].abs(), ordinary[side].abs(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(scaled[side].abs(), ordinary[side].abs(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sides", SIDES, ids="-".join)

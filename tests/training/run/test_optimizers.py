@@ -39,6 +39,7 @@ def test_groups_are_matrices_then_others_and_hold_every_weight_once(model, name)
     assert is_projected(name) or not {"update_proj_gap", "scale", "proj_type"} & set(matrices)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("name", NAMES)
 def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
     lr = 0.3 if "sgd" in name else 0.01
