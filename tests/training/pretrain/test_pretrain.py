@@ -68,6 +68,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(kept[name], remade[name]) for name in kept)
 
 
+@pytest.mark.learning
 @pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_all_that_it_promises(tiny, tmp_path):
     config = tiny()
@@ -83,7 +84,7 @@ def test_a_run_leaves_all_that_it_promises(tiny, tmp_path):
         for record in steps
     )
     assert [record["tokens"] for record in steps] == [step * 8 * 32 for step in range(1, 9)]
-    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5  # it fell by 1.0 to 1.1 over seeds
     assert all(record["grad_norm"] > 0 for record in steps)
     evaluations = [record for record in history if "eval_loss" in record and "final" not in record]
     assert [record["step"] for record in evaluations] == [4, 8]
@@ -165,6 +166,7 @@ def test_the_micro_batch_changes_nothing_else(tiny, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.learning
 def test_the_recipe_of_least_memory_trains_and_recomputing_changes_nothing(tiny, tmp_path):
     recipe = {"optim": "galore-adamw8bit", "gradients": "fused", "update": "backward", "dtype": "bfloat16"}
     losses = []
@@ -177,7 +179,7 @@ def test_the_recipe_of_least_memory_trains_and_recomputing_changes_nothing(tiny,
         run.train()
         losses.append([record["loss"] for record in records.read(RunFolder(out).metrics) if "loss" in record])
     assert losses[0] == losses[1]
-    assert losses[0][-1] < losses[0][0]
+    assert losses[0][-1] < losses[0][0] - 0.3  # it fell by 0.66 to 0.73 over seeds
 
 
 def epoch_of_three_steps(texts: Path, folder: Path) -> Path:
