@@ -174,8 +174,7 @@ def test_damage_to_a_stopped_run_is_told_or_harmless(count, stopped, tiny, tmp_p
             assert any(word in said for word in ("estore", "another --out", "--resume")), said
             assert {path for path in out.rglob("*") if path.is_file()} >= before, (file, how, at)
             outcomes["told"] += 1
-    assert sum(outcomes.values()) == count
-    print(outcomes)
+    assert count < 60 or all(outcomes.values()), outcomes  # so many show both
 
 
 @pytest.mark.parametrize("name", ["config.toml", "text.sha256"])
