@@ -99,13 +99,13 @@ def test_the_text_is_real_and_long_enough():
 
 def test_the_calls_of_a_method_are_timed_for_a_while():
     class Worker:
-        def trained(self):
+        def work(self):
             raise KeyError("work")
 
-    original = Worker.trained
+    original = Worker.work
     with pytest.raises(KeyError), timed_calls(Worker, "work") as calls:
-        Worker().trained()
-    assert (calls.count, Worker.trained) == (1, original)
+        Worker().work()
+    assert (calls.count, Worker.work) == (1, original)
     assert calls.seconds > 0
 
 
