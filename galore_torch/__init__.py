@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _PACKAGES = ("gradients", "lowbit", "optim", "projection", "targets")
+_WITH_TORCH = {*_PACKAGES, "distributed", "galore_projector", "integrations", "messages", "modules"}
 _HOMES = {
     "attach": "gradients",
     "dequantize_weights": "lowbit",
@@ -73,10 +74,16 @@ def _make_known() -> None:
 
 
 class _AfterTorch(importlib.abc.MetaPathFinder):
-    """Does so when torch is imported after us; once, and without any part in how torch is found."""
+    """Does so when torch is imported after us; once, and without any part in how torch is found.
+
+    A package of ours that needs torch has it imported first, before the package itself is half imported.
+    """
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         del path, target
+        if name.startswith(f"{__name__}.") and name.split(".")[1] in _WITH_TORCH:
+            importlib.import_module("torch")
+            return None
         if name != "torch":
             return None
         sys.meta_path.remove(self)

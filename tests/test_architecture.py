@@ -92,6 +92,13 @@ def test_the_command_line_answers_before_torch_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["projection", "messages", "lowbit.codes"])
+def test_any_package_may_be_imported_first(module):
+    code = f"import galore_torch.{module}; from galore_torch import attach"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (child.returncode, child.stderr) == (0, "")
+
+
 def test_the_face_has_what_it_names_and_no_more():
     code = "import galore_torch as g; all(getattr(g, name) for name in g.__all__); g.optim.GaLore; g.nothing"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

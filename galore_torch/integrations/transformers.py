@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from galore_torch.gradients.attach import attach
+from galore_torch.gradients.attachment import attach
 from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.messages import did_you_mean, warn
 from galore_torch.optim import GaLore, GaLoreAdamW

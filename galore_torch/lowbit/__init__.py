@@ -3,8 +3,8 @@
 from galore_torch.lowbit import operations  # noqa: F401 (implements torch's operations on a QuantizedWeight)
 from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, orthonormality_loss
 from galore_torch.lowbit.codes import BITS, Codes, check_bits
-from galore_torch.lowbit.linear import linear
 from galore_torch.lowbit.quantize import dequantize_weights, quantize_weights
+from galore_torch.lowbit.quantized_linear import linear
 from galore_torch.lowbit.random_bits import key_of
 from galore_torch.lowbit.rounding import ROUNDINGS, Rounding, add_rounded
 from galore_torch.lowbit.weights import COLLECTIVES, QuantizedWeight

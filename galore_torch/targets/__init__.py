@@ -2,11 +2,11 @@
 
 | module | |
 | --- | --- |
-| `param_groups` | splits a model's parameters, and decides the layout of each weight |
+| `model_groups` | `param_groups`: splits a model's parameters, and decides the layout of each weight |
 | `adapters` | weights that PEFT has brought or frozen |
 | `galore_torch.modules` | the rules by which names of modules match, which `quantize_weights` shares |
 """
 
-from galore_torch.targets.param_groups import param_groups, summarize
+from galore_torch.targets.model_groups import param_groups, summarize
 
 __all__ = ["param_groups", "summarize"]

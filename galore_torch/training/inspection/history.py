@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from galore_torch.projection.overlap import corrected_for_chance
 from galore_torch.projection.spectra import Spectrum, gram, rank_that_holds
+from galore_torch.projection.subspace_overlap import corrected_for_chance
 
 SHARES = (0.5, 0.9, 0.99)  # of the energy, whose ranks are reported
 
