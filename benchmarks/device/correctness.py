@@ -15,7 +15,7 @@ from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, 
 from galore_torch.projection import find_bases
 
 STEPS = 12
-RECIPES: dict[str, Make] = {
+PRESET_TABLE: dict[str, Make] = {
     "AdamW": lambda groups: GaLoreAdamW(groups, lr=1e-2, weight_decay=0.1),
     "SGD": lambda groups: GaLoreSGD(groups, lr=1e-1, momentum=0.9, weight_decay=0.1),
     "Adafactor": lambda groups: GaLoreAdafactor(groups, lr=1e-2),
@@ -25,8 +25,8 @@ RECIPES: dict[str, Make] = {
 IN_FEW_BITS: dict[str, tuple[Make, dict[str, Any]]] = {
     "AdamW8bit": (lambda groups: GaLoreAdamW8bit(groups, lr=1e-2, weight_decay=0.1, min_8bit_size=256), {}),
     "QGaLoreAdamW8bit": (lambda groups: QGaLoreAdamW8bit(groups, lr=1e-2, weight_decay=0.1, min_8bit_size=256), {}),
-    "AdamW, bases in 8 bits": (RECIPES["AdamW"], {"basis_bits": 8}),
-    "AdamW, INT8 weights": (RECIPES["AdamW"], {"in_int8": True}),
+    "AdamW, bases in 8 bits": (PRESET_TABLE["AdamW"], {"basis_bits": 8}),
+    "AdamW, INT8 weights": (PRESET_TABLE["AdamW"], {"in_int8": True}),
 }
 Walk = Callable[[Mode, str], Tensor]
 """Trains for some steps in a mode on a device, and returns all weights."""
@@ -38,11 +38,11 @@ def measure(session: Session) -> None:
     def compare(row: str, walk: Walk, expected: Walk, limit: str, modes: Iterable[str] = MODES) -> None:
         session.try_row(row, partial(_compared, walk, expected, limit, modes, session.device))
 
-    for name, make in RECIPES.items():
+    for name, make in PRESET_TABLE.items():
         walks: list[Walk] = [partial(_one_basis, make), partial(_renewing, make)]
         compare(f"{name}, float64, one basis", walks[0], walks[0], "one basis")
         compare(f"{name}, float64, renewing", walks[1], walks[1], "renewing")
-    adamw = partial(_renewing, RECIPES["AdamW"])
+    adamw = partial(_renewing, PRESET_TABLE["AdamW"])
     compare("AdamW, float32, renewing", partial(adamw, dtype=torch.float32), adamw, "float32")
     for name, (make, keys) in IN_FEW_BITS.items():
         compare(name, partial(_renewing, make, dtype=torch.float32, **keys), adamw, "few bits")
@@ -80,7 +80,7 @@ def _renewing(make: Make, mode: Mode, device: str, dtype: torch.dtype = torch.fl
 
 def _autocast(mode: Mode, device: str) -> Tensor:
     """In fp16 autocast with a loss scaler and clipping, which trains as float32 does, roughly."""
-    model, optimizer = build(RECIPES["AdamW"], device, torch.float32, mode, update_proj_gap=4)
+    model, optimizer = build(PRESET_TABLE["AdamW"], device, torch.float32, mode, update_proj_gap=4)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     for x, y in batches(model, range(STEPS)):
         with torch.autocast(device, torch.float16):
@@ -98,14 +98,14 @@ def _resumed(device: str) -> Figures:
     """A run that is saved, and loaded by way of the CPU, is the same bit for bit."""
     equal = {}
     for name, mode in MODES.items():
-        model, optimizer = build(RECIPES["AdamW"], device, torch.float32, mode, update_proj_gap=4)
+        model, optimizer = build(PRESET_TABLE["AdamW"], device, torch.float32, mode, update_proj_gap=4)
         train(model, optimizer, range(5))
         file = io.BytesIO()
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
         train(model, optimizer, range(5, STEPS))
         file.seek(0)
         saved = torch.load(file, weights_only=True, map_location="cpu")
-        again, other = build(RECIPES["AdamW"], device, torch.float32, mode, update_proj_gap=4)
+        again, other = build(PRESET_TABLE["AdamW"], device, torch.float32, mode, update_proj_gap=4)
         again.load_state_dict(saved["model"])
         other.load_state_dict(saved["optimizer"])
         train(again, other, range(5, STEPS))
@@ -126,7 +126,7 @@ def _same_draws(device: str) -> Figures:
 
 def _not_finite(device: str) -> Figures:
     """A gradient that is not finite renews nothing and is counted."""
-    model, optimizer = build(RECIPES["AdamW"], device, torch.float32, update_proj_gap=1)
+    model, optimizer = build(PRESET_TABLE["AdamW"], device, torch.float32, update_proj_gap=1)
     train(model, optimizer, range(2))
     before = {name: one.renewals for name, one in optimizer.subspaces().items()}
     for weight in model.parameters():

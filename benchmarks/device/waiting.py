@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.device.correctness import IN_FEW_BITS, RECIPES
+from benchmarks.device.correctness import IN_FEW_BITS, PRESET_TABLE
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.small_net import MODES, Make, Mode, batches, build, train
 
@@ -21,10 +21,10 @@ GAPS = {"ordinary": 10**6, "staggered": 6}
 """Steps between renewals. Of the latter, three layers that take turns: half of the steps renew one."""
 LAZY = {"cos_threshold": 0.4, "queue_size": 2}
 KINDS: dict[str, tuple[Make, Mode, dict[str, Any]]] = {
-    **{f"AdamW, {name}": (RECIPES["AdamW"], mode, {}) for name, mode in MODES.items()},
-    **{f"{name}, step()": (make, (), {}) for name, make in RECIPES.items() if name != "AdamW"},
+    **{f"AdamW, {name}": (PRESET_TABLE["AdamW"], mode, {}) for name, mode in MODES.items()},
+    **{f"{name}, step()": (make, (), {}) for name, make in PRESET_TABLE.items() if name != "AdamW"},
     **{f"{name}, fused": (make, MODES["fused"], keys) for name, (make, keys) in IN_FEW_BITS.items()},
-    "AdamW, lazy": (RECIPES["AdamW"], (), LAZY),
+    "AdamW, lazy": (PRESET_TABLE["AdamW"], (), LAZY),
 }
 aten = torch.ops.aten
 READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default}

@@ -89,7 +89,7 @@ def commands() -> typer.Typer:
 
 
 def _command(job: ComparedJob) -> Callable[..., None]:
-    presets = _option(f"What to start from: {', '.join(job.recipes.presets)}.")
+    presets = _option(f"What to start from: {', '.join(job.presets.presets)}.")
 
     def command(
         *,
@@ -106,7 +106,7 @@ def _command(job: ComparedJob) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         given = given_settings(given)
-        folder = out or Path("runs") / f"compare-{given.get('task') or preset or job.recipes.default(given)}"
+        folder = out or Path("runs") / f"compare-{given.get('task') or preset or job.presets.default(given)}"
         console = Console(stderr=json)
         runs: list[PlannedRun] = []
         with stoppable(lambda: _stopped(runs, folder)), reported_errors(f"galore compare {job.name}"):
@@ -120,12 +120,12 @@ def _command(job: ComparedJob) -> Callable[..., None]:
                 make_runs(job, runs, folder, console, shlex.join(["galore", *sys.argv[1:]]))
             _report(job, runs, folder, console, json=json)
 
-    doing = job.recipes.config.doing
+    doing = job.presets.config.doing
     command.__doc__ = f"""Compare methods on {doing}, at equal data: every learning rate with every seed.
 
     The folder gets a run folder each, report.html and results.json. After Ctrl-C or a crash the same command goes on.
     """
-    return with_settings(command, sections_of(job.recipes.config), job.recipes.presets, job.help_preset)
+    return with_settings(command, sections_of(job.presets.config), job.presets.presets, job.help_preset)
 
 
 def _stopped(runs: Sequence[PlannedRun], out: Path) -> str:

@@ -14,7 +14,7 @@ from galore_torch.training.finetune import presets as finetune_presets
 from galore_torch.training.pretrain import command as pretrain
 from galore_torch.training.pretrain import presets as pretrain_presets
 from galore_torch.training.run.records import Record
-from galore_torch.training.settings.presets import Recipes
+from galore_torch.training.settings.configure import PresetTable
 
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
@@ -42,7 +42,7 @@ class ComparedJob:
 
     Attributes:
         name: of the command.
-        recipes: its presets, by which every configuration is made.
+        presets: by which every configuration is made.
         help_preset: the preset whose values ``--help`` shows.
         methods: what is compared by default.
         load: imports what the runs are of, with Transformers.
@@ -55,7 +55,7 @@ class ComparedJob:
     """
 
     name: str
-    recipes: Recipes[Any]
+    presets: PresetTable[Any]
     help_preset: str
     methods: tuple[str, ...]
     load: Callable[[], type[Job]]
@@ -74,7 +74,7 @@ def _rows(config: Any) -> Amount:
 
 PRETRAIN = ComparedJob(
     name="pretrain",
-    recipes=pretrain_presets.RECIPES,
+    presets=pretrain_presets.PRESET_TABLE,
     help_preset=pretrain.HELP_PRESET,
     methods=("full", "galore"),
     load=lambda: import_module("galore_torch.training.pretrain.run").Pretraining,
@@ -88,7 +88,7 @@ PRETRAIN = ComparedJob(
 
 FINETUNE = ComparedJob(
     name="finetune",
-    recipes=finetune_presets.RECIPES,
+    presets=finetune_presets.PRESET_TABLE,
     help_preset=finetune.HELP_PRESET,
     methods=("full", "galore", "lora"),
     load=lambda: import_module("galore_torch.training.finetune.run").Finetuning,

@@ -85,7 +85,7 @@ def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str])
     {'galore': {}, 'lora': {'adapter_rank': 2}}
     """
     own: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    sections = sections_of(job.recipes.config)
+    sections = sections_of(job.presets.config)
     refused = {
         **{
             name: f"runs with another {name} cannot be compared; give it for all"
@@ -151,7 +151,7 @@ def make_plan(
             # As settings, not by the method's name: a flag for all, such as a rank, may have no effect on one of them.
             settings = {**by_method[method], **given, **own[method], "seed": seed, "lr": lr, "others_lr": others}
             try:
-                config = job.recipes.configure(preset, None, None, settings)
+                config = job.presets.configure(preset, None, None, settings)
             except ValueError as error:
                 raise ValueError(f"{error}{_hint(job, preset, str(error), given, by_method)}") from error
             refuse_without_effect(method, own[method], config.optimizer, config.adapter)
@@ -174,7 +174,7 @@ def _hint(
     name = error.partition(" ")[0]
     for method, settings in methods.items() if name in given else ():
         try:
-            job.recipes.configure(preset, None, None, {**settings, **given})
+            job.presets.configure(preset, None, None, {**settings, **given})
         except ValueError:
             continue
         return f" For one method alone, give it by --set {method}:{name}={given[name]}."

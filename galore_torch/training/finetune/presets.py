@@ -6,7 +6,7 @@ from typing import Any
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.tasks import GLUE
-from galore_torch.training.settings.presets import FULL_RANK, PROJECTED, Recipes
+from galore_torch.training.settings.configure import FULL_RANK, PROJECTED, PresetTable
 
 _ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def _default(given: Mapping[str, Any]) -> str:
     return "glue-rank4" if task in GLUE else "sft" if task == "sft" else "classify"
 
 
-RECIPES = Recipes(
+PRESET_TABLE = PresetTable(
     config=FinetuneConfig,
     presets=PRESETS,
     default=_default,
@@ -53,10 +53,10 @@ RECIPES = Recipes(
 def configure(
     preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
 ) -> FinetuneConfig:
-    """The configuration of a fine-tuning; see `galore_torch.training.settings.presets.Recipes.configure`.
+    """The configuration of a fine-tuning; see `galore_torch.training.settings.configure.PresetTable.configure`.
 
     >>> config = configure(task="cola", method="lora")
     >>> config.schedule.batch, config.optimizer.lr, config.adapter.adapter_rank
     (32, 0.0005, 4)
     """
-    return RECIPES.configure(preset, file, method, given)
+    return PRESET_TABLE.configure(preset, file, method, given)

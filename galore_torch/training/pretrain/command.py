@@ -1,4 +1,4 @@
-"""``galore pretrain``."""
+"""``galore pretrain``: what it does beside its settings, each of which is a field in a config.py and a flag by that."""
 
 from __future__ import annotations
 

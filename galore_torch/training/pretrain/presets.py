@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.training.pretrain.config import PretrainConfig
-from galore_torch.training.settings.presets import FULL_RANK, PROJECTED, Recipes, what_trains
+from galore_torch.training.settings.configure import FULL_RANK, PROJECTED, PresetTable, what_trains
 
 DEFAULT_PRESET = "llama-tiny"
 
@@ -81,7 +81,7 @@ def _besides(preset: str, optim: str, _: Mapping[str, Any]) -> dict[str, Any]:
     return {**by_optimizer.get(what_trains(optim, "none"), {}), **by_optimizer.get(optim, {})}
 
 
-RECIPES = Recipes(
+PRESET_TABLE = PresetTable(
     config=PretrainConfig, presets=PRESETS, default=lambda _: DEFAULT_PRESET, besides=_besides, rates=LEARNING_RATES
 )
 
@@ -89,11 +89,11 @@ RECIPES = Recipes(
 def configure(
     preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
 ) -> PretrainConfig:
-    """The configuration of a pre-training; see `galore_torch.training.settings.presets.Recipes.configure`.
+    """The configuration of a pre-training; see `galore_torch.training.settings.configure.PresetTable.configure`.
 
     >>> configure("llama-60m", steps=500).optimizer.lr
     0.01
     >>> configure("llama-60m", method="full").optimizer.lr
     0.001
     """
-    return RECIPES.configure(preset, file, method, given)
+    return PRESET_TABLE.configure(preset, file, method, given)

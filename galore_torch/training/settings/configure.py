@@ -22,7 +22,7 @@ def what_trains(optim: str, adapter: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipes(Generic[C]):
+class PresetTable(Generic[C]):
     """The presets of a job.
 
     Attributes:
@@ -64,10 +64,13 @@ class Recipes(Generic[C]):
             raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(self.presets)}.")
         start = {**self.presets[preset], **chosen}
         optim, adapter = str(start.get("optim", "galore-adamw")), str(start.get("adapter", "none"))
-        rates = {} if "lr" in chosen else self.rates[preset].get(what_trains(optim, adapter), {})
+        trains = what_trains(optim, adapter)
+        rates = {} if "lr" in chosen else self.rates[preset].get(trains, {})
         config = from_values(
             self.config,
             {**self.presets[preset], **own_defaults(optim), **self.besides(preset, optim, start), **rates, **chosen},
         )
+        if "lr" not in {**rates, **chosen}:
+            raise ValueError(f"preset = {preset!r} has no learning rate for {trains}; give --lr.")
         refuse_without_effect(method, flags, config.optimizer, config.adapter)
         return config
