@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 README = Path(__file__).parents[1] / "README.md"
 _OUTSIDE = re.compile(
-    r"\[([^]]+)\]\((?!https?:|#)(?!docs/)(?:\.\./)?(?:reference|tests|examples|benchmarks|LICENSE)[^)]*\)"
+    r"\[([^]]+)\]\((?!https?:|#)(?!docs/)(?:\.\./)?(?:reference|tests|examples|benchmarks|LICENSE|CONTRIBUTING)[^)]*\)"
 )
 
 
