@@ -241,6 +241,10 @@ def _newest_checkpoint(folder: RunFolder, console: Console) -> Path | None:
     found = folder.checkpoints.newest_whole(lines.append)
     if found is None:
         lines.append(f"{folder.root} has no checkpoint; its run starts over.")
+    elif not folder.metrics.exists():
+        lines.append(
+            f"{folder.metrics} is missing: what was recorded until now is lost, the training goes on as it was."
+        )
     for line in lines:
         if console.quiet:
             warnings.warn(line, stacklevel=4)  # at the call of resumed_run

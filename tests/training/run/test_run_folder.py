@@ -119,6 +119,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_m
     assert damage(copied / "checkpoints" / "checkpoint-6") is None
 
 
+def test_records_that_are_missing_are_told_and_change_nothing_of_the_model(copied, whole):
+    (copied / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl is missing"):
+        run = resumed_run(Pretraining, copied)
+    run.train()
+    assert model(copied) == model(whole)
+
+
 def test_where_every_checkpoint_is_damaged_nothing_is_trained_and_nothing_removed(copied):
     for step, name in ((4, "rng_state.pth"), (6, "scheduler.pt")):
         (copied / "checkpoints" / f"checkpoint-{step}" / name).unlink()
