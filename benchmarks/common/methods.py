@@ -73,8 +73,8 @@ class Method:
             parts[name in linear and ("attn" in name or "mlp" in name)].append(weight)
         return self.build(parts[True], parts[False], size, **keywords)
 
-    def set_up(self, model: nn.Module, size: Llama, **keywords: Any) -> Callable[[], None]:
-        """Build the optimizer over a model, attach what is to be attached, and return what ends a step."""
+    def set_up(self, model: nn.Module, size: Llama, **keywords: Any) -> tuple[Any, Callable[[], None]]:
+        """Build the optimizer over a model, attach what is to be attached, and return it and what ends a step."""
         whole = self.build_over(model, size, **keywords)
         if self.ours:
             from galore_torch import attach
@@ -85,8 +85,8 @@ class Method:
                 for weight in group["params"]:
                     own = self.build(*(([weight], []) if "rank" in group else ([], [weight])), size, **keywords)
                     weight.register_post_accumulate_grad_hook(lambda _, own=own: _step(own))
-            return lambda: None
-        return partial(_step, whole)
+            return whole, lambda: None
+        return whole, partial(_step, whole)
 
 
 def _step(optimizer: Optimizer) -> None:

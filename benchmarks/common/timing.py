@@ -1,10 +1,13 @@
 """Time on a device, by its own clock and by the host's; on a CPU both are one."""
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from statistics import median
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 
@@ -31,6 +34,30 @@ def seconds_of(call: Call, device: str) -> float:
 def seconds_by_part(parts: Mapping[str, Call], device: str = "cpu") -> dict[str, float]:
     """Run each part once and return its seconds, by its name with _s at the end."""
     return {f"{name}_s": seconds_of(part, device) for name, part in parts.items()}
+
+
+class Calls:
+    """What the calls of a function come to."""
+
+    seconds, count = 0.0, 0
+
+
+@contextmanager
+def timed_calls(owner: Any, name: str) -> Iterator[Calls]:
+    """Time the calls of a class's method or a module's function, whoever makes them."""
+    calls, original = Calls(), getattr(owner, name)
+
+    @functools.wraps(original)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start_s = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            calls.seconds += time.perf_counter() - start_s
+            calls.count += 1
+
+    with mock.patch.object(owner, name, timed):
+        yield calls
 
 
 def in_turn(those: list[Running], rounds: int) -> Iterator[Running]:

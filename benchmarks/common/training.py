@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import bf16_products, peers
-from benchmarks.common.memory import Footprint, give_back_at_once, held_bytes, stored_bytes, tensors_alive
+from benchmarks.common.memory import GIB, Footprint, clear, give_back_at_once, held_bytes, stored_bytes, tensors_alive
 from benchmarks.common.methods import LEARNING_RATE, Method
 from benchmarks.common.sizes import REHEARSAL, Llama
-from benchmarks.common.timing import seconds_of
+from benchmarks.common.timing import seconds_of, step_figures
 from benchmarks.common.worker import Commands, Worker
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,30 +86,35 @@ class Trained:
     """A model under training."""
 
     def __init__(self, training: Training) -> None:
-        self._training = training
-        self.model = training.size.model(training.torch_dtype, training.device).train()
-        if training.method.recomputes:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if training.method.weight_bits == 8:
-            from galore_torch import quantize_weights
-
-            quantize_weights(self.model)
+        self.training = training
+        self.model = self.build().train()
         self._tokens = torch.Generator().manual_seed(0)
         self._at_start = tensors_alive()
         self.footprint = Footprint(training.device)
         keywords = {"lr": training.learning_rate, "stagger": training.stagger}
-        self._end_step = training.method.set_up(self.model, training.size, **keywords)
+        self.optimizer, self._end_step = training.method.set_up(self.model, training.size, **keywords)
+
+    def build(self) -> LlamaForCausalLM:
+        """Return the model."""
+        model = self.training.size.model(self.training.torch_dtype, self.training.device)
+        if self.training.method.recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.training.method.weight_bits == 8:
+            from galore_torch import quantize_weights
+
+            quantize_weights(model)
+        return model
 
     def draw(self) -> Tensor:
         """Return the tokens of the next step, where the model is: (sequences, length)."""
-        size, tokens = self._training.size, self._training.tokens
+        size, tokens = self.training.size, self.training.tokens
         shape = (tokens // size.sequence, size.sequence)
-        return torch.randint(size.vocabulary, shape, generator=self._tokens).to(self._training.device)
+        return torch.randint(size.vocabulary, shape, generator=self._tokens).to(self.training.device)
 
     def backward(self, ids: Tensor) -> None:
         """Go forward and backward, batch by batch."""
-        for part in ids.chunk(self._training.micro_batches):
-            (self.model(input_ids=part, labels=part).loss / self._training.micro_batches).backward()
+        for part in ids.chunk(self.training.micro_batches):
+            (self.model(input_ids=part, labels=part).loss / self.training.micro_batches).backward()
 
     def take(self, ids: Tensor) -> None:
         """Take a step on these tokens; nothing is measured."""
@@ -119,7 +128,7 @@ class Trained:
             `step_s`, its seconds; `peak_bytes`, the most memory above the weights during it; `gradient_bytes`, what the
             gradients take when the backward pass has ended.
         """
-        device, ids = self._training.device, self.draw()
+        device, ids = self.training.device, self.draw()
         self.footprint.forget()
         seconds = seconds_of(lambda: self.backward(ids), device)
         gradient_bytes = stored_bytes(weight.grad for weight in self.model.parameters())
@@ -130,6 +139,15 @@ class Trained:
         """Return what is kept between steps: the bytes of the weights and of the optimizer's state."""
         state_bytes = sum(held_bytes(self._at_start).values())
         return {"weight_bytes": stored_bytes(self.model.parameters()), "state_bytes": state_bytes}
+
+
+def figures(training: Training) -> dict[str, Any]:
+    """Measure a training as a device is measured: see `step_figures`; and tokens a second."""
+    clear(training.device)
+    trained = Trained(training)
+    told = {"weights_GiB": stored_bytes(trained.model.parameters()) / GIB}
+    told |= step_figures(partial(trained.take, trained.draw()), training.device, trained.footprint)
+    return told | {"tokens_s": 1e3 * training.tokens / told["wall_ms"]}
 
 
 def commands(request: dict[str, Any]) -> Commands:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.peers import ROOT
-from benchmarks.device import ceilings, correctness, factorizations, steps, training, waiting
+from benchmarks.device import ceilings, correctness, factorizations, steps, waiting
 from benchmarks.device.session import Session
 
 PARTS: dict[str, tuple[Callable[[Session], None], float]] = {
@@ -25,7 +25,7 @@ PARTS: dict[str, tuple[Callable[[Session], None], float]] = {
     "correctness": (correctness.measure, 0.12),
     "waiting": (waiting.measure, 0.06),
     "factorizations": (factorizations.measure, 0.08),
-    "training": (training.measure, 0.40),
+    "training": (steps.measure_training, 0.40),
     "steps": (steps.measure, 0.40),
     "staggered": (steps.measure_staggered, 0.10),
 }

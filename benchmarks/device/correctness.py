@@ -1,7 +1,7 @@
 """Whether training on the device is right: each recipe and mode against float64 on the CPU, and what else must hold."""
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from benchmarks.common.bars import limits
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.small_net import MODES, Make, Mode, Net, batches, build, flat, train
-from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit, attach
+from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit
 from galore_torch.projection import find_bases
 
 STEPS = 12
+AUTOCAST = "fp16 autocast, loss scaler, clipping"
 PRESET_TABLE: dict[str, Make] = {
     "AdamW": lambda groups: GaLoreAdamW(groups, lr=1e-2, weight_decay=0.1),
     "SGD": lambda groups: GaLoreSGD(groups, lr=1e-1, momentum=0.9, weight_decay=0.1),
@@ -28,28 +29,32 @@ IN_FEW_BITS: dict[str, tuple[Make, dict[str, Any]]] = {
     "AdamW, bases in 8 bits": (PRESET_TABLE["AdamW"], {"basis_bits": 8}),
     "AdamW, INT8 weights": (PRESET_TABLE["AdamW"], {"in_int8": True}),
 }
+ONCE = {"update_proj_gap": 10**6, "decomposition": "svd", "saved_after": 1, "saved_on": "cpu"}
+"""The first step and its bases on the CPU, the others on the device from that state."""
 Walk = Callable[[Mode, str], Tensor]
 """Trains for some steps in a mode on a device, and returns all weights."""
 
 
 def measure(session: Session) -> None:
     """Report the relative error of each recipe and mode after some steps, and of what else must hold."""
+    for row, walked, expected, limit in _rows():
+        modes = [mode for mode in MODES if row != AUTOCAST or "backward" not in mode]
+        session.try_row(row, partial(_compared, walked, expected, limit, modes, session.device))
+    for row, check in CHECKS.items():
+        session.try_row(row, partial(check, session.device))
 
-    def compare(row: str, walk: Walk, expected: Walk, limit: str, modes: Iterable[str] = MODES) -> None:
-        session.try_row(row, partial(_compared, walk, expected, limit, modes, session.device))
 
+def _rows() -> Iterator[tuple[str, Walk, Walk, str]]:
+    """Yield rows: what is trained, what it must come to, and the key of how far it may be away from that."""
     for name, make in PRESET_TABLE.items():
-        walks: list[Walk] = [partial(_one_basis, make), partial(_renewing, make)]
-        compare(f"{name}, float64, one basis", walks[0], walks[0], "one basis")
-        compare(f"{name}, float64, renewing", walks[1], walks[1], "renewing")
-    adamw = partial(_renewing, PRESET_TABLE["AdamW"])
-    compare("AdamW, float32, renewing", partial(adamw, dtype=torch.float32), adamw, "float32")
+        once, renewing = partial(_walk, make, **ONCE), partial(_walk, make)
+        yield f"{name}, float64, one basis", once, once, "one basis"
+        yield f"{name}, float64, renewing", renewing, renewing, "renewing"
+    adamw = partial(_walk, PRESET_TABLE["AdamW"])
+    yield "AdamW, float32, renewing", partial(adamw, dtype=torch.float32), adamw, "float32"
     for name, (make, keys) in IN_FEW_BITS.items():
-        compare(name, partial(_renewing, make, dtype=torch.float32, **keys), adamw, "few bits")
-    modes = ("step()", "projected", "fused")
-    compare("fp16 autocast, loss scaler, clipping", _autocast, adamw, "few bits", modes)
-    for name, check in CHECKS.items():
-        session.try_row(name, partial(check, session.device))
+        yield name, partial(_walk, make, dtype=torch.float32, **keys), adamw, "few bits"
+    yield AUTOCAST, partial(adamw, dtype=torch.float32, train=_train_in_fp16), adamw, "few bits"
 
 
 def _compared(walk: Walk, expected: Walk, limit: str, modes: Iterable[str], device: str) -> Figures:
@@ -58,31 +63,41 @@ def _compared(walk: Walk, expected: Walk, limit: str, modes: Iterable[str], devi
     return {"right": max(errors.values()) <= limits("correctness")[limit], **errors}
 
 
-def _one_basis(make: Make, mode: Mode, device: str) -> Tensor:
-    """The first step and its bases on the CPU, the others on the device from that state."""
-    model, optimizer = build(make, "cpu", torch.float64, update_proj_gap=10**6, decomposition="svd")
-    train(model, optimizer, [0])
-    moved, other = build(make, device, torch.float64, update_proj_gap=10**6, decomposition="svd")
-    moved.load_state_dict(model.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    if mode:
-        attach(moved, other, *mode)  # type: ignore[arg-type]
-    train(moved, other, range(1, STEPS))
-    return flat(moved)
+def _walk(
+    make: Make,
+    mode: Mode,
+    device: str,
+    dtype: torch.dtype = torch.float64,
+    *,
+    saved_after: int = 0,
+    saved_on: str = "",
+    train: Callable[[Net, GaLore, Iterable[int]], None] = train,
+    **keys: Any,
+) -> Tensor:
+    """Train on a device, from the same random numbers everywhere, and return all weights.
 
-
-def _renewing(make: Make, mode: Mode, device: str, dtype: torch.dtype = torch.float64, **keys: Any) -> Tensor:
-    """All of it on the device, bases and their renewals too; they start from the same random numbers everywhere."""
-    model, optimizer = build(make, device, dtype, mode, update_proj_gap=4, **keys)
-    train(model, optimizer, range(STEPS))
+    After some steps, with nothing attached on another device or else in the same way, the state may be saved in a file
+    and loaded by way of the CPU.
+    """
+    keys = {"update_proj_gap": 4, **keys}
+    model, optimizer = build(make, device, dtype, mode, **keys)
+    if saved_after:
+        before, its = build(make, saved_on or device, dtype, () if saved_on else mode, **keys)
+        train(before, its, range(saved_after))
+        file = io.BytesIO()
+        torch.save([before.state_dict(), its.state_dict()], file)
+        file.seek(0)
+        for one, state in zip((model, optimizer), torch.load(file, map_location="cpu"), strict=True):
+            one.load_state_dict(state)
+    train(model, optimizer, range(saved_after, STEPS))
     return flat(model)
 
 
-def _autocast(mode: Mode, device: str) -> Tensor:
+def _train_in_fp16(model: Net, optimizer: GaLore, steps: Iterable[int]) -> None:
     """In fp16 autocast with a loss scaler and clipping, which trains as float32 does, roughly."""
-    model, optimizer = build(PRESET_TABLE["AdamW"], device, torch.float32, mode, update_proj_gap=4)
+    device = next(model.parameters()).device.type
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
-    for x, y in batches(model, range(STEPS)):
+    for x, y in batches(model, steps):
         with torch.autocast(device, torch.float16):
             loss = (model(x) - y).float().square().mean()
         scaler.scale(loss).backward()
@@ -91,25 +106,12 @@ def _autocast(mode: Mode, device: str) -> Tensor:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    return flat(model)
 
 
 def _resumed(device: str) -> Figures:
     """A run that is saved, and loaded by way of the CPU, is the same bit for bit."""
-    equal = {}
-    for name, mode in MODES.items():
-        model, optimizer = build(PRESET_TABLE["AdamW"], device, torch.float32, mode, update_proj_gap=4)
-        train(model, optimizer, range(5))
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        train(model, optimizer, range(5, STEPS))
-        file.seek(0)
-        saved = torch.load(file, weights_only=True, map_location="cpu")
-        again, other = build(PRESET_TABLE["AdamW"], device, torch.float32, mode, update_proj_gap=4)
-        again.load_state_dict(saved["model"])
-        other.load_state_dict(saved["optimizer"])
-        train(again, other, range(5, STEPS))
-        equal[name] = bool(torch.equal(flat(model), flat(again)))
+    walk = partial(_walk, PRESET_TABLE["AdamW"], device=device, dtype=torch.float32)
+    equal = {name: torch.equal(walk(mode), walk(mode, saved_after=5)) for name, mode in MODES.items()}
     return {"right": all(equal.values()), **equal}
 
 

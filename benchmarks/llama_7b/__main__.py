@@ -7,82 +7,229 @@
 The model is the preset llama-7b, 6.7 billion parameters, with random weights that are made layer by layer. It is
 trained on one piece of real text, the same in every step, so that its loss must fall. Every basis is found in the first
 step. The C library has to give freed memory back at once, so that the peak is what the steps need at a time.
+
+The floor is what an ordinary step cannot do without, bare, in bfloat16 and in the same process: a forward and a
+backward that drops every gradient; the products that project gradients and project back into weights; and bitsandbytes'
+AdamW on coordinates and embeddings. One layer's are timed, and counted as often as there are layers.
 """
 
 import argparse
 import gc
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from statistics import median
 
+import torch
 from rich.console import Console
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common import command
+from benchmarks.common.floor import Bare, weights_with_gradients
 from benchmarks.common.memory import GIB, Footprint, give_back_at_once, stored_bytes
-from benchmarks.common.methods import Method
+from benchmarks.common.methods import BUILDERS, LEARNING_RATE, METHODS
 from benchmarks.common.report import Report
-from benchmarks.common.sizes import LLAMA
-from benchmarks.llama_7b import floor as floors
-from benchmarks.llama_7b import report
-from benchmarks.llama_7b.model import TrainingCase, build_model
-from benchmarks.llama_7b.steps import Steps
-from galore_torch.optim import state_bytes
+from benchmarks.common.sizes import LLAMA, Llama
+from benchmarks.common.timing import Call, seconds_by_part, timed_calls
+from benchmarks.common.training import Trained, Training
+from benchmarks.llama_7b.report import Outcome, ordinary_s, report, state_of
+from galore_torch import GaLore, quantize_weights
+from galore_torch.optim import chunks
+from galore_torch.optim.rule import Rule
+from galore_torch.optim.trained_weight import TrainedWeight
+from galore_torch.training.pretrain.model import fresh_llama, recompute_activations
+
+APPLYING = (GaLore, "_apply")
+INSIDE = {"renewal_s": (TrainedWeight, "renew"), "inner_s": (Rule, "step"), "fold_s": (chunks, "fold")}
+"""What is timed of applying gradients, by the methods and functions that do it."""
+SLICE_ELEMENTS = 2**22
+"""What bitsandbytes gets at a time: on a CPU it copies all that it is given into float32."""
 
 
-def measure(case: TrainingCase, steps: int, floor_rounds: int, messages: Console) -> report.TrainingResult:
+def real_text(tokens: int) -> Tensor:
+    """Return the beginning of one of Python's own sources, a byte a token: (1, tokens).
+
+    Raises:
+        ValueError: More tokens than it has.
+    """
+    source = Path(argparse.__file__).read_bytes()
+    if tokens > len(source):
+        raise ValueError(f"tokens is {tokens}, and there are {len(source):,}; ask for fewer")
+    return torch.tensor([list(source[:tokens])])
+
+
+class Watched(Trained):
+    """A model under training whose steps are taken apart.
+
+    Args:
+        case: What is trained, and how.
+        advance: Called as each layer is made and, in a step, as each gradient is complete.
+    """
+
+    def __init__(self, case: Training, advance: Callable[[], None] = lambda: None) -> None:
+        self._advance = advance
+        self._largest_bytes = 0
+        super().__init__(case)
+
+    def build(self) -> LlamaForCausalLM:
+        """Return the model, no more than a layer of which is ever there unquantized; `building` is what that took."""
+        before, start_s = Footprint("cpu"), time.perf_counter()
+        torch.manual_seed(0)
+        seeds = iter(range(self.training.size.layers))
+
+        def made(module: nn.Module) -> None:
+            if isinstance(module, LlamaDecoderLayer):
+                if self.training.method.weight_bits == 8:
+                    quantize_weights(module, target_modules=("attn", "mlp"), seed=next(seeds))
+                self._advance()
+
+        model = fresh_llama(self.training.size.architecture(), self.training.torch_dtype, made)
+        if self.training.method.recomputes:
+            recompute_activations(model)
+        for weight in model.parameters():  # before the hooks of `attach`, which free the gradients
+            weight.register_post_accumulate_grad_hook(self._complete)  # type: ignore[no-untyped-call]
+        seconds, highest_bytes = time.perf_counter() - start_s, before.highest_bytes()
+        self.building = {"base_bytes": before.base_bytes, "seconds": seconds, "highest_bytes": highest_bytes}
+        return model
+
+    def _complete(self, weight: Tensor) -> None:
+        self._largest_bytes = max(self._largest_bytes, stored_bytes([weight.grad]))
+        self._advance()
+
+    def draw(self) -> Tensor:
+        """Return the text, the same for every step."""
+        return real_text(self.training.tokens)
+
+    def backward(self, ids: Tensor) -> None:
+        """Go forward and backward, and note what the forward comes to."""
+        before_bytes, start_s = self.footprint.taken_bytes(), time.perf_counter()
+        loss = self.model(input_ids=ids, labels=ids).loss
+        forward_s, grown_bytes = time.perf_counter() - start_s, self.footprint.taken_bytes() - before_bytes
+        self._forward = {"loss": float(loss.detach()), "forward_s": forward_s, "activation_bytes": max(0, grown_bytes)}
+        loss.backward()
+
+    def step(self) -> dict[str, float]:
+        """Take one step.
+
+        Returns:
+            `loss`, before the step, in nats per token; seconds of its parts, see `report.PARTS`; `renewed`, how many
+            bases were found; `peak_bytes`, the most memory that the process took; `activation_bytes`, by how much the
+            forward let it grow; and `gradient_bytes`, the largest gradient that there was at a time.
+        """
+        self._largest_bytes = 0
+        with ExitStack() as stack:
+            applying, *inside = (stack.enter_context(timed_calls(*place)) for place in (APPLYING, *INSIDE.values()))
+            step_s = super().step()["step_s"]
+        return {
+            **self._forward,
+            "backward_s": step_s - self._forward["forward_s"] - applying.seconds,
+            **{name: calls.seconds for name, calls in zip(INSIDE, inside, strict=True)},
+            "other_s": applying.seconds - sum(calls.seconds for calls in inside),
+            "renewed": inside[0].count,
+            "peak_bytes": self.footprint.highest_bytes(),
+            "gradient_bytes": self._largest_bytes,
+        }
+
+
+def floor_s(case: Training, rounds: int, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Return the seconds of the floor's parts, medians of so many rounds after one that nobody counts.
+
+    `advance` is called after each round.
+    """
+    size, layers = case.size, case.size.layers
+    bare = Bare(weights_with_gradients(size.weights[:7], torch.bfloat16), size.rank, case.tokens)
+    parts: dict[str, Call] = {
+        "no layer": _pass(replace(size, layers=0)),
+        "one layer": _pass(replace(size, layers=1)),
+        "project": bare.project_fused if case.method.gradients == "fused" else bare.project,
+        "fold": bare.fold,
+        "inner": _adamw_step([coordinate.numel() for coordinate in bare.coordinates]),
+        "embeddings": _adamw_step([size.vocabulary * size.hidden]),
+    }
+    taken = []
+    for _ in range(1 + rounds):
+        taken.append(seconds_by_part(parts))
+        advance()
+    none_s, one_s, project_s, fold_s, inner_s, embeddings_s = (
+        median(seconds[name] for seconds in taken[1:]) for name in taken[0]
+    )
+    return {
+        "pass": none_s + layers * (one_s - none_s),
+        "project": layers * project_s,
+        "fold": layers * fold_s,
+        "inner": layers * inner_s + 2 * embeddings_s,
+    }
+
+
+def _pass(size: Llama) -> Call:
+    """A forward and a backward that drops every gradient."""
+    model, ids = size.model(torch.bfloat16), real_text(size.sequence)
+
+    def drop(weight: Tensor) -> None:
+        weight.grad = None
+
+    def forward_and_backward() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    for weight in model.parameters():
+        weight.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+    return forward_and_backward
+
+
+def _adamw_step(sizes: list[int]) -> Call:
+    """A step of bitsandbytes' AdamW on tensors of these many elements, in slices."""
+    wholes = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
+    parameters = [nn.Parameter(part) for whole in wholes for part in torch.split(whole, SLICE_ELEMENTS)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    step: Call = BUILDERS["AdamW8bit"]([{"params": parameters}], LEARNING_RATE).step
+    return step
+
+
+def measure(case: Training, steps: int, floor_rounds: int, messages: Console) -> Outcome:
     """Build the model, train it for some steps and time the floor, unless its parts are to be timed 0 times."""
     give_back_at_once()
-    footprint = Footprint("cpu")
     with command.Phases(messages) as phases:
         phases.begin("making the weights", case.size.layers)
-        start_s = time.perf_counter()
-        model = build_model(case, phases.count)
-        building_s, building_bytes = time.perf_counter() - start_s, footprint.base_bytes + footprint.peak_bytes()
-        optimizer = case.method.build_over(model, case.size, lr=case.learning_rate)
-        training, taken = Steps(model, optimizer, case, footprint, phases.count), []
+        trained, taken = Watched(case, phases.count), []
         for number in range(1, steps + 1):
             what = "finding every basis" if number == 1 else "training"
-            phases.begin(f"step {number} of {steps}: {what}", len(list(model.parameters())))
-            step = training.step()
-            taken.append(step)
+            phases.begin(f"step {number} of {steps}: {what}", len(list(trained.model.parameters())))
+            taken.append(step := trained.step())
             messages.print(
-                f"step {number}: loss {step.loss:.4f}, {step.ordinary_s:.1f} s and {step.renewal_s:.1f} s for "
-                f"{step.renewed} bases, {step.peak_bytes / GIB:.2f} GiB",
+                f"step {number}: loss {step['loss']:.4f}, {ordinary_s(step):.1f} s and {step['renewal_s']:.1f} s for "
+                f"{step['renewed']} bases, {step['peak_bytes'] / GIB:.2f} GiB",
                 highlight=False,
             )
-        training.close()
-        state = report.State.of(optimizer, state_bytes(optimizer))
-        del optimizer, training  # their memory is the floor's now
+        weight_bytes = stored_bytes([*trained.model.parameters(), *trained.model.buffers()])
+        outcome = Outcome(case, trained.building, taken, weight_bytes, state_of(trained.optimizer))
+        del trained  # its memory is the floor's now
         gc.collect()
-        floor = None
         if floor_rounds:
-            phases.begin("timing the floor", floors.parts(case) * floor_rounds)
-            floor = floors.measure(model, case, floor_rounds, phases.count)
-    return report.TrainingResult(
-        case=case,
-        steps=taken,
-        base_bytes=footprint.base_bytes,
-        building_s=building_s,
-        building_bytes=building_bytes,
-        weight_bytes=stored_bytes([*model.parameters(), *model.buffers()]),
-        state=state,
-        floor=floor,
-    )
+            phases.begin("timing the floor", 1 + floor_rounds)
+            outcome.floor_s = floor_s(case, floor_rounds, phases.count)
+    return outcome
 
 
 def run(given: argparse.Namespace, messages: Console) -> Report:
     """Measure what the command line asks for."""
-    size = LLAMA["7b"]
+    size, name = LLAMA["7b"], f"galore-8bit-per-layer/{given.gradients}"
     size = replace(size, layers=given.layers or size.layers, rank=given.rank or size.rank, sequence=given.tokens)
-    method = Method(
-        optimizer="GaLoreAdamW8bit",
-        gradients=given.gradients,
-        update="backward",
-        basis_bits=given.basis_bits,
-        weight_bits=given.weight_bits,
-        recomputes=given.gradient_checkpointing,
+    bits = {"basis_bits": given.basis_bits, "weight_bits": given.weight_bits}
+    case = Training(
+        name=name,
+        method=replace(METHODS[name], **bits, recomputes=given.gradient_checkpointing),
+        size=size,
+        tokens=given.tokens,
+        batch=1,
+        learning_rate=given.learning_rate,
+        threads=given.threads,
     )
-    case = TrainingCase(size=size, method=method, learning_rate=given.learning_rate)
-    return report.report(measure(case, given.steps, given.floor_rounds, messages))
+    return report(measure(case, given.steps, given.floor_rounds, messages))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """What the LLaMA-7B benchmark says: time, memory and optimizer state as tables, its bars, JSON and panels."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -12,33 +13,46 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.common.bars import Bar, judged
 from benchmarks.common.memory import GIB, stored_bytes
 from benchmarks.common.report import Report, Sheet
-from benchmarks.llama_7b.floor import Floor
-from benchmarks.llama_7b.model import TrainingCase
-from benchmarks.llama_7b.steps import Step
+from benchmarks.common.training import Training
+from galore_torch.optim import state_bytes
 
 GB = 1e9
+PARTS = {
+    "forward_s": "forward, s",
+    "backward_s": "backward, s",  # without what follows
+    "renewal_s": "renewal, s",  # finding new bases
+    "inner_s": "inside, s",  # the optimizer inside, on coordinates, embeddings, head and norms
+    "fold_s": "back, s",  # projecting the coordinates back into the weights
+    "other_s": "other, s",  # all else that applies gradients: projecting full ones, checks, reading bases in few bits
+}
+"""The parts of a step, and what tables call them."""
+FLOOR = {
+    "pass": ("forward, backward", ("forward_s", "backward_s")),
+    "project": ("projecting, if not in the backward", ("other_s",)),
+    "fold": ("projecting back into the weights", ("fold_s",)),
+    "inner": ("the optimizer inside", ("inner_s",)),
+}
+"""The parts of the floor: their words, and which parts of a step do the same."""
 ADAMW = "AdamW, BF16"
 SIXTEEN_BIT = "GaLore, BF16 (by shapes)"
 EIGHT_BIT = "8-bit moments, BF16 bases"
 HELD = "8-bit moments, {}-bit bases, held"
+Step = Mapping[str, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """The bytes of an optimizer's state, from its real tensors."""
+def ordinary_s(step: Step) -> float:
+    """Return the seconds of a step without its renewals."""
+    return sum(step[part] for part in PARTS if part != "renewal_s")
 
-    held: int  # all of it, scales included
-    bases: int  # of it, the bases
-    codes: int  # what the codes take alone, of bases and moments
-    basis_codes: int  # of it, those of the bases
 
-    @classmethod
-    def of(cls, optimizer: Optimizer, held: int) -> "State":
-        """Count the tensors of an optimizer that holds so many bytes in all (`galore_torch.optim.state_bytes`)."""
-        states = [(_tensors(state.get("basis")), _tensors(state.get("inner"))) for state in optimizer.state.values()]
-        basis_codes, inner_codes = (sum(_codes_bytes(parts[which]) for parts in states) for which in (0, 1))
-        bases = sum(stored_bytes(basis) for basis, _ in states)
-        return cls(held=held, bases=bases, codes=basis_codes + inner_codes, basis_codes=basis_codes)
+def state_of(optimizer: Optimizer) -> dict[str, tuple[int, int]]:
+    """Return the bytes of an optimizer's "bases" and "moments" from its real tensors: with scales, and codes alone."""
+    bases, inner = ([_tensors(one.get(key)) for one in optimizer.state.values()] for key in ("basis", "inner"))
+    bases_bytes = sum(map(stored_bytes, bases))
+    return {
+        "bases": (bases_bytes, sum(map(_codes_bytes, bases))),
+        "moments": (state_bytes(optimizer) - bases_bytes, sum(map(_codes_bytes, inner))),
+    }
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -50,105 +64,107 @@ def _codes_bytes(tensors: list[Tensor]) -> int:
     return stored_bytes([tensor for tensor in tensors if tensor.dtype in (torch.uint8, torch.int8)] or tensors)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingResult:
+@dataclass
+class Outcome:
     """All that was measured."""
 
-    case: TrainingCase  # what ran
-    steps: list[Step]  # in order; the first finds every basis
-    base_bytes: int  # what the process took before there was a model
-    building_s: float  # seconds of making the model
-    building_bytes: int  # the most memory that the process took meanwhile
+    case: Training  # what ran
+    building: Mapping[str, float]  # of the model: its seconds, highest_bytes of the process, and base_bytes before it
+    steps: list[dict[str, float]]  # in order; the first finds every basis
     weight_bytes: int  # of the model
-    state: State  # of the optimizer, after the last step
-    floor: Floor | None  # of an ordinary step
+    state: Mapping[str, tuple[int, int]]  # of the optimizer after the last step, see `state_of`
+    floor_s: Mapping[str, float] | None = None  # seconds that no ordinary step can do without, by part
 
     @property
     def highest(self) -> Step:
         """The step that took the most memory."""
-        return max(self.steps, key=lambda step: step.peak_bytes)
+        return max(self.steps, key=lambda step: step["peak_bytes"])
 
     @property
-    def peak_bytes(self) -> int:
+    def peak_bytes(self) -> float:
         """The most memory that the process took."""
-        return max(self.building_bytes, self.highest.peak_bytes)
+        return max(self.building["highest_bytes"], self.highest["peak_bytes"])
 
-    def ordinary_s(self, *names: str) -> float:
-        """Seconds of an ordinary step, or of these parts: the median of those after the first, without renewals."""
-        parts = names or ("ordinary_s",)
-        middle: float = median(sum(getattr(step, part) for part in parts) for step in self.steps[1:] or self.steps)
-        return middle
+    def ordinary_s(self) -> dict[str, tuple[float, float]]:
+        """Return the seconds of an ordinary step by part of the floor, and the floor's own, which may be nothing.
 
-    def kinds_bytes(self) -> dict[str, int]:
+        They are medians of the steps after the first, renewals apart; "all" comes last.
+        """
+        steps, floor_s = self.steps[1:] or self.steps, self.floor_s or {}
+        parts = {part: median(sum(step[one] for one in ours) for step in steps) for part, (_, ours) in FLOOR.items()}
+        both = {part: (seconds, floor_s.get(part, 0.0)) for part, seconds in parts.items()}
+        return {**both, "all": (median(map(ordinary_s, steps)), sum(floor_s.values()))}
+
+    def kinds_bytes(self) -> dict[str, float]:
         """Return what the peak consists of."""
         kinds = {
             "weights": self.weight_bytes,
-            "bases": self.state.bases,
-            "moments": self.state.held - self.state.bases,
-            "activations": self.highest.activation_bytes,
-            "largest gradient": self.highest.gradient_bytes,
-            "the process itself": self.base_bytes,
+            **{kind: held for kind, (held, _) in self.state.items()},
+            "activations": self.highest["activation_bytes"],
+            "largest gradient": self.highest["gradient_bytes"],
+            "the process itself": self.building["base_bytes"],
         }
-        return {**kinds, "the rest": self.highest.peak_bytes - sum(kinds.values())}
+        return {**kinds, "the rest": self.highest["peak_bytes"] - sum(kinds.values())}
 
     def states_bytes(self) -> dict[str, tuple[int, int]]:
         """Return the optimizer state by method: with scales, and codes alone."""
-        size, state = self.case.size, self.state
+        size = self.case.size
         adamw = 2 * 2 * (sum(m * n for m, n in size.weights) + size.other_elements)
-        plain_bases = 2 * size.basis_elements
         sixteen = 2 * (size.state_elements() + 2 * size.other_elements)
+        (bases, basis_codes), (moments, moment_codes) = self.state["bases"], self.state["moments"]
         return {
             ADAMW: (adamw, adamw),
             SIXTEEN_BIT: (sixteen, sixteen),
-            EIGHT_BIT: (state.held - state.bases + plain_bases, state.codes - state.basis_codes + plain_bases),
-            HELD.format(self.case.method.basis_bits): (state.held, state.codes),
-        }
-
-    def record(self) -> dict[str, Any]:
-        """Return every figure as JSON, in seconds and bytes."""
-        return {
-            **asdict(self),
-            "case": self.case.record(),
-            "floor": self.floor and {**asdict(self.floor), "total_s": self.floor.total_s},
-            "ordinary_s": self.ordinary_s(),
-            "peak_bytes": self.peak_bytes,
-            "kinds_bytes": self.kinds_bytes(),
-            "states_bytes": {name: {"held": of[0], "codes": of[1]} for name, of in self.states_bytes().items()},
+            EIGHT_BIT: (moments + 2 * size.basis_elements, moment_codes + 2 * size.basis_elements),
+            HELD.format(self.case.method.basis_bits): (moments + bases, moment_codes + basis_codes),
         }
 
 
-def report(outcome: TrainingResult) -> Report:
-    """Return all of it."""
-    return Report(title=outcome.case.title, record=outcome.record(), sheets=sheets(outcome), bars=bars(outcome))
+def report(outcome: Outcome) -> Report:
+    """Return all of it, every figure as JSON too, in seconds and bytes."""
+    record = {
+        **asdict(outcome),
+        "ordinary_s": outcome.ordinary_s()["all"][0],
+        "peak_bytes": outcome.peak_bytes,
+        "kinds_bytes": outcome.kinds_bytes(),
+        "states_bytes": {name: {"held": of[0], "codes": of[1]} for name, of in outcome.states_bytes().items()},
+    }
+    return Report(title=title(outcome.case), record=record, sheets=sheets(outcome), bars=bars(outcome))
 
 
-def bars(outcome: TrainingResult) -> list[Bar]:
+def title(case: Training) -> str:
+    """Return what is trained, in words."""
+    method = case.method
+    bits = f"{method.weight_bits}-bit weights, {method.basis_bits}-bit bases, {method.gradients} gradients"
+    return f"{case.title}, {bits}{', recomputing activations' * method.recomputes}"
+
+
+def bars(outcome: Outcome) -> list[Bar]:
     """Return the figures that have bars in this case."""
     states = outcome.states_bytes()
     figures = {f"state of {name} / AdamW's": held / states[ADAMW][0] for name, (held, _) in states.items()}
-    figures["first renewal of all layers, min"] = outcome.steps[0].renewal_s / 60
+    figures["first renewal of all layers, min"] = outcome.steps[0]["renewal_s"] / 60
     if len(outcome.steps) >= 3:
         figures["peak of the process, GiB"] = outcome.peak_bytes / GIB
-    if outcome.floor is not None and len(outcome.steps) > 1:
-        figures["ordinary step / the floor"] = outcome.ordinary_s() / outcome.floor.total_s
-    return judged("llama_7b", outcome.case.record(), figures)
+    if outcome.floor_s and len(outcome.steps) > 1:
+        ours_s, least_s = outcome.ordinary_s()["all"]
+        figures["ordinary step / the floor"] = ours_s / least_s
+    return judged("llama_7b", outcome.case.case(), figures)
 
 
-def sheets(outcome: TrainingResult) -> list[Sheet]:
+def sheets(outcome: Outcome) -> list[Sheet]:
     """Return all as tables that fit 80 columns: the steps, memory, the optimizer's state, and the floor."""
-    parts = ("forward, s", "backward, s", "renewal, s", "optimizer, s")
     steps: dict[str, dict[str, Any]] = {}
     for number, step in enumerate(outcome.steps, 1):
-        parts_s = step.forward_s, step.backward_s, step.renewal_s, step.optimizer_s
-        figures = dict(zip(parts, parts_s, strict=True))
-        figures |= {"all, s": sum(parts_s), "GiB": step.peak_bytes / GIB}
-        steps[f"step {number}"] = {"loss": f"{step.loss:.4f}", **figures}
+        seconds = {words: step[part] for part, words in PARTS.items()}
+        last = {"all, s": sum(seconds.values()), "GiB": step["peak_bytes"] / GIB}
+        steps[f"step {number}"] = {"loss": f"{step['loss']:.4f}", **seconds, **last}
     caption = (
-        f"GiB: the peak of the whole process in the step. Making the weights took {outcome.building_s:.0f} s and "
-        f"{outcome.building_bytes / GIB:.2f} GiB. Optimizer: all that applies gradients, but for finding bases."
+        "Inside: the optimizer on coordinates; back: projecting them into the weights. GiB: the peak of the process in "
+        f"the step. Making the weights took {outcome.building['seconds']:.0f} s and "
+        f"{outcome.building['highest_bytes'] / GIB:.2f} GiB."
     )
-    kinds = {**outcome.kinds_bytes(), "the whole process": outcome.highest.peak_bytes}
-    memory = {kind: {"GiB": nbytes / GIB} for kind, nbytes in kinds.items()}
+    memory = {**outcome.kinds_bytes(), "the whole process": outcome.highest["peak_bytes"]}
     states = outcome.states_bytes()
     state = {
         name: {
@@ -159,22 +175,15 @@ def sheets(outcome: TrainingResult) -> list[Sheet]:
         }
         for name, (held, codes) in states.items()
     }
+    kinds = {kind: {"GiB": nbytes / GIB} for kind, nbytes in memory.items()}
     made = [
-        Sheet(title=outcome.case.title, rows=steps, caption=caption, drawn=parts, unit="seconds"),
-        Sheet(title="Memory at the peak", rows=memory, last=1, drawn=("GiB",), unit="memory of the process, GiB"),
+        Sheet(title=title(outcome.case), rows=steps, caption=caption, drawn=[*PARTS.values()], unit="seconds"),
+        Sheet(title="Memory at the peak", rows=kinds, last=1, drawn=("GiB",), unit="memory of the process, GiB"),
         Sheet(title="Optimizer state", rows=state),
     ]
-    if outcome.floor is not None:
-        ours_s, floor = outcome.ordinary_s, outcome.floor
-        rows = {
-            "forward, backward": (ours_s("forward_s", "backward_s"), floor.pass_s),
-            "projecting, if not in the backward": (ours_s("other_s"), floor.project_s),
-            "projecting back into the weights": (ours_s("fold_s"), floor.fold_s),
-            "the optimizer inside": (ours_s("inner_s"), floor.inner_s),
-            "all": (ours_s(), floor.total_s),
-        }
-        caption = f"Ours is {ours_s() / floor.total_s:.2f} of the floor, in which all is in bfloat16."
-        floors = {name: {"ours": ours, "floor": least} for name, (ours, least) in rows.items()}
-        made.append(Sheet(title="An ordinary step, seconds", rows=floors, caption=caption, last=1))
-        steps["floor"] = {parts[1]: floor.pass_s, parts[3]: floor.total_s - floor.pass_s}
+    if outcome.floor_s:
+        both = outcome.ordinary_s()
+        rows = {FLOOR.get(part, (part,))[0]: {"ours": ours, "floor": least} for part, (ours, least) in both.items()}
+        caption = f"Ours is {both['all'][0] / both['all'][1]:.2f} of the floor, in which all is in bfloat16."
+        made.append(Sheet(title="An ordinary step, seconds", rows=rows, caption=caption, last=1))
     return made
