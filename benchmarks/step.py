@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,66 +37,36 @@ PARTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepCase:
-    """What is timed."""
-
-    shapes: str  # key of `LLAMA`
-    dtype: str  # name of the torch dtype of weights and gradients
-    rounds: int  # rounds in which every optimizer takes one ordinary step
-    stagger_steps: int  # steps of ours with staggered renewal after the first one; 0 leaves them out
-    threads: int  # threads of torch in each process
-
-    @property
-    def expected_state_bytes(self) -> int:
-        """The bytes of the bases and of AdamW's two moments of the coordinates, and of nothing else."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return LLAMA[self.shapes].state_elements() * dtype.itemsize
-
-    def starts(self, *names: str, gap: int = RARELY, stagger: bool = False) -> dict[str, Callable[[], Worker]]:
-        """Return what starts the processes of some optimizers, or of the floor, with so many steps to a renewal."""
-        one = OptimizerStep(
-            method=None,
-            size=replace(LLAMA[self.shapes], gap=gap),
-            dtype=self.dtype,
-            stagger=stagger,
-            threads=self.threads,
-        )
-        return {name: partial(replace(one, method=OPTIMIZERS.get(name)).start, name) for name in names}
-
-
 @dataclass(kw_only=True)
 class StepTimings:
     """What was measured in one case."""
 
-    case: StepCase
+    case: OptimizerStep  # what stepped; its method is another for each
     figures: dict[str, RunFigures]  # of each of `STEPPED`; all layers renew in the first step
     renewal_s: float  # seconds of our step in which all layers renew bases that are there
     staggered_s: list[float]  # seconds of our steps in which layers take turns to renew, after the first
 
+    @property
+    def title(self) -> str:
+        """What stepped, in words."""
+        size = self.case.size
+        return f"LLaMA {size.hidden} wide, {size.layers} layers, {self.case.dtype}, rank {size.rank}"
+
     def bars(self) -> list[Bar]:
-        """Return our figures against their bars."""
+        """Return our figures against their bars; our state is to be bases and moments, and nothing else."""
         ours, galore, floor = (self.figures[name] for name in (OURS, GALORE, FLOOR))
+        dtype: torch.dtype = getattr(torch, self.case.dtype)
         figures = {
             "ordinary step / galore-1.0's": ours.step_s / galore.step_s,
             "ordinary step / the floor": ours.step_s / floor.step_s,
             "renewing all layers / galore-1.0's": max(ours.first_s, self.renewal_s) / galore.first_s,
-            "state bytes away from bases and moments": abs(ours.kept["state_bytes"] - self.case.expected_state_bytes),
+            "state bytes away from bases and moments": abs(
+                ours.kept["state_bytes"] - self.case.size.state_elements() * dtype.itemsize
+            ),
         }
         if self.staggered_s:
             figures["worst of the staggered steps / the median"] = max(self.staggered_s) / median(self.staggered_s)
         return judged("step", asdict(self.case), figures)
-
-    def record(self) -> dict[str, Any]:
-        """Return the case as JSON: every raw time in seconds, the medians, and the bars."""
-        medians = {name: {"step_s": one.step_s, "parts_s": one.parts_s} for name, one in self.figures.items()}
-        bars = [bar.record() for bar in self.bars()]
-        return {
-            **asdict(self),
-            "expected_state_bytes": self.case.expected_state_bytes,
-            "medians": medians,
-            "bars": bars,
-        }
 
     def costs(self) -> Sheet:
         """Return what each optimizer costs in an ordinary step; the floor's parts come last."""
@@ -111,52 +80,44 @@ class StepTimings:
                 rows[name]["state, MiB"] = one.kept["state_bytes"] / MIB
         parts = self.figures[FLOOR].parts_s
         rows |= {PARTS[part]: {"step, ms": 1e3 * seconds} for part, seconds in parts.items()}
-        shapes, dtype = self.case.shapes, self.case.dtype
-        return Sheet(
-            title=f"LLaMA {shapes.upper()}, {dtype}, rank {LLAMA[shapes].rank}",
-            rows=rows,
-            caption="The physical floor is the sum of the parts below it.",
-            last=1 + len(parts),
-            drawn=("step, ms",),
-            unit=f"ordinary step of {shapes}, {dtype}, ms",
-        )
+        caption = "The physical floor is the sum of the parts below it."
+        unit = f"ordinary step, {self.case.dtype}, ms"
+        return Sheet(title=self.title, rows=rows, caption=caption, last=1 + len(parts), drawn=("step, ms",), unit=unit)
 
 
-def measure(case: StepCase, advance: Advance) -> StepTimings:
+def measure(case: OptimizerStep, rounds: int, stagger_steps: int, advance: Advance) -> StepTimings:
     """Measure one case: all in turn, then our renewals, of all layers at once and by turns, each alone."""
-    figures = interleaved(case.starts(*STEPPED), case.rounds, advance)
-    renewing = one_by_one(case.starts(OURS, gap=1), 1, advance)[OURS]
+
+    def starts(*names: str, gap: int = RARELY, stagger: bool = False) -> dict[str, Callable[[], Worker]]:
+        one = replace(case, size=replace(case.size, gap=gap), stagger=stagger)
+        return {name: partial(replace(one, method=OPTIMIZERS.get(name)).start, name) for name in names}
+
+    figures = interleaved(starts(*STEPPED), rounds, advance)
+    renewing = one_by_one(starts(OURS, gap=1), 1, advance)[OURS]
     staggered_s: list[float] = []
-    if case.stagger_steps:
-        starts = case.starts(OURS, gap=LLAMA[case.shapes].gap, stagger=True)
-        staggered_s = one_by_one(starts, case.stagger_steps, advance)[OURS].steps["step_s"]
+    if stagger_steps:
+        turns = one_by_one(starts(OURS, gap=case.size.gap, stagger=True), stagger_steps, advance)
+        staggered_s = turns[OURS].steps["step_s"]
     return StepTimings(case=case, figures=figures, renewal_s=renewing.step_s, staggered_s=staggered_s)
 
 
 def run(given: argparse.Namespace, messages: Console) -> Report:
     """Measure the cases one after the other."""
     quick = given.quick
-    cases = [
-        StepCase(
-            shapes=shapes,
-            dtype=dtype,
-            rounds=min(given.rounds, 5) if quick else given.rounds,
-            stagger_steps=0 if quick else given.stagger_steps,
-            threads=given.threads,
-        )
-        for shapes in given.shapes or (["60m"] if quick else ["60m", "350m"])
-        for dtype in given.dtype or (["bfloat16"] if quick else ["bfloat16", "float32"])
-    ]
+    rounds, stagger_steps = (min(given.rounds, 5), 0) if quick else (given.rounds, given.stagger_steps)
+    steps = len(STEPPED) * (1 + WARM_UP + rounds) + 2 + (1 + stagger_steps if stagger_steps else 0)
     for peer in peers.PEERS.values():
         peers.install(peer)
     report = Report(title="An optimizer's step", record={"cases": []})
     with command.Phases(messages) as phases:
-        for case in cases:
-            steps = len(STEPPED) * (1 + WARM_UP + case.rounds) + 2
-            phases.begin(f"{case.shapes} {case.dtype}", steps + (1 + case.stagger_steps if case.stagger_steps else 0))
-            outcome = measure(case, phases.count)
-            report.record["cases"].append(outcome.record())
-            report.sheets += [outcome.costs(), bar_sheet(outcome.bars())]
+        for shapes in given.shapes or (["60m"] if quick else ["60m", "350m"]):
+            for dtype in given.dtype or (["bfloat16"] if quick else ["bfloat16", "float32"]):
+                phases.begin(f"{shapes} {dtype}", steps)
+                case = OptimizerStep(method=None, size=LLAMA[shapes], dtype=dtype, threads=given.threads)
+                outcome = measure(case, rounds, stagger_steps, phases.count)
+                bars = outcome.bars()
+                report.record["cases"].append({**asdict(outcome), "bars": [bar.record() for bar in bars]})
+                report.sheets += [outcome.costs(), bar_sheet(bars)]
     return report
 
 

@@ -11,8 +11,9 @@ same rank. What decides is the worst layer and renewal, not the mean. Fastest fi
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -34,13 +35,8 @@ BAR = 1 - limits("subspaces")["energy missed"]
 """Energy that a basis must capture, of the exact one's."""
 
 
-@dataclass
-class Record:
-    """What one candidate came to."""
-
-    # captured energy over the exact basis' own, one for each layer and renewal
-    energies: list[float] = field(default_factory=list)
-    seconds: float = 0.0  # time of the processor, all renewals together
+Records = dict[str, list[tuple[float, float]]]
+"""By candidate, for each layer and renewal: the energy captured, over the exact basis' own, and processor seconds."""
 
 
 def energy(matrix: Tensor, side: str, basis: Tensor) -> float:
@@ -74,7 +70,7 @@ def candidates() -> dict[str, Finder]:
     return found
 
 
-def recorder(records: dict[str, Record], default: Finder) -> Finder:
+def recorder(records: Records, default: Finder) -> Finder:
     """Return a finder that tries all candidates beside the default, and lets the run go on with the default's."""
     tried = candidates()
 
@@ -82,27 +78,27 @@ def recorder(records: dict[str, Record], default: Finder) -> Finder:
         ((side, rank),) = wanted.ranks.items()
         exact = float(torch.linalg.svdvals(matrix)[:rank].square().sum())
         if side in wanted.old:
-            kept = records.setdefault("the old basis, kept", Record())
-            kept.energies.append(energy(matrix, side, wanted.old[side]) / exact)
+            kept = records.setdefault("the old basis, kept", [])
+            kept.append((energy(matrix, side, wanted.old[side]) / exact, 0.0))
         for name, finder in tried.items():
-            record = records.setdefault(name, Record())
-            started = time.process_time()
+            started_s = time.process_time()
             basis = finder(matrix, replace(wanted, generator=torch.Generator().manual_seed(1)))[side]
-            record.seconds += time.process_time() - started
-            record.energies.append(energy(matrix, side, basis) / exact)
+            seconds = time.process_time() - started_s
+            records.setdefault(name, []).append((energy(matrix, side, basis) / exact, seconds))
         return default(matrix, wanted)
 
     return find
 
 
-def sheet(records: dict[str, Record]) -> Sheet:
-    """Lay the records out."""
+def sheet(records: Records) -> Sheet:
+    """Lay the records out, the fastest first."""
     rows: dict[str, dict[str, Any]] = {}
-    for name, record in sorted(records.items(), key=lambda item: item[1].seconds):
-        worst, count = min(record.energies), len(record.energies)
-        figures = {"worst": f"{worst:.4f}", "mean": f"{sum(record.energies) / count:.4f}", "renewals": count}
-        figures["ms each"] = f"{1e3 * record.seconds / count:.2f}"
-        rows[name if worst >= BAR else f"[dim]{name}[/]"] = figures
+    for name, renewals in records.items():
+        energies, seconds = zip(*renewals, strict=True)
+        figures = {"worst": f"{min(energies):.4f}", "mean": f"{mean(energies):.4f}", "renewals": len(renewals)}
+        figures["ms each"] = f"{1e3 * mean(seconds):.2f}"
+        rows[name if min(energies) >= BAR else f"[dim]{name}[/]"] = figures
+    rows = dict(sorted(rows.items(), key=lambda row: float(row[1]["ms each"])))
     return Sheet(title=f"energy captured, of the exact basis' (bar at the worst: {BAR})", rows=rows)
 
 
@@ -112,14 +108,13 @@ def main(
     preset: Annotated[str, typer.Option(help="The model and its recipe.")] = "llama-tiny",
 ) -> None:
     """Run, compare and print the table."""
-    records: dict[str, Record] = {}
+    records: Records = {}
     settings: dict[str, Any] = {"steps": steps, "update_proj_gap": update_proj_gap}
     settings |= {"optim": "galore-adamw", "decomposition": "warm"}
     DECOMPOSITIONS["warm"] = recorder(records, DECOMPOSITIONS["warm"])
+    config, console = configure(preset, **settings), Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
-        result = new_run(
-            Pretraining, configure(preset, **settings), Path(folder) / "run", console=Console(stderr=True)
-        ).train()
+        result = new_run(Pretraining, config, Path(folder) / "run", console=console).train()
     console = Console()
     console.print(f"{preset}, {result.step} steps, gap {update_proj_gap}, perplexity {result.perplexity:.1f}")
     console.print(sheet(records).table())

@@ -59,8 +59,9 @@ def run(given: argparse.Namespace, measure: Callable[[argparse.Namespace, Consol
     except (RuntimeError, ValueError, ImportError) as error:
         raise SystemExit(str(error)) from error
     if given.json:
+        tables = [{"title": sheet.title, "rows": sheet.rows} for sheet in report.sheets]
         bars = [bar.record() for bar in report.bars]
-        print(json.dumps({"machine": machine, **report.record, "bars": bars}, indent=1))
+        print(json.dumps({"machine": machine, **report.record, "tables": tables, "bars": bars}, indent=1))
     else:
         console = Console()
         console.print("  ".join(f"{key} {value}" for key, value in machine.items()), highlight=False)

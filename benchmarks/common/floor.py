@@ -11,9 +11,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.common.methods import Method
-from benchmarks.common.sizes import Llama
 from benchmarks.common.timing import seconds_of
+from benchmarks.common.training import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +23,16 @@ class Demand:
     nbytes: float
 
 
-def demand(size: Llama, method: Method, tokens: int, dtype: torch.dtype) -> Demand:
+def demand(training: Training) -> Demand:
     """Return what a whole training step demands.
 
     Forward and gradients of the inputs take 4 N m n for N tokens; the gradients of the weights 2 N m n, or when they
     are fused 2 N r (m + n). Projecting and projecting back take 2 r m n each. Attention is causal: half of the
     products of queries with keys, and of the weights with values, forward once and backward twice.
     """
+    size, method, tokens, item = training.size, training.method, training.tokens, training.torch_dtype.itemsize
     rank, projects, fused = size.rank, method.projects, method.gradients == "fused"
-    item, moment = dtype.itemsize, 1 if method.state_bits == 8 else dtype.itemsize
+    moment = 1 if method.state_bits == 8 else item
     operations = 6.0 * tokens * size.hidden * (size.vocabulary + size.sequence * size.layers)
     nbytes = float(size.other_elements * (3 * item + 4 * moment))  # read weight, gradient, moments; write all but one
     for m, n in size.weights:
@@ -50,23 +50,21 @@ def demand(size: Llama, method: Method, tokens: int, dtype: torch.dtype) -> Dema
 class Speeds:
     """How fast a machine multiplies matrices and moves bytes: those of an MLP matrix, forward and backward."""
 
-    size: Llama  # whose matrix
-    tokens: int  # how many go through it
-    dtype: torch.dtype  # of all
-    device: str  # where
+    training: Training  # whose model; a batch goes through its matrix
     operations_per_s: list[float] = field(default_factory=list)  # one measurement a round
     bytes_per_s: list[float] = field(default_factory=list)  # one measurement a round
 
     def measure(self) -> None:
         """Measure once more. The first time everything runs twice, and the second run counts."""
-        hidden, intermediate = self.size.hidden, self.size.intermediate
-        shapes = (self.tokens, hidden), (self.tokens, intermediate), (intermediate, hidden)
-        x, grad_y, weight = (torch.randn(shape, dtype=self.dtype, device=self.device) for shape in shapes)
-        traffic = torch.zeros(2**26 // self.dtype.itemsize, dtype=self.dtype, device=self.device)
+        training, size = self.training, self.training.size
+        tokens, dtype, device = training.batch * size.sequence, training.torch_dtype, training.device
+        shapes = (tokens, size.hidden), (tokens, size.intermediate), (size.intermediate, size.hidden)
+        x, grad_y, weight = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+        traffic = torch.zeros(2**26 // dtype.itemsize, dtype=dtype, device=device)
         for _ in range(1 if self.operations_per_s else 2):
-            multiplied_s = seconds_of(lambda: (x @ weight.T, grad_y @ weight, grad_y.T @ x), self.device)
-            moved_s = seconds_of(lambda: traffic.mul_(1.0), self.device)
-        self.operations_per_s.append(6 * self.tokens * weight.numel() / multiplied_s)
+            multiplied_s = seconds_of(lambda: (x @ weight.T, grad_y @ weight, grad_y.T @ x), device)
+            moved_s = seconds_of(lambda: traffic.mul_(1.0), device)
+        self.operations_per_s.append(6 * tokens * weight.numel() / multiplied_s)
         self.bytes_per_s.append(2 * 2**26 / moved_s)
 
     def floor_s(self, demanded: Demand) -> float:

@@ -106,17 +106,19 @@ def _adamw8bit(groups: Groups, lr: float) -> Any:
     return AdamW8bit(groups, lr=lr)  # type: ignore[no-untyped-call]
 
 
+def _with(groups: Groups, **own: Any) -> Groups:
+    """The groups, the projected ones with keys of their own."""
+    return [{**group, **own} if "rank" in group else group for group in groups]
+
+
 def _galore_1(groups: Groups, lr: float) -> Any:
-    own = {"scale": 0.25, "proj_type": "std"}
-    groups = [{**group, **own} if "rank" in group else group for group in groups]
-    return _ours("GaLoreAdamW", groups, lr, no_deprecation_warning=True)
+    return _ours("GaLoreAdamW", _with(groups, scale=0.25, proj_type="std"), lr, no_deprecation_warning=True)
 
 
 def _apollo(groups: Groups, lr: float) -> Any:
     from apollo_torch import APOLLOAdamW
 
-    own = {"scale": 1, "proj": "random", "proj_type": "std", "scale_type": "channel"}
-    return APOLLOAdamW([{**group, **own} if "rank" in group else group for group in groups], lr=lr)
+    return APOLLOAdamW(_with(groups, scale=1, proj="random", proj_type="std", scale_type="channel"), lr=lr)
 
 
 BUILDERS: dict[str, Callable[[Groups, float], Any]] = {

@@ -5,7 +5,7 @@ A published optimizer is measured in a process of its own, see `start`; so is ev
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,13 @@ class OptimizerStep:
         """
         peer = self.method.peer if self.method else None
         environment = peers.importing_from(folder) if folder else peers.environment(peer)
-        return Worker(name, __name__, asdict(self), environment)
+        return Worker(name, replace(self).commands, environment)  # nothing is made yet
+
+    def commands(self) -> Commands:
+        """Return what such a process serves."""
+        torch.set_num_threads(self.threads)
+        torch.set_grad_enabled(False)  # for good: there is nothing but optimizers here
+        return {"step": self.step, "kept": self.kept, "figures": self.figures}
 
     @cached_property
     def _made(self) -> tuple[list[Tensor], dict[str, Call]]:
@@ -134,12 +140,3 @@ def floor(weights: list[Tensor], rank: int) -> dict[str, Call]:
 
     inner = torch.optim.AdamW(bare.coordinates, lr=1e-3, fused=True).step
     return {"products": products, "inner": inner, "weights": read_and_write_weights}
-
-
-def commands(request: dict[str, Any]) -> Commands:
-    """Serve an `OptimizerStep` that `asdict` has taken apart."""
-    method = request["method"] and Method(**request["method"])
-    one = OptimizerStep(**{**request, "size": Llama(**request["size"]), "method": method})
-    torch.set_num_threads(one.threads)
-    torch.set_grad_enabled(False)  # for good: there is nothing but optimizers here
-    return {"step": one.step, "kept": one.kept, "figures": one.figures}

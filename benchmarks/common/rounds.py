@@ -52,43 +52,14 @@ class RunFigures:
         """The most memory above the weights in any step, the first included, where that is told."""
         return max([self.first.get("peak_bytes", 0), *self.steps.get("peak_bytes", [])])
 
+    @property
+    def largest_bytes(self) -> float:
+        """The most that the process took so far, weights included."""
+        return self.highest_bytes + self.kept.get("weight_bytes", 0)
+
 
 def _seconds(answer: Mapping[str, float]) -> float:
     return sum(value for name, value in answer.items() if name.endswith("_s"))
-
-
-class _Run:
-    """A process that has taken its first step, and its figures."""
-
-    def __init__(self, worker: Worker, advance: Advance) -> None:
-        self._worker, self._advance = worker, advance
-        self.figures = RunFigures(first=self._step(", first step"))
-
-    def _step(self, which: str = "") -> dict[str, float]:
-        self._advance(self._worker.name + which)
-        return self._worker.ask("step")
-
-    def warm_up(self) -> None:
-        """Take the ordinary steps that do not count, and ask what is kept."""
-        for _ in range(WARM_UP):
-            self._step()
-        self.look()
-
-    def step(self) -> float:
-        """Take an ordinary step; return its seconds."""
-        answer = self._step()
-        for name, value in answer.items():
-            self.figures.steps.setdefault(name, []).append(value)
-        return _seconds(answer)
-
-    def look(self) -> None:
-        """Ask what it keeps between steps."""
-        self.figures.kept = self._worker.ask("kept")
-
-    @property
-    def largest_bytes(self) -> float:
-        """The most that it took so far, weights included."""
-        return self.figures.highest_bytes + self.figures.kept.get("weight_bytes", 0)
 
 
 def interleaved(
@@ -102,32 +73,36 @@ def interleaved(
     Returns:
         Their figures, by name.
     """
-    first, *waiting = starts
+    reference, *waiting = starts
     figures: dict[str, RunFigures] = {}
+    workers: dict[str, Worker] = {}
 
-    def started(stack: ExitStack, name: str) -> _Run:
-        run = _Run(stack.enter_context(starts[name]()), advance)
-        run.warm_up()
-        figures[name] = run.figures
-        return run
+    def start(name: str, stack: ExitStack) -> None:
+        worker = workers[name] = stack.enter_context(starts[name]())
+        figures[name] = _first_step(worker, advance)
+        for _ in range(WARM_UP):
+            advance(name)
+            worker.ask("step")
+        figures[name].kept = worker.ask("kept")
 
     with ExitStack() as outer:
-        reference = started(outer, first)
-        while waiting or not reference.figures.steps:
+        start(reference, outer)
+        while waiting or not figures[reference].steps:
             with ExitStack() as inner:
                 group, beside_s = [reference], list[float]()
                 while waiting and (
-                    len(group) == 1 or available_bytes(device) > 2 * max(run.largest_bytes for run in group)
+                    len(group) == 1 or available_bytes(device) > 2 * max(figures[name].largest_bytes for name in group)
                 ):
-                    group.append(started(inner, waiting.pop(0)))
-                for number, run in enumerate(in_turn(group, rounds)):
+                    group.append(waiting.pop(0))
+                    start(group[-1], inner)
+                for number, name in enumerate(in_turn(group, rounds)):
                     if number % len(group) == 0:
                         each_round()
-                    seconds = run.step()
-                    if run is reference:
+                    seconds = _step(workers[name], figures[name], advance)
+                    if name == reference:
                         beside_s.append(seconds)
-                for run in group:
-                    run.figures.beside_s += beside_s
+                for name in group:
+                    figures[name].beside_s += beside_s
     return figures
 
 
@@ -136,9 +111,22 @@ def one_by_one(starts: Starts, steps: int, advance: Advance) -> dict[str, RunFig
     figures = {}
     for name, start in starts.items():
         with start() as worker:
-            run = _Run(worker, advance)
+            figures[name] = _first_step(worker, advance)
             for _ in range(steps):
-                run.step()
-            run.look()
-        figures[name] = run.figures
+                _step(worker, figures[name], advance)
+            figures[name].kept = worker.ask("kept")
     return figures
+
+
+def _first_step(worker: Worker, advance: Advance) -> RunFigures:
+    advance(f"{worker.name}, first step")
+    return RunFigures(first=worker.ask("step"))
+
+
+def _step(worker: Worker, figures: RunFigures, advance: Advance) -> float:
+    """Take an ordinary step that counts; return its seconds."""
+    advance(worker.name)
+    answer = worker.ask("step")
+    for name, value in answer.items():
+        figures.steps.setdefault(name, []).append(value)
+    return _seconds(answer)

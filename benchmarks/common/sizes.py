@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Llama:
     """A LLaMA, and how the paper (arXiv 2403.03507) projects its attention and MLP matrices."""
 
@@ -79,19 +79,15 @@ class Llama:
             torch.set_default_dtype(before)
 
 
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, rank: int, **more: int) -> Llama:
-    return Llama(hidden=hidden, intermediate=intermediate, layers=layers, heads=heads, rank=rank, **more)
-
-
 LLAMA = {
-    "tiny": _llama(256, 688, 4, 4, 64, gap=50, vocabulary=2048, sequence=128),
-    "60m": _llama(512, 1376, 8, 8, 128),
-    "130m": _llama(768, 2048, 12, 12, 256),
-    "350m": _llama(1024, 2736, 24, 16, 256),
-    "1b": _llama(2048, 5461, 24, 32, 512),
-    "7b": _llama(4096, 11008, 32, 32, 1024, gap=500),
+    "tiny": Llama(256, 688, 4, 4, 64, gap=50, vocabulary=2048, sequence=128),
+    "60m": Llama(512, 1376, 8, 8, 128),
+    "130m": Llama(768, 2048, 12, 12, 256),
+    "350m": Llama(1024, 2736, 24, 16, 256),
+    "1b": Llama(2048, 5461, 24, 32, 512),
+    "7b": Llama(4096, 11008, 32, 32, 1024, gap=500),
 }
 """The presets of `galore pretrain`, without the part of their names that is the same."""
 
-REHEARSAL = _llama(32, 80, 1, 4, 8, vocabulary=64, sequence=16)
+REHEARSAL = Llama(32, 80, 1, 4, 8, vocabulary=64, sequence=16)
 """Next to nothing: what libraries set up at their first use is set up with it."""

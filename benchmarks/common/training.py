@@ -79,7 +79,26 @@ class Training:
 
     def start(self) -> Worker:
         """Start a process of its own, which answers "step" and "kept"."""
-        return Worker(self.name, __name__, asdict(self), peers.environment(self.method.peer))
+        return Worker(self.name, self.commands, peers.environment(self.method.peer))
+
+    def commands(self) -> Commands:
+        """Return what such a process serves."""
+        torch.set_num_threads(self.threads)
+        if self.thrifty:
+            give_back_at_once()
+        bf16_products.in_float32()
+        # Libraries load and set up at their first use what they need for good: that is not to count as the method's.
+        Trained(replace(self, size=REHEARSAL, tokens=REHEARSAL.sequence, batch=1)).step()
+        trained = Trained(self)
+        return {"step": trained.step, "kept": trained.kept}
+
+    def figures(self) -> dict[str, Any]:
+        """Measure it as a device is measured: see `step_figures`; and tokens a second."""
+        clear(self.device)
+        trained = Trained(self)
+        told = {"weights_GiB": stored_bytes(trained.model.parameters()) / GIB}
+        told |= step_figures(partial(trained.take, trained.draw()), self.device, trained.footprint)
+        return told | {"tokens_s": 1e3 * self.tokens / told["wall_ms"]}
 
 
 class Trained:
@@ -139,25 +158,3 @@ class Trained:
         """Return what is kept between steps: the bytes of the weights and of the optimizer's state."""
         state_bytes = sum(held_bytes(self._at_start).values())
         return {"weight_bytes": stored_bytes(self.model.parameters()), "state_bytes": state_bytes}
-
-
-def figures(training: Training) -> dict[str, Any]:
-    """Measure a training as a device is measured: see `step_figures`; and tokens a second."""
-    clear(training.device)
-    trained = Trained(training)
-    told = {"weights_GiB": stored_bytes(trained.model.parameters()) / GIB}
-    told |= step_figures(partial(trained.take, trained.draw()), training.device, trained.footprint)
-    return told | {"tokens_s": 1e3 * training.tokens / told["wall_ms"]}
-
-
-def commands(request: dict[str, Any]) -> Commands:
-    """Serve a `Training` that `asdict` has taken apart."""
-    training = Training(**{**request, "size": Llama(**request["size"]), "method": Method(**request["method"])})
-    torch.set_num_threads(training.threads)
-    if training.thrifty:
-        give_back_at_once()
-    bf16_products.in_float32()
-    # Libraries load and set up at their first use what they need for good: that is not to count as the method's.
-    Trained(replace(training, size=REHEARSAL, tokens=REHEARSAL.sequence, batch=1)).step()
-    trained = Trained(training)
-    return {"step": trained.step, "kept": trained.kept}

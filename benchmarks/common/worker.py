@@ -4,8 +4,8 @@ All that are wanted are alive at once, so that their steps can be timed in turn,
 in place of ours. A command is a line, its answer a line of JSON.
 """
 
-import importlib
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -16,25 +16,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Commands = Mapping[str, Callable[[], Mapping[str, Any]]]
-"""What each command calls: a worker's module has `commands(request)`, which returns it."""
+"""What each command calls."""
 
 Running = TypeVar("Running", bound="Worker")
 
 
 class Worker:
-    """One process, which serves the `commands` of a module; a context manager that ends it.
+    """One process, which serves commands; a context manager that ends it.
 
     Args:
         name: What messages call it.
-        module: The module.
-        request: What its `commands` gets, as JSON.
+        make: What makes the commands in the process, where it is unpickled.
         environment: Of the process; see `peers.environment`.
     """
 
-    def __init__(self, name: str, module: str, request: dict[str, Any], environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, make: Callable[[], Commands], environment: Mapping[str, str]) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        words = [sys.executable, __file__, module, json.dumps(request)]  # with -m the checkout would precede a peer
+        words = [sys.executable, __file__, pickle.dumps(make).hex()]  # with -m the checkout would precede a peer
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             words, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
@@ -75,7 +74,7 @@ def _serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not look like an answer
     here = str(Path(__file__).parent)
     sys.path[:] = [path for path in sys.path if path != here]  # modules here have longer names
-    commands: Commands = importlib.import_module(sys.argv[1]).commands(json.loads(sys.argv[2]))
+    commands: Commands = pickle.loads(bytes.fromhex(sys.argv[1]))()
     for line in sys.stdin:
         print(json.dumps(commands[line.strip()]()), file=answers, flush=True)
 

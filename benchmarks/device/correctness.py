@@ -1,7 +1,7 @@
 """Whether training on the device is right: each recipe and mode against float64 on the CPU, and what else must hold."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, 
 from galore_torch.projection import find_bases
 
 STEPS = 12
+ONCE: dict[str, Any] = {"update_proj_gap": 10**6, "decomposition": "svd", "saved": (1, "cpu", ())}
+"""The first step and its bases on the CPU, the others on the device from that state."""
 AUTOCAST = "fp16 autocast, loss scaler, clipping"
 PRESET_TABLE: dict[str, Make] = {
     "AdamW": lambda groups: GaLoreAdamW(groups, lr=1e-2, weight_decay=0.1),
@@ -29,38 +31,36 @@ IN_FEW_BITS: dict[str, tuple[Make, dict[str, Any]]] = {
     "AdamW, bases in 8 bits": (PRESET_TABLE["AdamW"], {"basis_bits": 8}),
     "AdamW, INT8 weights": (PRESET_TABLE["AdamW"], {"in_int8": True}),
 }
-ONCE = {"update_proj_gap": 10**6, "decomposition": "svd", "saved_after": 1, "saved_on": "cpu"}
-"""The first step and its bases on the CPU, the others on the device from that state."""
 Walk = Callable[[Mode, str], Tensor]
 """Trains for some steps in a mode on a device, and returns all weights."""
 
 
 def measure(session: Session) -> None:
     """Report the relative error of each recipe and mode after some steps, and of what else must hold."""
-    for row, walked, expected, limit in _rows():
-        modes = [mode for mode in MODES if row != AUTOCAST or "backward" not in mode]
-        session.try_row(row, partial(_compared, walked, expected, limit, modes, session.device))
+    for row, walk, expected, limit in _rows():
+        modes = {name: mode for name, mode in MODES.items() if row != AUTOCAST or "backward" not in mode}
+        session.try_row(row, partial(_compared, walk, expected, limits("correctness")[limit], modes, session.device))
     for row, check in CHECKS.items():
         session.try_row(row, partial(check, session.device))
 
 
 def _rows() -> Iterator[tuple[str, Walk, Walk, str]]:
-    """Yield rows: what is trained, what it must come to, and the key of how far it may be away from that."""
+    """Yield rows: what is trained, what it must come to on the CPU, and the key of how far it may be away from that."""
     for name, make in PRESET_TABLE.items():
         once, renewing = partial(_walk, make, **ONCE), partial(_walk, make)
         yield f"{name}, float64, one basis", once, once, "one basis"
         yield f"{name}, float64, renewing", renewing, renewing, "renewing"
     adamw = partial(_walk, PRESET_TABLE["AdamW"])
     yield "AdamW, float32, renewing", partial(adamw, dtype=torch.float32), adamw, "float32"
+    yield AUTOCAST, partial(adamw, dtype=torch.float32, train=_train_in_fp16), adamw, "few bits"
     for name, (make, keys) in IN_FEW_BITS.items():
         yield name, partial(_walk, make, dtype=torch.float32, **keys), adamw, "few bits"
-    yield AUTOCAST, partial(adamw, dtype=torch.float32, train=_train_in_fp16), adamw, "few bits"
 
 
-def _compared(walk: Walk, expected: Walk, limit: str, modes: Iterable[str], device: str) -> Figures:
+def _compared(walk: Walk, expected: Walk, at_most: float, modes: Mapping[str, Mode], device: str) -> Figures:
     right, start = expected((), "cpu"), flat(Net().double())
-    errors = {name: float((walk(MODES[name], device) - right).norm() / (right - start).norm()) for name in modes}
-    return {"right": max(errors.values()) <= limits("correctness")[limit], **errors}
+    errors = {name: float((walk(mode, device) - right).norm() / (right - start).norm()) for name, mode in modes.items()}
+    return {"right": max(errors.values()) <= at_most, **errors}
 
 
 def _walk(
@@ -69,27 +69,27 @@ def _walk(
     device: str,
     dtype: torch.dtype = torch.float64,
     *,
-    saved_after: int = 0,
-    saved_on: str = "",
     train: Callable[[Net, GaLore, Iterable[int]], None] = train,
+    saved: tuple[int, str, Mode] | None = None,
     **keys: Any,
 ) -> Tensor:
-    """Train on a device, from the same random numbers everywhere, and return all weights.
+    """Train from the same random numbers everywhere and return all weights.
 
-    After some steps, with nothing attached on another device or else in the same way, the state may be saved in a file
-    and loaded by way of the CPU.
+    `saved` says after how many steps, on which device and in which mode, the state is saved in a file and loaded again.
     """
     keys = {"update_proj_gap": 4, **keys}
     model, optimizer = build(make, device, dtype, mode, **keys)
-    if saved_after:
-        before, its = build(make, saved_on or device, dtype, () if saved_on else mode, **keys)
-        train(before, its, range(saved_after))
+    done, *where = saved or (0, device, mode)
+    if done:
+        before, its = build(make, where[0], dtype, where[1], **keys)
+        train(before, its, range(done))
         file = io.BytesIO()
         torch.save([before.state_dict(), its.state_dict()], file)
         file.seek(0)
-        for one, state in zip((model, optimizer), torch.load(file, map_location="cpu"), strict=True):
-            one.load_state_dict(state)
-    train(model, optimizer, range(saved_after, STEPS))
+        states = torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(states[0])
+        optimizer.load_state_dict(states[1])
+    train(model, optimizer, range(done, STEPS))
     return flat(model)
 
 
@@ -111,18 +111,18 @@ def _train_in_fp16(model: Net, optimizer: GaLore, steps: Iterable[int]) -> None:
 def _resumed(device: str) -> Figures:
     """A run that is saved, and loaded by way of the CPU, is the same bit for bit."""
     walk = partial(_walk, PRESET_TABLE["AdamW"], device=device, dtype=torch.float32)
-    equal = {name: torch.equal(walk(mode), walk(mode, saved_after=5)) for name, mode in MODES.items()}
+    equal = {name: torch.equal(walk(mode), walk(mode, saved=(5, device, mode))) for name, mode in MODES.items()}
     return {"right": all(equal.values()), **equal}
 
 
 def _same_draws(device: str) -> Figures:
     """A random basis is the CPU's, whatever device it is for."""
-    matrix = torch.zeros(96, 48)
-    bases = [
-        find_bases(matrix.to(where), {"left": 8}, "random", generator=torch.Generator().manual_seed(1))["left"]
-        for where in ("cpu", device)
-    ]
-    error = float((bases[0] - bases[1].cpu()).abs().max())
+
+    def basis(where: str) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return find_bases(torch.zeros(96, 48, device=where), {"left": 8}, "random", generator=generator)["left"].cpu()
+
+    error = float((basis("cpu") - basis(device)).abs().max())
     return {"right": error <= 1e-5, "error": error}
 
 
@@ -130,12 +130,11 @@ def _not_finite(device: str) -> Figures:
     """A gradient that is not finite renews nothing and is counted."""
     model, optimizer = build(PRESET_TABLE["AdamW"], device, torch.float32, update_proj_gap=1)
     train(model, optimizer, range(2))
-    before = {name: one.renewals for name, one in optimizer.subspaces().items()}
+    before = [one.renewals for one in optimizer.subspaces().values()]
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, float("nan"))
     optimizer.step()
-    after = {name: one.renewals for name, one in optimizer.subspaces().items()}
-    counted = optimizer.nonfinite_counts()
+    after, counted = [one.renewals for one in optimizer.subspaces().values()], optimizer.nonfinite_counts()
     return {"right": before == after and set(counted.values()) == {1}, "counted": len(counted)}
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ SMALL = {"350m": REHEARSAL, "7b": replace(REHEARSAL, hidden=48, intermediate=128
 """Two of the names for `--small`."""
 
 WIDE = 44
-"""Characters from which on a figure gets a line of its own below the table."""
+"""Characters that a figure may have in a table."""
 
 
 @dataclass(kw_only=True)
@@ -72,20 +72,7 @@ class Session:
         self.report(row, figures)
 
     def print_tables(self) -> None:
-        """Print a table for each part; figures that are long, such as lists, come below it."""
-        console = Console(width=300, markup=False)
+        """Print a table for each part, without what is long, such as lists: the rows above and the files have it."""
         for part, rows in self.rows.items():
-            short = {row: {k: v for k, v in one.items() if not _is_long(v)} for row, one in rows.items()}
-            console.print(f"\n{part}", Sheet(rows=short).table(), sep="\n", highlight=False)
-            console.print(*_long(rows), sep="\n", highlight=False, soft_wrap=True)
-
-
-def _is_long(value: object) -> bool:
-    return isinstance(value, (list, dict)) or len(shown(value)) > WIDE
-
-
-def _long(rows: dict[str, Figures]) -> Iterable[str]:
-    for row, figures in rows.items():
-        for name, value in figures.items():
-            if _is_long(value) and value:
-                yield f"  {row}: {name}: {'; '.join(map(str, value)) if isinstance(value, list) else value}"
+            short = {row: {k: v for k, v in one.items() if len(shown(v)) <= WIDE} for row, one in rows.items()}
+            Console(width=300, markup=False).print(f"\n{part}", Sheet(rows=short).table(), sep="\n", highlight=False)

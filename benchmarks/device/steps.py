@@ -14,7 +14,7 @@ from benchmarks.common.memory import clear
 from benchmarks.common.methods import METHODS, OPTIMIZERS, REFERENCE
 from benchmarks.common.optimizer_step import RARELY, OptimizerStep
 from benchmarks.common.sizes import Llama
-from benchmarks.common.training import Training, figures
+from benchmarks.common.training import Training
 from benchmarks.device.session import Figures, Session
 
 STEP_S = {"7b": 30.0, "1b": 10.0}
@@ -51,7 +51,7 @@ def measure_training(session: Session) -> None:
             batch=sequences,
             device=session.device,
         )
-        session.try_row(f"{name}, {which}", partial(figures, training), needs_s=TRAINING_S.get(name, 8.0))
+        session.try_row(f"{name}, {which}", training.figures, needs_s=TRAINING_S.get(name, 8.0))
 
 
 def measure(session: Session) -> None:

@@ -36,7 +36,7 @@ from benchmarks.common.report import Report
 from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.common.timing import Call, seconds_by_part, timed_calls
 from benchmarks.common.training import Trained, Training
-from benchmarks.llama_7b.report import Outcome, ordinary_s, report, state_of
+from benchmarks.llama_7b.report import ORDINARY, Outcome, report, state_of
 from galore_torch import GaLore, quantize_weights
 from galore_torch.optim import chunks
 from galore_torch.optim.rule import Rule
@@ -136,48 +136,47 @@ class Watched(Trained):
 
 
 def floor_s(case: Training, rounds: int, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Return the seconds of the floor's parts, medians of so many rounds after one that nobody counts.
+    """Return the seconds of the floor by part of a step, medians of so many rounds after one that nobody counts.
 
     `advance` is called after each round.
     """
-    size, layers = case.size, case.size.layers
+    size, layers, seconds = case.size, case.size.layers, dict[str, list[float]]()
     bare = Bare(weights_with_gradients(size.weights[:7], torch.bfloat16), size.rank, case.tokens)
     parts: dict[str, Call] = {
-        "no layer": _pass(replace(size, layers=0)),
-        "one layer": _pass(replace(size, layers=1)),
+        **_pass("no layer", replace(size, layers=0)),
+        **_pass("one layer", replace(size, layers=1)),
         "project": bare.project_fused if case.method.gradients == "fused" else bare.project,
         "fold": bare.fold,
         "inner": _adamw_step([coordinate.numel() for coordinate in bare.coordinates]),
         "embeddings": _adamw_step([size.vocabulary * size.hidden]),
     }
-    taken = []
     for _ in range(1 + rounds):
-        taken.append(seconds_by_part(parts))
+        for name, value in seconds_by_part(parts).items():
+            seconds.setdefault(name, []).append(value)
         advance()
-    none_s, one_s, project_s, fold_s, inner_s, embeddings_s = (
-        median(seconds[name] for seconds in taken[1:]) for name in taken[0]
-    )
-    return {
-        "pass": none_s + layers * (one_s - none_s),
-        "project": layers * project_s,
-        "fold": layers * fold_s,
-        "inner": layers * inner_s + 2 * embeddings_s,
+    one = {name: median(values[1:]) for name, values in seconds.items()}
+    passes = {
+        way: one[f"no layer, {way}"] + layers * (one[f"one layer, {way}"] - one[f"no layer, {way}"])
+        for way in ("forward_s", "backward_s")
     }
+    inner_s = layers * one["inner_s"] + 2 * one["embeddings_s"]
+    return {**passes, "inner_s": inner_s, "fold_s": layers * one["fold_s"], "other_s": layers * one["project_s"]}
 
 
-def _pass(size: Llama) -> Call:
-    """A forward and a backward that drops every gradient."""
+def _pass(name: str, size: Llama) -> dict[str, Call]:
+    """A forward, and a backward that drops every gradient."""
     model, ids = size.model(torch.bfloat16), real_text(size.sequence)
+    losses: list[Tensor] = []
 
     def drop(weight: Tensor) -> None:
         weight.grad = None
 
-    def forward_and_backward() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-
     for weight in model.parameters():
         weight.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
-    return forward_and_backward
+    return {
+        f"{name}, forward": lambda: losses.append(model(input_ids=ids, labels=ids).loss),
+        f"{name}, backward": lambda: losses.pop().backward(),  # type: ignore[no-untyped-call]
+    }
 
 
 def _adamw_step(sizes: list[int]) -> Call:
@@ -201,8 +200,8 @@ def measure(case: Training, steps: int, floor_rounds: int, messages: Console) ->
             phases.begin(f"step {number} of {steps}: {what}", len(list(trained.model.parameters())))
             taken.append(step := trained.step())
             messages.print(
-                f"step {number}: loss {step['loss']:.4f}, {ordinary_s(step):.1f} s and {step['renewal_s']:.1f} s for "
-                f"{step['renewed']} bases, {step['peak_bytes'] / GIB:.2f} GiB",
+                f"step {number}: loss {step['loss']:.4f}, {sum(step[part] for part in ORDINARY):.1f} s and "
+                f"{step['renewal_s']:.1f} s for {step['renewed']} bases, {step['peak_bytes'] / GIB:.2f} GiB",
                 highlight=False,
             )
         weight_bytes = stored_bytes([*trained.model.parameters(), *trained.model.buffers()])

@@ -18,31 +18,21 @@ from galore_torch.optim import state_bytes
 
 GB = 1e9
 PARTS = {
-    "forward_s": "forward, s",
-    "backward_s": "backward, s",  # without what follows
-    "renewal_s": "renewal, s",  # finding new bases
-    "inner_s": "inside, s",  # the optimizer inside, on coordinates, embeddings, head and norms
-    "fold_s": "back, s",  # projecting the coordinates back into the weights
-    "other_s": "other, s",  # all else that applies gradients: projecting full ones, checks, reading bases in few bits
+    "forward_s": "forward",
+    "backward_s": "backward",  # without what follows
+    "renewal_s": "renewal",  # finding new bases
+    "inner_s": "inside",  # the optimizer inside, on coordinates, embeddings, head and norms
+    "fold_s": "back",  # projecting the coordinates back into the weights
+    "other_s": "other",  # all else that applies gradients: projecting full ones, checks, reading bases in few bits
 }
 """The parts of a step, and what tables call them."""
-FLOOR = {
-    "pass": ("forward, backward", ("forward_s", "backward_s")),
-    "project": ("projecting, if not in the backward", ("other_s",)),
-    "fold": ("projecting back into the weights", ("fold_s",)),
-    "inner": ("the optimizer inside", ("inner_s",)),
-}
-"""The parts of the floor: their words, and which parts of a step do the same."""
+ORDINARY = [part for part in PARTS if part != "renewal_s"]
+"""The parts that an ordinary step has, and its floor."""
 ADAMW = "AdamW, BF16"
 SIXTEEN_BIT = "GaLore, BF16 (by shapes)"
 EIGHT_BIT = "8-bit moments, BF16 bases"
 HELD = "8-bit moments, {}-bit bases, held"
 Step = Mapping[str, float]
-
-
-def ordinary_s(step: Step) -> float:
-    """Return the seconds of a step without its renewals."""
-    return sum(step[part] for part in PARTS if part != "renewal_s")
 
 
 def state_of(optimizer: Optimizer) -> dict[str, tuple[int, int]]:
@@ -85,15 +75,14 @@ class Outcome:
         """The most memory that the process took."""
         return max(self.building["highest_bytes"], self.highest["peak_bytes"])
 
-    def ordinary_s(self) -> dict[str, tuple[float, float]]:
-        """Return the seconds of an ordinary step by part of the floor, and the floor's own, which may be nothing.
+    def ordinary_s(self) -> dict[str, float]:
+        """Return the seconds of an ordinary step by part: medians of the steps after the first."""
+        return {part: median(step[part] for step in self.steps[1:] or self.steps) for part in ORDINARY}
 
-        They are medians of the steps after the first, renewals apart; "all" comes last.
-        """
-        steps, floor_s = self.steps[1:] or self.steps, self.floor_s or {}
-        parts = {part: median(sum(step[one] for one in ours) for step in steps) for part, (_, ours) in FLOOR.items()}
-        both = {part: (seconds, floor_s.get(part, 0.0)) for part, seconds in parts.items()}
-        return {**both, "all": (median(map(ordinary_s, steps)), sum(floor_s.values()))}
+    @property
+    def over_floor(self) -> float:
+        """An ordinary step over its floor, where that was timed."""
+        return sum(self.ordinary_s().values()) / sum((self.floor_s or {}).values())
 
     def kinds_bytes(self) -> dict[str, float]:
         """Return what the peak consists of."""
@@ -122,14 +111,8 @@ class Outcome:
 
 def report(outcome: Outcome) -> Report:
     """Return all of it, every figure as JSON too, in seconds and bytes."""
-    record = {
-        **asdict(outcome),
-        "ordinary_s": outcome.ordinary_s()["all"][0],
-        "peak_bytes": outcome.peak_bytes,
-        "kinds_bytes": outcome.kinds_bytes(),
-        "states_bytes": {name: {"held": of[0], "codes": of[1]} for name, of in outcome.states_bytes().items()},
-    }
-    return Report(title=title(outcome.case), record=record, sheets=sheets(outcome), bars=bars(outcome))
+    made = title(outcome.case)
+    return Report(title=made, record=asdict(outcome), sheets=sheets(outcome), bars=bars(outcome))
 
 
 def title(case: Training) -> str:
@@ -147,8 +130,7 @@ def bars(outcome: Outcome) -> list[Bar]:
     if len(outcome.steps) >= 3:
         figures["peak of the process, GiB"] = outcome.peak_bytes / GIB
     if outcome.floor_s and len(outcome.steps) > 1:
-        ours_s, least_s = outcome.ordinary_s()["all"]
-        figures["ordinary step / the floor"] = ours_s / least_s
+        figures["ordinary step / the floor"] = outcome.over_floor
     return judged("llama_7b", outcome.case.case(), figures)
 
 
@@ -156,7 +138,7 @@ def sheets(outcome: Outcome) -> list[Sheet]:
     """Return all as tables that fit 80 columns: the steps, memory, the optimizer's state, and the floor."""
     steps: dict[str, dict[str, Any]] = {}
     for number, step in enumerate(outcome.steps, 1):
-        seconds = {words: step[part] for part, words in PARTS.items()}
+        seconds = {f"{words}, s": step[part] for part, words in PARTS.items()}
         last = {"all, s": sum(seconds.values()), "GiB": step["peak_bytes"] / GIB}
         steps[f"step {number}"] = {"loss": f"{step['loss']:.4f}", **seconds, **last}
     caption = (
@@ -177,13 +159,20 @@ def sheets(outcome: Outcome) -> list[Sheet]:
     }
     kinds = {kind: {"GiB": nbytes / GIB} for kind, nbytes in memory.items()}
     made = [
-        Sheet(title=title(outcome.case), rows=steps, caption=caption, drawn=[*PARTS.values()], unit="seconds"),
+        Sheet(
+            title=title(outcome.case),
+            rows=steps,
+            caption=caption,
+            drawn=[f"{words}, s" for words in PARTS.values()],
+            unit="seconds",
+        ),
         Sheet(title="Memory at the peak", rows=kinds, last=1, drawn=("GiB",), unit="memory of the process, GiB"),
         Sheet(title="Optimizer state", rows=state),
     ]
     if outcome.floor_s:
-        both = outcome.ordinary_s()
-        rows = {FLOOR.get(part, (part,))[0]: {"ours": ours, "floor": least} for part, (ours, least) in both.items()}
-        caption = f"Ours is {both['all'][0] / both['all'][1]:.2f} of the floor, in which all is in bfloat16."
+        both = {"ours": outcome.ordinary_s(), "floor": outcome.floor_s}
+        rows = {PARTS[part]: {who: seconds[part] for who, seconds in both.items()} for part in ORDINARY}
+        rows["all"] = {who: sum(seconds.values()) for who, seconds in both.items()}
+        caption = f"Ours is {outcome.over_floor:.2f} of the floor, in which all is in bfloat16."
         made.append(Sheet(title="An ordinary step, seconds", rows=rows, caption=caption, last=1))
     return made

@@ -17,7 +17,7 @@ process of its own; the tokens are random and of the preset's sequence length.
 """
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
@@ -70,7 +70,10 @@ def trainings(given: argparse.Namespace, measured: str) -> list[Training]:
 def run(given: argparse.Namespace, messages: Console) -> Report:
     """Measure what is asked for."""
     if given.measure == MLP_BLOCK:
-        return mlp_block.run(small=given.quick, rounds=_rounds(given, "speed"), messages=messages)
+        size, rounds = mlp_block.SMALL if given.quick else mlp_block.LLAMA_7B, _rounds(given, "speed")
+        with command.Phases(messages) as phases:
+            phases.begin(MLP_BLOCK, 2 * rounds)
+            return mlp_block.report(size, mlp_block.measure(size, rounds, phases.count))
     plans = {measured: trainings(given, measured) for measured in ([given.measure] if given.measure else MEASURED)}
     for training in (one for plan in plans.values() for one in plan):
         if training.method.peer:
@@ -82,18 +85,17 @@ def run(given: argparse.Namespace, messages: Console) -> Report:
         with command.Phases(messages) as phases:
             if measured == "speed":
                 phases.begin(measured, len(plan) * (1 + WARM_UP + rounds))
-                tokens = first.batch * first.size.sequence
-                speeds = Speeds(size=first.size, tokens=tokens, dtype=first.torch_dtype, device=first.device)
+                speeds = Speeds(training=first)
                 results = interleaved(starts, rounds, phases.count, first.device, speeds.measure)
-                for one in plan:
-                    floors_s[one.name] = speeds.floor_s(demand(one.size, one.method, one.tokens, one.torch_dtype))
+                floors_s = {one.name: speeds.floor_s(demand(one)) for one in plan}
                 made.sheets.append(report.time_sheet(results, first, floors_s))
             else:
                 phases.begin(measured, len(plan) * (1 + rounds))
                 results = one_by_one(starts, rounds, phases.count)
         made.sheets.append(report.memory_sheet(results, first))
         made.bars += report.bars(results, first, measured)
-        made.record[measured] = report.record(results, first, floors_s)
+        methods = {name: asdict(one) for name, one in results.items()}
+        made.record[measured] = {"training": asdict(first), "methods": methods, "floors_s": floors_s}
     return made
 
 

@@ -8,11 +8,9 @@ from dataclasses import asdict, replace
 from statistics import median
 
 import torch
-from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.common import command
-from benchmarks.common.bars import Bar, judged
+from benchmarks.common.bars import judged
 from benchmarks.common.report import Report, Sheet
 from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.common.timing import in_turn, seconds_of
@@ -38,74 +36,60 @@ class _Linears(nn.Module):
     def __init__(self, size: Llama) -> None:
         super().__init__()
         narrow, wide = size.hidden, size.intermediate
-        self.gate_proj = nn.Linear(narrow, wide, bias=False, dtype=torch.bfloat16)
-        self.up_proj = nn.Linear(narrow, wide, bias=False, dtype=torch.bfloat16)
-        self.down_proj = nn.Linear(wide, narrow, bias=False, dtype=torch.bfloat16)
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(width: int) -> Tensor:
-            return torch.randn(size.sequence, width, generator=generator).to(torch.bfloat16)
-
-        self.narrow, self.wide = draw(narrow).requires_grad_(), draw(wide).requires_grad_()
-        self.gradients = [draw(wide), draw(wide), draw(narrow)]
-
-    def forward_and_backward(self) -> None:
-        """Go forward and backward once."""
-        outputs = [self.gate_proj(self.narrow), self.up_proj(self.narrow), self.down_proj(self.wide)]
-        torch.autograd.backward(outputs, self.gradients)
+        widths = ((narrow, wide), (narrow, wide), (wide, narrow))
+        self.layers = nn.ModuleList(nn.Linear(*both, bias=False, dtype=torch.bfloat16) for both in widths)
+        x, y = (torch.randn(size.sequence, width).bfloat16().requires_grad_() for width in (narrow, wide))
+        self.inputs = [x, x, y]
+        self.gradients = [torch.randn(size.sequence, width).bfloat16() for _, width in widths]
 
     def pass_s(self) -> float:
-        """Return the seconds of one pass."""
-        seconds = seconds_of(self.forward_and_backward, "cpu")
-        self.narrow.grad = self.wide.grad = None
+        """Go forward and backward once; return the seconds."""
+
+        def forward_and_backward() -> None:
+            outputs = [layer(x) for layer, x in zip(self.layers, self.inputs, strict=True)]
+            torch.autograd.backward(outputs, self.gradients)
+
+        seconds = seconds_of(forward_and_backward, "cpu")
+        for x in self.inputs:
+            x.grad = None
         return seconds
 
 
 def measure(size: Llama, rounds: int, advance: Callable[[], None]) -> dict[str, list[float]]:
-    """Return the seconds of every pass, plain and fused in turn; `advance` is called after each of the rounds."""
+    """Return the seconds of every pass, plain and fused in turn; `advance` is called after each pass."""
     from galore_torch import GaLoreAdamW, attach, param_groups
 
     blocks = {"plain": _Linears(size), "fused": _Linears(size)}
-    fused = blocks["fused"]
-    groups = param_groups(fused, size.rank, "all-linear", decomposition="random")  # what it holds does not matter here
+    groups = param_groups(blocks["fused"], size.rank, "all-linear", decomposition="random")  # any basis will do
     optimizer = GaLoreAdamW(groups, lr=1e-4)
     seconds: dict[str, list[float]] = {kind: [] for kind in blocks}
-    with attach(fused, optimizer, gradients="fused"):
+    with attach(blocks["fused"], optimizer, gradients="fused"):
         for _ in range(2):  # the first finds the bases; from the second on it is known which layers share an input
-            fused.pass_s()
+            blocks["fused"].pass_s()
             optimizer.step()
             optimizer.zero_grad()
         blocks["plain"].pass_s()
-        for number, kind in enumerate(in_turn(list(blocks), rounds)):
+        for kind in in_turn(list(blocks), rounds):
             blocks[kind].zero_grad()
             seconds[kind].append(blocks[kind].pass_s())
-            if number % 2:
-                advance()
+            advance()
     return seconds
 
 
-def bars(size: Llama, seconds: dict[str, list[float]]) -> list[Bar]:
-    """Return the ratio against its bar, if it has one."""
-    ratio = median(seconds["fused"]) / median(seconds["plain"])
-    return judged("mlp_block", asdict(size), {"MLP block, fused / plain": ratio})
-
-
-def run(*, small: bool, rounds: int, messages: Console) -> Report:
-    """Measure the block of LLaMA-7B, or a small one."""
-    size = SMALL if small else LLAMA_7B
-    with command.Phases(messages) as phases:
-        phases.begin("MLP block", rounds)
-        seconds = measure(size, rounds, phases.count)
-    medians, by_arithmetic = {kind: median(times) for kind, times in seconds.items()}, {"fused": arithmetic(size)}
+def report(size: Llama, seconds: dict[str, list[float]]) -> Report:
+    """Return the medians, and their ratio against its bar, if it has one."""
+    medians = {kind: median(times) for kind, times in seconds.items()}
+    ratios = {kind: middle / medians["plain"] for kind, middle in medians.items()}
+    by_arithmetic = {"plain": 1.0, "fused": arithmetic(size)}
     rows = {
-        kind: {"seconds": middle, "of plain": middle / medians["plain"], "by arithmetic": by_arithmetic.get(kind, 1.0)}
-        for kind, middle in medians.items()
+        kind: {"seconds": medians[kind], "of plain": ratios[kind], "by arithmetic": by_arithmetic[kind]}
+        for kind in medians
     }
     title = f"MLP of {size.hidden} x {size.intermediate}, bfloat16, rank {size.rank}, {size.sequence} tokens"
     caption = "Forward and backward of three linear layers."
     return Report(
         title=title,
-        record={"mlp-block": {"size": asdict(size), "seconds": seconds, "figures": rows}},
+        record={"mlp-block": {"size": asdict(size), "seconds": seconds}},
         sheets=[Sheet(title=title, rows=rows, caption=caption, drawn=("seconds",), unit="seconds")],
-        bars=bars(size, seconds),
+        bars=judged("mlp_block", asdict(size), {"MLP block, fused / plain": ratios["fused"]}),
     )

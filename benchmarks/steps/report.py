@@ -1,8 +1,6 @@
 """What whole training steps came to: time and memory as tables, against their bars, and as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
 
 from benchmarks.common.bars import Bar, judged
 from benchmarks.common.memory import MIB
@@ -84,14 +82,3 @@ def memory_sheet(results: Results, training: Training) -> Sheet:
         "and goes."
     )
     return Sheet(title=training.title, rows=rows, caption=caption, drawn=KINDS, unit="peak memory above weights, MiB")
-
-
-def record(results: Results, training: Training, floors_s: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Return every raw figure as JSON, in seconds and bytes."""
-    methods = {
-        name: {**asdict(one), "kinds_bytes": kinds_bytes(one), "highest_bytes": one.highest_bytes}
-        for name, one in results.items()
-    }
-    for name, floor_s in (floors_s or {}).items():
-        methods[name] |= {"step_s": results[name].step_s, "gain": results[name].gain, "floor_s": floor_s}
-    return {"training": asdict(training), "methods": methods}

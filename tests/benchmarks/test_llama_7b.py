@@ -129,7 +129,7 @@ def outcome() -> Outcome:
         steps=[step, *[{**step, "renewal_s": 0.0, "renewed": 0}] * 2],
         weight_bytes=round(12.55 * GIB),
         state={"bases": (960_000_000, 939_524_096), "moments": (3_836_000_000, 3_760_475_904)},
-        floor_s={"pass": 70.0, "project": 5.0, "fold": 10.0, "inner": 15.0},
+        floor_s={"forward_s": 20.0, "backward_s": 50.0, "inner_s": 15.0, "fold_s": 10.0, "other_s": 5.0},
     )
 
 

@@ -1,6 +1,6 @@
 """Throughput and memory measure what they say: every method trains, every byte has its kind, every figure its bar."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from typing import ClassVar
@@ -97,7 +97,7 @@ def test_a_projected_gradient_stores_its_image_alone():
 
 
 def demanded(name: str) -> Demand:
-    return demand(SMALL, METHODS[name], 64, torch.float32)
+    return demand(tiny(name))
 
 
 def test_the_floor_counts_products_and_traffic():
@@ -113,7 +113,7 @@ def test_the_floor_counts_products_and_traffic():
 
 def test_speeds_are_measured_and_give_a_floor():
     measured = {"operations_per_s": [1e9, 2e9, 3e9], "bytes_per_s": [4e9]}
-    speeds = Speeds(size=SMALL, tokens=64, dtype=torch.float32, device="cpu", **measured)
+    speeds = Speeds(training=TINY, **measured)
     assert speeds.floor_s(Demand(operations=4e9, nbytes=2e9)) == pytest.approx(2.5)
     speeds.measure()
     assert len(speeds.operations_per_s) == 4
@@ -218,10 +218,8 @@ def test_the_tables_fit_a_terminal_and_the_kinds_add_up(results, tmp_path):
     assert all(name in text for name in METHODS)
     assert "…" not in text
     assert sum(report.kinds_bytes(results[REFERENCE]).values()) == 100 * MIB
-    record = report.record(shown, TINY, dict.fromkeys(shown, 1.0))
-    assert record["training"] == asdict(TINY)
-    assert record["methods"]["galore/fused"]["gain"] == pytest.approx(1.15)
     sheets = [report.time_sheet(shown, TINY, dict.fromkeys(shown, 1.0)), report.memory_sheet(shown, TINY)]
+    assert sheets[0].rows["galore/fused"][f"of {REFERENCE}"] == pytest.approx(1.15)
     draw(Report(title="", sheets=sheets), tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
@@ -233,7 +231,7 @@ def test_a_renewal_is_spread_over_its_gap():
 def test_the_mlp_block_is_measured_both_ways():
     seconds = mlp_block.measure(SMALL, 2, lambda: None)
     assert {kind: len(times) for kind, times in seconds.items()} == {"plain": 2, "fused": 2}
-    (kept,) = mlp_block.bars(mlp_block.LLAMA_7B, {"plain": [1.0], "fused": [0.87]})
-    (missed,) = mlp_block.bars(mlp_block.LLAMA_7B, {"plain": [1.0], "fused": [0.89]})
+    (kept,) = mlp_block.report(mlp_block.LLAMA_7B, {"plain": [1.0], "fused": [0.87]}).bars
+    (missed,) = mlp_block.report(mlp_block.LLAMA_7B, {"plain": [1.0], "fused": [0.89]}).bars
     assert (kept.kept, missed.kept) == (True, False)
-    assert mlp_block.bars(mlp_block.SMALL, seconds) == []
+    assert mlp_block.report(mlp_block.SMALL, seconds).bars == []
