@@ -26,8 +26,14 @@ PARTS = {
     "other_s": "other",  # all else that applies gradients: projecting full ones, checks, reading bases in few bits
 }
 """The parts of a step, and what tables call them."""
-ORDINARY = [part for part in PARTS if part != "renewal_s"]
-"""The parts that an ordinary step has, and its floor."""
+ORDINARY = {
+    "forward_s": "forward",
+    "backward_s": "backward",
+    "inner_s": "the optimizer inside",
+    "fold_s": "projecting back into the weights",
+    "other_s": "projecting, if not in the backward",
+}
+"""The parts that an ordinary step has, and its floor, in words."""
 ADAMW = "AdamW, BF16"
 SIXTEEN_BIT = "GaLore, BF16 (by shapes)"
 EIGHT_BIT = "8-bit moments, BF16 bases"
@@ -171,7 +177,7 @@ def sheets(outcome: Outcome) -> list[Sheet]:
     ]
     if outcome.floor_s:
         both = {"ours": outcome.ordinary_s(), "floor": outcome.floor_s}
-        rows = {PARTS[part]: {who: seconds[part] for who, seconds in both.items()} for part in ORDINARY}
+        rows = {words: {who: of[part] for who, of in both.items()} for part, words in ORDINARY.items()}
         rows["all"] = {who: sum(seconds.values()) for who, seconds in both.items()}
         caption = f"Ours is {outcome.over_floor:.2f} of the floor, in which all is in bfloat16."
         made.append(Sheet(title="An ordinary step, seconds", rows=rows, caption=caption, last=1))
