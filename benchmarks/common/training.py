@@ -117,7 +117,7 @@ class Trained:
         """Return the model."""
         model = self.training.size.model(self.training.torch_dtype, self.training.device)
         if self.training.method.recomputes:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         if self.training.method.weight_bits == 8:
             from galore_torch import quantize_weights
 

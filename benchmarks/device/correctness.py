@@ -79,9 +79,9 @@ def _walk(
     """
     keys = {"update_proj_gap": 4, **keys}
     model, optimizer = build(make, device, dtype, mode, **keys)
-    done, *where = saved or (0, device, mode)
+    done, first_device, first_mode = saved or (0, device, mode)
     if done:
-        before, its = build(make, where[0], dtype, where[1], **keys)
+        before, its = build(make, first_device, dtype, first_mode, **keys)
         train(before, its, range(done))
         file = io.BytesIO()
         torch.save([before.state_dict(), its.state_dict()], file)
