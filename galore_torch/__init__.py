@@ -76,23 +76,31 @@ def _make_known() -> None:
 class _AfterTorch(importlib.abc.MetaPathFinder):
     """Does so when torch is imported after us; once, and without any part in how torch is found.
 
-    A package of ours that needs torch has it imported first, before the package itself is half imported.
+    A package of ours that needs torch has it imported first, before the package itself is half imported. And many only
+    look whether torch is there, before they import it: that is not yet an import.
     """
+
+    _looks = False
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         del path, target
         if name.startswith(f"{__name__}.") and name.split(".")[1] in _WITH_TORCH:
             importlib.import_module("torch")
             return None
-        if name != "torch":
+        if name != "torch" or self._looks:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._looks = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looks = False
         if spec is not None and spec.loader is not None:
             loader = spec.loader
             run = loader.exec_module
 
             def run_and_tell(module: Any) -> None:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 run(module)
                 _make_known()
 

@@ -44,6 +44,7 @@ class Pretraining(Job):
     """
 
     unit = "tokens"
+    in_processes = True
     settings = PretrainConfig
     result = PretrainResult
 

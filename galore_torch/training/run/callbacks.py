@@ -17,6 +17,7 @@ from galore_torch.training.run import records
 from galore_torch.training.run.files import sync
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
+from galore_torch.training.run.processes import any_process, wait_for_all
 from galore_torch.training.run.records import Record
 from galore_torch.training.run.signals import handle, heard, stop_if_asked
 
@@ -91,6 +92,7 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete the checkpoint, which the records must not be behind after a loss of power."""
+        wait_for_all()  # each process leaves its random numbers there
         for path in (self._folder.metrics, self._folder.subspaces):
             if path.exists():
                 sync(path)
@@ -123,8 +125,8 @@ class SaveOnSignal(TrainerCallback):
         self._give_back()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop once asked to."""
-        if self._asked:
+        """Save and stop once any process was asked to."""
+        if any_process(self._asked, args.device):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

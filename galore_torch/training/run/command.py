@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from galore_torch.training.run import records
+from galore_torch.training.run import processes, records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.disk import failed_write
 from galore_torch.training.run.folder import RunFolder
@@ -107,7 +107,7 @@ def run_command(
         json: whether the result is printed as JSON.
         instead: what is done with the settings instead of a run.
     """
-    console, name = Console(stderr=json), f"galore {command}"
+    console, name = Console(stderr=json, quiet=not processes.is_first()), f"galore {command}"
     folder: RunFolder | None = None
     with stoppable(lambda: _stopped(folder, name, resumed=resume)):
         with reported_errors(name):
@@ -122,7 +122,9 @@ def run_command(
                     instead(settings, console)
                     return
                 found = out or Path("runs", default)
-                RunFolder(found).require_new()
+                resume = processes.was_restarted() and RunFolder(found).config.exists()
+                if not resume:
+                    processes.run_folder(found).require_new()
             folder = RunFolder(found)
             with console.status("Loading Transformers"):
                 from galore_torch.training.run.run import new_run, resumed_run
@@ -131,9 +133,9 @@ def run_command(
             run = resumed_run(job, found, console=console) if resume else new_run(job, settings, found, console=console)
         with reported_errors(name, lambda: _failed(run.folder, name)):
             result: RunResult = run.train()
-        if json:
+        if json and processes.is_first():
             print(json_format.dumps(dataclasses.asdict(result)))
-        else:
+        elif not json:
             for line in _shown(result, name):
                 console.print(line, soft_wrap=True, highlight=False, markup=False)
         if not result.finished:

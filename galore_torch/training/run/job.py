@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
-from galore_torch.training.run import optimizers
+from galore_torch.training.run import optimizers, processes
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.settings.config import from_values, read_file
 
@@ -22,6 +22,7 @@ class Job(ABC):
     unit: ClassVar[str]  # what its records count: tokens or examples
     settings: ClassVar[type]  # the dataclass of its settings
     result: ClassVar[Callable[..., Any]]  # the subclass of `RunResult` that says what it came to
+    in_processes: ClassVar[bool] = False  # whether it can run in several
     task_type: str | None = None  # PEFT's name of what the model is trained for; None for newly initialized weights
 
     config: Any  # its settings: ``optimizer``, ``adapter``, ``schedule`` and ``title``
@@ -88,13 +89,13 @@ def make_trainer(
         given: `TrainingArguments` that take the place of the job's.
     """
     settings, schedule = job.config.optimizer, job.config.schedule
-    micro_batch = schedule.micro_batch or schedule.batch
+    micro_batch = processes.require_served(job.config, in_processes=job.in_processes)
     arguments: dict[str, Any] = {
         "learning_rate": settings.lr,
         "max_grad_norm": settings.max_grad_norm,
         "per_device_train_batch_size": micro_batch,
         "per_device_eval_batch_size": micro_batch,
-        "gradient_accumulation_steps": schedule.batch // micro_batch,
+        "gradient_accumulation_steps": schedule.batch // (micro_batch * processes.count()),
         "logging_steps": 1,  # a loss averaged over steps on both sides of an interruption would not be the same
         "logging_nan_inf_filter": False,
         # By steps also where an epoch is meant: the Trainer evaluates at an epoch's end after it has saved that step's
@@ -108,10 +109,20 @@ def make_trainer(
         "bf16": False,  # weights have the dtype that the settings say, and SFTConfig would have it otherwise
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if processes.count() > 1 and not torch.cuda.is_available():  # Accelerate would leave each process to itself
+        arguments |= {"use_cpu": True, "ddp_backend": "gloo"}
     args = TrainingArguments(output_dir=folder, **(arguments | job.schedule() | given))
+    if args.world_size != processes.count():
+        raise ValueError(
+            f"WORLD_SIZE = {processes.count()}, and Accelerate finds {args.world_size} processes; start the run by "
+            "torchrun, on a machine whose devices all processes can use."
+        )
     if args.n_gpu > 1:
         args._n_gpu = 1  # DataParallel would multiply the batch
     factory = (optimizers.TrainerOptimizer, {"optimizer": optimizer, "config": settings})
     trainer = job.trainer(args, callbacks=list(callbacks), optimizer_cls_and_kwargs=factory)
+    if processes.count() > 1:  # whole batches alone, so that none is filled up with rows that count twice
+        rows = len(trainer.eval_dataset)  # type: ignore[arg-type]
+        args.per_device_eval_batch_size = max(size for size in range(1, micro_batch + 1) if rows % size == 0)
     trainer.remove_callback(PrinterCallback)  # our own lines are shown
     return trainer

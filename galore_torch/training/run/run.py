@@ -16,7 +16,7 @@ from galore_torch.integrations.callback import GaLoreCallback, figures_of, galor
 from galore_torch.optim import state_bytes
 from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
-from galore_torch.training.run import machine, optimizers, records
+from galore_torch.training.run import machine, optimizers, processes, records
 from galore_torch.training.run.callbacks import EndAfterLastStep, NoStepLeftError, Recorder, SaveOnSignal
 from galore_torch.training.run.checkpoints import KEPT
 from galore_torch.training.run.disk import require_space
@@ -75,9 +75,10 @@ class Run:
         resumed: bool,
     ) -> None:
         quiet(console)
-        machine.require_one_process()
+        processes.require_served(config, in_processes=kind.in_processes)
+        console = console if processes.is_first() else Console(quiet=True)
         machine.ignore_accelerate(console)
-        reported = machine.trackers(config.schedule.report_to)
+        reported = machine.trackers(config.schedule.report_to) if processes.is_first() else []
         self.job = job = kind.load(config, console)
         self.config, self.folder, self.model = config, folder, job.model
         self._parameters = job.model.num_parameters()
@@ -103,6 +104,7 @@ class Run:
             report_to=reported,
             run_name=folder.root.name,
         )
+        processes.require_same_text(job.digest)
 
     def train(self) -> Any:
         """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record.
@@ -113,8 +115,9 @@ class Run:
             self._make_steps()
             with deferred():
                 result = self._result()
-                if result.finished:
+                if result.finished and processes.is_first():
                     self._finish(result)
+            processes.wait_for_all()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or was_asked():
                 self.folder.abandon()
@@ -199,7 +202,7 @@ def new_run(
     Example:
         new_run(Pretraining, configure("llama-60m", data="texts/"), Path("runs/60m")).train()
     """
-    folder = RunFolder(out)
+    folder = processes.run_folder(out)
     folder.require_new()
     with folder.being_prepared():
         return Run(job, config, folder, console or Console(quiet=True), callbacks, resumed=False)
@@ -216,7 +219,7 @@ def resumed_run(
         ValueError: when the folder holds no run, one that has ended, one that another process works on, or only
             damaged checkpoints, or its data have changed.
     """
-    folder = RunFolder(out)
+    folder = processes.run_folder(out)
     folder.require_unfinished()
     folder.hold()
     with folder.being_prepared():

@@ -322,10 +322,11 @@ def test_what_cannot_be_trained_on_leaves_no_folder(given, words, tiny, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_launcher_of_many_processes_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE = 2.*without a launcher"):
+def test_a_batch_that_the_processes_cannot_divide_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"batch = 8 cannot be divided among 3 processes"):
         new_run(Pretraining, tiny(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_is_recorded_as_such(tiny, tmp_path):

@@ -1,0 +1,148 @@
+"""The processes of a run: one, or as many as `torchrun` has started, each with a part of every batch (DDP).
+
+The first one has the run folder to itself; the others read its checkpoints and keep what else they write in a folder
+that goes with them. What ends a run is one decision: a signal that one process hears, all obey. Elastic restarts
+(``--max-restarts``, ``--nnodes 1:4``) go on from the newest checkpoint; the global batch is that of the settings,
+whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from galore_torch.training.run.checkpoints import Checkpoints
+from galore_torch.training.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    import torch
+
+
+def count() -> int:
+    """How many processes the launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes, and shows."""
+    return os.environ.get("RANK", "0") == "0" or count() == 1
+
+
+def was_restarted() -> bool:
+    """Whether the launcher has started the processes anew, after one was lost or another number is to go on."""
+    return count() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def require_served(config: Any, *, in_processes: bool) -> int:
+    """Check that a job can run in as many processes as there are.
+
+    Args:
+        config: the job's settings.
+        in_processes: whether such a job can run in several.
+
+    Returns:
+        How many sequences of a step one process takes at a time.
+
+    Raises:
+        ValueError: it cannot, or its batch cannot be divided.
+    """
+    world, schedule = count(), config.schedule
+    micro_batch: int = min(schedule.micro_batch or schedule.batch, max(1, schedule.batch // world))
+    if world == 1:
+        return micro_batch
+    if not in_processes:
+        raise ValueError(f"WORLD_SIZE = {world}: this job runs in one process; start it without a launcher.")
+    if config.adapter.adapter != "none":
+        raise ValueError(f"adapter = {config.adapter.adapter!r} runs in one process; start it without a launcher.")
+    if schedule.batch % (micro_batch * world):
+        raise ValueError(
+            f"batch = {schedule.batch} cannot be divided among {world} processes by micro-batches of {micro_batch}; "
+            "choose a batch that is a multiple of both, or another number of processes."
+        )
+    return micro_batch
+
+
+def wait_for_all() -> None:
+    """Return once all processes are here."""
+    if count() > 1:
+        import torch.distributed as dist  # the command line answers before torch is there
+
+        dist.barrier()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set in any process.
+
+    Args:
+        flag: of this one.
+        device: of what it trains.
+    """
+    if count() == 1:
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def require_same_text(digest: str) -> None:
+    """Refuse processes that have read different data, in all of them with a ValueError."""
+    if count() == 1:
+        return
+    import torch.distributed as dist
+
+    digests: list[Any] = [None] * count()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) > 1:
+        raise ValueError("the processes have read different data; give all of them the same files.")
+
+
+def run_folder(root: Path) -> RunFolder:
+    """The run folder as this process uses it."""
+    return RunFolder(root) if is_first() else _Followed(root)
+
+
+class _Followed(RunFolder):
+    """A run folder that another process has: its checkpoints are read, and all else is kept elsewhere."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._elsewhere = tempfile.TemporaryDirectory(prefix="galore-")
+        elsewhere = Path(self._elsewhere.name)
+        for name in ("metrics", "subspaces", "predictions", "plot", "model"):
+            path: Path = getattr(self, name)
+            if path.is_file():
+                shutil.copy(path, elsewhere)  # a resumed run looks back at its records
+            setattr(self, name, elsewhere / path.name)
+        self.checkpoints = _FollowedCheckpoints(self.checkpoints.root)
+
+    def hold(self, *, began: bool = False, made: bool = False) -> None:
+        """Nothing: the first process does."""
+
+    def release(self) -> None:
+        """Nothing."""
+
+    def require_new(self) -> None:
+        """Nothing: the first process may have begun."""
+
+    def create(self, config: Any, digest: str) -> None:
+        """Nothing."""
+
+    def abandon(self) -> None:
+        """Nothing."""
+
+
+class _FollowedCheckpoints(Checkpoints):
+    """Checkpoints that another process completes."""
+
+    def complete(self, step: int, before: Path | None) -> Path:  # noqa: ARG002
+        """Nothing: the first process does."""
+        return self.root / f"checkpoint-{step}"
+
+    def clear(self) -> None:
+        """Nothing."""
