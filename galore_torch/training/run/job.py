@@ -109,6 +109,7 @@ def make_trainer(
         "bf16": False,  # weights have the dtype that the settings say, and SFTConfig would have it otherwise
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    processes.connect()
     if processes.count() > 1 and not torch.cuda.is_available():  # Accelerate would leave each process to itself
         arguments |= {"use_cpu": True, "ddp_backend": "gloo"}
     args = TrainingArguments(output_dir=folder, **(arguments | job.schedule() | given))

@@ -65,6 +65,23 @@ def require_served(config: Any, *, in_processes: bool) -> int:
     return micro_batch
 
 
+def connect() -> None:
+    """Let the processes find each other: by addresses of this start, since the launcher keeps those of the last."""
+    if count() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    backend = None if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{start}", store), rank=rank, world_size=world)
+
+
 def wait_for_all() -> None:
     """Return once all processes are here."""
     if count() > 1:
