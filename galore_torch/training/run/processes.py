@@ -71,15 +71,17 @@ def connect() -> None:
         return
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, world = next(iter(dist.rendezvous("env://")))
+    store, rank, world = next(iter(rendezvous("env://")))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     backend = None if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{start}", store), rank=rank, world_size=world)
+    dist.init_process_group(backend, store=PrefixStore(f"start-{start}", store), rank=rank, world_size=world)
 
 
 def wait_for_all() -> None:
