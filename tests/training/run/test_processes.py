@@ -91,3 +91,11 @@ def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, confi
         assert sorted(path.name for path in folder.iterdir()) == sorted(
             path.name for path in (tmp_path / "two").iterdir()
         )
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_a_run_of_two(alone, config, tmp_path):
+    with pytest.raises(AssertionError):
+        launch(tmp_path / "two", "--config", str(config), loses="0:5")
+    launch(tmp_path / "two", "--resume", world=1)
+    assert losses(tmp_path / "two") == pytest.approx(alone, rel=BAR)
