@@ -45,7 +45,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "pytorch_optimizer.Ranger21": {"num_iterations": 100},
     **{f"pytorch_optimizer.{name}": {"base_optimizer": torch.optim.SGD} for name in ("SAM", "LookSAM", "FriendlySAM")},
     "pytorch_optimizer.GSAM": {"base_optimizer": torch.optim.SGD, "model": None, "rho_scheduler": None},
-    "torchao.optim.CPUOffloadOptimizer": {"optimizer_class": torch.optim.AdamW},
 }
 """Arguments of those that cannot do without; every other has its defaults, and decays nothing where it would."""
 
@@ -58,11 +57,11 @@ REASONS = (
     ("in another place", "it keeps something outside its state and its group"),
     ("did not move", "it did not move in 30 steps"),
     ("has the name of a key", "it projects by itself: its settings have the names of GaLore's"),
+    ("CPU Offload", "it wraps another optimizer"),
     ("cannot be made for a list", "it is not made for a list of parameters"),
     ("holds another optimizer", "it wraps another optimizer"),
     ("does not take its arguments", "it wraps another optimizer"),
     ("required positional argument", "it wraps another optimizer or a model"),
-    ("multiple values for", "it wraps another optimizer or a model"),
     ("does not require grad", "it differentiates twice, and needs the graph"),
     ("dense gradients", "it takes sparse gradients only"),
     ("raised", "on a small matrix it raises an error of its own"),

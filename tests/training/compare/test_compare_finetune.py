@@ -165,7 +165,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_in_the_dark(whole, browser):
 @pytest.mark.parametrize(
     ("suffix", "instead", "words"),
     [
-        ("rows.jsonl", "nowhere.csv", "data = 'nowhere.csv' is no CSV, JSON lines or Parquet file"),
+        ("rows.jsonl", "nowhere.csv", "data = 'nowhere.csv' is not a"),
         ("bert", "no/model", "model = 'no/model' cannot be loaded: "),
     ],
 )
