@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.command import at_least, parser, run
@@ -47,7 +47,8 @@ class Block(nn.Module):
         """Return the layer's output."""
         at, mlp = self.self_attn, self.mlp
         x = x + at["o_proj"](torch.tanh(at["q_proj"](x)) * at["k_proj"](x) + at["v_proj"](x))
-        return x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        moved: torch.Tensor = x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        return moved
 
 
 def build(method: str, given: argparse.Namespace) -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
@@ -125,7 +126,7 @@ def measure(given: argparse.Namespace, messages: Console) -> Report:
     for method in given.methods:
         messages.print(f"{method} ...")
         with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(work, (given, method, folder), nprocs=given.processes, start_method="spawn")
+            spawn(work, (given, method, folder), nprocs=given.processes)  # type: ignore[no-untyped-call]
             steps = torch.load(f"{folder}/steps")
         sent, seconds = (sorted(values)[given.steps // 2] for values in zip(*steps[3:], strict=True))
         rows[method] = {"first, MB": steps[0][0] / 1e6, "step, MB": sent / 1e6, "step, s": seconds}
