@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-DEADLINE = 120  # seconds; far more than anything here takes, on a machine with other work to do
+DEADLINE = 300  # seconds; far more than anything here takes, on a machine with other work to do
 
 
 def wait_for(met: Callable[[], bool], process: subprocess.Popen[Any]) -> None:

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-DEADLINE = 120
-"""Seconds that a case may take, on a machine that does other work too."""
+from tests.waiting import DEADLINE
 
 COLLECTIVE = 60
 """Seconds that a process waits for the others."""

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_torch import GaLoreAdamW, attach, param_groups, quantize_weights
+from tests.waiting import DEADLINE
 
 pytestmark = pytest.mark.slow  # two more processes import torch
-DEADLINE = 120
 
 
 def model() -> nn.Sequential:
