@@ -156,7 +156,7 @@ def floor_s(case: Training, rounds: int, advance: Callable[[], None] = lambda: N
         advance()
     one = {name: median(values[1:]) for name, values in seconds.items()}
     passes = {
-        way: one[f"no layer, {way}"] + layers * (one[f"one layer, {way}"] - one[f"no layer, {way}"])
+        way: one[f"no layer, {way}"] + layers * max(0.0, one[f"one layer, {way}"] - one[f"no layer, {way}"])
         for way in ("forward_s", "backward_s")
     }
     inner_s = layers * one["inner_s"] + 2 * one["embeddings_s"]
