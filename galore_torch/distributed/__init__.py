@@ -1,6 +1,6 @@
-"""Floor 4: several processes. DDP's traffic in low rank, FSDP2's shards, renewals that are divided.
+"""Several processes: DDP's traffic in low rank, FSDP2's shards, renewals that are divided.
 
-`import galore_torch` imports this much of it, so that the floors below can ask; the rest comes when they do.
+`import galore_torch` imports this much of it, so that the packages below can ask; the rest comes when they do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step asks the other processes of its job, and where `distributed/` answers: floors below do not know of it."""
+"""What a step asks the other processes of its job, and where `distributed/`, of which nothing here knows, answers."""
 
 from __future__ import annotations
 

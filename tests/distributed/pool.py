@@ -8,7 +8,7 @@ import queue
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +120,11 @@ def _serve(rank: int, questions: Any, answers: Any) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         answers.put((number, rank, answer))
+
+
+def assert_every_process_raises(answers: Sequence[Any], words: str) -> None:
+    """Hold every process to a ValueError that says what is wrong."""
+    for answer in answers:
+        assert answer is not None
+        assert answer.kind == "ValueError"
+        assert words in answer.text

@@ -15,15 +15,8 @@ from galore_torch.distributed import ddp
 from galore_torch.optim.trained_weight import TrainedWeight
 from tests.distributed.pool import Pool
 from tests.distributed.trained import BAR, GAP, RANK, batch, distance, llama, loss_of, optimizer_of, trained, weights_of
+from tests.modes import MODES, every_mode
 
-MODES = {
-    "full, at step": ("full", "step"),
-    "projected, at step": ("projected", "step"),
-    "fused, at step": ("fused", "step"),
-    "full, in backward": ("full", "backward"),
-    "fused, in backward": ("fused", "backward"),
-}
-every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 LOW_RANK = {name: mode for name, mode in MODES.items() if mode[0] != "full"}
 every_low_rank_mode = pytest.mark.parametrize("mode", LOW_RANK.values(), ids=LOW_RANK)
 SHORT = 14

@@ -12,16 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_torch import GaLore, GaLoreAdamW, ProjectedGradient, param_groups
 from galore_torch.gradients import Attachment, attach
+from tests.modes import MODES
 
-MODES = {
-    "full, at step": ("full", "step"),
-    "projected, at step": ("projected", "step"),
-    "fused, at step": ("fused", "step"),
-    "full, in backward": ("full", "backward"),
-    "fused, in backward": ("fused", "backward"),
-}
 ACCUMULATING = {name: mode for name, mode in MODES.items() if mode[1] == "step"}
-every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 every_accumulating_mode = pytest.mark.parametrize("mode", ACCUMULATING.values(), ids=ACCUMULATING)
 
 Mode = tuple[str, str]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from galore_torch import GaLore
 from galore_torch.gradients.applied_gradient import AppliedGradient
 from tests.gradients.allocations import Allocations
-from tests.gradients.llama import GAP, MODES, attached, batch, every_mode, loss_of, projected_weights
+from tests.gradients.llama import GAP, attached, batch, loss_of, projected_weights
+from tests.modes import MODES, every_mode
 
 STORING = [mode for mode in MODES.values() if mode[0] != "full" and mode[1] == "step"]
 IN_BACKWARD = [mode for mode in MODES.values() if mode[1] == "backward"]

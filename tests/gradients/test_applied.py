@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 from galore_torch import GaLore
 from galore_torch.gradients.applied_gradient import AppliedGradient
 from tests.device import accelerator
-from tests.gradients.llama import BAR, MODES, attached, batch, distance, every_mode, llama, loss_of, walk, weights
+from tests.gradients.llama import BAR, attached, batch, distance, llama, loss_of, walk, weights
+from tests.modes import MODES, every_mode
 from tests.optim.small import assert_same, refusing, snapshot
 
 IN_BACKWARD = [mode for mode in MODES.values() if mode[1] == "backward"]

@@ -15,19 +15,18 @@ from tests.device import accelerator
 from tests.gradients.llama import (
     BAR,
     GAP,
-    MODES,
     adamw,
     attached,
     batch,
     distance,
     every_accumulating_mode,
-    every_mode,
     llama,
     loss_of,
     projected_weights,
     walk,
     weights,
 )
+from tests.modes import MODES, every_mode
 from tests.optim.small import assert_same, refusing
 
 IN_BACKWARD = [mode for mode in MODES.values() if mode[1] == "backward"]

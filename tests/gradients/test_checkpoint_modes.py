@@ -13,19 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from galore_torch import GaLore, ProjectedGradient
 from galore_torch.gradients import attach
-from tests.gradients.llama import (
-    ACCUMULATING,
-    BAR,
-    GAP,
-    MODES,
-    adamw,
-    batch,
-    distance,
-    every_mode,
-    llama,
-    loss_of,
-    walk,
-)
+from tests.gradients.llama import ACCUMULATING, BAR, GAP, adamw, batch, distance, llama, loss_of, walk
+from tests.modes import MODES, every_mode
 from tests.optim.small import assert_same
 
 one_layer = functools.partial(llama, num_hidden_layers=1)

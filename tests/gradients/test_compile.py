@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from galore_torch.gradients import attach
-from tests.gradients.llama import BAR, MODES, adamw, distance, llama, walk
+from tests.gradients.llama import BAR, adamw, distance, llama, walk
+from tests.modes import MODES
 
 pytestmark = pytest.mark.slow
 

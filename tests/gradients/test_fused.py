@@ -17,12 +17,10 @@ from galore_torch.gradients import attach
 from tests.gradients.llama import (
     BAR,
     GAP,
-    MODES,
     adamw,
     attached,
     batch,
     distance,
-    every_mode,
     llama,
     loss_of,
     projected_grads,
@@ -30,6 +28,7 @@ from tests.gradients.llama import (
     walk,
     weights,
 )
+from tests.modes import MODES, every_mode
 from tests.optim.small import assert_same
 
 FUSED = [mode for mode in MODES.values() if mode[0] == "fused"]

@@ -13,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from galore_torch import ProjectedGradient
 from galore_torch.gradients import attach
 from tests.gradients.allocations import Allocations
-from tests.gradients.llama import GAP, MODES, adamw, attached, batch, llama, loss_of, projected_weights, walk
+from tests.gradients.llama import GAP, adamw, attached, batch, llama, loss_of, projected_weights, walk
+from tests.modes import MODES
 
 FUSED = [mode for mode in MODES.values() if mode[0] == "fused"]
 DIMENSION = 64

@@ -11,16 +11,8 @@ from torch import nn
 
 from galore_torch import GaLore
 from galore_torch.gradients import attach
-from tests.gradients.llama import (
-    BAR,
-    adamw,
-    distance,
-    every_accumulating_mode,
-    every_mode,
-    llama,
-    trained,
-    walk,
-)
+from tests.gradients.llama import BAR, adamw, distance, every_accumulating_mode, llama, trained, walk
+from tests.modes import every_mode
 from tests.optim.small import assert_same
 
 one_layer = functools.partial(llama, num_hidden_layers=1)

@@ -24,19 +24,18 @@ from galore_torch.gradients import attach
 from tests.gradients.llama import (
     BAR,
     GAP,
-    MODES,
     STEPS,
     TOKENS,
     VOCABULARY,
     adamw,
     distance,
-    every_mode,
     groups,
     llama,
     projected_weights,
     trained,
     walk,
 )
+from tests.modes import MODES, every_mode
 from tests.optim.small import assert_same
 
 RECIPES = {

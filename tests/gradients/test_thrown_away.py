@@ -13,17 +13,8 @@ from torch import Tensor, nn
 from galore_torch import ProjectedGradient, param_groups
 from galore_torch.gradients import attach
 from galore_torch.optim import GaLoreSGD
-from tests.gradients.llama import (
-    GAP,
-    MODES,
-    attached,
-    batch,
-    every_accumulating_mode,
-    llama,
-    loss_of,
-    walk,
-    weights,
-)
+from tests.gradients.llama import GAP, attached, batch, every_accumulating_mode, llama, loss_of, walk, weights
+from tests.modes import MODES
 from tests.optim.small import assert_same, refusing
 
 IN_BACKWARD = [mode for mode in MODES.values() if mode[1] == "backward"]

@@ -3,6 +3,7 @@
 import inspect
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def _quickly_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(
             "galore_torch.training.run.run.plot_losses", lambda label, metrics, picture, unit: picture.touch()
         )
+
+
+@pytest.fixture(autouse=True)
+def _terminal():
+    """Signals as in a terminal: a process that a script started in the background may have them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

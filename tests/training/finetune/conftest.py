@@ -4,8 +4,6 @@ import csv
 import functools
 import inspect
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    TrainerCallback,
 )
 
 from galore_torch.training.finetune.presets import configure
@@ -152,14 +149,3 @@ def supervise(causal, asked):
 def losses(folder: Path) -> list[float]:
     """Return the losses of a run's steps."""
     return [record["loss"] for record in records.read(folder / "metrics.jsonl") if "loss" in record]
-
-
-class CtrlC(TrainerCallback):
-    """Sends one at the beginning of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGINT)

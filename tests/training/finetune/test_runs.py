@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 
 import datasets
 import pytest
@@ -17,23 +16,16 @@ from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.settings.methods import TUNING
-from tests.training.finetune.conftest import CtrlC, losses, sentences
+from tests.training.during import During, ctrl_c
+from tests.training.finetune.conftest import losses, sentences
 from tests.training.signalled import signalled
-
-
-@pytest.fixture(autouse=True)
-def _terminal():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
 
 # Going on ------------------------------------------------------------------------------------------------------------
 
 
 def gone_on_exactly(config, tmp_path, step):
     new_run(Finetuning, config, tmp_path / "whole").train()
-    part = new_run(Finetuning, config, tmp_path / "parts", callbacks=[CtrlC(step)]).train()
+    part = new_run(Finetuning, config, tmp_path / "parts", callbacks=[During(step, ctrl_c)]).train()
     assert not part.finished
     assert part.step == step
     assert part.scores == {}
@@ -61,7 +53,7 @@ def test_a_supervised_one_goes_on_exactly_in_the_middle_of_an_epoch(supervise, t
 
 
 def test_other_rows_are_refused(classify, labelled, write, tmp_path):
-    new_run(Finetuning, classify(), tmp_path / "run", callbacks=[CtrlC(3)]).train()
+    new_run(Finetuning, classify(), tmp_path / "run", callbacks=[During(3, ctrl_c)]).train()
     write("rows.csv", [{"text": text, "label": label} for text, label in sentences()[2:]])
     with pytest.raises(ValueError, match="has changed since the run"):
         resumed_run(Finetuning, tmp_path / "run")

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
@@ -18,33 +17,7 @@ from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.text import packing, tokenizer
-
-
-class During(TrainerCallback):
-    """Does something in the course of one step."""
-
-    def __init__(self, step, act):
-        self.step, self.act = step, act
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step + 1 == self.step:
-            self.act()
-
-
-def ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture(autouse=True)
-def _terminal():
-    """Signals as in a terminal: a process that a script started in the background may have them ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def crash():
-    raise RuntimeError("the machine went down")
+from tests.training.during import During, crash, ctrl_c
 
 
 def trajectory(folder: Path) -> list[dict]:

@@ -21,6 +21,7 @@ from galore_torch.training.run import disk
 from galore_torch.training.run import machine as surroundings
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
+from tests.training.during import During, crash
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
@@ -144,8 +145,6 @@ def damages(folder: Path, count: int) -> Iterator[tuple[Path, str, float]]:
 @pytest.fixture
 def stopped(tiny, tmp_path) -> Path:
     """A run that has crashed after its checkpoints at steps 2 and 4."""
-    from tests.training.pretrain.test_pretrain import During, crash
-
     with pytest.raises(RuntimeError, match="went down"):
         new_run(Pretraining, tiny(save_every=2), tmp_path / "stopped", callbacks=[During(6, crash)]).train()
     return tmp_path / "stopped"
@@ -155,25 +154,31 @@ def model_of(out: Path) -> bytes:
     return (RunFolder(out).model / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.slow)])
-def test_damage_to_a_stopped_run_is_told_or_harmless(count, stopped, tiny, tmp_path):
-    new_run(Pretraining, tiny(save_every=2), tmp_path / "whole").train()
+def outcomes_of_damage(command: str, stopped: Path, whole: Path, count: int) -> dict[str, int]:
+    """Damage copies of a stopped run, and hold each resumption to the whole run's model or to a remedy."""
     outcomes = {"told": 0, "harmless": 0}
     for file, how, at in damages(stopped, count):
-        out = tmp_path / "run"
+        out = stopped.with_name("run")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(stopped, out)
         DAMAGE[how](out / file, at)
         before = {path for path in out.rglob("*") if path.is_file()}
-        status, said = galore("pretrain", "--resume", "--out", out)
+        status, said = galore(command, "--resume", "--out", out)
         if status == 0:
-            assert model_of(out) == model_of(tmp_path / "whole"), (file, how, at)
+            assert model_of(out) == model_of(whole), (file, how, at)
             outcomes["harmless"] += 1
         else:
             assert (status, "Traceback" in said) == (2, False), (file, how, at, said)
             assert any(word in said for word in ("estore", "another --out", "--resume")), said
             assert {path for path in out.rglob("*") if path.is_file()} >= before, (file, how, at)
             outcomes["told"] += 1
+    return outcomes
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_damage_to_a_stopped_run_is_told_or_harmless(count, stopped, tiny, tmp_path):
+    new_run(Pretraining, tiny(save_every=2), tmp_path / "whole").train()
+    outcomes = outcomes_of_damage("pretrain", stopped, tmp_path / "whole", count)
     assert count < 60 or all(outcomes.values()), outcomes  # so many show both
 
 

@@ -1,9 +1,7 @@
 """Methods: named sets of settings, what overrides what, which flags they refuse, and that each of them trains."""
 
 import itertools
-import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.settings.methods import HELP, METHODS
+from tests.training.during import During, ctrl_c
 from tests.training.learning import learns
 
 ADAPTED = ("low-rank", "lora", "relora")
@@ -34,22 +33,6 @@ class Logits(TrainerCallback):
         model.eval()
         with torch.no_grad():
             self.logits = model(TOKENS).logits
-
-
-class CtrlC(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture(autouse=True)
-def _terminal():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -206,7 +189,7 @@ def test_moving_each_weight_inside_the_backward_changes_nothing_but_cost(pair, b
 def test_a_run_by_a_method_that_was_interrupted_goes_on_exactly(method, stop, given, by_method, tmp_path):
     config = by_method(method, **given)
     new_run(Pretraining, config, tmp_path / "whole").train()
-    stopped = new_run(Pretraining, config, tmp_path / "parts", callbacks=[CtrlC(stop)]).train()
+    stopped = new_run(Pretraining, config, tmp_path / "parts", callbacks=[During(stop, ctrl_c)]).train()
     assert (stopped.finished, stopped.step) == (False, stop)
     assert resumed_run(Pretraining, tmp_path / "parts").train().finished
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
