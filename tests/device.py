@@ -1,14 +1,15 @@
 """Running the tests' own tensors on another device than the CPU, without a word of it in the tests.
 
 `OnDevice` puts there what a test makes without naming a device. Random numbers are drawn on the CPU and moved, so that
-a test sees the same numbers everywhere. What the package makes is left alone: a tensor for which it forgets the device
-is made on the CPU, as it would be for users, and meets the others with an error.
+a test sees the same numbers everywhere. What the package makes, by itself or by what it calls, is left alone, and so is
+what optimizers make: a tensor for which they forget the device is made on the CPU, as it would be for users.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ FILLS = {
 """What fills a tensor with random numbers in place."""
 
 
+LEFT_ALONE = ("galore_torch.", "torch.optim.", "torchao.optim.", "bitsandbytes.")
+"""The modules whose own tensors, and those of what they call, stay where they are put."""
+
+
 class OnDevice(TorchFunctionMode):
     """Makes tensors on a device where none is named.
 
@@ -47,7 +52,7 @@ class OnDevice(TorchFunctionMode):
         if func in FILLS:
             return self._filled(func, *args, **kwargs)
         named = kwargs.get("device") is not None
-        if named or func not in DRAWS | MAKES or _called_by_the_package():
+        if named or func not in DRAWS | MAKES or _is_made_for_users():
             return func(*args, **kwargs)
         if func in MAKES:
             return func(*args, **{**kwargs, "device": self.device})
@@ -68,6 +73,14 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=chosen == "cpu")
 
 
-def _called_by_the_package() -> bool:
-    """Whether the code that called torch is that of the package."""
-    return sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] == "galore_torch"
+def _is_made_for_users() -> bool:
+    """Whether it is the package or an optimizer that calls torch, and not a test, be it by way of other libraries."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        module = f"{frame.f_globals.get('__name__', '')}."
+        if module.startswith(LEFT_ALONE):
+            return True
+        if module.startswith("tests."):
+            return False
+        frame = frame.f_back
+    return False

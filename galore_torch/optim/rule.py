@@ -127,6 +127,7 @@ class Rule:
         self.name = f"{optimizer.__module__}.{optimizer.__qualname__}"
         self._class, self._arguments, self._dimensions = optimizer, dict(arguments), dimensions
         self._optimizer = self.alone([self._tiny()])
+        self._is_born_with_state = bool(self._optimizer.state)
         if isinstance(getattr(type(self._optimizer), "state", None), property):
             raise ValueError(
                 f"{self.name} cannot run inside GaLore: it holds another optimizer, whose state is out of reach. Use "
@@ -198,8 +199,8 @@ class Rule:
                 parameter.grad = one.grad
                 if one.weight is not None:
                     self._weights[id(parameter)] = one.weight
-                if one.state:
-                    self._optimizer.state[parameter] = one.state
+                if one.state or self._is_born_with_state:
+                    self._optimizer.state[parameter] = self._state_of(one, parameter)
                 group = groups.get(id(one.group))
                 if group is None:
                     group = groups[id(one.group)] = self.hyperparameters(one.group)
@@ -221,6 +222,12 @@ class Rule:
             return {key: _written(group, before[key]) for key, group in groups.items()}
         finally:
             self._forget()
+
+    def _state_of(self, one: InnerParam, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        """The state of a parameter; at first the one that the optimizer makes in its constructor."""
+        if not one.state and one.grad is not None:
+            one.state.update(self.alone([parameter]).state[parameter])
+        return one.state
 
     def rest(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """What the rule writes into a group in a step in which no parameter of it has a gradient.

@@ -1,6 +1,7 @@
 """Which subspace: the ways to find orthonormal bases of a matrix's columns (left) and rows (right).
 
-* `svd`: the exact leading singular vectors, with LAPACK's orientation and signs. The paper's choice.
+* `svd`: the exact leading singular vectors, with the signs that the device's library gives them: LAPACK's on a CPU, so
+  that trajectories of the paper's code are reproduced there. The paper's choice.
 * `randomized`: subspace iteration on A A^T started from a Gaussian matrix, with oversampling (Halko, Martinsson and
   Tropp 2011, algorithm 4.4; GaLore 2, arXiv 2504.20437).
 * `warm`: the same started from the old basis, which is close already, since a gradient's subspace moves slowly; one
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.projection.numerical_rank import determined_columns, is_lacking, keep_determined
-from galore_torch.projection.orthonormal import exact_products, orthonormal
+from galore_torch.projection.orthonormal import exact_products, exact_svd, orthonormal
 
 Side = Literal["left", "right"]
 
@@ -47,10 +48,7 @@ class Wanted:
 
 
 def _svd(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    # On a GPU torch would take cuSOLVER's Jacobi method: float32 vectors of a large matrix are then orthonormal to no
-    # more than 1e-2 (an H100, 1024 x 2736).
-    driver = "gesvd" if matrix.is_cuda else None
-    left, _, right = torch.linalg.svd(_exact(matrix), full_matrices=False, driver=driver)
+    left, _, right = exact_svd(_exact(matrix))
     vectors = {"left": left, "right": right.mT}
     return {side: vectors[side][..., :rank] for side, rank in wanted.ranks.items()}
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.projection.geometry import Basis
+from galore_torch.projection.orthonormal import exact_svd
 
 LEAST_SINE = 0.1
 """The sine of the angle between an old direction and the new ones from which on it is one more direction. Rounding a
@@ -105,8 +106,8 @@ def _orthogonal_to(basis_dr: Tensor, other_dq: Tensor, most: int) -> Tensor:
     their meaning as far as their columns keep their place.
     """
     outside_dq = other_dq - basis_dr @ (basis_dr.mT @ other_dq)
-    directions, sines, _ = torch.linalg.svd(outside_dq, full_matrices=False)
+    directions, sines, _ = exact_svd(outside_dq)
     directions = directions[:, :most][:, sines[:most] > LEAST_SINE]
-    left, _, right = torch.linalg.svd(directions.mT @ other_dq[:, other_dq.shape[1] - directions.shape[1] :])
+    left, _, right = exact_svd(directions.mT @ other_dq[:, other_dq.shape[1] - directions.shape[1] :])
     turned: Tensor = directions @ (left @ right)
     return turned

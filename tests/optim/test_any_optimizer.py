@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,24 @@ class Lion(Optimizer):
                 momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                 momentum.lerp_(grad, 1 - group["beta"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * momentum.sign())
+
+
+class BornWithState(Optimizer):
+    """Makes its state in its constructor and nowhere else, as Adagrad does in torch 2.11."""
+
+    def __init__(self, params, lr=1e-2, start=0.1, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        for parameter in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
+            self.state[parameter] = {"step": 0, "sum": torch.full_like(parameter, start)}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] += 1
+                grad = parameter.grad + group["weight_decay"] * parameter
+                parameter.sub_(group["lr"] * grad / state["sum"].add_(grad.square()).sqrt())
 
 
 class TrustRatio(Optimizer):
@@ -94,12 +113,14 @@ class Served:
         arguments: for its constructor.
         training: the rate at which it trains the small model.
         codes: whether it keeps its moments in few bits.
+        decays_last: whether it decays after its update on a GPU. Inside, weights decay before it on all devices.
     """
 
     optimizer: type[Optimizer]
     arguments: dict[str, Any] = field(default_factory=dict)
     training: float = 0.02
     codes: bool = False
+    decays_last: bool = False
 
     @property
     def others(self) -> type[Optimizer] | None:
@@ -127,8 +148,11 @@ SERVED = {
     "Adagrad": Served(torch.optim.Adagrad, training=0.1),
     "Adafactor": Served(torch.optim.Adafactor, training=0.3),
     "Lion": Served(Lion, training=0.01),
+    "born with state": Served(BornWithState, training=0.1),
     "Muon": Served(Muon, {"momentum": 0.9}, training=0.05),
-    "bitsandbytes AdamW8bit": Served(bitsandbytes.optim.AdamW8bit, {"min_8bit_size": 1024}, codes=True),
+    "bitsandbytes AdamW8bit": Served(
+        bitsandbytes.optim.AdamW8bit, {"min_8bit_size": 1024}, codes=True, decays_last=True
+    ),
     "bitsandbytes Lion8bit": Served(bitsandbytes.optim.Lion8bit, {"min_8bit_size": 1024}, training=0.01, codes=True),
     "torchao AdamW8bit": Served(AdamW8bit, codes=True),
     "torchao AdamW4bit": Served(AdamW4bit, codes=True),
@@ -159,7 +183,11 @@ def test_with_the_identity_as_basis_it_is_the_optimizer_itself(served, maximize,
     arguments = {"lr": LR, "weight_decay": weight_decay} | ({"maximize": True} if maximize else {})
     start, ours, theirs = (weights(*SHAPES) for _ in range(3))
     galore = served.make_galore([{"params": ours, **identity_basis}], **arguments)
-    plain = served.make(theirs, **arguments)
+    if served.decays_last and tests.device.chosen != "cpu":
+        plain = served.make(theirs, **{**arguments, "weight_decay": 0.0})
+        plain.register_step_pre_hook(lambda *_: [weight.data.mul_(1 - LR * weight_decay) for weight in theirs] and None)
+    else:
+        plain = served.make(theirs, **arguments)
     walk(galore, ours, range(STEPS))
     walk(plain, theirs, range(STEPS))
     assert distance(theirs, start) > 5e-3  # it has gone somewhere

@@ -163,7 +163,7 @@ def test_small_updates_of_bfloat16_add_up_where_it_is_asked(rounding, keys):
             weight.grad = grad.to(dtype)
             optimizer.step()
         moved[dtype] = weight.detach().float() - 1
-    share = (moved[torch.bfloat16] * moved[torch.float32]).sum() / moved[torch.float32].square().sum()
+    share = float((moved[torch.bfloat16] * moved[torch.float32]).sum() / moved[torch.float32].square().sum())
     if rounding == "nearest":
         assert share == 0
     else:

@@ -153,7 +153,7 @@ def test_a_copy_is_one_of_its_own(projection, copied):
     other = copied(grad)
     assert isinstance(other, ProjectedGradient)
     assert_same(other.projected.to(grad.device), grad.projected)
-    assert_same(other.to_full().to(grad.device), grad.to_full())
+    assert_same(other.to(grad.device).to_full(), grad.to_full())
     other.mul_(2)
     assert_same(grad.projected, projected(projection).projected)
 
