@@ -1,4 +1,4 @@
-"""Which optimizers can run on parts of tensors: those that move each number by its own gradient alone."""
+"""Which optimizers can run on parts of tensors: those that move each number, or each block, by its own gradient."""
 
 from __future__ import annotations
 
@@ -7,41 +7,35 @@ import functools
 import torch
 from torch import Tensor
 
+from galore_torch.distributed.cut import Cut
 from galore_torch.optim.rule import InnerParam, Rule
 from galore_torch.optim.trained_weight import TrainedWeight
 
 STEPS, ROWS, COLUMNS = 12, 8, 6
 
 
-def require_by_element(trained: TrainedWeight) -> None:
-    """Checks that a sharded weight can be moved part by part.
+def moves_parts(trained: TrainedWeight, cut: Cut) -> bool:
+    """Whether the rule of a weight moves parts of it as it would move the whole.
 
     Args:
         trained: on the weight.
-
-    Raises:
-        ValueError: its optimizer moves tensors as wholes, holds its state in blocks, or rounds in a way of ours.
+        cut: into which parts.
     """
-    if trained.rounding != "nearest":
-        raise ValueError(
-            f"rounding={trained.rounding!r} does not work for a sharded weight ({trained.name}); keep the shards in "
-            "float32 (MixedPrecisionPolicy(param_dtype=torch.bfloat16))"
-        )
     traits = trained.traits
+    if traits.factor or traits.learning_rate:
+        return False
     if traits.holds_in_few_bits is not None:
-        raise ValueError(
-            f"{trained.rule.name} holds its state in blocks of numbers, which the parts of a sharded weight "
-            f"({trained.name}) would cut; use an optimizer with state in 16 or 32 bits, or DDP"
-        )
-    if (
-        traits.factor
-        or traits.learning_rate
-        or not _moves_by_element(trained.rule, len(trained.projection.projected_shape))
-    ):
-        raise ValueError(
-            f"{trained.rule.name} moves a tensor as a whole, and a process has a part of a sharded weight "
-            f"({trained.name}); use an optimizer that moves each number by itself (AdamW, SGD, Lion), or DDP"
-        )
+        return traits.block is not None and _cuts_between_blocks(trained, cut, traits.block)
+    return _moves_by_element(trained.rule, len(trained.projection.projected_shape))
+
+
+def _cuts_between_blocks(trained: TrainedWeight, cut: Cut, block: int) -> bool:
+    """Whether all parts are of one size and are whole blocks of numbers, in few bits if the whole is."""
+    numbers = trained.coordinate_count if trained.through_coordinates else trained.weight.numel()
+    parts, rest = divmod(cut.size, cut.part)
+    holds = trained.traits.holds_in_few_bits
+    assert holds is not None
+    return not cut.axis and not rest and numbers // parts % block == 0 and holds(numbers) == holds(numbers // parts)
 
 
 @functools.lru_cache(maxsize=32)

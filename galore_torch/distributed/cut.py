@@ -142,7 +142,15 @@ class Cut:
                     if tensor.placements != wanted
                     else tensor.to_local()
                 )
-        return tensor.narrow(self.axis, self.start, self.length).contiguous()
+        return self.part_of(tensor)
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """This process' part of a whole tensor; an equal one, where that is of another size than the weight."""
+        start, length = self.start, self.length
+        if tensor.shape[self.axis] != self.size:
+            length = tensor.shape[self.axis] // dist.get_world_size(self.group)
+            start = length * dist.get_rank(self.group)
+        return tensor.narrow(self.axis, start, length).contiguous()
 
     def gather(self, part: Tensor, owner: int) -> Tensor | None:
         """A tensor from its parts.
@@ -156,9 +164,28 @@ class Cut:
         """
         if self.is_whole:
             return part
-        rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        padded = part.new_zeros((*part.shape[: self.axis], self.part, *part.shape[self.axis + 1 :]))
-        padded.narrow(self.axis, 0, self.length).copy_(part)  # collectives want parts of one size
-        parts = [torch.empty_like(padded) for _ in range(world)] if rank == owner else None
+        padded = self._padded(part)
+        parts = self._room(padded) if dist.get_rank(self.group) == owner else None
         dist.gather(padded, parts, group_dst=owner, group=self.group)
-        return None if parts is None else torch.cat(parts, self.axis).narrow(self.axis, 0, self.size)
+        return None if parts is None else self._joined(parts)
+
+    def gather_to_all(self, part: Tensor) -> Tensor:
+        """The same in all processes."""
+        if self.is_whole:
+            return part
+        padded = self._padded(part)
+        parts = self._room(padded)
+        dist.all_gather(parts, padded, group=self.group)
+        return self._joined(parts)
+
+    def _padded(self, part: Tensor) -> Tensor:
+        """A part of the size of the longest, which collectives want."""
+        padded = part.new_zeros((*part.shape[: self.axis], self.part, *part.shape[self.axis + 1 :]))
+        padded.narrow(self.axis, 0, self.length).copy_(part)
+        return padded
+
+    def _room(self, padded: Tensor) -> list[Tensor]:
+        return [torch.empty_like(padded) for _ in range(dist.get_world_size(self.group))]
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, self.axis).narrow(self.axis, 0, self.size).contiguous()

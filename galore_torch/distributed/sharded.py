@@ -5,6 +5,7 @@ Bases are whole in all processes. An owner finds one from the whole gradient, wh
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,13 +17,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from galore_torch.distributed.agreement import require_agreement
-from galore_torch.distributed.by_element import require_by_element
+from galore_torch.distributed.by_element import moves_parts
 from galore_torch.distributed.cut import Cut
 from galore_torch.distributed.owners import renew_together
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.state_keys import INNER
+from galore_torch.optim.state_keys import COMPENSATION, INNER
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Basis, Projection
 
@@ -35,11 +36,15 @@ def shard(trained: TrainedWeight, optimizer: GaLore) -> ShardedWork:
         optimizer: that holds it; it is told of the processes.
 
     Raises:
-        ValueError: a placement, an optimizer inside or a rounding that is not supported.
+        ValueError: a placement that is not supported, or not with its rounding.
     """
     assert isinstance(trained.weight, DTensor)
-    require_by_element(trained)
     cut = Cut.of(trained.weight, trained.name)
+    if trained.rounding == "stochastic" and cut.axis:
+        raise ValueError(
+            f"rounding='stochastic' does not work for {trained.name}, which is cut along axis {cut.axis}, for draws "
+            "depend on the places of numbers; cut it along its first (no shard_placement), or use 'compensated'"
+        )
     if not isinstance(optimizer._processes, Shards):
         optimizer._processes = Shards(optimizer, cut.group)
     return ShardedWork.of(trained, cut)
@@ -53,11 +58,13 @@ class ShardedWork(TrainedWeight):
         cut: which part.
         part_projection: how it is projected.
         is_contracted: whether projected gradients are parts of a sum.
+        is_gathered: whether the rule moves tensors as wholes, so that every process gets all of what it is to move.
     """
 
     cut: Cut
     part_projection: Projection
     is_contracted: bool
+    is_gathered: bool
 
     @classmethod
     def of(cls, trained: TrainedWeight, cut: Cut) -> ShardedWork:
@@ -70,7 +77,8 @@ class ShardedWork(TrainedWeight):
         given = {one.name: getattr(trained, one.name) for one in fields(trained) if one.init}
         projection = cut.projection(trained.projection)
         contracted = cut.is_contracted(trained.projection)
-        return cls(**given, cut=cut, part_projection=projection, is_contracted=contracted)
+        gathered = not cut.is_whole and not moves_parts(trained, cut)
+        return cls(**given, cut=cut, part_projection=projection, is_contracted=contracted, is_gathered=gathered)
 
     @property
     def grad(self) -> Tensor:
@@ -97,12 +105,45 @@ class ShardedWork(TrainedWeight):
             self._factors = self.cut.factors(self.projection, self.basis)
         return self._factors
 
-    def inner_grad(self) -> Tensor:
-        """This process' part of what the rule gets as gradient; all of it where parts are summed."""
-        projected = TrainedWeight.inner_grad(self)
+    @property
+    def local_compensation(self) -> Tensor:
+        """What rounding has cut off so far of this process' part."""
+        part: Tensor = _part(self.state[COMPENSATION])
+        return part
+
+    @property
+    def first(self) -> int:
+        """The place of its first number in the weight."""
+        return self.cut.start * math.prod(self.weight.shape[1:])
+
+    def lent(self) -> Tensor:
+        """The weight as the rule moves it: this process' part, or a copy of all parts."""
+        return self.cut.gather_to_all(self.local) if self.is_gathered else self.local
+
+    def given_back(self, moved: Tensor) -> Tensor:
+        """This process' part of a tensor that the rule has moved."""
+        if not self.is_gathered:
+            return moved
+        if self.is_contracted:
+            return moved
+        part = self.cut.part_of(moved)
+        return part if self.through_coordinates else self.local.copy_(part)
+
+    def number(self, found: Any) -> Any:
+        """A number that was found from the weight: of all of it."""
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+    def project(self, tensor: Tensor) -> Tensor:
+        """The projection of this process' part of a tensor; of all of it where the projections of parts are summed."""
+        projected = self.part_projection.project(tensor, self.factors)
         if self.is_contracted:
             dist.all_reduce(projected, group=self.cut.group)
         return projected
+
+    def inner_grad(self) -> Tensor:
+        """What the rule gets as gradient: of this process' part, or of all."""
+        projected = TrainedWeight.inner_grad(self)
+        return self.cut.gather_to_all(projected) if self.is_gathered and not self.is_contracted else projected
 
     def captured(self, basis: Basis) -> Tensor:
         """The share of the gradient's energy that a basis holds, in all processes together."""
@@ -118,25 +159,43 @@ class ShardedWork(TrainedWeight):
 
     def opened(self, inner: Any) -> Any:
         """The rule's state of this process' part."""
-        whole = self._whole_shape
         return {
-            key: self.cut.unwrap(value) if isinstance(value, Tensor) and self._is_cut(value, whole) else value
+            key: self.opened(value)
+            if isinstance(value, dict)
+            else self.cut.unwrap(value)
+            if self._is_cut(key, value, self._whole_shape)
+            else value
             for key, value in inner.items()
         }
 
     def closed(self, inner: Any) -> Any:
         """The rule's state, of which each process holds a part."""
-        held = self.state.get(INNER, {})
+        return self._closed(inner, self.state.get(INNER, {}))
+
+    def _closed(self, inner: Any, held: Any) -> Any:
         if held.keys() == inner.keys() and all(_part(held[key]) is value for key, value in inner.items()):
             return held
-        whole, part = self._whole_shape, self._part_shape
         return {
-            key: self.cut.wrap(value, whole) if isinstance(value, Tensor) and self._is_cut(value, part) else value
+            key: self._closed(value, held.get(key, {}))
+            if isinstance(value, dict)
+            else self.cut.wrap(value, self._whole_of(value))
+            if self._is_cut(key, value, self._part_shape)
+            else value
             for key, value in inner.items()
         }
 
-    def _is_cut(self, value: Tensor, shape: tuple[int, ...]) -> bool:
-        return tuple(value.shape) == shape and bool(shape) and not (self.is_contracted and self.through_coordinates)
+    def _is_cut(self, key: str, value: Any, shape: tuple[int, ...]) -> bool:
+        """Whether each process has a part of an entry of the rule's state, which is of the weight's shape then."""
+        if not isinstance(value, Tensor) or not value.dim() or not shape:
+            return False
+        if self.is_gathered or (self.is_contracted and self.through_coordinates):
+            return False
+        return key not in self.traits.common if self.traits.block else tuple(value.shape) == shape
+
+    def _whole_of(self, part: Tensor) -> tuple[int, ...]:
+        if tuple(part.shape) == self._part_shape:
+            return self._whole_shape
+        return part.shape[0] * dist.get_world_size(self.cut.group), *part.shape[1:]
 
     @property
     def _whole_shape(self) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ def add_rounded(
     beta: float | Tensor = 1.0,
     key: int | None = None,
     compensation: Tensor | None = None,
+    first: int = 0,
 ) -> None:
     """In place: weight <- beta * weight + alpha * update, formed in float32 some rows at a time.
 
@@ -43,6 +44,7 @@ def add_rounded(
         key: of the random bits that round it, see `key_of`; to the nearest when None.
         compensation: of the weight's shape and dtype, changed in place: what was cut off so far, which counts as part
             of the weight.
+        first: the place of the first number, if they are a part of more.
 
     Example:
         >>> weight, kept = torch.ones(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.bfloat16)
@@ -62,7 +64,7 @@ def add_rounded(
         if compensation is not None:
             exact.add_(compensation[rows])
         exact.mul_(beta).add_(update(rows), alpha=alpha)
-        weight[rows] = exact if key is None else round_at_random(exact, weight.dtype, key, start * width)
+        weight[rows] = exact if key is None else round_at_random(exact, weight.dtype, key, first + start * width)
         if compensation is not None:
             compensation[rows] = exact.sub_(weight[rows])
 

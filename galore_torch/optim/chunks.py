@@ -87,7 +87,9 @@ def step_chunk(
     for one, (tensor, parts) in zip(chunk, params, strict=True):
         keep_inner_state(one, parts)
         if one.through_coordinates:
-            fold(one, tensor)
+            fold(one, one.given_back(tensor))
+        else:
+            one.given_back(tensor)
         one.drop_factors()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from galore_torch.lowbit import QuantizedWeight, add_rounded, key_of
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.rule import UpdateContext
-from galore_torch.optim.state_keys import COMPENSATION, STEP
+from galore_torch.optim.state_keys import STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 
 
@@ -27,10 +27,10 @@ def fold(trained: TrainedWeight, coordinates: Tensor) -> None:
     alpha: Any = group["scale"] if is_projected(group) else 1.0
     beta: Any = 1.0
     if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
-        lr = traits.learning_rate(_context(trained, coordinates)) if traits.learning_rate else group["lr"]
+        lr = trained.number(traits.learning_rate(_context(trained))) if traits.learning_rate else group["lr"]
         beta = 1 - lr * group["weight_decay"]
     if traits.factor:
-        alpha = alpha * traits.factor(_context(trained, coordinates))
+        alpha = alpha * trained.number(traits.factor(_context(trained)))
     if isinstance(alpha, Tensor):
         coordinates.mul_(alpha)
         alpha = 1.0
@@ -45,18 +45,18 @@ def fold(trained: TrainedWeight, coordinates: Tensor) -> None:
         trained.local_projection.fold(weight, coordinates, trained.factors, alpha=alpha, beta=beta)
 
 
-def _context(trained: TrainedWeight, coordinates: Tensor) -> UpdateContext:
+def _context(trained: TrainedWeight) -> UpdateContext:
     return UpdateContext(
         weight=trained.weight,
         group=trained.group,
         step=trained.state[STEP],
-        coordinates_shape=tuple(coordinates.shape),
+        coordinates_shape=trained.projection.projected_shape,
     )
 
 
 def _fold_rounded(trained: TrainedWeight, coordinates: Tensor, alpha: float, beta: float | Tensor) -> None:
     """The same for a weight of 16 bits whose last digit matters: formed in float32, some rows at a time."""
-    basis, projection = trained.factors, trained.projection
+    basis, projection = trained.factors, trained.local_projection
     if projection.modes:
         coordinates = coordinates.to(trained.weight.dtype)
     update: Callable[[slice], Tensor]
@@ -65,12 +65,13 @@ def _fold_rounded(trained: TrainedWeight, coordinates: Tensor, alpha: float, bet
     else:
         update = projection.project_back(coordinates, basis).__getitem__
     add_rounded(
-        trained.weight,
+        trained.local,
         update,
         alpha=alpha,
         beta=beta,
         key=key_of(trained.seed, trained.place, trained.state[STEP]) if trained.rounding == "stochastic" else None,
-        compensation=trained.state[COMPENSATION] if trained.rounding == "compensated" else None,
+        compensation=trained.local_compensation if trained.rounding == "compensated" else None,
+        first=trained.first,
     )
 
 

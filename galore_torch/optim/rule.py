@@ -60,6 +60,9 @@ class Traits:
             the whole, where it copies what it gets. All at once when None.
         holds_in_few_bits: of an optimizer with quantized state, whether it quantizes that of a tensor with so many
             elements; None for one without.
+        block: how many numbers of a tensor, one after the other, share a scale in quantized state of plain tensors, all
+            of which are laid out as the tensor is, but for `common`; None where the state is not like that.
+        common: names of the state that all blocks share.
     """
 
     decay: Decay = "none"
@@ -71,6 +74,8 @@ class Traits:
     given: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     slice_elements: int | None = None
     holds_in_few_bits: Callable[[int], bool] | None = None
+    block: int | None = None
+    common: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -26,7 +26,7 @@ def inner_params(
         The tensor that the rule moves, and the parameters that it gets: the tensor, or slices of it.
     """
     if not trained.through_coordinates:
-        tensor = trained.local
+        tensor = trained.lent()
     else:
         tensor = torch.zeros_like(projected) if coordinates is None else coordinates
     inner, size = trained.opened(trained.state.get(INNER, {})), trained.traits.slice_elements

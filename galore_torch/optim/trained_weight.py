@@ -16,6 +16,7 @@ from galore_torch.lowbit import Rounding, Storage
 from galore_torch.messages import warn
 from galore_torch.optim.clock import Clock
 from galore_torch.optim.groups import storage_in
+from galore_torch.optim.process_part import ProcessPart
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Rule, Traits
 from galore_torch.optim.state_keys import (
@@ -34,7 +35,7 @@ from galore_torch.projection import Basis, Projection, adapt_gap, captured_energ
 
 
 @dataclass(slots=True, kw_only=True)
-class TrainedWeight:
+class TrainedWeight(ProcessPart):
     """One weight in one step.
 
     Attributes:
@@ -100,32 +101,6 @@ class TrainedWeight:
         """The weight's gradient, full or projected."""
         assert self.weight.grad is not None
         return self.weight.grad
-
-    @property
-    def local(self) -> Tensor:
-        """What of the weight is in this process: all of it, unless it is sharded."""
-        return self.weight
-
-    @property
-    def local_projection(self) -> Projection:
-        """How that is projected."""
-        return self.projection
-
-    def opened(self, inner: Any) -> Any:
-        """The rule's state as the rule takes it: of what is in this process.
-
-        Args:
-            inner: as the optimizer holds it.
-        """
-        return inner
-
-    def closed(self, inner: Any) -> Any:
-        """The rule's state as the optimizer holds it.
-
-        Args:
-            inner: as the rule leaves it.
-        """
-        return inner
 
     @property
     def needs_renewal(self) -> bool:
@@ -340,11 +315,11 @@ class TrainedWeight:
         if isinstance(grad, ProjectedGradient):
             projected = grad.projected_by(self.projection, self.basis)
         else:
-            projected = self.local_projection.project(grad, self.factors)
+            projected = self.project(grad)
         if projected.dtype is not self.dtype:
             projected = projected.to(self.dtype)
         decay = self.group.get("weight_decay", 0)
         if self.traits.decay == "l2" and decay != 0:
             sign = -1 if self.group.get("maximize") else 1
-            projected = projected.add(self.local_projection.project(self.local, self.factors), alpha=sign * decay)
+            projected = projected.add(self.project(self.local), alpha=sign * decay)
         return projected

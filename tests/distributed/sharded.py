@@ -41,8 +41,12 @@ def trained_in_shards(
     placement: Any = None,
     spoils: tuple[int, int] | None = None,
     keys: dict[str, Any] | None = None,
+    alike: bool = False,
 ) -> Tensor:
-    """The weights after some steps, of one process or of one of several."""
+    """The weights after some steps, of one process or of one of several.
+
+    With `alike` each process has the whole batch, so that averages are exact in any dtype.
+    """
     model: nn.Module = llama(dtype=dtype, **(shape or {}))
     if world > 1:
         given = {} if placement is None else {"shard_placement_fn": placement(model)}
@@ -54,7 +58,8 @@ def trained_in_shards(
         for number in range(micro):
             if world > 1 and micro > 1:
                 model.set_requires_gradient_sync(number == micro - 1)
-            loss_of_part = loss_of(model, batch(step, number).tensor_split(world)[rank]) / micro
+            parts, part = (1, 0) if alike else (world, rank)
+            loss_of_part = loss_of(model, batch(step, number).tensor_split(parts)[part]) / micro
             loss_of_part.backward()
         if spoils is not None and step == spoils[0] and rank == min(spoils[1], world - 1):
             for weight in model.parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_torch import (
+    GaLore,
     GaLoreAdafactor,
     GaLoreAdamW,
     GaLoreAdamW8bit,
@@ -31,6 +33,10 @@ RECIPES: dict[str, Callable[..., Any]] = {
     "adafactor": GaLoreAdafactor,
     "adamw8bit": GaLoreAdamW8bit,
     "qgalore": QGaLoreAdamW8bit,
+    "muon": functools.partial(GaLore, optimizer_class=torch.optim.Muon, fallback_class=torch.optim.AdamW),
+    "torch's adafactor": functools.partial(GaLore, optimizer_class=torch.optim.Adafactor),
+    "stochastic": functools.partial(GaLore, rounding="stochastic"),
+    "compensated": functools.partial(GaLore, rounding="compensated"),
 }
 
 

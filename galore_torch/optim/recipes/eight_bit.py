@@ -16,8 +16,11 @@ from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.rule import Traits
 
+_BLOCK = 256
+"""Numbers of a moment that share a scale."""
+
 _SLICE_ELEMENTS = 2**20
-"""On a CPU bitsandbytes copies what it moves, and its moments, into float32. Slices are whole blocks of 256, so that
+"""On a CPU bitsandbytes copies what it moves, and its moments, into float32. Slices are whole blocks, so that
 they move as the whole would."""
 
 
@@ -73,6 +76,8 @@ class GaLoreAdamW8bit(GaLore):
                 decay="decoupled",
                 slice_elements=_SLICE_ELEMENTS,
                 holds_in_few_bits=functools.partial(operator.le, min_8bit_size),
+                block=_BLOCK,
+                common=frozenset({"qmap1", "qmap2"}),
             ),
             optimizer_class=getattr(bitsandbytes.optim, "PagedAdamW8bit" if is_paged else "AdamW8bit"),
             state_dtype=state_dtype,
