@@ -317,27 +317,6 @@ def share_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments: d
     return shares
 
 
-def check_dimensions(optimizer: type[torch.optim.Optimizer], arguments: dict[str, Any], dimensions: int) -> None:
-    """Checks that an optimizer takes tensors of so many dimensions.
-
-    Args:
-        optimizer: the class.
-        arguments: for its constructor.
-        dimensions: of the tensors that it would move.
-
-    Raises:
-        ValueError: it does not; the message says what to do.
-    """
-    try:
-        Rule(optimizer, arguments, dimensions)
-    except ValueError as error:
-        raise ValueError(
-            f"{optimizer.__name__} cannot hold a tensor of {dimensions} dimensions: {error}. For parameters that are "
-            "not projected pass another class, such as fallback_class=torch.optim.AdamW; for projected ones change "
-            "`layout`"
-        ) from error
-
-
 def _plain(value: Any, passed: Any) -> Any:
     """A default as our groups hold it: a tensor only if a tensor was passed."""
     if isinstance(value, Tensor) and not isinstance(passed, Tensor):

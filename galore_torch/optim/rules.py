@@ -13,7 +13,7 @@ from galore_torch.optim.groups import is_projected, projection_in
 from galore_torch.optim.inner_group import check_decay, check_names
 from galore_torch.optim.precision import asked_rounding, is_16_bit
 from galore_torch.optim.probe import traits_of
-from galore_torch.optim.rule import Rule, Traits, check_dimensions, share_arguments
+from galore_torch.optim.rule import Rule, Traits, share_arguments
 
 
 class Rules:
@@ -86,7 +86,7 @@ class Rules:
         place = 0 if is_projected(group) else -1
         optimizer: type[Optimizer] = self.classes[place]
         for dimensions in sorted({len(projection_in(group, weight).projected_shape) for weight in weights}):
-            check_dimensions(optimizer, self._shares[place], dimensions)
+            _check_dimensions(optimizer, self._shares[place], dimensions)
         for rule, traits in {
             (rule, traits)
             for rule, traits, on_coordinates in (self.of_weight(weight, group) for weight in weights)
@@ -95,3 +95,24 @@ class Rules:
             given = self._settings["traits"] is not None and rule is self.rule
             made_of = None if given else (optimizer, self._shares[place])
             check_decay(rule, traits, {**rule.defaults, **group}, made_of)
+
+
+def _check_dimensions(optimizer: type[Optimizer], arguments: dict[str, Any], dimensions: int) -> None:
+    """Checks that an optimizer takes tensors of so many dimensions.
+
+    Args:
+        optimizer: the class.
+        arguments: for its constructor.
+        dimensions: of the tensors that it would move.
+
+    Raises:
+        ValueError: it does not; the message says what to do.
+    """
+    try:
+        Rule(optimizer, arguments, dimensions)
+    except ValueError as error:
+        raise ValueError(
+            f"{optimizer.__name__} cannot hold a tensor of {dimensions} dimensions: {error}. For parameters that are "
+            "not projected pass another class, such as fallback_class=torch.optim.AdamW; for projected ones change "
+            "`layout`"
+        ) from error
