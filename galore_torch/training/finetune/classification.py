@@ -10,11 +10,11 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from galore_torch.training.finetune import scores
-from galore_torch.training.finetune.base_model import load_base
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.finetune.labels import find_labels
 from galore_torch.training.finetune.tasks import GLUE
+from galore_torch.training.run.base_model import load_base
 
 
 class Classification:

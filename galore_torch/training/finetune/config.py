@@ -3,15 +3,20 @@
 from typing import ClassVar, Literal
 
 from galore_torch.training.finetune.tasks import GLUE, TaskName
+from galore_torch.training.run.files import model_of_run
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
+from galore_torch.training.settings.optimizer import MATRICES
 
 
 @settings
 class BaseModelConfig:
     """What is fine-tuned."""
 
-    model: str = setting("FacebookAI/roberta-base", "Name on the Hugging Face Hub, or folder, of the model.")
+    model: str = setting(
+        "FacebookAI/roberta-base",
+        "Name on the Hugging Face Hub, or folder, of the model, or folder of a run, whose finished model is meant.",
+    )
     gguf_file: str | None = setting(None, "A GGUF file in that folder, which holds the weights.")
     dtype: DType = setting("float32", "What weights are stored in.")
     target_modules: str | None = setting(
@@ -19,6 +24,9 @@ class BaseModelConfig:
         "Which modules are projected or adapted: parts of their names by comma, or all-linear.",
         default_help="the linear layers in the model's numbered layers; not embeddings, pooler and head",
     )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", model_of_run("model", self.model))
 
 
 _SFT = ("answers_only", "answers", "answer_tokens")
@@ -109,7 +117,7 @@ class FinetuneConfig(TrainConfig):
     def target_modules(self) -> str | list[str]:
         """Which modules hold the matrices, by the rules of `galore_torch.param_groups`."""
         if self.model.target_modules is None:
-            return r".+\.\d+\..+"  # in a numbered layer: so are the attention's and the MLP's, however they are called
+            return MATRICES
         return "all-linear" if self.model.target_modules == "all-linear" else self.model.target_modules.split(",")
 
 

@@ -14,8 +14,9 @@ import datasets
 from galore_torch.training.finetune.config import RowsConfig
 from galore_torch.training.finetune.tasks import GLUE
 from galore_torch.training.run.disk import raise_failed_write
+from galore_torch.training.run.files import local_path
 from galore_torch.training.run.units import sentence
-from galore_torch.training.text.tables import local_path, read_table
+from galore_torch.training.text.tables import read_table
 
 _KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 _SPLIT = 0  # the seed of which rows of a file are held out

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from galore_torch.training.finetune.base_model import load_base
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run import records
+from galore_torch.training.run.base_model import load_base
 
 
 class Supervised:

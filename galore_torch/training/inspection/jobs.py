@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from galore_torch.training.finetune import presets
-from galore_torch.training.finetune.base_model import load_base
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.inspection.config import PLAIN_TEXT, InspectConfig, SnapshotConfig
 from galore_torch.training.pretrain.config import PretrainConfig
@@ -147,12 +145,11 @@ def job_of_model(model: str, data: str | None, config: InspectConfig, console: C
     length, schedule = recipe.data.max_length, recipe.schedule
     job: Job
     if task == PLAIN_TEXT:
-        loaded, _ = load_base(recipe.model, AutoModelForCausalLM, length, console)
-        loaded.config.use_cache = False
         packed = {
+            "model": model,
+            "gguf_file": recipe.model.gguf_file,
             "dtype": recipe.model.dtype,
             "data": data,
-            "tokenizer": model,
             "text_column": recipe.data.text_column,
             "seq": length,
             "eval_tokens": length,
@@ -162,7 +159,7 @@ def job_of_model(model: str, data: str | None, config: InspectConfig, console: C
             "seed": schedule.seed,
             **dataclasses.asdict(recipe.optimizer),
         }
-        job = Pretraining(from_values(PretrainConfig, packed), console, loaded)
+        job = Pretraining(from_values(PretrainConfig, packed), console)
     else:
         job = Finetuning.load(recipe, console)
     job.target_modules = recipe.target_modules

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from galore_torch.training.pretrain.config import PretrainConfig
-from galore_torch.training.pretrain.presets import DEFAULT_PRESET, PRESETS, configure
+from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESET_TABLE, PRESETS, configure
 from galore_torch.training.run.command import PANEL, Config, Json, Out, Resume, run_command
 from galore_torch.training.settings.flags import given_settings
 from galore_torch.training.settings.methods import METHODS, help_text
@@ -30,8 +30,14 @@ galore pretrain --preset llama-60m --data texts/ --rank 64 --lr 5e-3 --steps 200
 galore pretrain --preset llama-60m --data allenai/c4 --method lora
 [dim]a baseline of the paper, at equal rank, tokens and steps[/]
 
+galore pretrain --model MODEL_OR_FOLDER --data texts/
+[dim]continue any causal model, or a run's (--model runs/60m), with its tokenizer[/]
+
+galore pretrain --config-of MODEL_OR_CONFIG_JSON --data texts/ --rank 64
+[dim]any causal architecture from scratch[/]
+
 galore pretrain --resume --out runs/60m
-[dim]go on after Ctrl-C[/]
+[dim]go on after Ctrl-C; with --steps 20000 make it longer, finished or not[/]
 """
 
 HELP_PRESET = "llama-60m"
@@ -42,7 +48,7 @@ EPILOG = f"{EXAMPLES}\n{help_text()}"
 
 _PRESET = typer.Option(
     help=f"Model and recipe to start from: {', '.join(PRESETS)}. Flags and --config override it. "
-    rf"[dim]\[default: {DEFAULT_PRESET}][/]",
+    rf"[dim]\[default: {DEFAULT_PRESET}; with --model: {CONTINUED}][/]",
     rich_help_panel=PANEL,
 )
 _METHOD = typer.Option(
@@ -66,7 +72,7 @@ def pretrain(
     json: Json = False,
     **given: Any,
 ) -> None:
-    """Pre-train a LLaMA from scratch, with GaLore or with a method to compare it with.
+    """Pre-train a causal model, from scratch or further, with GaLore or with a method to compare it with.
 
     The run folder gets config.toml, metrics.jsonl, subspaces.jsonl (the renewals of bases), the model with its
     tokenizer, loss.png and a resumable checkpoint.
@@ -76,7 +82,7 @@ def pretrain(
 
     def configured() -> tuple[PretrainConfig, str]:
         settings = configure(preset, config, method=method, **given)
-        start = preset or (DEFAULT_PRESET if config is None else config.stem)
+        start = preset or (PRESET_TABLE.default(given) if config is None else config.stem)
         return settings, f"{start}-{method or settings.title}"
 
     options = {"preset": preset, "method": method, "config": config, **given}
@@ -93,9 +99,12 @@ def _load() -> type[Job]:
 def prepare_only(settings: PretrainConfig, console: Console) -> None:
     """Read, tokenize and cache the text, and say where it is."""
     with console.status("Loading Transformers"):
+        from galore_torch.training.run.base_model import load_tokenizer
         from galore_torch.training.run.progress import quiet
         from galore_torch.training.text.prepare import amount, cache_folder, prepare_text
     quiet(console)
-    text = prepare_text(settings.data, console, batch=settings.schedule.batch, seed=settings.schedule.seed)
+    own = None if settings.model.model is None else load_tokenizer(settings.model)
+    schedule = settings.schedule
+    text = prepare_text(settings.data, console, batch=schedule.batch, seed=schedule.seed, tokenizer=own)
     line = f"{settings.data.data} is ready: {amount(text, settings.data)}; cached in {cache_folder(settings.data)}"
     console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -2,23 +2,45 @@
 
 from typing import ClassVar
 
+from galore_torch.training.run.files import model_of_run
 from galore_torch.training.settings.config import TrainConfig, sections_of
-from galore_torch.training.settings.fields import DType, setting, settings
+from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 from galore_torch.training.text.config import DataConfig
+
+SIZES = ("hidden", "intermediate", "layers", "heads")
+"""The settings of a LLaMA's sizes, which every preset of one gives."""
 
 
 @settings
 class ModelConfig:
-    """The LLaMA that is trained."""
+    """The model that is trained: a LLaMA of some sizes unless another is named."""
 
-    hidden: int = setting(512, "Width of the residual stream.", ge=1)
-    intermediate: int = setting(1376, "Width inside the MLPs.", ge=1)
-    layers: int = setting(8, "Number of layers.", ge=1)
-    heads: int = setting(8, "Number of attention heads; must divide hidden into even parts.", ge=1)
+    model: str | None = setting(
+        None,
+        "A causal model to go on from, with its own tokenizer: its name on the Hugging Face Hub, its folder, or the "
+        "folder of a run, whose finished model is meant.",
+    )
+    gguf_file: str | None = setting(None, "A GGUF file in the model's folder, which holds the weights.")
+    config_of: str | None = setting(
+        None,
+        "Train another architecture than LLaMA from scratch: name or folder of a causal model, or its config.json. "
+        "The vocabulary is the tokenizer's.",
+    )
+    hidden: int | None = setting(None, "Width of the residual stream.", ge=1)
+    intermediate: int | None = setting(None, "Width inside the MLPs.", ge=1)
+    layers: int | None = setting(None, "Number of layers.", ge=1)
+    heads: int | None = setting(None, "Number of attention heads; must divide hidden into even parts.", ge=1)
     dtype: DType = setting("bfloat16", "What weights and activations are stored in.")
 
     def __post_init__(self) -> None:
-        if self.hidden % (2 * self.heads):
+        if self.model is not None:
+            object.__setattr__(self, "model", model_of_run("model", self.model))
+        named = "config_of" if self.model is None else "model"
+        if getattr(self, named) is not None:
+            idle = ("config_of", *SIZES) if named == "model" else SIZES
+            require_defaults(self, f"{named} = {getattr(self, named)!r}", dict.fromkeys(idle, f"no {named}"))
+        require_defaults(self, "model = None", {} if self.model else {"gguf_file": "a model"})
+        if self.hidden and self.heads and self.hidden % (2 * self.heads):
             raise ValueError(
                 f"heads = {self.heads} does not divide hidden = {self.hidden} into heads of even width; "
                 "choose hidden as a multiple of 2 * heads."
@@ -54,6 +76,24 @@ class PretrainConfig(TrainConfig):
     schedule: ScheduleConfig
 
     doing: ClassVar[str] = "a pre-training"
+
+    def __post_init__(self) -> None:
+        model = self.model
+        if model.model is not None and self.data.tokenizer != "auto":
+            raise ValueError(
+                f"tokenizer = {self.data.tokenizer!r} has no effect with model = {model.model!r}, which brings its "
+                "own; leave it out."
+            )
+        if model.model is not None and self.adapter.adapter == "low-rank":
+            raise ValueError("adapter = 'low-rank' throws away what a model has learnt; choose lora, or none.")
+        super().__post_init__()
+
+    def require_there(self) -> None:
+        """Refuse a LLaMA without sizes."""
+        model = self.model
+        missing = [name for name in SIZES if getattr(model, name) is None]
+        if model.model is None and model.config_of is None and missing:
+            raise ValueError(f"model = None, and {missing[0]} is not given; give --model, or a preset with sizes.")
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,4 +1,6 @@
-"""A LLaMA with fresh weights, made one layer at a time in the dtype that it is trained in: never two copies of it.
+"""The model of a pre-training: one that is named, or fresh weights, of a LLaMA or of another architecture.
+
+A LLaMA with fresh weights is made one layer at a time in the dtype that it is trained in: never two copies of it.
 
 Transformers' constructor makes every weight in float32, 27 GB of LLaMA-7B, before any can be cast. Here no more than
 one weight is float32 at a time. What is drawn is what the constructor draws.
@@ -9,52 +11,94 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from rich.console import Console
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from galore_torch.lowbit import quantize_weights
 from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.run.base_model import load_base
 from galore_torch.training.run.units import sentence
+from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text.tokenizer import entries
 
 
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """The LLaMA of a pre-training, with fresh weights from torch's global random state.
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> Any:
+    """The model of a pre-training: the one that is named, or one with fresh weights from torch's global random state.
 
     Args:
-        config: its sizes and its dtype; its matrices are in few bits if the settings say so.
-        tokenizer: how many embeddings it needs, and which tokens are special.
+        config: which, its dtype, and whether its matrices are in few bits.
+        tokenizer: how many embeddings fresh weights need, and which tokens are special.
+        console: where to print what a loaded model lacks.
 
     Returns:
         The model, on the CPU.
+
+    Raises:
+        ValueError: when what is named cannot be loaded, is no causal model or has too few positions for a sequence.
     """
-    architecture = LlamaConfig(
-        hidden_size=config.model.hidden,
-        intermediate_size=config.model.intermediate,
-        num_hidden_layers=config.model.layers,
-        num_attention_heads=config.model.heads,
-        vocab_size=entries(tokenizer),
-        max_position_embeddings=max(1024, config.data.seq),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=False,
-    )
-    model = fresh_llama(architecture, getattr(torch, config.model.dtype), _quantizer(config))
-    if config.schedule.gradient_checkpointing:
+    dtype, schedule = getattr(torch, config.model.dtype), config.schedule
+    quantized = config.optimizer.weight_bits == 8
+    if config.model.model is not None:
+        model, _ = load_base(config.model, AutoModelForCausalLM, config.data.seq, console)
+    else:
+        architecture = _architecture(config, tokenizer)
+        tokenizer.model_max_length = architecture.max_position_embeddings
+        if config.model.config_of is None:
+            made = _quantizer(config) if quantized else lambda _: None
+            model, quantized = fresh_llama(architecture, dtype, made), False
+        else:
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    if quantized:
+        stochastic = config.optimizer.weight_rounding == "stochastic"
+        quantize_weights(model, MATRICES, stochastic_rounding=stochastic, seed=schedule.seed)
+    model.config.use_cache = False
+    if schedule.gradient_checkpointing:
         recompute_activations(model)
     return model
 
 
+def _architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The configuration of a model with fresh weights, which fits tokenizer and sequences."""
+    given = {
+        "vocab_size": entries(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    sizes, name = config.model, config.model.config_of
+    if name is None:
+        return LlamaConfig(
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.intermediate,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            max_position_embeddings=max(1024, config.data.seq),
+            use_cache=False,
+            **given,
+        )
+    try:
+        architecture = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"config_of = {name!r} cannot be loaded: {sentence(error)} Give a name on the Hub, a folder or a "
+            "config.json."
+        ) from error
+    if architecture.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"config_of = {name!r} is a {architecture.model_type}, not a causal model; give one of those.")
+    for key, value in given.items():
+        setattr(architecture, key, value)
+    architecture.max_position_embeddings = max(architecture.max_position_embeddings, config.data.seq)
+    return architecture
+
+
 def _quantizer(config: PretrainConfig) -> Callable[[nn.Module], None]:
-    """What quantizes each layer as soon as it stands, with random numbers of its own, if the settings say so."""
-    if config.optimizer.weight_bits == 16:
-        return lambda _: None
+    """What quantizes each layer as soon as it stands, with random numbers of its own."""
     seeds = itertools.count(config.schedule.seed * 1_000_003)
     stochastic = config.optimizer.weight_rounding == "stochastic"
 
@@ -63,18 +107,6 @@ def _quantizer(config: PretrainConfig) -> Callable[[nn.Module], None]:
             quantize_weights(module, stochastic_rounding=stochastic, seed=next(seeds))
 
     return made
-
-
-def load_llama(folder: Path, config: PretrainConfig) -> LlamaForCausalLM:
-    """The LLaMA of a pre-training, with the weights that were saved in a folder; a ValueError says why it is not."""
-    try:
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # whatever files can be wrong in
-        raise ValueError(f"run: {str(folder)!r} cannot be loaded: {sentence(error)}") from error
-    model.config.use_cache = False
-    if config.schedule.gradient_checkpointing:
-        recompute_activations(model)
-    return model
 
 
 def recompute_activations(model: LlamaForCausalLM) -> None:

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.pretrain.config import SIZES, PretrainConfig
 from galore_torch.training.settings.configure import FULL_RANK, PROJECTED, PresetTable, what_trains
 
 DEFAULT_PRESET = "llama-tiny"
+CONTINUED = "continued"
+"""The preset of a training that goes on from a model, of whatever sizes."""
 
 # Sequence 256, batch 512, cosine to 10 %, 10 % warm-up, BF16, no decay, betas .9/.999 are the settings' own defaults.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -37,6 +39,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim": "galore-adamw8bit", "update_proj_gap": 500,
         # Weights that move inside the backward leave nothing to accumulate. The paper's 512 are for 64 GPUs.
         "batch": 16, "micro_batch": 16, "gradient_checkpointing": True,
+    },
+    CONTINUED: {
+        "rank": 64, "scale": 1.0, "seq": 512, "steps": 1000, "batch": 16, "micro_batch": 4, "dtype": "float32",
+        "eval_tokens": 200_000, "eval_every": 200, "save_every": 200,
     },
 }  # fmt: skip
 """Settings of each preset by name. What a preset leaves out has the setting's own default."""
@@ -68,6 +74,14 @@ LEARNING_RATES: dict[str, dict[str, dict[str, float]]] = {
     "llama-350m": _PAPER_LR,
     "llama-1b": _PAPER_LR,
     "llama-7b": {PROJECTED: {"lr": 0.005}, **_BASELINES_LR},
+    # Between those that were best for SmolLM2-135M on docstrings and half of them; docs/results.md has the figures.
+    CONTINUED: {
+        PROJECTED: {"lr": 6e-4, "others_lr": 1e-4},
+        FULL_RANK: {"lr": 1e-4},
+        "low-rank": {"lr": 1e-3},
+        "lora": {"lr": 5e-4},
+        "relora": {"lr": 5e-4},
+    },
 }
 """Peak learning rates of each preset, for optimizers that project, for those that do not, and for adapters by name.
 
@@ -76,13 +90,19 @@ whose product begins at zero and counts a fraction, wants more.
 """
 
 
-def _besides(preset: str, optim: str, _: Mapping[str, Any]) -> dict[str, Any]:
+def _besides(preset: str, optim: str, given: Mapping[str, Any]) -> dict[str, Any]:
     by_optimizer = BY_OPTIMIZER.get(preset, {})
-    return {**by_optimizer.get(what_trains(optim, "none"), {}), **by_optimizer.get(optim, {})}
+    # Where another model is named, a preset's sizes are of one that is not trained.
+    sizes = dict.fromkeys(SIZES) if given.get("model") or given.get("config_of") else {}
+    return {**by_optimizer.get(what_trains(optim, "none"), {}), **by_optimizer.get(optim, {}), **sizes}
+
+
+def _default(given: Mapping[str, Any]) -> str:
+    return CONTINUED if given.get("model") else DEFAULT_PRESET
 
 
 PRESET_TABLE = PresetTable(
-    config=PretrainConfig, presets=PRESETS, default=lambda _: DEFAULT_PRESET, besides=_besides, rates=LEARNING_RATES
+    config=PretrainConfig, presets=PRESETS, default=_default, besides=_besides, rates=LEARNING_RATES
 )
 
 

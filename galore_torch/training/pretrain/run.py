@@ -1,4 +1,4 @@
-"""Pre-train a LLaMA from scratch: the job's data, model and schedule."""
+"""Pre-train a causal model, from scratch or from where another training has left it: data, model and schedule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
-from galore_torch.training.pretrain.config import PretrainConfig
-from galore_torch.training.pretrain.model import build_model, load_llama
-from galore_torch.training.run import optimizers, records
+from galore_torch.training.pretrain.config import ModelConfig, PretrainConfig
+from galore_torch.training.pretrain.model import build_model
+from galore_torch.training.run import records
+from galore_torch.training.run.base_model import load_tokenizer
 from galore_torch.training.run.job import Job
 from galore_torch.training.run.run import RunResult
+from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text import packing
 from galore_torch.training.text.prepare import amount, prepare_text
 
@@ -35,12 +37,11 @@ class PretrainResult(RunResult):
 
 
 class Pretraining(Job):
-    """A pre-training of a LLaMA with newly initialized weights.
+    """A pre-training of a causal model, a LLaMA with newly initialized weights unless the settings name another.
 
     Args:
         config: its settings, see `galore_torch.training.pretrain.presets.configure`.
         console: where progress is shown.
-        model: with weights to start from; None for newly initialized ones.
     """
 
     unit = "tokens"
@@ -48,16 +49,19 @@ class Pretraining(Job):
     settings = PretrainConfig
     result = PretrainResult
 
-    def __init__(self, config: PretrainConfig, console: Console, model: PreTrainedModel | None = None) -> None:
-        schedule = config.schedule
-        self.config, self.data, self.target_modules = config, config.data.data, optimizers.MATRICES
-        self.text = prepare_text(config.data, console, batch=schedule.batch, seed=schedule.seed)
+    def __init__(self, config: PretrainConfig, console: Console) -> None:
+        schedule, start = config.schedule, config.model.model
+        self.config, self.data, self.target_modules = config, config.data.data, MATRICES
+        own = None if start is None else load_tokenizer(config.model)
+        self.text = prepare_text(config.data, console, batch=schedule.batch, seed=schedule.seed, tokenizer=own)
         self.tokenizer, self.digest = self.text.tokenizer, self.text.digest
         set_seed(schedule.seed)
-        self.model = model or build_model(config, self.tokenizer)
+        self.model = build_model(config, self.tokenizer, console)
+        if start is not None:
+            self.task_type = "CAUSAL_LM"
         self.units_per_step = config.tokens_per_step
         self.announcement = (
-            f"[bold]{config.title}[/] on a LLaMA of {self.model.num_parameters():,} parameters; "
+            f"[bold]{config.title}[/] on {_called(config)} of {self.model.num_parameters():,} parameters; "
             f"{escape(self.data)} ({amount(self.text, config.data)}); "
             f"{schedule.steps:,} steps of {config.tokens_per_step:,} tokens"
         )
@@ -65,10 +69,10 @@ class Pretraining(Job):
     @classmethod
     def load(cls, config: PretrainConfig, console: Console, weights: Path | None = None) -> Pretraining:
         """Read, tokenize and pack the text; make or load the model."""
-        if weights is None:
-            return cls(config, console)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(weights)))
-        return cls(config, console, load_llama(weights, config))
+        if weights is not None:
+            start = ModelConfig(model=str(weights), dtype=config.model.dtype)
+            config = dataclasses.replace(config, model=start, data=dataclasses.replace(config.data, tokenizer="auto"))
+        return cls(config, console)
 
     def schedule(self) -> dict[str, Any]:
         """A warmup, then a cosine down to a share of the peak."""
@@ -102,3 +106,9 @@ class Pretraining(Job):
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The perplexity of the last evaluation."""
         return {"perplexity": scores.get("perplexity")}
+
+
+def _called(config: PretrainConfig) -> str:
+    """The model in words."""
+    model = config.model
+    return "a LLaMA" if model.model is None and model.config_of is None else escape(model.model or str(model.config_of))

@@ -34,7 +34,12 @@ Config = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder to make, by default in runs/.", rich_help_panel=PANEL)]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Resume the run in --out, with its own settings.", rich_help_panel=PANEL)
+    bool,
+    typer.Option(
+        "--resume",
+        help="Resume the run in --out, with its own settings; with more --steps or --epochs also one that has ended.",
+        rich_help_panel=PANEL,
+    ),
 ]
 Json = Annotated[
     bool,
@@ -108,13 +113,14 @@ def run_command(
         instead: what is done with the settings instead of a run.
     """
     console, name = Console(stderr=json, quiet=not processes.is_first()), f"galore {command}"
+    changes: dict[str, Any] = {}
     folder: RunFolder | None = None
     with stoppable(lambda: _stopped(folder, name, resumed=resume)):
         with reported_errors(name):
             if resume:
                 if out is None:
                     raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
-                RunFolder(out).require_unfinished(given)
+                changes = RunFolder(out).require_unfinished(given)
                 found, settings = out, None
             else:
                 settings, default = configure()
@@ -130,7 +136,11 @@ def run_command(
                 from galore_torch.training.run.run import new_run, resumed_run
 
                 job = load()
-            run = resumed_run(job, found, console=console) if resume else new_run(job, settings, found, console=console)
+            run = (
+                resumed_run(job, found, console=console, changes=changes)
+                if resume
+                else new_run(job, settings, found, console=console)
+            )
         with reported_errors(name, lambda: _failed(run.folder, name)):
             result: RunResult = run.train()
         if json and processes.is_first():

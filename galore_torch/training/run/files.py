@@ -39,6 +39,36 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
+def local_path(field: str, name: str) -> Path:
+    """The path that a setting names: as it stands if that exists, else with ``~`` as the home folder.
+
+    A ValueError says that no path can have that name.
+    """
+    path = Path(name)
+    try:
+        return path if path.exists() else path.expanduser()
+    except RuntimeError:  # nobody has such a home
+        return path
+    except OSError as error:  # too long, for example
+        raise ValueError(f"{field} = {name[:80]!r} cannot be a path: {error.strerror}; give another.") from error
+
+
+def model_of_run(field: str, name: str) -> str:
+    """The folder of the finished model, where a setting names the folder of a run; else the name as it is.
+
+    A ValueError says that the run has none yet.
+    """
+    run = local_path(field, name)
+    if not (run / "config.toml").is_file():
+        return name
+    if not (run / "model" / "config.json").is_file():
+        raise ValueError(
+            f"{field} = {name!r} is a run that has no finished model yet; finish it with --resume --out {name}, or "
+            "give the folder of one of its checkpoints."
+        )
+    return str(run / "model")
+
+
 def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
     """Remove files that this process has made, and those of its folders, inner ones first, that nobody else uses."""
     for file in files:

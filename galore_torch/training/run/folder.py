@@ -3,6 +3,7 @@
 runs/NAME/
   config.toml     every setting, as resolved
   text.sha256     digests of the text and of config.toml: a resumed run must find the same
+  changes.jsonl   settings that a resumption has changed, a line each: from which step, and by name old and new value
   metrics.jsonl   one record a step and an evaluation, and a last one of the whole run
   subspaces.jsonl one record a renewal of a weight's basis, if the optimizer projects
   checkpoints/    the last resumable states, see `galore_torch.training.run.checkpoints`
@@ -18,6 +19,7 @@ for is a ValueError with the remedy.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,9 @@ from galore_torch.training.run.checkpoints import Checkpoints, step_of
 from galore_torch.training.run.files import Lock, being_written, take_back, write_whole
 from galore_torch.training.run.manifest import require_whole
 from galore_torch.training.run.signals import deferred
+
+CHANGEABLE = ("steps", "epochs", "eval_every", "save_every", "micro_batch", "gradient_checkpointing", "report_to")
+"""Settings that may be given with ``--resume``: how long, what is recorded, and what bounds memory."""
 
 
 class _Hold(NamedTuple):
@@ -48,6 +53,7 @@ class RunFolder:
         self.root = root
         self.config = root / "config.toml"
         self.text = root / "text.sha256"
+        self.changes = root / "changes.jsonl"
         self.metrics = root / "metrics.jsonl"
         self.subspaces = root / "subspaces.jsonl"
         self.checkpoints = Checkpoints(root / "checkpoints")
@@ -126,7 +132,7 @@ class RunFolder:
         unsaved = hold.began and self.checkpoints.newest() is None
         if unsaved:
             self.checkpoints.clear()
-            take_back([self.config, self.text, self.metrics, self.subspaces], [self.checkpoints.root])
+            take_back([self.config, self.text, self.changes, self.metrics, self.subspaces], [self.checkpoints.root])
         hold.lock.release(remove=unsaved)
         if unsaved and hold.made:
             take_back([], [self.root])
@@ -140,20 +146,48 @@ class RunFolder:
             self.abandon()
             raise
 
-    def require_unfinished(self, others: Mapping[str, Any] | None = None) -> None:
-        """Refuse a folder in which nothing is left to do, and settings beside the run's own, by their names."""
-        also = [name for name, value in (others or {}).items() if value is not None]
-        if also:
-            raise ValueError(f"--resume uses the settings of the run; leave out {', '.join(also)}.")
+    def require_unfinished(self, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Refuse a folder in which nothing is left to do, and settings that no resumption may change, by their names.
+
+        Those that it may, which have a value, are returned: a finished run goes on by more steps or epochs.
+        """
+        changes = {name: value for name, value in (others or {}).items() if value is not None}
+        fixed = [name for name in changes if name not in CHANGEABLE]
+        if fixed:
+            raise ValueError(
+                f"--resume uses the settings of the run; leave out {', '.join(fixed)}. What may change is "
+                f"{', '.join(CHANGEABLE)}; with other settings a new run can start from its model: --model {self.root}."
+            )
         if not self.config.exists():
             raise self._refused("holds no run to resume; leave out --resume to start one there.")
         final = records.final(self.metrics)
-        if final is not None:
-            step = final["step"]
+        newest = self.checkpoints.newest()
+        done = final["step"] if final else 0 if newest is None else step_of(newest)
+        if final is not None and not {"steps", "epochs"} & changes.keys():
             raise self._refused(
-                f"holds a run that ended after step {step}; choose another --out to train from scratch."
+                f"holds a run that ended after step {done}; choose another --out to train from scratch, or make it "
+                "longer by --steps."
             )
+        if changes.get("steps", done + 1) <= done:
+            raise ValueError(f"steps = {changes['steps']}, and the run has made {done}; give more.")
         records.read(self.subspaces)  # which is read again once the training begins
+        return changes
+
+    def record_changes(self, step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Write down which settings have other values from a step on; a run that had ended has not ended any more."""
+        if records.final(self.metrics) is not None:
+            records.keep_until(self.metrics, step, final=False)
+        lines = {name: [before[name], value] for name, value in now.items()}
+        records.append(self.changes, {"step": step, **lines})
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that resumptions have changed, by name, as they are now."""
+        lines = _read(self.changes).splitlines(keepends=True)
+        try:
+            found = [json.loads(line) for line in lines if line.endswith("\n")]
+            return {name: value[1] for one in found for name, value in one.items() if name != "step"}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{self.changes} is damaged. Restore it from a copy.") from error
 
     def require_settings(self) -> None:
         """Refuse a ``config.toml`` that is not as it was written: what it lacks would be as it is by default."""

@@ -47,9 +47,9 @@ class Job(ABC):
 
     @classmethod
     def recorded(cls, folder: RunFolder) -> Any:
-        """The settings that a run was started with; a ValueError when they are not as they were written."""
+        """The settings of a run, with what resumptions have changed; a ValueError when they are not as written."""
         folder.require_settings()
-        return from_values(cls.settings, read_file(cls.settings, folder.config)[1])
+        return from_values(cls.settings, {**read_file(cls.settings, folder.config)[1], **folder.changed()})
 
     @abstractmethod
     def schedule(self) -> dict[str, Any]:

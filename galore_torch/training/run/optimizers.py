@@ -18,12 +18,9 @@ from torch.optim import Optimizer
 import galore_torch
 from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.optim.groups import projection_in
-from galore_torch.training.settings.optimizer import OptimizerConfig, has_effect, is_projected
+from galore_torch.training.settings.optimizer import MATRICES, OptimizerConfig, has_effect, is_projected
 
 Groups = list[dict[str, Any]]
-
-MATRICES = ("attn", "mlp")
-"""Parts of the names of the modules whose linear weights are meant by matrices; see `galore_torch.param_groups`."""
 
 
 def _adam(config: OptimizerConfig) -> dict[str, Any]:

@@ -116,9 +116,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop what was recorded after a step: a resumed run makes those steps again."""
-    write_whole(path, "".join(_line(record) for record in read(path) if record["step"] <= step))
+def keep_until(path: Path, step: int, *, final: bool = True) -> None:
+    """Drop what was recorded after a step, which a resumed run makes again; the record of the end too, if asked for."""
+    kept = (record for record in read(path) if record["step"] <= step and (final or "final" not in record))
+    write_whole(path, "".join(map(_line, kept)))
 
 
 def perplexity(loss: float) -> float:

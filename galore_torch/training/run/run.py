@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
 from galore_torch.training.run import machine, optimizers, processes, records
 from galore_torch.training.run.callbacks import EndAfterLastStep, NoStepLeftError, Recorder, SaveOnSignal
-from galore_torch.training.run.checkpoints import KEPT
+from galore_torch.training.run.checkpoints import KEPT, step_of
 from galore_torch.training.run.disk import require_space
 from galore_torch.training.run.files import sync
 from galore_torch.training.run.folder import RunFolder
@@ -28,6 +28,7 @@ from galore_torch.training.run.plots import plot_losses
 from galore_torch.training.run.progress import StepProgress, quiet
 from galore_torch.training.run.signals import deferred, was_asked
 from galore_torch.training.run.units import megabytes
+from galore_torch.training.settings.config import from_values
 
 _NOT_RECORDED = ("out", "finished", "checkpoint")
 
@@ -73,8 +74,10 @@ class Run:
         callbacks: Sequence[TrainerCallback],
         *,
         resumed: bool,
+        before: Any = None,
     ) -> None:
         quiet(console)
+        config.require_there()
         processes.require_served(config, in_processes=kind.in_processes)
         console = console if processes.is_first() else Console(quiet=True)
         machine.ignore_accelerate(console)
@@ -105,6 +108,8 @@ class Run:
             run_name=folder.root.name,
         )
         processes.require_same_text(job.digest)
+        if before is not None and processes.is_first():
+            _record_changes(folder, before, config, self.checkpoint, console)
 
     def train(self) -> Any:
         """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record.
@@ -209,21 +214,64 @@ def new_run(
 
 
 def resumed_run(
-    job: type[Job], out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
+    job: type[Job],
+    out: Path,
+    *,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    changes: Mapping[str, Any] | None = None,
 ) -> Run:
     """Prepare to resume a run that was stopped, exactly: its losses will be those of one that never was.
 
-    The arguments are those of `new_run`; the settings are those of the folder's ``config.toml``.
+    The arguments are those of `new_run`; the settings are those of the folder's ``config.toml``, but for ``changes``,
+    by name, of `galore_torch.training.run.folder.CHANGEABLE`. More ``steps`` or ``epochs`` extend a run, also one that
+    has ended: its learning rate goes on by the schedule of the new length.
 
     Raises:
         ValueError: when the folder holds no run, one that has ended, one that another process works on, or only
-            damaged checkpoints, or its data have changed.
+            damaged checkpoints, or its data have changed, or a change is not allowed.
+
+    Example:
+        resumed_run(Pretraining, Path("runs/60m"), changes={"steps": 20_000}).train()
     """
     folder = processes.run_folder(out)
-    folder.require_unfinished()
+    changes = folder.require_unfinished(changes)
     folder.hold()
     with folder.being_prepared():
-        return Run(job, job.recorded(folder), folder, console or Console(quiet=True), callbacks, resumed=True)
+        before = job.recorded(folder)
+        config = _changed(before, changes) if changes else before
+        before = before if changes else None
+        console = console or Console(quiet=True)
+        return Run(job, config, folder, console, callbacks, resumed=True, before=before)
+
+
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The settings of a run with other values for some."""
+    known = _by_name(config)
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"{name} = {changes[name]!r} is no setting of {config.doing}; leave it out.")
+    if "epochs" in changes and known["steps"] is not None:
+        raise ValueError(
+            f"epochs = {changes['epochs']} has no effect on a run whose length is told in steps; give --steps."
+        )
+    return from_values(type(config), {**known, **changes})
+
+
+def _by_name(config: Any) -> dict[str, Any]:
+    return {name: value for section in asdict(config).values() for name, value in section.items()}
+
+
+def _record_changes(folder: RunFolder, before: Any, now: Any, checkpoint: Path | None, console: Console) -> None:
+    """Write down and print what is otherwise from here on."""
+    old, new = _by_name(before), _by_name(now)
+    changed = {name: value for name, value in new.items() if value != old[name]}
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    folder.record_changes(step, old, changed)
+    for name, value in changed.items():
+        also = "; the learning rate goes on by the schedule of the new length" if name in ("steps", "epochs") else ""
+        line = f"From step {step:,} on {name} = {value}, not {old[name]}{also}."
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _require_room(folder: RunFolder, job: Job, optimizer: torch.optim.Optimizer) -> None:

@@ -46,6 +46,9 @@ class TrainConfig:
             )
         _check_modes(self.optimizer, self.schedule.batch, self.micro_batch)
 
+    def require_there(self) -> None:
+        """Refuse, with a ValueError, what the settings name and is not there: before libraries are imported."""
+
     @property
     def micro_batch(self) -> int:
         """Sequences or rows at once."""

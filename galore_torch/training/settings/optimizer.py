@@ -15,6 +15,10 @@ Optim = Literal[
 ]  # fmt: skip
 NAMES: tuple[str, ...] = get_args(Optim)
 
+MATRICES = r".+\.\d+\..+"
+"""Which modules' linear weights are meant by matrices: those in a numbered layer, the attention's and the MLP's however
+they are called. By the rules of `galore_torch.param_groups`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:

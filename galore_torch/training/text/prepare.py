@@ -13,10 +13,10 @@ import datasets
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from galore_torch.training.run.files import local_path
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.caches import kept
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.tables import local_path
 from galore_torch.training.text.tokenizer import tokenizer_for
 
 _ROWS_AT_ONCE = 1000
@@ -42,10 +42,13 @@ class Text:
         return digest.hexdigest()
 
 
-def prepare_text(config: DataConfig, console: Console, *, batch: int, seed: int) -> Text:
+def prepare_text(
+    config: DataConfig, console: Console, *, batch: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Text:
     """Read, tokenize and pack the text, or find it in the cache; a ValueError says why that cannot be.
 
-    What fills no whole batch, of so many sequences a step, is left out; the seed is that of a stream's order.
+    What fills no whole batch, of so many sequences a step, is left out; the seed is that of a stream's order. A
+    tokenizer that is given is a model's own, in the place of the settings'.
     """
     cache = cache_folder(config)
     with console.status("Reading the text"):
@@ -54,7 +57,10 @@ def prepare_text(config: DataConfig, console: Console, *, batch: int, seed: int)
         with console.status("Reading the text"):
             corpus = sources.load(config, seed, cache, files)
         with console.status("Preparing the tokenizer"):
-            tokenizer = tokenizer_for(corpus, config, cache)
+            tokenizer = tokenizer or tokenizer_for(corpus, config, cache)
+        if tokenizer.eos_token_id is None:
+            name = tokenizer.name_or_path
+            raise ValueError(f"tokenizer = {name!r} has no end-of-text token to end documents with; choose another.")
         with console.status("Packing documents into sequences"):
             train, held_out = packing.sequences(corpus, tokenizer, config, batch)
     return Text(train=train, held_out=held_out, tokenizer=tokenizer)

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 import datasets
 
 from galore_torch.training.run.disk import raise_failed_write
+from galore_torch.training.run.files import local_path
 from galore_torch.training.run.units import sentence
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.tables import digest_of, local_path, read_table
+from galore_torch.training.text.tables import digest_of, read_table
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
 """Rows with a column ``text``, one document each."""

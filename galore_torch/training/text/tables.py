@@ -19,20 +19,6 @@ from galore_torch.training.run.manifest import digest_of_file
 _CHAIN = "::"  # what Datasets reads as an address within an archive, and no escape hides
 
 
-def local_path(field: str, name: str) -> Path:
-    """The path that a setting names: as it stands if that exists, else with ``~`` as the home folder.
-
-    A ValueError says that no path can have that name.
-    """
-    path = Path(name)
-    try:
-        return path if path.exists() else path.expanduser()
-    except RuntimeError:  # nobody has such a home
-        return path
-    except OSError as error:  # too long, for example
-        raise ValueError(f"{field} = {name[:80]!r} cannot be a path: {error.strerror}; give another.") from error
-
-
 def read_table(kind: str, files: Iterable[Path], cache: Path, *, in_memory: bool = False) -> datasets.Dataset:
     """Read files of rows, by what Datasets calls their kind (csv, json, parquet) and by their literal paths.
 

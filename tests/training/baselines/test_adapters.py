@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from galore_torch.training.baselines.layers import LowRankLinear, adapt, lora_layers, merged
-from galore_torch.training.run.optimizers import MATRICES
 from galore_torch.training.settings.adapter import AdapterConfig, resolved
+from galore_torch.training.settings.optimizer import MATRICES
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,

@@ -11,9 +11,9 @@ from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.optimizers import MATRICES
 from galore_torch.training.run.run import new_run
 from galore_torch.training.settings.adapter import AdapterConfig
+from galore_torch.training.settings.optimizer import MATRICES
 
 RELORA = AdapterConfig(adapter="relora", adapter_rank=4, restart_every=3, restart_warmup=0.5)
 TOKENS = torch.arange(64)[None]

@@ -8,7 +8,7 @@ from typing import get_type_hints
 import pytest
 
 from galore_torch.training.pretrain.config import SECTIONS, ModelConfig, PretrainConfig, ScheduleConfig
-from galore_torch.training.pretrain.presets import PRESETS, configure
+from galore_torch.training.pretrain.presets import CONTINUED, PRESETS, configure
 from galore_torch.training.settings.config import from_values
 from galore_torch.training.settings.fields import plain_type
 from galore_torch.training.settings.optimizer import OptimizerConfig
@@ -66,7 +66,8 @@ def test_the_largest_preset_takes_the_least_memory_and_clips_where_there_is_some
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("optimizer", ["galore-adamw", "adamw"])
 def test_a_configuration_survives_its_toml(preset, optimizer, tmp_path):
-    config = configure(preset, optim=optimizer, decomposition="svd", stagger=False)
+    start = {"model": "somebody/model"} if preset == CONTINUED else {}
+    config = configure(preset, optim=optimizer, decomposition="svd", stagger=False, **start)
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
     assert configure(file=file) == config

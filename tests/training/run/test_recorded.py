@@ -32,7 +32,8 @@ OTHER = {  # than by default and than any method's own
 }  # fmt: skip
 GROUP_KEYS = (*KEYS, "lr", "weight_decay")
 ELSEWHERE = {"data", "subset", "text_column", "tokenizer", "eval_tokens", "cache", "report_to", "adapter", "optim"}
-"""What the text is, which the digest tells; and which trackers, adapters and optimizers there are, by name."""
+ELSEWHERE |= {"model", "gguf_file", "config_of"}
+"""What the text is, which the digest tells; and which models, trackers, adapters and optimizers there are, by name."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The model and the tokenizer that are fine-tuned, and whether they fit each other and the longest row."""
+"""The model and the tokenizer that a run starts from, and whether they fit each other, its task and the longest row."""
 
 from __future__ import annotations
 
@@ -11,20 +11,39 @@ import transformers
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from galore_torch.training.finetune.config import BaseModelConfig
 from galore_torch.training.run.manifest import MANIFEST, require_whole
 from galore_torch.training.run.units import sentence
 
 
+def load_tokenizer(config: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a token to pad with; the arguments and errors are those of `load_base`."""
+    if config.gguf_file is not None and find_spec("gguf") is None:
+        raise ImportError(f"gguf_file = {config.gguf_file!r} needs gguf. Install it with:  pip install gguf")
+    if (Path(config.model) / MANIFEST).is_file():  # a run's model, which knows what it was
+        require_whole("model", config.model, Path(config.model))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.model, **_gguf(config))
+    except _UNREADABLE as error:
+        raise _unreadable(config.model, error) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"model = {config.model!r}: its tokenizer has no token to pad with; set pad_token in its files."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def load_base(
-    config: BaseModelConfig, kind: Any, max_length: int, console: Console, **more: Any
+    config: Any, kind: Any, max_length: int, console: Console, **more: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load a model with its tokenizer, and print which of its weights are newly initialized.
 
     Args:
-        config: which.
+        config: a section of settings with ``model``, its name or folder, ``gguf_file`` and ``dtype``.
         kind: the auto class of the model.
         max_length: most tokens of a row.
         console: where to print.
@@ -34,24 +53,21 @@ def load_base(
         ValueError: when they cannot be loaded or do not fit.
         ImportError: when a GGUF file needs a library that is missing.
     """
-    if config.gguf_file is not None and find_spec("gguf") is None:
-        raise ImportError(f"gguf_file = {config.gguf_file!r} needs gguf. Install it with:  pip install gguf")
-    if (Path(config.model) / MANIFEST).is_file():  # a run's model, which knows what it was
-        require_whole("model", config.model, Path(config.model))
-    gguf = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+    tokenizer = load_tokenizer(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, **gguf)
         model, info = kind.from_pretrained(
             config.model,
             dtype=getattr(torch, config.dtype),
             ignore_mismatched_sizes=True,  # a head for other labels is made anew
             output_loading_info=True,
-            **gguf,
-            **(_unpacked() if gguf else {}),
+            **_gguf(config),
+            **(_unpacked() if config.gguf_file else {}),
             **more,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # whatever files can be wrong in
-        raise ValueError(f"model = {config.model!r} cannot be loaded: {sentence(error)}") from error
+    except _UNREADABLE as error:
+        raise _unreadable(config.model, error) from error
+    if kind is AutoModelForCausalLM:
+        _require_causal(config.model, model)
     fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if fresh:
         line = f"Some weights of {config.model} are newly initialized, since it has none that fit: {_first(fresh)}"
@@ -59,6 +75,27 @@ def load_base(
     require_finite("model", config.model, model)
     _fit(config, model, tokenizer, max_length)
     return model, tokenizer
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # whatever files can be wrong in
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(f"model = {name!r} cannot be loaded: {sentence(error)}")
+
+
+def _gguf(config: Any) -> dict[str, Any]:
+    return {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+
+
+def _require_causal(name: str, model: Any) -> None:
+    """Refuse an encoder, which Transformers would make a causal model of that has learnt to look ahead."""
+    kind = model.config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model.config, "is_decoder", False):
+        raise ValueError(
+            f"model = {name!r} is an encoder ({kind}), which writes no text; choose a causal model, or, for rows with "
+            "labels, galore finetune --task classify."
+        )
 
 
 def require_finite(field: str, name: str, model: nn.Module) -> None:
@@ -81,22 +118,18 @@ def _unpacked() -> dict[str, Any]:
     return {} if packed is None else {"quantization_config": packed(dequantize=True)}
 
 
-def _fit(config: BaseModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def _fit(config: Any, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     entries = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > entries:
         raise ValueError(
             f"model = {config.model!r} embeds {entries} tokens and its tokenizer has {len(tokenizer)}; give one that "
             "fits."
         )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                f"model = {config.model!r}: its tokenizer has no token to pad with; set pad_token in its files."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     positions = _positions(model)
+    if positions is not None:  # what it is saved with, so that whoever loads it can truncate by it
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     if positions is not None and max_length > positions:
         raise ValueError(
             f"max_length = {max_length} is beyond the {positions} positions of model = {config.model!r}; give at most "
