@@ -1,0 +1,198 @@
+"""The ways to train that the study compares: what moves the layers' matrices, and what moves the rest."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmarks.common.sizes import Llama
+from galore_torch import GaLore
+
+Weights = Sequence[Tensor]
+Matrices = Callable[[Weights, float, Llama], Optimizer]
+Others = Callable[[Weights, float], Optimizer]
+
+
+class Scaled(Optimizer):
+    """Gradients, or one momentum of them, over norms or over second moments that take few numbers.
+
+    Args:
+        params: weights or groups of them.
+        lr: the rate.
+        by: `columns` (SCALE, arXiv 2506.16659: one norm an input, to a root mean square of 0.2), `rows` (one second
+            moment a row: embeddings of rare tokens keep their pace) or `both` (factored, as in arXiv 1804.04235).
+        momentum: of the gradient; 0 keeps none.
+    """
+
+    def __init__(self, params: Any, lr: float, *, by: str = "columns", momentum: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "by": by, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 (of torch's signature)
+        """Move the weights."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state, update = self.state[weight], weight.grad
+                state["step"] = state.get("step", 0) + 1
+                if group["momentum"]:
+                    kept = state.setdefault("momentum", torch.zeros_like(weight))
+                    update = kept.lerp_(update, 1 - group["momentum"]) / (1 - group["momentum"] ** state["step"])
+                if group["by"] == "columns":
+                    update = 0.2 * update / update.square().mean(dim=0, keepdim=True).sqrt().clamp_min(1e-12)
+                else:
+                    update = update / _root(weight.grad, state, both=group["by"] == "both")
+                weight.sub_(update, alpha=group["lr"])
+
+
+def _root(gradient: Tensor, state: dict[str, Any], *, both: bool, beta: float = 0.999) -> Tensor:
+    """Return the root of the second moment: each row's mean (a vector's own), or factored by rows and columns."""
+    square, debiased = gradient.square(), 1 - beta ** state["step"]
+    means = []
+    for dim in (1, 0) if both and gradient.dim() > 1 else (1,):
+        mean = square.mean(dim=dim, keepdim=True) if gradient.dim() > 1 else square
+        means.append(state.setdefault(f"mean {dim}", torch.zeros_like(mean)).lerp_(mean, 1 - beta) / debiased)
+    second = means[0] if len(means) == 1 else means[0] * means[1] / means[1].mean()
+    return second.sqrt() + 1e-8
+
+
+def galore(
+    inside: str = "AdamW", *, rank: float = 1.0, of_inside: Mapping[str, Any] | None = None, **keys: Any
+) -> Matrices:
+    """Return what wraps an optimizer in ours.
+
+    Args:
+        inside: name of torch's optimizer inside.
+        rank: as a factor on the size's own.
+        of_inside: arguments of the optimizer inside.
+        **keys: of the projected group.
+    """
+
+    def made(weights: Weights, lr: float, size: Llama) -> Optimizer:
+        group = {"rank": max(1, round(size.rank * rank)), "update_proj_gap": size.gap, **keys}
+        return GaLore(
+            [{"params": list(weights), **group}],
+            getattr(torch.optim, inside),
+            lr=lr,
+            weight_decay=0.0,
+            **of_inside or {},
+        )
+
+    return made
+
+
+def alone(name: str, **arguments: Any) -> Matrices:
+    """Return what makes an optimizer of torch's."""
+    return lambda weights, lr, _: getattr(torch.optim, name)(weights, lr=lr, weight_decay=0.0, **arguments)
+
+
+def alice(weights: Weights, lr: float, size: Llama) -> Optimizer:
+    """Alice (arXiv 2502.07752) of `pytorch_optimizer`, which must be on the path; 40 leading directions of 256."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer.Alice(
+        weights, lr, rank=size.rank, update_interval=size.gap, leading_basis=size.rank * 40 // 256
+    )
+
+
+def fira(weights: Weights, lr: float, size: Llama) -> Optimizer:
+    """Fira (arXiv 2410.01623) as it was released, in `pytorch_optimizer`."""
+    import pytorch_optimizer
+
+    keys = {"rank": size.rank, "update_proj_gap": size.gap, "scale": 0.25, "projection_type": "std"}
+    return pytorch_optimizer.Fira([{"params": list(weights), **keys}], lr)
+
+
+def adamw(weights: Weights, lr: float) -> Optimizer:
+    """AdamW with the paper's betas, without decay."""
+    return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
+
+
+def adamw_8bit(weights: Weights, lr: float) -> Optimizer:
+    """The same with moments in 8 bits."""
+    import bitsandbytes
+
+    made: Optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=lr, weight_decay=0.0)
+    return made
+
+
+def by_columns(weights: Weights, lr: float) -> Optimizer:
+    """The head by columns with one momentum, embeddings by a second moment a token, norms by one a number."""
+    *first, head = weights
+    return Scaled([{"params": first, "by": "rows"}, {"params": [head], "momentum": 0.9}], lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to train."""
+
+    about: str  # in words
+    matrices: Matrices  # moves the layers' matrices
+    lr: float  # their rate, around which the grid is laid
+    others: Others = adamw  # moves embeddings, head and norms
+    others_lr: float = 0.04
+    halfway: Mapping[str, Any] = field(default_factory=dict)  # keys that the matrices' groups get in mid-training
+    clip: float = 0.0  # norm that gradients are clipped to; 0 clips nothing
+
+
+def _momentum(**keys: Any) -> Matrices:
+    """Momentum in the subspace, rotated at renewals; 0.2 of the rate is a step, and the residual weighs as its sum."""
+    beta = 0.9
+    keys = {"scale": 0.2, "moments": "rotate", **keys}
+    if keys.get("residual"):
+        keys = {"residual_scale": 1 / (1 - beta), **keys}
+    return galore("SGD", of_inside={"momentum": beta, "nesterov": True}, **keys)
+
+
+def _others(about: str, others: Others, others_lr: float = 0.04) -> Method:
+    return Method(about=f"GaLore; others: {about}", matrices=galore(), lr=0.01, others=others, others_lr=others_lr)
+
+
+METHODS: dict[str, Method] = {
+    "adamw": Method(about="AdamW", matrices=alone("AdamW", fused=True), lr=0.001),
+    "galore": Method(about="GaLore, moments kept", matrices=galore(), lr=0.01),
+    "galore-rotate": Method(about="GaLore, moments rotated", matrices=galore(moments="rotate"), lr=0.01),
+    "fira": Method(about="Fira's residual, rotated", matrices=galore(moments="rotate", residual="fira"), lr=0.01),
+    "columns": Method(
+        about="momentum, columns normalised, residual",
+        matrices=_momentum(normalize="columns", residual="full"),
+        lr=0.002,
+    ),
+    "orthogonal": Method(
+        about="momentum, orthogonalised, residual",
+        matrices=_momentum(normalize="orthogonal", residual="full"),
+        lr=0.002,
+    ),
+    "muon": Method(about="Muon (full size)", matrices=alone("Muon", adjust_lr_fn="match_rms_adamw"), lr=0.002),
+    "galore-reset": Method(about="GaLore, moments reset", matrices=galore(moments="reset"), lr=0.01),
+    "apollo": Method(
+        about="APOLLO",
+        matrices=galore(residual="apollo", decomposition="random", update_proj_gap=200, scale=1.0),
+        lr=0.01,
+    ),
+    "scale": Method(about="SCALE", matrices=lambda weights, lr, _: Scaled(weights, lr), lr=0.002),
+    "sumo": Method(about="momentum, orthogonalised, no residual", matrices=_momentum(normalize="orthogonal"), lr=0.002),
+    "alice": Method(about="Alice (published)", matrices=alice, lr=0.02),
+    "fira-published": Method(about="Fira (published)", matrices=fira, lr=0.01),
+    "factored": _others("second moment factored", lambda weights, lr: Scaled(weights, lr, by="both")),
+    "rows": _others("a second moment a row", lambda weights, lr: Scaled(weights, lr, by="rows")),
+    "head-columns": _others("head by columns, one momentum; a second moment a token", by_columns),
+    "others-8bit": _others("AdamW in 8 bits", adamw_8bit),
+    "random-late": Method(
+        about="GaLore, random bases in the second half", matrices=galore(), lr=0.01, halfway={"decomposition": "random"}
+    ),
+    "random": Method(about="GaLore, random bases", matrices=galore(decomposition="random"), lr=0.01),
+    "columns-alone": Method(
+        about="momentum, columns normalised, no residual", matrices=_momentum(normalize="columns"), lr=0.002
+    ),
+    "scale-momentum": Method(
+        about="SCALE, full-size momentum", matrices=lambda weights, lr, _: Scaled(weights, lr, momentum=0.9), lr=0.002
+    ),
+    "adamw-95": Method(
+        about="AdamW, betas .9 and .95", matrices=alone("AdamW", fused=True, betas=(0.9, 0.95)), lr=0.001
+    ),
+    "adamw-clip": Method(about="AdamW, clipped at 1", matrices=alone("AdamW", fused=True), lr=0.001, clip=1.0),
+    "sign": Method(about="FRUGAL's signs", matrices=galore(residual="sign", moments="reset"), lr=0.005),
+}
