@@ -40,6 +40,7 @@ def assert_orthonormal(basis, tolerance=1e-5):
 @pytest.mark.parametrize("sides", SIDES, ids="-".join)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("decomposition", NAMES)
+@pytest.mark.broad
 def test_a_basis_is_orthonormal_and_holds_its_own_elements_alone(decomposition, shape, sides):
     bases = found(torch.randn(shape), 6, decomposition, sides)
     assert set(bases) == set(sides)
@@ -63,6 +64,7 @@ def test_svd_keeps_the_signs_of_the_devices_library_whatever_the_old_basis(shape
 @pytest.mark.parametrize("sides", SIDES, ids="-".join)
 @pytest.mark.parametrize("shape", [(320, 128), (128, 320)], ids=["tall", "wide"])
 @pytest.mark.parametrize("decomposition", ITERATIVE)
+@pytest.mark.broad
 def test_an_iteration_captures_what_the_exact_basis_captures(decomposition, shape, sides, spectrum):
     """From nothing, and (warm) from the basis of a gradient that has moved since."""
     matrix = with_spectrum(*shape, spectrum(torch.arange(128.0, dtype=torch.float64)))

@@ -108,6 +108,7 @@ def test_a_rank_saves_nothing_where_basis_and_moments_are_as_large_as_plain_ones
 
 @pytest.mark.parametrize("leading", [(4,), (2, 3)])
 @pytest.mark.parametrize(("shape", "proj_type", "sides"), MATRICES)
+@pytest.mark.broad
 def test_a_stack_has_a_basis_for_each_matrix(leading, shape, proj_type, sides):
     projection = Projection.of((*leading, *shape), RANK, proj_type, "stack")
     one = Projection.of(shape, RANK, proj_type)

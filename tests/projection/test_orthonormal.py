@@ -47,6 +47,7 @@ def test_columns_of_zeros_stay_zeros_and_the_others_are_orthonormal(scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
 @pytest.mark.parametrize("decomposition", ["randomized", "warm"])
+@pytest.mark.broad
 def test_a_basis_holds_the_energy_that_householders_holds(decomposition, spectrum, dtype, of_a_gpu, monkeypatch):
     matrix = with_spectrum(192, 128, spectrum(torch.arange(128.0, dtype=torch.float64))).to(dtype)
 

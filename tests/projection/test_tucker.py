@@ -35,6 +35,7 @@ def missed(tensor, approximation):
 @pytest.mark.parametrize("exponent", [0.5, 1.5], ids=lambda exponent: f"decay-{exponent}")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.broad
 def test_it_misses_no_more_than_tensorly(decomposition, shape, exponent):
     tensor = decaying(shape, exponent)
     projection = Projection.of(shape, 6)

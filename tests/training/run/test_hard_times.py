@@ -184,6 +184,7 @@ def test_damage_to_a_stopped_run_is_told_or_harmless(count, stopped, tiny, tmp_p
 
 @pytest.mark.parametrize("name", ["config.toml", "text.sha256"])
 @pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.broad
 def test_settings_that_are_not_as_they_were_are_not_trained_by(name, how, stopped):
     DAMAGE[how](stopped / name, 0.6)
     status, said = galore("pretrain", "--resume", "--out", stopped)
