@@ -21,6 +21,7 @@ from galore_torch.distributed.by_element import moves_parts
 from galore_torch.distributed.cut import Cut
 from galore_torch.distributed.owners import renew_together
 from galore_torch.optim.galore import GaLore
+from galore_torch.optim.inner_group import moves_at_rate_one
 from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import COMPENSATION, INNER
@@ -39,6 +40,11 @@ def shard(trained: TrainedWeight, optimizer: GaLore) -> ShardedWork:
         ValueError: a placement that is not supported, or not with its rounding.
     """
     assert isinstance(trained.weight, DTensor)
+    if moves_at_rate_one(trained.group):
+        raise ValueError(
+            f"residual is {trained.group['residual']!r} and normalize is {trained.group['normalize']!r}, which look at "
+            f"whole columns, and a process has a part of {trained.name}; use None for both, or DDP"
+        )
     cut = Cut.of(trained.weight, trained.name)
     if trained.rounding == "stochastic" and cut.axis:
         raise ValueError(

@@ -109,6 +109,8 @@ def attach(
     check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits)
     _check(model, optimizer)
     projected = _projected_weights(model, optimizer)
+    if gradients != "full":
+        _refuse_residuals(optimizer, f"gradients={gradients!r}")
     if update == "backward" and not all(
         optimizer._trained_weight(weight).traits.many_calls for weight in projected.values()
     ):
@@ -121,6 +123,7 @@ def attach(
     traffic = _traffic(model, optimizer, early, grad_dtype, update)
     if traffic is not None:
         attachment._undo.append(traffic.remove)
+        _refuse_residuals(optimizer, "update='backward' under DistributedDataParallel")
         projected = {name: weight for name, weight in projected.items() if traffic.takes(weight)}
     elif early:
         attachment._undo.append(refuse_data_parallel(model, _ATTACHED).remove)
@@ -139,6 +142,15 @@ def attach(
     _ATTACHED.update(model.modules())
     attachment._undo.append(lambda: _ATTACHED.difference_update(model.modules()))
     return attachment
+
+
+def _refuse_residuals(optimizer: GaLore, because: str) -> None:
+    for group in optimizer.param_groups:
+        if is_projected(group) and group["residual"] is not None:
+            raise ValueError(
+                f"residual is {group['residual']!r}, which needs the full gradient, and {because} keeps projected ones "
+                'alone; use gradients="full" with update="step" or, in one process, "backward", or residual=None'
+            )
 
 
 def _traffic(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.optim.folding import fold
-from galore_torch.optim.inner_group import GroupWrites
+from galore_torch.optim.inner_group import GroupWrites, moves_at_rate_one
 from galore_torch.optim.nonfinite import count_nonfinite
 from galore_torch.optim.slices import inner_params, keep_inner_state
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -80,14 +80,16 @@ def step_chunk(
     if not chunk:
         return
     coordinates = _coordinates_of(chunk, grads)
+    versions = [grad._version for grad in grads]
     params = [inner_params(*given) for given in zip(chunk, grads, coordinates, strict=True)]
     wrote = chunk[0].rule.step([part for _, parts in params for part in parts])
     for group, inner in {id(one.inner_group): (one.group, one.inner_group) for one in chunk}.values():
         written.note(group, wrote[id(inner)])
-    for one, (tensor, parts) in zip(chunk, params, strict=True):
+    for one, grad, version, (tensor, parts) in zip(chunk, grads, versions, params, strict=True):
         keep_inner_state(one, parts)
         if one.through_coordinates:
-            fold(one, one.given_back(tensor))
+            is_changed = moves_at_rate_one(one.group) and grad._version != version  # some rules write into gradients
+            fold(one, one.given_back(tensor), one.inner_grad() if is_changed else grad)
         else:
             one.given_back(tensor)
         one.drop_factors()

@@ -23,6 +23,7 @@ from galore_torch.optim.arguments import check_hyperparameters, checked_settings
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks, step_chunk
 from galore_torch.optim.clock import Clock
+from galore_torch.optim.gradient_checks import check_gradient
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
 from galore_torch.optim.inner_group import GroupWrites, inner_group
@@ -86,6 +87,9 @@ class GaLore(Optimizer):
             * `captured`: float32, (), share of the gradient's energy that the last basis but one held at its end.
             * `nonfinite`: int64, (), gradients that were not finite.
             * `compensation`: of the weight's shape and dtype, what rounding has cut off; `rounding="compensated"`.
+            * `residual_norm`: float32, (), the last residual's norm, which limits the next; `residual` of fira, apollo
+              and alice. Of a stack of matrices, one number for each.
+            * `residual_energy`: float32, (1, n) or (m, 1), mean energy outside the subspace; `residual="alice"`.
 
             All but `step`, `inner` and `compensation` are of projected weights alone. `optim/state_keys.py` has the
             names as constants.
@@ -284,7 +288,7 @@ class GaLore(Optimizer):
         """
         self._processes.require(self._settings["seed"])
         for one in trained:  # all are checked before anything changes
-            one.check_gradient()
+            check_gradient(one)
         for one in trained:
             if not one.is_kept:
                 self.state[one.weight], one.is_kept = one.state, True

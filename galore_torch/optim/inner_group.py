@@ -35,7 +35,16 @@ def inner_group(group: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     kept = {key: value for key, value in group.items() if key not in OURS}
     applied_here = {"weight_decay": 0.0, "kahan_sum": False}
     off = {key: value for key, value in applied_here.items() if key in group}
-    return {**kept, **off, **(traits.given(group) if traits.given else {})}
+    rate = {"lr": 1.0} if moves_at_rate_one(group) else {}
+    return {**kept, **off, **rate, **(traits.given(group) if traits.given else {})}
+
+
+def moves_at_rate_one(group: Mapping[str, Any]) -> bool:
+    """Whether the rule moves coordinates at a learning rate of 1, and the group's is applied to what is made of them.
+
+    Residuals and normalized updates need what the rule makes of a gradient, also where the rate is 0 or changes.
+    """
+    return is_projected(group) and not (group.get("residual") is None and group.get("normalize") is None)
 
 
 class GroupWrites:

@@ -16,8 +16,10 @@ from galore_torch.lowbit import Rounding, Storage
 from galore_torch.messages import warn
 from galore_torch.optim.clock import Clock
 from galore_torch.optim.groups import storage_in
+from galore_torch.optim.moments import carry
 from galore_torch.optim.process_part import ProcessPart
 from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.residual import prepare_residual
 from galore_torch.optim.rule import Rule, Traits
 from galore_torch.optim.state_keys import (
     BASIS,
@@ -143,18 +145,6 @@ class TrainedWeight(ProcessPart):
             return self.needs_renewal
         return self.completes_basis and grad.projection == self.projection and not grad.is_in(self.basis)
 
-    def check_gradient(self) -> None:
-        """Checks that the gradient is of a supported kind.
-
-        Raises:
-            ValueError: it is sparse or complex; the message names the weight.
-        """
-        grad = self.grad
-        if grad.layout is not torch.strided:
-            raise ValueError(f"the gradient of {self.name} is sparse; use dense gradients (sparse=False in embeddings)")
-        if grad.dtype.is_complex:
-            raise ValueError(f"the gradient of {self.name} is complex; GaLore trains real weights")
-
     def prepare_state(self) -> None:
         """Creates all keys and shapes of the state, so that they exist after any first step."""
         if self.projection.modes and OVERLAPS not in self.state:  # as in checkpoints of older versions, too
@@ -164,6 +154,7 @@ class TrainedWeight(ProcessPart):
             self.state[CAPTURED] = torch.zeros((), device=self.weight.device)
         if self.rounding == "compensated" and COMPENSATION not in self.state:
             self.state[COMPENSATION] = torch.zeros_like(self.weight)
+        prepare_residual(self)
         if STEP in self.state or not self.through_coordinates:
             if self.projection.modes:
                 self.state.setdefault(LACKING, 0)
@@ -275,6 +266,8 @@ class TrainedWeight(ProcessPart):
             before = abs(state[LACKING]) if state[RENEWALS] else self.projection.basis_columns
             missing, some_lack_all = lacking(basis)
             state[LACKING] = missing if missing < before or some_lack_all else -missing
+        if state[RENEWALS]:
+            carry(self, old, basis)
         self._keep(basis)
         if not (state[RENEWALS] and completes_basis):
             state[RENEWALS] += 1

@@ -19,7 +19,7 @@ from galore_torch.optim.precision import ASKED
 from galore_torch.optim.state_keys import NONFINITE
 from galore_torch.optim.trained_weight import TrainedWeight
 
-DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", *ASKED)
+DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", "residual", *ASKED)
 """Keys of a group that decide what is known of a weight. All others are read from the group when they are used."""
 
 Make = Callable[[Position], TrainedWeight]
