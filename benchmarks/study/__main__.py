@@ -46,8 +46,7 @@ def study(given: argparse.Namespace, methods: Sequence[str]) -> list[Line]:
     began_s = time.monotonic()
     lines = read(given.out)
     known = {job_of(line): float(line["perplexity"]) for line in lines}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.study.training", "transformers.models.llama.modeling_llama"])
+    context = multiprocessing.get_context("spawn")  # what has been forked may not use a GPU
     idle: list[Connection] = []
     processes = []
     for _ in range(given.workers):
@@ -80,7 +79,7 @@ def study(given: argparse.Namespace, methods: Sequence[str]) -> list[Line]:
             lines.append({**asdict(job), **result, "at_s": round(time.monotonic() - began_s, 1)})
             with given.out.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
-            told = {name: value for name, value in lines[-1].items() if name not in ("curve", "state_numbers")}
+            told = {name: value for name, value in lines[-1].items() if name not in ("curve", "state_bytes")}
             print(*(f"{value:.5g}" if isinstance(value, float) else value for value in told.values()), flush=True)
     for process in processes:
         process.kill()

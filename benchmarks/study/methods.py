@@ -58,27 +58,12 @@ def _root(gradient: Tensor, state: dict[str, Any], *, both: bool, beta: float = 
     return second.sqrt() + 1e-8
 
 
-def galore(
-    inside: str = "AdamW", *, rank: float = 1.0, of_inside: Mapping[str, Any] | None = None, **keys: Any
-) -> Matrices:
-    """Return what wraps an optimizer in ours.
-
-    Args:
-        inside: name of torch's optimizer inside.
-        rank: as a factor on the size's own.
-        of_inside: arguments of the optimizer inside.
-        **keys: of the projected group.
-    """
+def galore(inside: str = "AdamW", of_inside: Mapping[str, Any] | None = None, **keys: Any) -> Matrices:
+    """Return what wraps one of torch's optimizers, with arguments of its own, in ours; keys are the group's."""
 
     def made(weights: Weights, lr: float, size: Llama) -> Optimizer:
-        group = {"rank": max(1, round(size.rank * rank)), "update_proj_gap": size.gap, **keys}
-        return GaLore(
-            [{"params": list(weights), **group}],
-            getattr(torch.optim, inside),
-            lr=lr,
-            weight_decay=0.0,
-            **of_inside or {},
-        )
+        groups = [{"params": list(weights), "rank": size.rank, "update_proj_gap": size.gap, **keys}]
+        return GaLore(groups, getattr(torch.optim, inside), lr=lr, weight_decay=0.0, **of_inside or {})
 
     return made
 
@@ -118,13 +103,23 @@ def adamw_8bit(weights: Weights, lr: float) -> Optimizer:
     return made
 
 
+def factored(weights: Weights, lr: float) -> Optimizer:
+    """A second moment by rows and columns, no first."""
+    return Scaled(weights, lr, by="both")
+
+
+def by_rows(weights: Weights, lr: float) -> Optimizer:
+    """A second moment a token, no first; norms have one a number."""
+    return Scaled(weights, lr, by="rows")
+
+
 def by_columns(weights: Weights, lr: float) -> Optimizer:
     """The head by columns with one momentum, embeddings by a second moment a token, norms by one a number."""
     *first, head = weights
     return Scaled([{"params": first, "by": "rows"}, {"params": [head], "momentum": 0.9}], lr)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method:
     """A way to train."""
 
@@ -137,62 +132,37 @@ class Method:
     clip: float = 0.0  # norm that gradients are clipped to; 0 clips nothing
 
 
-def _momentum(**keys: Any) -> Matrices:
-    """Momentum in the subspace, rotated at renewals; 0.2 of the rate is a step, and the residual weighs as its sum."""
-    beta = 0.9
-    keys = {"scale": 0.2, "moments": "rotate", **keys}
-    if keys.get("residual"):
-        keys = {"residual_scale": 1 / (1 - beta), **keys}
-    return galore("SGD", of_inside={"momentum": beta, "nesterov": True}, **keys)
+BETA = 0.9
+NESTEROV: dict[str, Any] = {"momentum": BETA, "nesterov": True}
+MOMENTUM: dict[str, Any] = {"inside": "SGD", "of_inside": NESTEROV, "scale": 0.2, "moments": "rotate"}
+"""Momentum in the subspace; a step is 0.2 of the rate once it is normalised."""
 
-
-def _others(about: str, others: Others, others_lr: float = 0.04) -> Method:
-    return Method(about=f"GaLore; others: {about}", matrices=galore(), lr=0.01, others=others, others_lr=others_lr)
-
+FULL: dict[str, Any] = {**MOMENTUM, "residual": "full", "residual_scale": 1 / (1 - BETA)}
+"""The same, with a residual that weighs as much as the gradients which SGD's momentum is a sum of."""
 
 METHODS: dict[str, Method] = {
-    "adamw": Method(about="AdamW", matrices=alone("AdamW", fused=True), lr=0.001),
-    "galore": Method(about="GaLore, moments kept", matrices=galore(), lr=0.01),
-    "galore-rotate": Method(about="GaLore, moments rotated", matrices=galore(moments="rotate"), lr=0.01),
-    "fira": Method(about="Fira's residual, rotated", matrices=galore(moments="rotate", residual="fira"), lr=0.01),
-    "columns": Method(
-        about="momentum, columns normalised, residual",
-        matrices=_momentum(normalize="columns", residual="full"),
-        lr=0.002,
-    ),
-    "orthogonal": Method(
-        about="momentum, orthogonalised, residual",
-        matrices=_momentum(normalize="orthogonal", residual="full"),
-        lr=0.002,
-    ),
-    "muon": Method(about="Muon (full size)", matrices=alone("Muon", adjust_lr_fn="match_rms_adamw"), lr=0.002),
-    "galore-reset": Method(about="GaLore, moments reset", matrices=galore(moments="reset"), lr=0.01),
-    "apollo": Method(
-        about="APOLLO",
-        matrices=galore(residual="apollo", decomposition="random", update_proj_gap=200, scale=1.0),
-        lr=0.01,
-    ),
-    "scale": Method(about="SCALE", matrices=lambda weights, lr, _: Scaled(weights, lr), lr=0.002),
-    "sumo": Method(about="momentum, orthogonalised, no residual", matrices=_momentum(normalize="orthogonal"), lr=0.002),
-    "alice": Method(about="Alice (published)", matrices=alice, lr=0.02),
-    "fira-published": Method(about="Fira (published)", matrices=fira, lr=0.01),
-    "factored": _others("second moment factored", lambda weights, lr: Scaled(weights, lr, by="both")),
-    "rows": _others("a second moment a row", lambda weights, lr: Scaled(weights, lr, by="rows")),
-    "head-columns": _others("head by columns, one momentum; a second moment a token", by_columns),
-    "others-8bit": _others("AdamW in 8 bits", adamw_8bit),
-    "random-late": Method(
-        about="GaLore, random bases in the second half", matrices=galore(), lr=0.01, halfway={"decomposition": "random"}
-    ),
-    "random": Method(about="GaLore, random bases", matrices=galore(decomposition="random"), lr=0.01),
-    "columns-alone": Method(
-        about="momentum, columns normalised, no residual", matrices=_momentum(normalize="columns"), lr=0.002
-    ),
-    "scale-momentum": Method(
-        about="SCALE, full-size momentum", matrices=lambda weights, lr, _: Scaled(weights, lr, momentum=0.9), lr=0.002
-    ),
-    "adamw-95": Method(
-        about="AdamW, betas .9 and .95", matrices=alone("AdamW", fused=True, betas=(0.9, 0.95)), lr=0.001
-    ),
-    "adamw-clip": Method(about="AdamW, clipped at 1", matrices=alone("AdamW", fused=True), lr=0.001, clip=1.0),
-    "sign": Method(about="FRUGAL's signs", matrices=galore(residual="sign", moments="reset"), lr=0.005),
+    "adamw": Method("AdamW", alone("AdamW", fused=True), 0.001),
+    "galore": Method("GaLore, moments kept", galore(), 0.01),
+    "galore-rotate": Method("GaLore, moments rotated", galore(moments="rotate"), 0.01),
+    "fira": Method("GaLore, rotated, Fira's residual", galore(moments="rotate", residual="fira"), 0.01),
+    "columns": Method("momentum in the subspace and residual, by columns", galore(**FULL, normalize="columns"), 0.003),
+    "orthogonal": Method("the same, orthogonalised", galore(**FULL, normalize="orthogonal"), 0.004),
+    "muon": Method("Muon", alone("Muon", adjust_lr_fn="match_rms_adamw"), 0.004),
+    "galore-reset": Method("GaLore, moments reset", galore(moments="reset"), 0.01),
+    "scale": Method("SCALE", lambda weights, lr, _: Scaled(weights, lr), 0.003),
+    "sumo": Method("momentum in the subspace, orthogonalised", galore(**MOMENTUM, normalize="orthogonal"), 0.004),
+    "apollo": Method("APOLLO", galore(residual="apollo", decomposition="random", update_proj_gap=200, scale=1.0), 0.01),
+    "alice": Method("Alice, as published", alice, 0.02),
+    "fira-published": Method("Fira, as published", fira, 0.01),
+    "factored": Method("GaLore; others: factored", galore(), 0.01, factored),
+    "rows": Method("GaLore; others: a second moment a row", galore(), 0.01, by_rows),
+    "head-columns": Method("GaLore; head by columns with momentum, embeddings by rows", galore(), 0.01, by_columns),
+    "others-8bit": Method("GaLore; others: AdamW in 8 bits", galore(), 0.01, adamw_8bit),
+    "random-late": Method("GaLore, random bases late", galore(), 0.01, halfway={"decomposition": "random"}),
+    "random": Method("GaLore, random bases", galore(decomposition="random"), 0.01),
+    "columns-alone": Method("momentum in the subspace, by columns", galore(**MOMENTUM, normalize="columns"), 0.003),
+    "scale-momentum": Method("SCALE with momentum", lambda weights, lr, _: Scaled(weights, lr, momentum=BETA), 0.003),
+    "adamw-95": Method("AdamW, betas .9 and .95", alone("AdamW", fused=True, betas=(0.9, 0.95)), 0.001),
+    "adamw-clip": Method("AdamW, clipped at 1", alone("AdamW", fused=True), 0.001, clip=1.0),
+    "sign": Method("FRUGAL's signs", galore(residual="sign", moments="reset"), 0.005),
 }

@@ -32,9 +32,9 @@ def rows(lines: Lines, steps: int, tokens: int) -> list[list[str]]:
             lower = sum(ours < theirs for ours, theirs in zip(values, base, strict=False))
             shown = f"{mean(values):.2f} ± {stdev(values):.2f}"
             over_seeds = [shown, f"{mean(values) / mean(base):.3f}", f"{lower} of {len(values)}"]
-        numbers = "{:.2f} + {:.2f}".format(*(number / 1e6 for number in lines[job]["state_numbers"]))
+        sizes = "{:.2f} + {:.2f}".format(*(size / 1e6 for size in lines[job]["state_bytes"]))
         rates = f"{job.lr:.3g} / {job.others_lr:.3g}"
-        made.append([method.about, rates, *over_seeds[:3], f"{value / base_at_0:.3f}", str(len(found)), numbers])
+        made.append([method.about, rates, *over_seeds[:3], f"{value / base_at_0:.3f}", str(len(found)), sizes])
     return made
 
 
@@ -46,7 +46,7 @@ HEADS = [
     "seeds lower",
     "best of one seed, of AdamW's",
     "pairs",
-    "state, M",
+    "state, MB",
 ]
 
 

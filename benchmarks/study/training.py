@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection, wait
@@ -93,8 +93,10 @@ class Model:
         self.mask = torch.ones(1, 1, size.sequence, size.sequence, dtype=torch.bool, device=device).tril()
         self.passes: Callable[[], Tensor] = self._passes
         if device == "cuda":
-            with suppress(RuntimeError):  # then they are launched each time
+            try:
                 self._record()
+            except RuntimeError as error:  # then they are launched each time
+                print(f"passes cannot be recorded: {error}", flush=True)
         self._gradients = [weight.grad for weight in self.net.parameters()]
 
     def _drawn(self, seed: int) -> nn.Module:
@@ -179,9 +181,9 @@ def train(job: Job, text: Text, size: Llama, device: str, place: int) -> Iterato
     """Train and judge.
 
     Yields:
-        Nothing after each step, so that others can take theirs; at the end `perplexity` of the held-out text, infinite
-        if training came apart; `curve`, mean losses of so many equal parts of the training; `seconds`; `state_numbers`,
-        how many the optimizers of the matrices and of the others keep.
+        Nothing after each step, so that others can take theirs. At the end `perplexity` of the held-out text, infinite
+        if training came apart; `curve`, mean losses of so many equal parts; `seconds`; `state_bytes` of the optimizers
+        of the matrices and of the others.
     """
     began_s = time.perf_counter()
     sequences, method = job.tokens // size.sequence, METHODS[job.method]
@@ -212,16 +214,16 @@ def train(job: Job, text: Text, size: Llama, device: str, place: int) -> Iterato
         "perplexity": math.exp(loss) if loss < 20 else math.inf,
         "curve": [round(float(part.mean()), 4) for part in losses.cpu().tensor_split(min(POINTS, job.steps))],
         "seconds": round(time.perf_counter() - began_s, 2),
-        "state_numbers": [sum(map(_numbers, optimizer.state.values())) for optimizer in optimizers],
+        "state_bytes": [sum(map(_bytes, optimizer.state.values())) for optimizer in optimizers],
     }
 
 
-def _numbers(kept: Any) -> int:
-    """How many numbers a weight's state holds, single ones left out."""
+def _bytes(kept: Any) -> int:
+    """How many bytes a weight's state holds, single numbers left out."""
     if isinstance(kept, Tensor):
-        return kept.numel() if kept.numel() > 1 else 0
+        return kept.nbytes if kept.numel() > 1 else 0
     values = kept.values() if isinstance(kept, dict) else kept if isinstance(kept, (list, tuple)) else ()
-    return sum(map(_numbers, values))
+    return sum(map(_bytes, values))
 
 
 def serve(ends: Sequence[Connection], path: Path | None, device: str) -> None:
