@@ -23,7 +23,7 @@ from galore_torch.gradients.updated_weights import UpdatedWeights
 from galore_torch.messages import warn
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
-from galore_torch.optim.processes import JOIN
+from galore_torch.optim.processes import JOIN, is_sharded
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules whose parameters are under an attachment. Not a mark on the module: a copy of it is not attached."""
@@ -111,6 +111,8 @@ def attach(
     projected = _projected_weights(model, optimizer)
     if gradients != "full":
         _refuse_residuals(optimizer, f"gradients={gradients!r}")
+    if grad_bits != 16 and any(map(is_sharded, projected.values())):
+        raise ValueError(f"grad_bits is {grad_bits}, and the model is sharded (fully_shard); use 16, or grad_dtype")
     if update == "backward" and not all(
         optimizer._trained_weight(weight).traits.many_calls for weight in projected.values()
     ):

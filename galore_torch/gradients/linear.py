@@ -111,7 +111,7 @@ class FusedLinear:
         # decided what to save may have taken the basis away.
         basis = None if trained.needs_renewal else trained.basis
         y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x, trained.weight, bias, trained.projection, basis, projects_input and basis is not None
+            x, self.module.weight, bias, trained.projection, basis, projects_input and basis is not None
         )
         return y
 

@@ -268,11 +268,12 @@ class GaLore(Optimizer):
         Raises:
             ValueError: the optimizer does not hold the weight.
         """
+        weight = self._processes.held(weight)
         trained = self._cache.on(weight, self.param_groups, self.state, self._new_trained_weight)
         if trained is None:
             raise ValueError(
                 f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard has "
-                'replaced it, attach after that, with gradients="full"'
+                "replaced it, make the optimizer and attach after that"
             )
         self._state_checks.prepare([trained])  # the gradient may still be thrown away: `_apply` alone keeps a new state
         return trained
