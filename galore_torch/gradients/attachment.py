@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.gradients.applied_gradient import AppliedGradient
+from galore_torch.gradients.backward_updates import BackwardUpdates
 from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
-from galore_torch.gradients.hooks import apply_when_complete, discard_stale, project_when_complete
+from galore_torch.gradients.hooks import discard_stale, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, InputTracker, fuse, is_linear
 from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
-from galore_torch.gradients.updated_weights import UpdatedWeights
 from galore_torch.messages import warn
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
@@ -219,8 +219,8 @@ def _apply_in_backward(
     projected: dict[str, Tensor],
     traffic: Traffic | None,
 ) -> None:
-    moved = UpdatedWeights()
-    apply = of_projected = of_others = apply_when_complete(optimizer, moved)
+    updates = BackwardUpdates(optimizer)
+    apply = of_projected = of_others = updates.take
     if traffic is not None:
         of_projected = traffic.completes(project_when_complete(optimizer, None), apply)
         of_others = traffic.leaves(apply)
@@ -231,7 +231,7 @@ def _apply_in_backward(
 
     def free() -> None:
         """The gradients that were applied are gone; `step()` finds nothing left to do."""
-        moved.close()
+        updates.close()
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 if isinstance(weight.grad, AppliedGradient):

@@ -26,16 +26,28 @@ ALIGNMENT = 64
 """Numbers; where coordinates of a weight begin in the memory that they share. Kernels load several at a time."""
 
 
-def chunks(trained: list[TrainedWeight]) -> Iterator[list[TrainedWeight]]:
-    """Weights of one rule and device together, up to a share of all coordinates; all of a rule if it must be.
+def most_together(coordinates: int) -> int:
+    """How many coordinates may exist at a time.
+
+    Args:
+        coordinates: of all weights of an optimizer.
+
+    Returns:
+        A number of elements.
+    """
+    return max(CHUNK_ELEMENTS, int(CHUNK_SHARE * coordinates))
+
+
+def chunks(trained: Sequence[TrainedWeight], most: int) -> Iterator[list[TrainedWeight]]:
+    """Weights of one rule and device together, up to so many coordinates; all of a rule if it must be.
 
     Args:
         trained: weights in any order.
+        most: coordinates of a chunk.
 
     Yields:
         Some of them, each once.
     """
-    most = max(CHUNK_ELEMENTS, int(CHUNK_SHARE * sum(one.coordinate_count for one in trained)))
     kinds: dict[tuple[int, torch.device], list[TrainedWeight]] = {}
     for one in trained:
         kinds.setdefault((id(one.rule), one.weight.device), []).append(one)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
-from galore_torch.optim.chunks import chunks, step_chunk
+from galore_torch.optim.chunks import chunks, most_together, step_chunk
 from galore_torch.optim.clock import Clock
 from galore_torch.optim.gradient_checks import check_gradient
 from galore_torch.optim.group_warnings import report_all, report_each
@@ -206,10 +206,11 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        all_trained = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
+        all_trained = self._checked_weights()
         for one in all_trained:
             require_current(one.weight)
         self._apply([one for one in all_trained if one.weight.grad is not None])
+        self._state_checks.note_all([one for one in all_trained if one.state])
         self._written.close(self.param_groups, self._rules.of)
         return loss
 
@@ -256,6 +257,21 @@ class GaLore(Optimizer):
     def _blank_weights(self, groups: list[dict[str, Any]]) -> list[TrainedWeight]:
         return [self._new_trained_weight(place, {}) for place in positions(groups)]
 
+    def _checked_weights(self) -> list[TrainedWeight]:
+        """All weights as the next step would see them: whatever a user may have changed is noticed here.
+
+        Raises:
+            ValueError: a state does not fit its weight, or its group.
+        """
+        all_trained = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
+        self._state_checks.prepare([one for one in all_trained if one.state])
+        return all_trained
+
+    def _known_weight(self, weight: Tensor) -> TrainedWeight:
+        """What `_trained_weight` returns, for those who have called `_checked_weights` in this pass over the model."""
+        trained = self._cache.known(weight)
+        return trained if trained is not None and trained.state else self._trained_weight(weight)
+
     def _trained_weight(self, weight: Tensor) -> TrainedWeight:
         """One weight as the next step would see it; for those who form or apply a gradient before `step()`.
 
@@ -282,7 +298,7 @@ class GaLore(Optimizer):
         """Renews the bases that are due, and moves the weights by their gradients. `step` closes the step.
 
         Args:
-            trained: weights that have a gradient.
+            trained: weights that have a gradient, checked in this pass over the model.
 
         Raises:
             ValueError: a sparse or complex gradient, named; no weight has been moved then.
@@ -294,11 +310,15 @@ class GaLore(Optimizer):
             if not one.is_kept:
                 self.state[one.weight], one.is_kept = one.state, True
         self._set_inner_groups(trained)
-        self._state_checks.prepare(trained)
+        self._state_checks.prepare([one for one in trained if not one.state])
         self._processes.renew(renewable(trained, self._processes.agree))
-        for chunk in chunks(trained):
+        for chunk in chunks(trained, self._most_together()):
             step_chunk(chunk, self._written, self._processes.agree, skip_nonfinite=self._settings["skip_nonfinite"])
-        self._state_checks.note_all(trained)
+        self._cache.changed()
+
+    def _most_together(self) -> int:
+        """How many coordinates may exist at a time."""
+        return most_together(self._cache.coordinates)
 
     def _set_inner_groups(self, trained: list[TrainedWeight]) -> None:
         """Lets each weight have its group as the rule is to see it in this step."""

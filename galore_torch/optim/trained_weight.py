@@ -111,11 +111,12 @@ class TrainedWeight(ProcessPart):
 
     @property
     def _is_due_anew(self) -> bool:
-        state = self.state
+        state, group = self.state, self.group
         step, renewed_step = state[STEP], state[RENEWED_STEP]
+        if group["cos_threshold"] is None:
+            return is_due(step, renewed_step, group["update_proj_gap"], self.turn)
         # Gaps that differ keep no common places: after its first turn a lazy layer counts from its last.
-        counts_on = state[RENEWALS] > 1 and self.is_lazy
-        return is_due(step, renewed_step, self.gap, renewed_step if counts_on else self.turn)
+        return is_due(step, renewed_step, self.gap, renewed_step if state[RENEWALS] > 1 else self.turn)
 
     @property
     def is_lazy(self) -> bool:
