@@ -11,6 +11,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from galore_torch.optim.chunks import most_together
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.trained_weight import TrainedWeight
 
@@ -41,7 +42,7 @@ class KnownWeights:
     def most_together(self) -> int:
         """How many coordinates may exist at a time."""
         optimizer = self._optimizer()
-        return 0 if optimizer is None else optimizer._most_together()
+        return 0 if optimizer is None else most_together(optimizer._cache.coordinates)
 
     def in_backward(self, weight: Tensor) -> TrainedWeight | None:
         """One weight as the next step will see it.

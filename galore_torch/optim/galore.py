@@ -26,7 +26,7 @@ from galore_torch.optim.clock import Clock
 from galore_torch.optim.gradient_checks import check_gradient
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
-from galore_torch.optim.inner_group import GroupWrites, inner_group
+from galore_torch.optim.inner_group import GroupWrites, inner_group, set_inner_groups
 from galore_torch.optim.positions import Position, positions
 from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
 from galore_torch.optim.processes import SHARD, Alone, is_sharded
@@ -309,25 +309,12 @@ class GaLore(Optimizer):
         for one in trained:
             if not one.is_kept:
                 self.state[one.weight], one.is_kept = one.state, True
-        self._set_inner_groups(trained)
+        set_inner_groups(trained)
         self._state_checks.prepare([one for one in trained if not one.state])
         self._processes.renew(renewable(trained, self._processes.agree))
-        for chunk in chunks(trained, self._most_together()):
+        for chunk in chunks(trained, most_together(self._cache.coordinates)):
             step_chunk(chunk, self._written, self._processes.agree, skip_nonfinite=self._settings["skip_nonfinite"])
         self._cache.changed()
-
-    def _most_together(self) -> int:
-        """How many coordinates may exist at a time."""
-        return most_together(self._cache.coordinates)
-
-    def _set_inner_groups(self, trained: list[TrainedWeight]) -> None:
-        """Lets each weight have its group as the rule is to see it in this step."""
-        params: dict[tuple[int, bool], dict[str, Any]] = {}
-        for one in trained:
-            key = id(one.group), one.through_coordinates
-            if key not in params:
-                params[key] = inner_group(one.group, one.traits) if one.through_coordinates else one.group
-            one.inner_group = params[key]
 
     def _sizes(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Traits]]:
         """Of each weight in a group its name, how many numbers the rule moves for it, and the rule's traits."""

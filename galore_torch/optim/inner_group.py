@@ -17,6 +17,7 @@ from galore_torch.group_keys import PROJECTED_DEFAULTS
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.probe import traits_of
 from galore_torch.optim.rule import Rule, Traits
+from galore_torch.optim.trained_weight import TrainedWeight
 
 OURS = ("rank", *PROJECTED_DEFAULTS)
 """Keys of a projected group that mean nothing to the optimizer inside."""
@@ -45,6 +46,20 @@ def moves_at_rate_one(group: Mapping[str, Any]) -> bool:
     Residuals and normalized updates need what the rule makes of a gradient, also where the rate is 0 or changes.
     """
     return is_projected(group) and not (group.get("residual") is None and group.get("normalize") is None)
+
+
+def set_inner_groups(trained: Sequence[TrainedWeight]) -> None:
+    """Lets each weight have its group as the rule is to see it in this step.
+
+    Args:
+        trained: the weights that make it.
+    """
+    params: dict[tuple[int, bool], dict[str, Any]] = {}
+    for one in trained:
+        key = id(one.group), one.through_coordinates
+        if key not in params:
+            params[key] = inner_group(one.group, one.traits) if one.through_coordinates else one.group
+        one.inner_group = params[key]
 
 
 class GroupWrites:
