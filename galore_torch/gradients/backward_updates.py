@@ -18,6 +18,7 @@ from galore_torch.gradients.hooks import project_early
 from galore_torch.gradients.known_weights import KnownWeights
 from galore_torch.gradients.updated_weights import UpdatedWeights
 from galore_torch.optim.galore import GaLore
+from galore_torch.optim.processes import is_sharded
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
 
@@ -58,7 +59,8 @@ class BackwardUpdates:
         norm = None
         if trained.projection.modes and not isinstance(grad, ProjectedGradient):
             norm = torch.linalg.vector_norm(trained.grad)
-            if trained.needs_renewal:
+            needs_full = trained.needs_renewal or trained.group["residual"] is not None
+            if needs_full or is_sharded(weight):  # what of a shard comes in full is to be renewed from
                 self._apply_waiting()
                 self._apply([(trained, norm)])
                 return

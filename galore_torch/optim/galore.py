@@ -258,18 +258,14 @@ class GaLore(Optimizer):
         return [self._new_trained_weight(place, {}) for place in positions(groups)]
 
     def _checked_weights(self) -> list[TrainedWeight]:
-        """All weights as the next step would see them: whatever a user may have changed is noticed here.
-
-        Raises:
-            ValueError: a state does not fit its weight, or its group.
-        """
+        """All weights as the next step would see them: whatever a user may have changed is noticed, or refused, here."""
         all_trained = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
         self._state_checks.prepare([one for one in all_trained if one.state])
         return all_trained
 
     def _known_weight(self, weight: Tensor) -> TrainedWeight:
         """What `_trained_weight` returns, for those who have called `_checked_weights` in this pass over the model."""
-        trained = self._cache.known(weight)
+        trained = self._cache.known(self._processes.held(weight))
         return trained if trained is not None and trained.state else self._trained_weight(weight)
 
     def _trained_weight(self, weight: Tensor) -> TrainedWeight:
