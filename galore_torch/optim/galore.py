@@ -258,7 +258,7 @@ class GaLore(Optimizer):
         return [self._new_trained_weight(place, {}) for place in positions(groups)]
 
     def _checked_weights(self) -> list[TrainedWeight]:
-        """All weights as the next step would see them: whatever a user may have changed is noticed, or refused, here."""
+        """All weights as the next step would see them: whatever a user may have changed is noticed or refused here."""
         all_trained = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
         self._state_checks.prepare([one for one in all_trained if one.state])
         return all_trained
