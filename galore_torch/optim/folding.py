@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_torch.lowbit import QuantizedWeight, add_rounded, key_of
+from galore_torch.lowbit import QuantizedWeight, add_rounded
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.inner_group import moves_at_rate_one
 from galore_torch.optim.normalize import normalized
@@ -18,6 +18,7 @@ from galore_torch.optim.rule import UpdateContext
 from galore_torch.optim.state_keys import STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.optim.update import Update
+from galore_torch.random_bits import key_of
 
 
 def fold(trained: TrainedWeight, coordinates: Tensor, projected: Tensor) -> None:

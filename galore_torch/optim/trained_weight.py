@@ -34,6 +34,7 @@ from galore_torch.optim.state_keys import (
     STEP,
 )
 from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
+from galore_torch.random_bits import key_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -210,15 +211,14 @@ class TrainedWeight(ProcessPart):
             The factors by mode, of the weight's dtype; None if the decomposition failed.
         """
         start = time.perf_counter()
-        generator = torch.Generator()  # of the CPU: the same numbers on every device
-        generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state[RENEWALS]) % 2**63)
         try:
             basis = find_basis(
                 self.projection,
                 grad,
                 self.group["decomposition"],
-                generator=generator,
+                seed=key_of(self.seed, self.index, self.state[RENEWALS]),
                 old=self.basis if self.state[RENEWALS] else None,
+                old_is_whole=self.state[LACKING] == 0,
                 fills=self.completes_basis,
             )
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
