@@ -137,7 +137,9 @@ def find_directions(
         raise ValueError(f"decomposition is {decomposition!r}; use one of {', '.join(DECOMPOSITIONS)}")
     old = {side: _exact(basis) for side, basis in (old or {}).items()}
     with exact_products():
-        found = DECOMPOSITIONS[decomposition](matrix, Wanted(ranks=ranks, old=old, seed=seed, old_is_whole=old_is_whole))
+        found = DECOMPOSITIONS[decomposition](
+            matrix, Wanted(ranks=ranks, old=old, seed=seed, old_is_whole=old_is_whole)
+        )
     if decomposition != "svd":
         found = {side: align_signs(basis, old.get(side)) for side, basis in found.items()}
     if decomposition == "random":
