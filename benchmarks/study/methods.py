@@ -55,7 +55,8 @@ def _root(gradient: Tensor, state: dict[str, Any], *, both: bool, beta: float = 
         mean = square.mean(dim=dim, keepdim=True) if gradient.dim() > 1 else square
         means.append(state.setdefault(f"mean {dim}", torch.zeros_like(mean)).lerp_(mean, 1 - beta) / debiased)
     second = means[0] if len(means) == 1 else means[0] * means[1] / means[1].mean()
-    return second.sqrt() + 1e-8
+    root: Tensor = second.sqrt() + 1e-8
+    return root
 
 
 def galore(inside: str = "AdamW", of_inside: Mapping[str, Any] | None = None, **keys: Any) -> Matrices:
@@ -99,7 +100,7 @@ def adamw_8bit(weights: Weights, lr: float) -> Optimizer:
     """The same with moments in 8 bits."""
     import bitsandbytes
 
-    made: Optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=lr, weight_decay=0.0)
+    made: Optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=lr, weight_decay=0.0)  # type: ignore[attr-defined,no-untyped-call]
     return made
 
 

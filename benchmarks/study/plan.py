@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
+from typing import Any
 
 from benchmarks.study.methods import METHODS
 from benchmarks.study.training import Job
@@ -69,7 +70,7 @@ def leaders(known: Known, methods: Sequence[str]) -> list[str]:
     return [name for name in (*CORE[:2], *rivals) if math.isfinite(score.get(name, math.inf))]
 
 
-def elsewhere(methods: Sequence[str], known: Known, **changes: int) -> Iterator[Job]:
+def elsewhere(methods: Sequence[str], known: Known, **changes: Any) -> Iterator[Job]:
     """Yield trainings of other length or batch, of every seed: at the best rates, and where better ones may lie."""
     firsts = [replace(next(iter(at_seed_0(known, method))), **changes) for method in methods]
     factor = 2.0 if changes.get("tokens", 0) > Job.tokens else 0.5

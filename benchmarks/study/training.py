@@ -136,7 +136,7 @@ class Model:
 
     def _record(self) -> None:
         """Record the passes, for launching their kernels takes longer than they do."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # libraries set up what they need
@@ -155,7 +155,7 @@ class Model:
     @torch.no_grad()
     def judge(self, sequences: Tensor) -> float:
         """Return the mean loss of the tokens of sequences."""
-        parts = [part.long() for part in sequences.split(SEQUENCES_JUDGED)]
+        parts = [part.long() for part in torch.split(sequences, SEQUENCES_JUDGED)]
         losses = [self._loss(part) * len(part) for part in parts]
         return float(torch.stack(losses).sum()) / len(sequences)
 
@@ -232,7 +232,7 @@ def serve(ends: Sequence[Connection], path: Path | None, device: str) -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     text, size = rehearsal(device) if path is None else (Text.load(path, device), SIZE)
-    streams = [torch.cuda.Stream() if device == "cuda" else None for _ in ends]
+    streams = [torch.cuda.Stream() if device == "cuda" else None for _ in ends]  # type: ignore[no-untyped-call]
     running: dict[int, Iterator[dict[str, Any]]] = {}
     while True:
         for ready in wait(ends, timeout=0 if running else None):
