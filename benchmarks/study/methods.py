@@ -59,12 +59,15 @@ def _root(gradient: Tensor, state: dict[str, Any], *, both: bool, beta: float = 
     return root
 
 
-def galore(inside: str = "AdamW", of_inside: Mapping[str, Any] | None = None, **keys: Any) -> Matrices:
+FUSED: dict[str, Any] = {"fused": True}
+
+
+def galore(inside: str = "AdamW", of_inside: Mapping[str, Any] = FUSED, **keys: Any) -> Matrices:
     """Return what wraps one of torch's optimizers, with arguments of its own, in ours; keys are the group's."""
 
     def made(weights: Weights, lr: float, size: Llama) -> Optimizer:
         groups = [{"params": list(weights), "rank": size.rank, "update_proj_gap": size.gap, **keys}]
-        return GaLore(groups, getattr(torch.optim, inside), lr=lr, weight_decay=0.0, **of_inside or {})
+        return GaLore(groups, getattr(torch.optim, inside), lr=lr, weight_decay=0.0, **of_inside)
 
     return made
 
@@ -142,7 +145,7 @@ FULL: dict[str, Any] = {**MOMENTUM, "residual": "full", "residual_scale": 1 / (1
 """The same, with a residual that weighs as much as the gradients which SGD's momentum is a sum of."""
 
 METHODS: dict[str, Method] = {
-    "adamw": Method("AdamW", alone("AdamW", fused=True), 0.001),
+    "adamw": Method("AdamW", alone("AdamW", **FUSED), 0.001),
     "galore": Method("GaLore, moments kept", galore(), 0.01),
     "galore-rotate": Method("GaLore, moments rotated", galore(moments="rotate"), 0.01),
     "fira": Method("GaLore, rotated, Fira's residual", galore(moments="rotate", residual="fira"), 0.01),
@@ -163,7 +166,7 @@ METHODS: dict[str, Method] = {
     "random": Method("GaLore, random bases", galore(decomposition="random"), 0.01),
     "columns-alone": Method("momentum in the subspace, by columns", galore(**MOMENTUM, normalize="columns"), 0.003),
     "scale-momentum": Method("SCALE with momentum", lambda weights, lr, _: Scaled(weights, lr, momentum=BETA), 0.003),
-    "adamw-95": Method("AdamW, betas .9 and .95", alone("AdamW", fused=True, betas=(0.9, 0.95)), 0.001),
-    "adamw-clip": Method("AdamW, clipped at 1", alone("AdamW", fused=True), 0.001, clip=1.0),
+    "adamw-95": Method("AdamW, betas .9 and .95", alone("AdamW", **FUSED, betas=(0.9, 0.95)), 0.001),
+    "adamw-clip": Method("AdamW, clipped at 1", alone("AdamW", **FUSED), 0.001, clip=1.0),
     "sign": Method("FRUGAL's signs", galore(residual="sign", moments="reset"), 0.005),
 }
