@@ -40,6 +40,7 @@ def build_app() -> typer.Typer:
         ImportError: when the ``train`` extra is not installed.
     """
     from galore_torch.training.compare import command as compare_command
+    from galore_torch.training.evaluation import command as evaluation
     from galore_torch.training.finetune import command as tuning
     from galore_torch.training.finetune import config, presets
     from galore_torch.training.inspection import command as inspection
@@ -61,6 +62,9 @@ def build_app() -> typer.Typer:
     app.command("finetune", epilog=tuning.EPILOG)(
         flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.HELP_PRESET)
     )
+    for judged in (evaluation.evaluate, evaluation.predict):
+        examples = evaluation.EXAMPLES.format(name=judged.__name__)
+        app.command(epilog=examples)(flags.with_settings(judged, {"data": config.SECTIONS["data"]}, {}))
     app.add_typer(compare_command.commands(), name="compare")
     app.command("inspect", epilog=inspection.EPILOG)(flags.with_settings(inspection.inspect, INSPECTION, {}))
     return app

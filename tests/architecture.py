@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "galore_torch"
 LEVELS = (  # from the ground up: a package or module imports those of the levels before its own
     ("extras", "galore_projector", "values", "messages"),
-    ("modules", "group_keys", "random_bits"),
+    ("modules", "group_keys"),
     ("projection", "lowbit"),
     ("optim",),
     ("targets",),
@@ -27,7 +27,7 @@ LEVELS = (  # from the ground up: a package or module imports those of the level
     ("__main__",),
 )
 FLOORS = {home: level for level, homes in enumerate(LEVELS) for home in homes}
-ROOMS = ("settings", "baselines", "run", "text", "page", "pretrain", "finetune", "inspection", "compare")
+ROOMS = ("settings", "baselines", "run", "text", "page", "pretrain", "finetune", "evaluation", "inspection", "compare")
 FACE_FLOOR = FLOORS["gradients"]  # galore_torch/__init__.py may import these, and those above may import it
 TORCH_ALONE_FLOOR = FLOORS["gradients"]  # up to here torch is the only library
 MAX_LINES = 350

@@ -41,7 +41,8 @@ from galore_torch import GaLore, quantize_weights
 from galore_torch.optim import chunks
 from galore_torch.optim.rule import Rule
 from galore_torch.optim.trained_weight import TrainedWeight
-from galore_torch.training.pretrain.model import fresh_llama, recompute_activations
+from galore_torch.training.pretrain.model import fresh_llama
+from galore_torch.training.run.base_model import recompute_activations
 
 APPLYING = (GaLore, "_apply")
 INSIDE = {"renewal_s": (TrainedWeight, "renew"), "inner_s": (Rule, "step"), "fold_s": (chunks, "fold")}

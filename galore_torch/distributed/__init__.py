@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from galore_torch.optim.processes import JOIN, SHARD, is_sharded
+from galore_torch.optim.processes import JOIN, SHARD
 
 __all__ = ["shard_placement"]
 
@@ -21,14 +20,10 @@ def __getattr__(name: str) -> Any:
     return shard_placement
 
 
-def _join(model: Any, optimizer: Any, weights: Mapping[str, Any], dtype: Any, applies: bool) -> Any:
-    if any(map(is_sharded, weights.values())):
-        from galore_torch.distributed.unsharded import ShardTraffic
-
-        return ShardTraffic(model, optimizer, weights, applies)
+def _join(*given: Any) -> Any:
     from galore_torch.distributed.ddp import join
 
-    return join(model, optimizer, weights, dtype, applies)
+    return join(*given)
 
 
 def _shard(*given: Any) -> Any:

@@ -11,6 +11,7 @@ A room imports only rooms named before it; `tests/test_architecture.py` holds th
 | `page` | report pages for a browser |
 | `pretrain` | ``galore pretrain`` |
 | `finetune` | ``galore finetune`` |
+| `evaluation` | ``galore evaluate`` and ``galore predict``, of a run or of any model |
 | `inspection` | ``galore inspect``: how few dimensions hold the gradients, and for how long |
 | `compare` | ``galore compare``: methods beside each other; the demo |
 

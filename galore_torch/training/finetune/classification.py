@@ -7,12 +7,13 @@ from typing import Any
 import datasets
 import numpy as np
 from rich.console import Console
+from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from galore_torch.training.finetune import scores
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
-from galore_torch.training.finetune.labels import find_labels
+from galore_torch.training.finetune.labels import class_names, find_labels
 from galore_torch.training.finetune.tasks import GLUE
 from galore_torch.training.run.base_model import load_base
 
@@ -21,16 +22,18 @@ class Classification:
     """One kind of fine-tuning: rows with labels, and a model with a head for them."""
 
     task_type = "SEQ_CLS"  # PEFT's name
+    repeats = 1
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         data = config.data
         task = GLUE.get(data.task)
         pair = () if data.text_pair_column is None else (data.text_pair_column,)
         columns = task.columns if task else (data.text_column, *pair)
-        for part in (rows.train, rows.held_out):
-            for field, column in zip(("text_column", "text_pair_column"), columns, strict=False):
-                require_texts(part, field, column)
-        self.labels = find_labels(data, rows)
+        for field, column in zip(("text_column", "text_pair_column"), columns, strict=False):
+            require_texts(rows, field, column)
+        self._inputs = [" | ".join(map(str, texts)) for texts in zip(*(rows.held_out[c] for c in columns), strict=True)]
+        self._rows = rows.held_out_rows
+        self.labels = find_labels(data, rows, class_names(config.model))
         self.model, self.tokenizer = load_base(
             config.model, AutoModelForSequenceClassification, data.max_length, console, **self.labels.head
         )
@@ -77,11 +80,24 @@ class Classification:
         return {name: metrics[f"eval_{name}"] for name in self.labels.metrics}
 
     def predictions(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """What the model says of each held-out row, with the right label."""
+        """What the model says of each held-out row: its number and text, the right label, and how sure it is."""
         found = trainer.predict(self.held_out)
-        pairs = zip(self._said(found.predictions).tolist(), np.asarray(found.label_ids).tolist(), strict=True)
-        return [{"prediction": self.labels.decoded(said), "label": self.labels.decoded(right)} for said, right in pairs]
+        said, right = self._said(found.predictions).tolist(), np.asarray(found.label_ids).tolist()
+        sure = None if self.labels.classes is None else softmax(self._logits(found.predictions), -1).max(-1).tolist()
+        return [
+            {
+                "row": row,
+                "input": self._inputs[index],
+                "expected": self.labels.decoded(right[index]),
+                "prediction": self.labels.decoded(said[index]),
+                **({} if sure is None else {"probability": sure[index]}),
+            }
+            for index, row in enumerate(self._rows)
+        ]
+
+    def _logits(self, logits: Any) -> Any:
+        return logits[0] if isinstance(logits, tuple) else logits
 
     def _said(self, logits: Any) -> Any:
-        logits = logits[0] if isinstance(logits, tuple) else logits
+        logits = self._logits(logits)
         return logits.reshape(-1) if self.labels.classes is None else logits.argmax(-1)

@@ -29,6 +29,12 @@ galore finetune --data reviews.csv --text-column review --label-column stars --m
 galore finetune --task sft --data chats.jsonl --model FOLDER --gguf-file NAME.gguf
 [dim]a causal model on messages, prompt and completion, or text[/]
 
+galore finetune --task dpo --data pairs.jsonl --model runs/chats
+[dim]preference pairs, from the model of a run; --task reward makes a reward model of them[/]
+
+galore finetune --task grpo --data arithmetic --model MODEL
+[dim]sums, rewarded by a rule[/]
+
 galore finetune --resume --out runs/rte
 [dim]go on after Ctrl-C[/]
 

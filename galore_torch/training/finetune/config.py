@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from galore_torch.training.finetune.tasks import GLUE, TaskName
+from galore_torch.training.finetune.tasks import ARITHMETIC, GLUE, ON_TRL, TaskName
 from galore_torch.training.run.files import model_of_run
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
@@ -29,9 +29,17 @@ class BaseModelConfig:
         object.__setattr__(self, "model", model_of_run("model", self.model))
 
 
-_SFT = ("answers_only", "answers", "answer_tokens")
-_NOT_SFT = ("text_pair_column", "label_column", "labels")
-_OWN = ("held_out_share", "text_column", *_NOT_SFT)
+_WRITING = ("sft", "dpo", "grpo")
+_ONLY: dict[str, tuple[str, ...]] = {  # settings that have an effect on some tasks alone
+    "held_out_share": ("classify", *ON_TRL),
+    "text_column": ("classify", "sft"),
+    **dict.fromkeys(("text_pair_column", "label_column", "labels"), ("classify",)),
+    **dict.fromkeys(("answers_only", "packing"), ("sft",)),
+    **dict.fromkeys(("answers", "answer_tokens"), _WRITING),
+    "chat_template": ON_TRL,
+    "beta": ("dpo",),
+    "generations": ("grpo",),
+}
 
 
 @settings
@@ -40,11 +48,18 @@ class RowsConfig:
 
     task: TaskName = setting(
         "classify",
-        f"A task of GLUE ({', '.join(GLUE)}), classify (rows of your own with labels), or sft (a causal model on "
-        "messages, prompt and completion, or text).",
+        f"A task of GLUE ({', '.join(GLUE)}), classify (rows of your own with labels), or a stage of a causal model: "
+        "sft (messages, prompt and completion, or text; Alpaca's and ShareGPT's rows too), dpo or reward (chosen and "
+        "rejected, with or without prompt), grpo (prompt and answer; what ends by the right answer is rewarded).",
     )
-    data: str | None = setting(None, "CSV, JSON lines or Parquet file of rows; needed but for GLUE.")
-    held_out: str | None = setting(None, "File of held-out rows.", default_help="a share of the data")
+    data: str | None = setting(
+        None,
+        "CSV, JSON lines or Parquet file of rows, or a data set of the Hugging Face Hub; needed but for GLUE. "
+        f"{ARITHMETIC} makes sums for grpo.",
+    )
+    held_out: str | None = setting(
+        None, "File or data set of held-out rows.", default_help="the data set's validation or test split, or a share"
+    )
     held_out_share: float = setting(0.1, "Share of the rows held out, if no file is.", gt=0, lt=1)
     text_column: str = setting("text", "Column of the text.")
     text_pair_column: str | None = setting(None, "Column of a second text, for pairs.")
@@ -54,11 +69,17 @@ class RowsConfig:
         "What labels are: classes, or numbers to be met (regression). auto takes text and whole numbers for classes.",
     )
     max_length: int = setting(512, "Most tokens of a row; longer ones are truncated.", ge=2)
-    answers_only: bool = setting(False, "Of messages, learn the assistant's alone (sft only).")
-    answers: int = setting(
-        8, "Held-out prompts that the model answers, greedily, in predictions.jsonl (sft only).", ge=0
+    chat_template: str | None = setting(
+        None, "File with a chat template (Jinja), or model whose template is taken.", default_help="the model's own"
     )
-    answer_tokens: int = setting(64, "Most tokens of such an answer (sft only).", ge=1)
+    packing: bool = setting(False, "Lay rows end to end in sequences of max_length (sft only).")
+    answers_only: bool = setting(False, "Of messages, learn the assistant's alone (sft only).")
+    beta: float = setting(0.1, "How much a model is held to where it began (dpo only).", gt=0)
+    generations: int = setting(8, "Answers to each prompt, which share a batch (grpo only).", ge=2)
+    answers: int = setting(
+        8, "Held-out prompts that the model answers, greedily, in predictions.jsonl (not reward).", ge=0
+    )
+    answer_tokens: int = setting(64, "Most tokens of an answer (not reward).", ge=1)
 
     def __post_init__(self) -> None:
         if self.task in GLUE and (self.data or self.held_out):
@@ -66,9 +87,13 @@ class RowsConfig:
                 f"data = {self.data!r}: task = {self.task!r} brings its own; leave it out, or use classify."
             )
         if self.task not in GLUE and not self.data:
-            raise ValueError(f"data = {self.data!r} leaves task = {self.task!r} without rows; give a file.")
-        without_effect = _NOT_SFT if self.task == "sft" else _SFT if self.task == "classify" else (*_SFT, *_OWN)
-        require_defaults(self, f"task = {self.task!r}", dict.fromkeys(without_effect, "another task"))
+            also = f", or {ARITHMETIC}" if self.task == "grpo" else ""
+            raise ValueError(f"data = {self.data!r} leaves task = {self.task!r} without rows; give a file{also}.")
+        if self.data == ARITHMETIC and self.task != "grpo":
+            raise ValueError(f"data = {self.data!r} is made for task = 'grpo'; give rows of your own.")
+        needs = {name: f"task = {' or '.join(map(repr, tasks))}" for name, tasks in _ONLY.items()}
+        idle = {name: need for name, need in needs.items() if self.task not in _ONLY[name]}
+        require_defaults(self, f"task = {self.task!r}", idle)
 
 
 @settings
@@ -79,6 +104,10 @@ class LengthConfig:
     steps: int | None = setting(None, "Optimizer steps, in the place of epochs.", ge=1)
     batch: int = setting(16, "Rows a step.", ge=1)
     micro_batch: int | None = setting(None, "Rows at once; bounds memory.", ge=1, default_help="batch")
+    gradient_checkpointing: bool = setting(
+        False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
+    )
+    bf16: bool = setting(False, "Compute in bfloat16 by autocast; weights keep their dtype.")
     warmup: float = setting(0.0, "Share of the steps over which the learning rate rises from 0.", ge=0, lt=1)
     decay: Literal["linear", "cosine", "constant"] = setting("linear", "How the learning rate falls to 0, if it does.")
     seed: int = setting(0, "Seed of the head, of the order of the rows and of random bases.", ge=0, le=2**32 - 1)
@@ -105,6 +134,10 @@ class FinetuneConfig(TrainConfig):
         if self.adapter.adapter == "low-rank":
             raise ValueError(
                 "adapter = 'low-rank' throws away what a model has learnt; choose lora, or a method without an adapter."
+            )
+        if self.schedule.batch % self.data.generations and self.data.task == "grpo":
+            raise ValueError(
+                f"generations = {self.data.generations} does not divide batch = {self.schedule.batch}; give a divisor."
             )
         if self.adapter.adapter == "relora" and (self.adapter.restart_every or self.schedule.steps) is None:
             raise ValueError(

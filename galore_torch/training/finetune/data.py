@@ -1,10 +1,11 @@
-"""Which rows are trained on and which are held out: GLUE's from the Hub, or files of one's own."""
+"""Which rows are trained on and which are held out: GLUE's, a data set of the Hub, files of one's own, or sums."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import datasets
 
 from galore_torch.training.finetune.config import RowsConfig
-from galore_torch.training.finetune.tasks import GLUE
+from galore_torch.training.finetune.files import in_rows, is_hub_name, missing_column, require_rows
+from galore_torch.training.finetune.forms import arithmetic, in_columns
+from galore_torch.training.finetune.tasks import ARITHMETIC, GLUE
 from galore_torch.training.run.disk import raise_failed_write
 from galore_torch.training.run.files import local_path
 from galore_torch.training.run.units import sentence
 from galore_torch.training.text.tables import read_table
 
-_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 _SPLIT = 0  # the seed of which rows of a file are held out
 
 
@@ -28,6 +30,13 @@ class Rows:
 
     train: datasets.Dataset
     held_out: datasets.Dataset
+    train_rows: Sequence[int]  # the number of each in what it was read from, counted from 1
+    held_out_rows: Sequence[int]
+
+    @property
+    def parts(self) -> tuple[tuple[datasets.Dataset, Sequence[int]], ...]:
+        """Both, each with its rows' numbers."""
+        return (self.train, self.train_rows), (self.held_out, self.held_out_rows)
 
     @property
     def digest(self) -> str:
@@ -44,13 +53,46 @@ def load(config: RowsConfig) -> Rows:
     if config.task in GLUE:
         return _glue(config.task)
     assert config.data is not None
-    train = _file("data", config.data)
+    train, held_out = _named("data", config.data)
     if config.held_out is not None:
-        return Rows(train=train, held_out=_file("held_out", config.held_out))
+        held_out, _ = _named("held_out", config.held_out)
+    if held_out is not None:
+        return _whole(train, held_out)
     if len(train) < 2:
         raise ValueError(f"data = {config.data!r} holds {len(train)} rows; give at least two, one to be held out.")
-    parts = train.train_test_split(test_size=max(1, round(config.held_out_share * len(train))), seed=_SPLIT)
-    return Rows(train=parts["train"], held_out=parts["test"])
+    size = max(1, round(config.held_out_share * len(train)))
+    numbered = datasets.Dataset.from_dict({"row": range(1, len(train) + 1)})
+    parts, rows = (each.train_test_split(test_size=size, seed=_SPLIT) for each in (train, numbered))
+    return Rows(
+        train=parts["train"],
+        held_out=parts["test"],
+        train_rows=rows["train"]["row"][:],
+        held_out_rows=rows["test"]["row"][:],
+    )
+
+
+def _whole(train: datasets.Dataset, held_out: datasets.Dataset) -> Rows:
+    numbers = [range(1, len(part) + 1) for part in (train, held_out)]
+    return Rows(train=train, held_out=held_out, train_rows=numbers[0], held_out_rows=numbers[1])
+
+
+def _named(field: str, name: str) -> tuple[Any, Any]:
+    """The rows that a setting names, in columns as TRL has them; and those that come as held out with them, or None."""
+    if name == ARITHMETIC:
+        return arithmetic(), None
+    if not is_hub_name(name):
+        return in_columns(_file(field, name)), None
+    try:
+        parts = datasets.load_dataset(name)
+    except Exception as error:  # the Hub's client raises errors of many kinds
+        raise ValueError(
+            f"{field} = {name!r} is neither a file nor a data set that the Hugging Face Hub gives: {sentence(error)} "
+            "Check the name and the network, or give a CSV, JSON lines or Parquet file."
+        ) from error
+    if "train" not in parts:
+        raise ValueError(f"{field} = {name!r} has no split named train, but {', '.join(parts)}; give files of it.")
+    held_out = parts.get("validation", parts.get("test"))
+    return in_columns(parts["train"]), None if held_out is None else in_columns(held_out)
 
 
 def _glue(task: str) -> Rows:
@@ -60,16 +102,11 @@ def _glue(task: str) -> Rows:
         raise ValueError(
             f"task = {task!r} is not given by the Hugging Face Hub: {sentence(error)} Check the network."
         ) from error
-    return Rows(train=parts["train"], held_out=parts[GLUE[task].held_out])
+    return _whole(parts["train"], parts[GLUE[task].held_out])
 
 
 def _file(field: str, name: str) -> Any:
-    path = local_path(field, name)
-    kind = _KINDS.get(path.suffix.lower())
-    if kind is None or not path.is_file():
-        raise ValueError(f"{field} = {name!r} is not a CSV, JSON lines or Parquet file; give one that exists.")
-    if not path.stat().st_size:
-        raise ValueError(f"{field} = {name!r} is empty; give a file that holds rows.")
+    kind, path = require_rows(field, name), local_path(field, name)
     try:
         with tempfile.TemporaryDirectory(prefix="galore-rows-") as scratch:  # for nothing to be read from a cache
             rows = read_table(kind, [path], Path(scratch), in_memory=True)
@@ -87,16 +124,19 @@ def _file(field: str, name: str) -> Any:
 def require_column(rows: datasets.Dataset, field: str, name: str) -> None:
     """Refuse, with a ValueError, rows without a column that a setting names."""
     if name not in rows.column_names:
-        raise ValueError(
-            f"{field} = {name!r} is not a column of the rows; choose one of {', '.join(rows.column_names)}."
-        )
+        raise missing_column(field, name, rows.column_names)
 
 
-def require_texts(rows: datasets.Dataset, field: str, name: str) -> None:
+def require_texts(rows: Rows, field: str, name: str) -> None:
     """Refuse, with a ValueError, rows whose column, which a setting names, is missing, empty somewhere, or no text."""
-    require_column(rows, field, name)
-    for number, text in enumerate(rows[name]):
-        if text is None or not str(text).strip():
-            raise ValueError(f"{field} = {name!r} is empty in row {number} of {len(rows)}; leave such rows out.")
-        if isinstance(text, (dict, list)):
-            raise ValueError(f"{field} = {name!r} holds {type(text).__name__}s, not text; choose another column.")
+    empty = []
+    for part, numbers in rows.parts:
+        require_column(part, field, name)
+        for number, text in zip(numbers, part[name], strict=True):
+            if text is None or not str(text).strip():
+                empty.append(number)
+            if isinstance(text, (dict, list)):
+                kind = type(text).__name__
+                raise ValueError(f"{field} = {name!r} holds {kind}s, not text, as in row {number}; choose another.")
+    if empty:
+        raise ValueError(f"{field} = {name!r} is empty in {in_rows(sorted(empty))}; leave such rows out.")

@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import AutoConfig
+
 from galore_torch.training.finetune.config import RowsConfig
 from galore_torch.training.finetune.data import Rows, require_column
+from galore_torch.training.finetune.files import in_rows
 from galore_torch.training.finetune.tasks import GLUE
 
 
@@ -41,22 +44,32 @@ class Labels:
         return said if self.classes is None else self.classes[int(said)]
 
 
-def find_labels(config: RowsConfig, rows: Rows) -> Labels:
-    """Judge the labels of rows; a ValueError says that one is missing, or held out only, or that all are the same."""
+def class_names(model: Any) -> tuple[str, ...]:
+    """The classes that a model has learnt to tell, in its order, by their names; none if it has no names for any.
+
+    Args:
+        model: the settings of a fine-tuning's model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model.model)
+    except (OSError, ValueError, KeyError):  # told where the model is loaded
+        return ()
+    names = tuple(str(name) for name in (config.id2label or {}).values())
+    return () if names[:1] == ("LABEL_0",) else names
+
+
+def find_labels(config: RowsConfig, rows: Rows, names: tuple[str, ...] = ()) -> Labels:
+    """Judge the labels of rows; a ValueError says that one is missing, or held out only, or that all are the same.
+
+    Where all are among the ``names`` of what a model has learnt to tell, classes are those, in the model's order.
+    """
     task = GLUE.get(config.task)
     column = "label" if task else config.label_column
-    for part in (rows.train, rows.held_out):
-        require_column(part, "label_column", column)
-        if any(value is None or value != value for value in part[column]):
-            raise ValueError(f"label_column = {column!r} has rows without a label; fill them in or leave them out.")
-        nested = [value for value in part[column] if isinstance(value, (list, dict))]
-        if nested:
-            raise ValueError(
-                f"label_column = {column!r} holds {type(nested[0]).__name__}s, not labels; choose another column."
-            )
+    _require_labels(rows, column)
     values = list(rows.train[column])
     known = set(values)
-    if len(known) < 2:
+    of_model = set(map(str, known | set(rows.held_out[column]))) <= set(names)
+    if len(known) < 2 and not of_model:
         raise ValueError(f"label_column = {column!r} is {values[0]!r} in all rows; give rows of at least two labels.")
     numbers = task.numbers if task else _are_numbers(config.labels, values, column)
     if numbers:
@@ -64,14 +77,37 @@ def find_labels(config: RowsConfig, rows: Rows) -> Labels:
         if infinite:
             raise ValueError(f"label_column = {column!r} holds {infinite[0]!r}; give finite numbers.")
         return Labels(column=column, classes=None, metrics=task.metrics if task else ("pearson", "spearman"))
-    classes = tuple(sorted(known))
-    strange = sorted(set(rows.held_out[column]) - known)
+    by_name = {str(value): value for value in known | set(rows.held_out[column])}
+    classes = tuple(by_name.get(name, name) for name in names) if of_model else tuple(sorted(known))
+    strange = sorted(set(rows.held_out[column]) - set(classes))
     if strange:
         raise ValueError(f"label_column = {column!r} holds {strange[0]!r} in held-out rows only; train on it too.")
     yes_or_no = ("f1",) if classes == (0, 1) else ()
     return Labels(
         column=column, classes=classes, metrics=task.metrics if task else ("accuracy", "matthews", *yes_or_no)
     )
+
+
+def _require_labels(rows: Rows, column: str) -> None:
+    """Refuse rows without a label, and labels of several kinds, by the rows' numbers."""
+    where: dict[str, list[int]] = {}
+    for part, numbers in rows.parts:
+        require_column(part, "label_column", column)
+        for number, value in zip(numbers, part[column], strict=True):
+            empty = value is None or value != value or value == ""
+            where.setdefault("no label" if empty else type(value).__name__, []).append(number)
+    for kind, numbers in where.items():
+        there = in_rows(sorted(numbers))
+        if kind == "no label":
+            raise ValueError(
+                f"label_column = {column!r} is without a label in {there}; fill them in or leave them out."
+            )
+        if kind in ("list", "dict"):
+            raise ValueError(f"label_column = {column!r} holds {kind}s, not labels; choose another column.")
+        if "str" in where and kind != "str":
+            raise ValueError(
+                f"label_column = {column!r} holds texts, and {kind}s in {there}; make all texts, or all numbers."
+            )
 
 
 def _are_numbers(asked: str, values: list[Any], column: str) -> bool:

@@ -5,15 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.training.finetune.config import FinetuneConfig
-from galore_torch.training.finetune.tasks import GLUE
+from galore_torch.training.finetune.tasks import GLUE, ON_TRL
 from galore_torch.training.settings.configure import FULL_RANK, PROJECTED, PresetTable
 
 _ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
+_CAUSAL = {"rank": 64, "scale": 1.0, "epochs": 1.0, "batch": 8, "max_length": 512, "warmup": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
     "glue-rank4": {**_ROBERTA, "rank": 4, "scale": 4.0},
     "glue-rank8": {**_ROBERTA, "rank": 8, "scale": 2.0},
     "classify": {"rank": 8, "scale": 2.0, "epochs": 3.0, "batch": 32, "max_length": 256, "warmup": 0.1},
-    "sft": {"rank": 64, "scale": 1.0, "epochs": 1.0, "batch": 8, "max_length": 512, "warmup": 0.1},
+    "sft": _CAUSAL,
+    "dpo": _CAUSAL,
+    "reward": _CAUSAL,
+    "grpo": {**_CAUSAL, "batch": 32, "steps": 200},
 }
 """Settings of each preset by name."""
 
@@ -32,13 +36,16 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
     "glue-rank8": _GLUE_LR,
     "classify": {PROJECTED: 5e-4, FULL_RANK: 1e-4, "lora": 1e-3, "relora": 1e-3},
     "sft": {PROJECTED: 1e-4, FULL_RANK: 2e-5, "lora": 2e-4, "relora": 2e-4},
+    "dpo": {PROJECTED: 3e-5, FULL_RANK: 5e-6, "lora": 5e-5, "relora": 5e-5},
+    "reward": {PROJECTED: 1e-4, FULL_RANK: 2e-5, "lora": 2e-4, "relora": 2e-4},
+    "grpo": {PROJECTED: 6e-6, FULL_RANK: 1e-6, "lora": 1e-5, "relora": 1e-5},
 }
 """Peak learning rates of each preset, for optimizers that project, for those that do not, and for adapters by name."""
 
 
 def _default(given: Mapping[str, Any]) -> str:
     task = given.get("task", "classify")
-    return "glue-rank4" if task in GLUE else "sft" if task == "sft" else "classify"
+    return "glue-rank4" if task in GLUE else str(task) if task in ON_TRL else "classify"
 
 
 PRESET_TABLE = PresetTable(

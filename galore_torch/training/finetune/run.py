@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import Trainer, TrainingArguments, set_seed
@@ -16,9 +17,14 @@ from galore_torch.lowbit import quantize_weights
 from galore_torch.training.finetune.classification import Classification
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load
+from galore_torch.training.finetune.preferences import Preferences, Reward
+from galore_torch.training.finetune.reasoning import Reasoning
 from galore_torch.training.finetune.supervised import Supervised
+from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.job import Job
 from galore_torch.training.run.run import RunResult
+
+_KINDS: dict[str, Any] = {"sft": Supervised, "dpo": Preferences, "reward": Reward, "grpo": Reasoning}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +57,11 @@ class Finetuning(Job):
         self.config, self.target_modules = config, config.target_modules
         self.data = config.data.data or config.data.task
         self.digest, self.units_per_step = rows.digest, schedule.batch
-        self._steps_per_epoch = math.ceil(len(rows.train) / schedule.batch)
-        self.kind = (Supervised if config.data.task == "sft" else Classification)(config, rows, console)
+        self.kind = _KINDS.get(config.data.task, Classification)(config, rows, console)
+        self._steps_per_epoch = math.ceil(len(rows.train) * self.kind.repeats / schedule.batch)
         self.model, self.tokenizer, self.task_type = self.kind.model, self.kind.tokenizer, self.kind.task_type
+        if schedule.gradient_checkpointing:
+            recompute_activations(self.model)
         if config.optimizer.weight_bits == 8:
             stochastic = config.optimizer.weight_rounding == "stochastic"
             quantize_weights(self.model, config.target_modules, stochastic_rounding=stochastic, seed=schedule.seed)
@@ -81,6 +89,8 @@ class Finetuning(Job):
             "num_train_epochs": schedule.epochs,
             "lr_scheduler_type": schedule.decay if schedule.decay != "constant" else "constant_with_warmup",
             "warmup_steps": schedule.warmup,  # below 1 it is a share of the steps
+            "bf16": schedule.bf16,
+            "use_cpu": schedule.bf16 and not torch.cuda.is_available(),  # else Transformers refuses bf16 on a CPU
             "eval_steps": schedule.eval_every or self._steps_per_epoch,
             "save_steps": schedule.save_every or self._steps_per_epoch,
         }

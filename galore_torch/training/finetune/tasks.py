@@ -3,8 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "classify", "sft"]
-"""What ``--task`` takes: a task of GLUE, rows of one's own with labels, or supervised fine-tuning."""
+TaskName = Literal[
+    "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "classify", "sft", "dpo", "reward", "grpo"
+]
+"""What ``--task`` takes: a task of GLUE, rows of one's own with labels, or a stage of TRL's."""
+
+ON_TRL = ("sft", "dpo", "reward", "grpo")
+"""Those that a trainer of TRL does."""
+
+ARITHMETIC = "arithmetic"
+"""The name of data that are made on the spot, for grpo: sums with their answers."""
 
 TASKS: tuple[str, ...] = get_args(TaskName)
 

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from galore_torch.lowbit import quantize_weights
 from galore_torch.training.pretrain.config import PretrainConfig
-from galore_torch.training.run.base_model import load_base
+from galore_torch.training.run.base_model import load_base, recompute_activations
 from galore_torch.training.run.units import sentence
 from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text.tokenizer import entries
@@ -107,17 +107,6 @@ def _quantizer(config: PretrainConfig) -> Callable[[nn.Module], None]:
             quantize_weights(module, stochastic_rounding=stochastic, seed=next(seeds))
 
     return made
-
-
-def recompute_activations(model: LlamaForCausalLM) -> None:
-    """Lets a model keep its layers' inputs alone, and its backward compute what is inside them again.
-
-    Args:
-        model: changed in place; a model in evaluation is not concerned.
-    """
-    # Transformers has renamed it, and warns of the older name.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def fresh_llama(

@@ -98,6 +98,17 @@ def _require_causal(name: str, model: Any) -> None:
         )
 
 
+def recompute_activations(model: Any) -> None:
+    """Lets a model keep its layers' inputs alone, and its backward compute what is inside them again.
+
+    Args:
+        model: changed in place; a model in evaluation is not concerned.
+    """
+    # Transformers has renamed it, and warns of the older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def require_finite(field: str, name: str, model: nn.Module) -> None:
     """Refuse, with a ValueError, a model that a setting has named and whose weights are not all finite."""
     broken = [one for one, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]

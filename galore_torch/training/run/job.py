@@ -121,7 +121,8 @@ def make_trainer(
     if args.n_gpu > 1:
         args._n_gpu = 1  # DataParallel would multiply the batch
     factory = (optimizers.TrainerOptimizer, {"optimizer": optimizer, "config": settings})
-    trainer = job.trainer(args, callbacks=list(callbacks), optimizer_cls_and_kwargs=factory)
+    trainer = job.trainer(args, callbacks=list(callbacks))
+    trainer.optimizer_cls_and_kwargs = factory  # not all of TRL's trainers take it
     if processes.count() > 1:  # whole batches alone, so that none is filled up with rows that count twice
         rows = len(trainer.eval_dataset)  # type: ignore[arg-type]
         args.per_device_eval_batch_size = max(size for size in range(1, micro_batch + 1) if rows % size == 0)

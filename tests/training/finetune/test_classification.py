@@ -42,8 +42,10 @@ def test_what_is_left_behind_is_whole_and_says_what_was_scored(classify, tmp_pat
     result = new_run(Finetuning, classify(method="galore", steps=30, lr=5e-3), out).train()
     said = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(said) == 14  # a tenth of the rows
-    right = [row["prediction"] == row["label"] for row in said]
+    right = [row["prediction"] == row["expected"] for row in said]
     assert result.scores["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert all(sentences()[row["row"] - 1] == (row["input"], row["expected"]) for row in said)
+    assert all(0.5 <= row["probability"] <= 1 for row in said)
     final = records.final(out / "metrics.jsonl")
     assert final["scores"] == result.scores
     assert final["examples"] == 30 * 8

@@ -56,7 +56,7 @@ def test_of_prompt_and_completion_the_completion_alone_is_learnt(supervise, tmp_
     run.train()
     said = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert len(said) == 2
-    assert all(row["prompt"].strip() in {text for text, _ in sentences()} for row in said)
+    assert all(row["input"].strip() in {text for text, _ in sentences()} for row in said)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
@@ -72,7 +72,7 @@ def test_of_messages_all_or_the_answers_are_learnt(supervise, write, tmp_path):
     result = answers.train()
     assert result.finished
     said = [json.loads(line) for line in (tmp_path / "answers" / "predictions.jsonl").read_text().splitlines()]
-    assert all(row["prompt"].endswith("<|assistant|>") for row in said)
+    assert all(row["input"].endswith("<|assistant|>") for row in said)
 
 
 def test_plain_text_is_learnt_whole(supervise, write, tmp_path):

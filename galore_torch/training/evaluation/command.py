@@ -1,0 +1,93 @@
+"""``galore evaluate`` and ``galore predict``: what a finished run, or any model, comes to on some data."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from galore_torch.training.finetune.config import FinetuneConfig
+from galore_torch.training.finetune.presets import configure as configure_rows
+from galore_torch.training.pretrain.presets import CONTINUED
+from galore_torch.training.pretrain.presets import configure as configure_text
+from galore_torch.training.run.command import PANEL, Json, reported_errors
+from galore_torch.training.run.files import local_path, model_of_run
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.signals import stoppable
+from galore_torch.training.settings.config import from_values, read_toml
+from galore_torch.training.settings.flags import given_settings
+
+EXAMPLES = """[bold]Examples[/]
+
+galore {name} runs/reviews
+[dim]on what the run held out[/]
+
+galore {name} runs/reviews --data new.csv
+[dim]on rows of your own, by the run's columns[/]
+
+galore {name} MODEL --task sft --data chats.jsonl
+[dim]any model; without a task, on packed text as in pre-training[/]
+"""
+
+_OF_TEXT = ("data", "subset", "text_column", "cache", "seq", "eval_tokens", "dtype")
+
+Model = Annotated[str, typer.Argument(help="Folder of a run, or name or folder of a model.", metavar="RUN_OR_MODEL")]
+File = Annotated[Path | None, typer.Option(help="File of predictions; by default the screen.", rich_help_panel=PANEL)]
+
+
+def evaluate(model: Model, *, json: Json = False, **given: Any) -> None:
+    """Score a run or a model: accuracy and the like of rows with labels, perplexity of text or answers."""
+    _judge("evaluate", model, given, json=json)
+
+
+def predict(model: Model, *, out: File = None, **given: Any) -> None:
+    """Say what a run or a model makes of rows: a JSON line each, with row, input, expected, prediction, probability."""
+    _judge("predict", model, given, out=out)
+
+
+def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, out: Path | None = None) -> None:
+    console, predicting = Console(stderr=True), name == "predict"
+    with stoppable(lambda: "Stopped. Nothing was written."), reported_errors(f"galore {name}"):
+        if out is not None and out.exists():
+            raise ValueError(f"out = {str(out)!r} exists; choose another --out.")
+        config, others = settings_of(model, given_settings(given))
+        config.require_there()
+        with console.status("Loading Transformers"):
+            from galore_torch.training.evaluation.judge import judge
+        scores, lines = judge(config, console, predicting=predicting, others=others)
+        text = "".join(json_format.dumps(line) + "\n" for line in lines)
+        if not predicting:
+            text = "  ".join(f"{key} {value:,.4f}" for key, value in scores.items()) + "\n"
+            text = json_format.dumps(scores) + "\n" if json else text
+        print(text, end="") if out is None else out.write_text(text, encoding="utf-8")
+
+
+def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
+    """The settings by which a model is judged, its run's or a task's own, and whether it has other data.
+
+    Args:
+        model: folder of a run, or name or folder of a model; a ValueError says why it cannot be judged.
+        given: settings of the data by name, which override the run's.
+    """
+    folder, data = RunFolder(local_path("model", model)), given.get("data")
+    length = {"seq": given["max_length"]} if "max_length" in given else {}
+    if not folder.config.is_file():
+        if data is None:
+            raise ValueError(f"data = None, and model = {model!r} is no run that has its own; give --data.")
+        if "task" in given:
+            return configure_rows(model=model, **{"held_out": data, **given}), True
+        values: dict[str, Any] = {}
+    else:
+        folder.require_settings()
+        values = {key: value for section in read_toml(folder.config).values() for key, value in section.items()}
+        model = model_of_run("model", model)
+        values.pop("gguf_file", None)
+        if "task" in values:
+            others = {} if data is None else {"held_out": data}
+            return from_values(FinetuneConfig, {**values, **others, **given, "model": model}), data is not None
+    kept = {key: values[key] for key in _OF_TEXT if key in values}
+    named = {key: given[key] for key in ("data", "text_column") if key in given}
+    return configure_text(CONTINUED, model=model, **{**kept, **named, **length}), data is not None

@@ -1,0 +1,71 @@
+"""After a training: scores and predictions of a run on its own held-out part and on other data, and of any model."""
+
+import csv
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from galore_torch.cli import build_app
+from galore_torch.training.finetune.run import Finetuning
+from galore_torch.training.pretrain.run import Pretraining
+from galore_torch.training.run import records
+from galore_torch.training.run.run import new_run
+from tests.training.finetune.conftest import *  # noqa: F403 - its fixtures
+from tests.training.finetune.conftest import sentences
+
+
+def told(*arguments) -> str:
+    done = CliRunner().invoke(build_app(), list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_a_classifier_is_judged_as_at_its_end_and_on_new_rows(classify, labelled, tmp_path):
+    out = tmp_path / "run"
+    result = new_run(Finetuning, classify(method="galore", steps=24, lr=5e-3), out).train()
+    assert json.loads(told("evaluate", out, "--json")) == pytest.approx({"loss": result.eval_loss, **result.scores})
+    lines = [json.loads(line) for line in told("predict", out).splitlines()]
+    kept = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines == [{**line, "probability": pytest.approx(line["probability"], rel=1e-3)} for line in kept]
+
+    new = tmp_path / "new.csv"
+    with new.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["text"], *([text] for text, _ in sentences()[:5])])
+    told("predict", out, "--data", new, "--out", tmp_path / "said.jsonl")
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["row"], line["input"]) for line in said] == [
+        (number, text) for number, (text, _) in enumerate(sentences()[:5], 1)
+    ]
+    assert {line["prediction"] for line in said} <= {"calendar", "heapq"}
+    assert "expected" not in said[0]
+    by_model = told("evaluate", out / "model", "--task", "classify", "--data", labelled, "--max-length", 32, "--json")
+    assert json.loads(by_model) == pytest.approx(
+        json.loads(told("evaluate", out, "--data", labelled, "--json")), rel=1e-5
+    )
+    refused = CliRunner().invoke(build_app(), ["evaluate", str(out), "--data", str(new)])
+    assert refused.exit_code == 2
+    assert "label_column = 'label'" in refused.stderr
+
+
+def test_a_pre_training_is_judged_by_perplexity(tiny, texts, tmp_path):
+    result = new_run(Pretraining, tiny(), tmp_path / "run").train()
+    found = json.loads(told("evaluate", tmp_path / "run", "--json"))
+    assert found["perplexity"] == pytest.approx(result.perplexity, rel=1e-4)
+    other = json.loads(told("evaluate", tmp_path / "run", "--data", texts / "heapq.txt", "--json"))
+    assert other["perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
+    refused = CliRunner().invoke(build_app(), ["predict", str(tmp_path / "run")])
+    assert (refused.exit_code, "no rows to predict" in refused.stderr) == (2, True)
+
+
+def test_a_stage_is_judged_by_its_own_trainer(supervise, asked, tmp_path):
+    out = tmp_path / "run"
+    new_run(Finetuning, supervise(steps=4), out).train()
+    scores = records.final(out / "metrics.jsonl")["scores"]
+    assert json.loads(told("evaluate", out, "--json"))["perplexity"] == pytest.approx(scores["perplexity"], rel=1e-4)
+    said = [
+        json.loads(line)
+        for line in told("predict", out / "model", "--task", "sft", "--data", asked, "--max-length", 64).splitlines()
+    ]
+    assert [line["row"] for line in said] == list(range(1, 9))
+    assert said[0].keys() == {"row", "input", "expected", "prediction"}
