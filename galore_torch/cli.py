@@ -45,10 +45,13 @@ def build_app() -> typer.Typer:
     from galore_torch.training.finetune import config, presets
     from galore_torch.training.inspection import command as inspection
     from galore_torch.training.inspection.config import SECTIONS as INSPECTION
+    from galore_torch.training.planning import command as planning
     from galore_torch.training.pretrain import command
     from galore_torch.training.pretrain.config import SECTIONS
     from galore_torch.training.pretrain.presets import PRESETS
     from galore_torch.training.settings import flags
+    from galore_torch.training.settings.adapter import AdapterConfig
+    from galore_torch.training.settings.optimizer import OptimizerConfig
 
     import typer  # isort: skip
 
@@ -67,6 +70,8 @@ def build_app() -> typer.Typer:
         app.command(epilog=examples)(flags.with_settings(judged, {"data": config.SECTIONS["data"]}, {}))
     app.add_typer(compare_command.commands(), name="compare")
     app.command("inspect", epilog=inspection.EPILOG)(flags.with_settings(inspection.inspect, INSPECTION, {}))
+    of_method = {"optimizer": OptimizerConfig, "adapter": AdapterConfig}
+    app.command("plan", epilog=planning.EPILOG)(flags.with_settings(planning.plan, of_method, {}))
     return app
 
 

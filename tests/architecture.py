@@ -27,7 +27,19 @@ LEVELS = (  # from the ground up: a package or module imports those of the level
     ("__main__",),
 )
 FLOORS = {home: level for level, homes in enumerate(LEVELS) for home in homes}
-ROOMS = ("settings", "baselines", "run", "text", "page", "pretrain", "finetune", "evaluation", "inspection", "compare")
+ROOMS = (
+    "settings",
+    "baselines",
+    "run",
+    "text",
+    "page",
+    "pretrain",
+    "planning",
+    "finetune",
+    "evaluation",
+    "inspection",
+    "compare",
+)
 FACE_FLOOR = FLOORS["gradients"]  # galore_torch/__init__.py may import these, and those above may import it
 TORCH_ALONE_FLOOR = FLOORS["gradients"]  # up to here torch is the only library
 MAX_LINES = 350

@@ -63,6 +63,25 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, cons
     return model
 
 
+def llama_sizes(config: PretrainConfig, **tokens: Any) -> LlamaConfig:
+    """Transformers' configuration of the LLaMA of a pre-training.
+
+    Args:
+        config: its sizes.
+        tokens: ``vocab_size``, and ids of special tokens.
+    """
+    sizes = config.model
+    return LlamaConfig(
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        max_position_embeddings=max(1024, config.data.seq),
+        use_cache=False,
+        **tokens,
+    )
+
+
 def _architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The configuration of a model with fresh weights, which fits tokenizer and sequences."""
     given = {
@@ -71,17 +90,9 @@ def _architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    sizes, name = config.model, config.model.config_of
+    name = config.model.config_of
     if name is None:
-        return LlamaConfig(
-            hidden_size=sizes.hidden,
-            intermediate_size=sizes.intermediate,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            max_position_embeddings=max(1024, config.data.seq),
-            use_cache=False,
-            **given,
-        )
+        return llama_sizes(config, **given)
     try:
         architecture = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

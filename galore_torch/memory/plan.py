@@ -1,0 +1,121 @@
+"""`plan`: what a training will need of memory, before anything of it is allocated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from galore_torch.memory.copies import alike_blocks
+from galore_torch.memory.recorder import KINDS
+from galore_torch.memory.rehearsal import FIRST_BLOCK, Job, Rehearsal, rehearse
+
+FEW = (1, 2)
+"""Blocks of the copies that are rehearsed in place of a model of many that are all alike. Each phase of a step takes so
+much more for one block more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a training needs, in bytes.
+
+    Attributes:
+        held: by kind. Of weights, states and bases what there is from the first step on; of gradients what there is
+            before a step; of the others the most there is at a time.
+        peak: by kind, what there is at the moment when it is the most.
+        phase: when that is.
+        parameters: how many the model has.
+        trained: how many of them are trained.
+        untraced: why activations, logits and work are not known, such as an operation's name; None if they are.
+    """
+
+    held: dict[str, int]
+    peak: dict[str, int]
+    phase: str
+    parameters: int
+    trained: int
+    untraced: str | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most at a time."""
+        return sum(self.peak.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for a JSON file."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "phase": self.phase,
+            "held": self.held,
+            "peak": self.peak,
+            "parameters": self.parameters,
+            "trained_parameters": self.trained,
+            "untraced": self.untraced,
+        }
+
+
+def plan(job: Job, *, exact: bool = False) -> MemoryPlan:
+    """Find out what a training needs.
+
+    Args:
+        job: what is trained, and how.
+        exact: whether all of a model is rehearsed that has many blocks which are all alike.
+
+    Returns:
+        The plan. Of weights, gradients, states and bases it is equal to what will be allocated.
+
+    Raises:
+        ValueError: what the job's own functions raise, such as a rank that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from galore_torch import GaLoreAdamW, param_groups
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> with torch.device("meta"):
+        ...     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=256))
+        >>> batch = {"input_ids": (4, 32), "labels": (4, 32)}
+        >>> planned = plan(Job(model=model, optimizer=lambda m: GaLoreAdamW(param_groups(m, rank=8)), batch=batch))
+        >>> planned.held["weights"], planned.held["gradients"], planned.held["bases"]
+        (459840, 459776, 28672)
+    """
+    count = len(alike_blocks(job.model))
+    if exact or count <= FEW[-1]:
+        return _planned(rehearse(job))
+    fewer, more = (rehearse(job, blocks) for blocks in FEW)
+    return _planned(_continued(fewer, more, count))
+
+
+def _continued(fewer: Rehearsal, more: Rehearsal, count: int) -> Rehearsal:
+    """What so many blocks need: of each kind and in each phase as much more a block as `more` is than `fewer`."""
+    further = (count - FEW[1]) // (FEW[1] - FEW[0])
+
+    def total(one: Any, other: Any) -> Any:
+        return other + further * (other - one)
+
+    def kinds(one: Counter[str], other: Counter[str]) -> Counter[str]:
+        return Counter({kind: total(one[kind], other[kind]) for kind in KINDS})
+
+    # The only block is the last one and the first one.
+    before = {**fewer.peaks, FIRST_BLOCK: fewer.peaks.get("last block", Counter())}
+    return Rehearsal(
+        held=Counter({kind: total(fewer.held[kind], more.held[kind]) for kind in more.held}),
+        peaks={name: kinds(before.get(name, peak), peak) for name, peak in more.peaks.items()},
+        parameters=total(fewer.parameters, more.parameters),
+        trained=total(fewer.trained, more.trained),
+        untraced=more.untraced,
+    )
+
+
+def _planned(rehearsal: Rehearsal) -> MemoryPlan:
+    phase, peak = max(rehearsal.peaks.items(), key=lambda one: one[1].total())
+    held = {kind: max(each[kind] for each in rehearsal.peaks.values()) for kind in KINDS} | rehearsal.held
+    unknown = ("activations", "logits", "work") if rehearsal.untraced is not None else ()
+    return MemoryPlan(
+        held={kind: 0 if kind in unknown else held[kind] for kind in KINDS},
+        peak={kind: 0 if kind in unknown else peak[kind] for kind in KINDS},
+        phase=phase,
+        parameters=rehearsal.parameters,
+        trained=rehearsal.trained,
+        untraced=rehearsal.untraced,
+    )

@@ -1,0 +1,226 @@
+"""A training of a few steps that takes no memory: the real model, optimizer and hooks on tensors without numbers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from galore_torch.gradients import attach
+from galore_torch.memory.copies import alike_blocks, copy_without_numbers
+from galore_torch.memory.recorder import Recorder, stored_bytes
+from galore_torch.optim import GaLore
+from galore_torch.optim.groups import is_projected
+from galore_torch.optim.state_keys import BASIS, RENEWED_STEP
+
+FIRST_BLOCK = "first block"
+"""The phase of that block's backward, the last in a step. A model of one block has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, and how.
+
+    Attributes:
+        model: on any device; it is not changed.
+        optimizer: makes the optimizer of the model that it is given, a copy.
+        batch: what the model is called with, by name: a tensor, or the shape of a tensor of whole numbers.
+        prepare: what is done with the copy before, such as putting adapters into it.
+        gradients: how gradients are formed, of a GaLore optimizer; see `galore_torch.attach`.
+        update: when they are applied, of the same.
+        grad_bits: of projected gradients that wait, of the same.
+        micro_batches: how many are accumulated for a step.
+        device: where it would be trained.
+    """
+
+    model: nn.Module
+    optimizer: Callable[[nn.Module], Optimizer]
+    batch: Mapping[str, Tensor | tuple[int, ...]]
+    prepare: Callable[[nn.Module], Any] = lambda _: None
+    gradients: Any = "full"
+    update: Any = "step"
+    grad_bits: int = 16
+    micro_batches: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What the rehearsal of a job came to, in bytes.
+
+    Attributes:
+        held: weights, gradients before a step, states and bases.
+        peaks: by phase, those of each kind at the phase's highest moment.
+        parameters: numbers of them, and ``trained``: of those that are trained.
+        untraced: why the forward could not go on, such as an operation's name, and so there are no activations.
+    """
+
+    held: Counter[str]
+    peaks: dict[str, Counter[str]]
+    parameters: int
+    trained: int
+    untraced: str | None
+
+
+def rehearse(job: Job, blocks: int | None = None) -> Rehearsal:
+    """Make two steps of a training, the second with a renewal and with two micro-batches if there are more than one.
+
+    Args:
+        job: what is trained.
+        blocks: of how many of the model's `alike_blocks`; of all of it if None.
+
+    Returns:
+        The bytes.
+    """
+    meta, mode = torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True)
+    model = copy_without_numbers(job.model, meta, blocks).train()
+    with warnings.catch_warnings(), meta, Recorder():
+        warnings.simplefilter("ignore")
+        job.prepare(model)
+    model = copy_without_numbers(model, torch.device(job.device), mode=mode)
+    recorder = Recorder(_vocabulary(model), _tokens(job.batch))
+    with warnings.catch_warnings():  # what is to be said will be said of the real run
+        warnings.simplefilter("ignore")
+        optimizer = job.optimizer(model)  # outside: it is tried on numbers
+    with warnings.catch_warnings(), mode, recorder:
+        warnings.simplefilter("ignore")
+        return _Training(job, model, optimizer, recorder).run()
+
+
+class _Training:
+    def __init__(self, job: Job, model: nn.Module, optimizer: Optimizer, recorder: Recorder) -> None:
+        self.job, self.model, self.optimizer, self.recorder = job, model, optimizer, recorder
+        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        recorder.hold("weights", [*model.parameters(), *model.buffers()])
+        for weight in self.trained:  # before the hooks that free gradients
+            weight.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
+        if isinstance(optimizer, GaLore):
+            attach(model, optimizer, job.gradients, job.update, grad_bits=job.grad_bits)
+        self.batch = {name: _as_tensor(one, job.device) for name, one in job.batch.items()}
+        blocks = alike_blocks(model)
+        for place, block in enumerate(blocks):
+            name = "last block" if place == len(blocks) - 1 else "other blocks" if place else FIRST_BLOCK
+            block.register_forward_hook(self._marking(name))
+        if blocks:
+            blocks[0].register_forward_pre_hook(lambda _, given: self._mark("embeddings", given))
+        self.untraced: str | None = None
+
+    def run(self) -> Rehearsal:
+        """Make a first step, of gradients alone, and an ordinary one."""
+        held: Counter[str] = Counter()
+        if self.job.gradients == "fused":
+            self._forward()  # layers learn who shares an input
+        self.recorder.phase("first step")
+        self._backward(None)
+        held["gradients"] = stored_bytes(weight.grad for weight in self.trained)
+        self._step()
+        self._let_one_renew()
+        for _ in range(min(2, self.job.micro_batches)):
+            self.recorder.phase("forward")
+            loss = self._forward()
+            self.recorder.phase("backward" if loss is None else "head")
+            self._backward(loss)
+            del loss
+        self.recorder.hold("gradients", [weight.grad for weight in self.trained])
+        self.recorder.phase("step")
+        self._step()
+        held["weights"] = stored_bytes([*self.model.parameters(), *self.model.buffers()])
+        held["bases"] = stored_bytes(self._state(bases=True))
+        held["states"] = stored_bytes(self._state(bases=False))
+        return Rehearsal(
+            held=held,
+            peaks=self.recorder.peaks(),
+            parameters=sum(weight.numel() for weight in self.model.parameters()),
+            trained=sum(weight.numel() for weight in self.trained),
+            untraced=self.untraced,
+        )
+
+    def _forward(self) -> Tensor | None:
+        """The loss; None if an operation stops on the way."""
+        if self.untraced is not None:
+            return None
+        self.recorder.begin_forward()
+        level = fake_tensor.log.level
+        fake_tensor.log.setLevel(logging.CRITICAL)  # it shows the traceback of what we report in a word
+        try:
+            loss: Tensor = self.model(**self.batch).loss
+        except RuntimeError as error:  # of many kinds: memory that depends on numbers, an operation without sizes, ...
+            self.untraced = str(getattr(error, "func", error)).strip().splitlines()[0]
+            return None
+        finally:
+            fake_tensor.log.setLevel(level)
+            self.recorder.end_forward()
+        return loss
+
+    def _backward(self, loss: Tensor | None) -> None:
+        """Form the gradients, one after the other where there is no loss."""
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        for weight in self.trained:
+            weight.backward(torch.zeros_like(weight, memory_format=torch.contiguous_format))  # type: ignore[no-untyped-call]
+
+    def _step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.recorder.hold("bases", self._state(bases=True))
+        self.recorder.hold("states", self._state(bases=False))
+
+    def _marking(self, name: str) -> Callable[..., None]:
+        """A hook on a block's forward, by which its backward is a phase, and what follows the last block's forward."""
+
+        def mark(_: nn.Module, __: Any, output: Any) -> None:
+            if name == "last block":
+                self.recorder.phase("head")
+            self._mark(name, output)
+
+        return mark
+
+    def _mark(self, name: str, tensors: Any) -> None:
+        """Let a phase begin when the gradient of the first of tensors is there."""
+        for tensor in tree_leaves(tensors)[:1]:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: self.recorder.phase(name))  # type: ignore[no-untyped-call]
+
+    def _note_gradient(self, weight: Tensor) -> None:
+        self.recorder.hold("gradients", [weight.grad])
+
+    def _state(self, *, bases: bool) -> Iterator[Any]:
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if (key == BASIS) == bases:
+                    yield from tree_leaves(value)
+
+    def _let_one_renew(self) -> None:
+        """As many as renew in one step: the largest of them, or all where they do not take turns."""
+        for group in self.optimizer.param_groups if isinstance(self.optimizer, GaLore) else ():
+            held = [weight for weight in group["params"] if BASIS in self.optimizer.state.get(weight, {})]
+            if is_projected(group) and held:
+                at_once = -(-len(held) // group["update_proj_gap"]) if group["stagger"] else len(held)
+                for weight in sorted(held, key=Tensor.numel)[-at_once:]:
+                    self.optimizer.state[weight][RENEWED_STEP] = -1
+
+
+def _as_tensor(given: Tensor | tuple[int, ...], device: str) -> Tensor:
+    if isinstance(given, Tensor):
+        return torch.zeros(given.shape, dtype=given.dtype, device=device)
+    return torch.zeros(given, dtype=torch.int64, device=device)
+
+
+def _tokens(batch: Mapping[str, Tensor | tuple[int, ...]]) -> int:
+    first = next(iter(batch.values()))
+    return torch.Size(first.shape if isinstance(first, Tensor) else first).numel()
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(getattr(getattr(model, "config", None), "vocab_size", None) or 0)

@@ -1,0 +1,43 @@
+"""Sizes of memory as people write them: ``24GB``."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that a size says.
+
+    Args:
+        text: a number and a unit: B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024).
+
+    Raises:
+        ValueError: no number, no unit, an unknown one, or nothing at all.
+
+    Example:
+        >>> parse_bytes("24GB"), parse_bytes("1.5 GiB")
+        (24000000000, 1610612736)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"memory = {text!r} is no size; give a number with a unit, such as 24GB or 24GiB.")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def readable(count: float) -> str:
+    """Bytes for people, in powers of 1000.
+
+    Args:
+        count: bytes, of either sign.
+
+    Example:
+        >>> readable(116_147_200), readable(13_476_839_424), readable(0)
+        ('116.1 MB', '13.48 GB', '0')
+    """
+    size = abs(count)
+    for unit, factor, digits in (("GB", 10**9, 2), ("MB", 10**6, 1), ("kB", 10**3, 1)):
+        if size >= factor:
+            return f"{count / factor:,.{digits}f} {unit}"
+    return f"{count:.0f} B" if count else "0"

@@ -1,0 +1,1 @@
+"""``galore plan``: what a training will need of memory, by method."""

@@ -1,0 +1,101 @@
+"""``galore plan``: from a model's name to a table of what each method needs."""
+
+from __future__ import annotations
+
+import json as json_format
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from galore_torch.training.run.command import reported_errors
+from galore_torch.training.run.signals import stoppable
+from galore_torch.training.settings.flags import given_settings
+from galore_torch.training.settings.methods import METHODS, method_settings
+
+if TYPE_CHECKING:
+    from galore_torch.memory import MemoryPlan
+
+EPILOG = """[bold]Examples[/]
+
+galore plan llama-7b --memory 24GB
+[dim]every method, and the best that fits[/]
+
+galore plan FOLDER/config.json --micro-batch 4 --seq 1024 --method full --method galore --rank 256
+[dim]any causal, masked or sequence-to-sequence model of Transformers, without its weights[/]
+
+galore plan llama-1b --method galore --gradients projected --json
+[dim]one way to form gradients, for a script[/]
+"""
+
+_COMMAND = "galore plan"
+
+
+def _option(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Plan")
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A preset, a folder, a config.json, or a name on the Hugging Face Hub.")],
+    *,
+    memory: Annotated[str | None, _option(help="What there is, such as 24GB; says which methods fit.")] = None,
+    method: Annotated[list[str] | None, _option(help=r"Plan these alone. [dim]\[default: all][/]")] = None,
+    batch: Annotated[int | None, _option(help="Sequences a step.")] = None,
+    micro_batch: Annotated[int | None, _option(help="Sequences at once.")] = None,
+    seq: Annotated[int | None, _option(help="Tokens of a sequence.")] = None,
+    vocab: Annotated[int | None, _option(help="Entries of a preset's vocabulary.")] = None,
+    dtype: Annotated[str | None, _option(help=r"Of weights. [dim]\[default: the preset's; bfloat16][/]")] = None,
+    gradient_checkpointing: Annotated[bool | None, _option(help="Compute activations again in the backward.")] = None,
+    page: Annotated[Path | None, _option(help="Write a page with the table and a chart there.")] = None,
+    json: Annotated[bool, _option("--json", help="Print the plans as one JSON object.")] = False,
+    **given: Any,
+) -> None:
+    """Say what a training will need of memory, by method, before anything of it is allocated.
+
+    The real model, optimizer and hooks make their steps on tensors that have sizes and no numbers.
+    """
+    own = {"batch": batch, "micro_batch": micro_batch, "seq": seq, "vocab": vocab}
+    given = given_settings({**given, **own, "gradient_checkpointing": gradient_checkpointing})
+    with stoppable(lambda: "Stopped. Nothing was written."):
+        console = Console(stderr=json)
+        with reported_errors(_COMMAND):
+            for name in method or ():
+                method_settings(name)
+            with console.status("Loading Transformers"):
+                from galore_torch.memory import parse_bytes
+                from galore_torch.training.planning import report
+                from galore_torch.training.planning.plans import best_that_fits, plans, smaller
+                from galore_torch.training.planning.subject import subject
+
+            room = None if memory is None else parse_bytes(memory)
+            planned = subject(model, given, dtype)
+            found: dict[str, MemoryPlan] = {}
+            with console.status("Planning") as status:
+                for name, one in plans(planned, method or list(METHODS)):
+                    found[name] = one
+                    status.update(f"Planning: {name} is done")
+                best = None if room is None else best_that_fits(found, room)
+                instead = None
+                if room is not None and best is None:
+                    least = min(found, key=lambda name: found[name].peak_bytes)
+                    instead = (least, *smaller(planned, least, room))
+            shown = report.Planned(subject=planned, found=found, memory=room, best=best, instead=instead)
+            if page is not None:
+                report.page(shown, shlex.join(["galore", *sys.argv[1:]])).write(page)
+        if json:
+            print(json_format.dumps(shown.as_json()))
+            return
+        console.print(shown.title, highlight=False, markup=False)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for place, heading in enumerate(shown.columns):
+            table.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=bool(place))
+        for row in shown.rows:
+            table.add_row(*row)
+        console.print(table)
+        for text in shown.texts:
+            console.print(text, highlight=False, markup=False)

@@ -1,0 +1,172 @@
+"""What ``galore plan`` plans: a preset's LLaMA, or any model of Transformers by its configuration, without weights."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import galore_torch
+from galore_torch.lowbit import quantize_weights
+from galore_torch.memory import Job
+from galore_torch.messages import nearest
+from galore_torch.training.baselines.layers import adapt
+from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.pretrain.model import llama_sizes, recompute_activations
+from galore_torch.training.pretrain.presets import PRESETS, configure
+from galore_torch.training.run import optimizers
+from galore_torch.training.run.units import sentence
+from galore_torch.training.settings.methods import has_effect
+from galore_torch.training.settings.optimizer import is_projected
+
+_LIKE = "llama-60m"  # the preset whose recipe a model gets that is none
+_OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}
+_RANK_SHARE = 4  # of the width, as the paper has it for most of its models
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model on the meta device, and how it would be trained.
+
+    Attributes:
+        name: a preset, a folder, a ``config.json`` or a name on the Hugging Face Hub.
+        model: without weights.
+        preset: whose recipe it has.
+        given: settings that were given, by name, and those that the model brings.
+        target_modules: which modules hold the matrices; see `galore_torch.param_groups`.
+    """
+
+    name: str
+    model: Any
+    preset: str
+    given: Mapping[str, Any]
+    target_modules: Any
+
+    def settings(self, method: str) -> PretrainConfig:
+        """All settings under a method; those that have no effect with it are left out.
+
+        Args:
+            method: one of `galore_torch.training.settings.methods.METHODS`.
+
+        Raises:
+            ValueError: when the method or a value is not known or not allowed.
+        """
+        shape = {name: value for name, value in self.given.items() if name in ("batch", "micro_batch", "seq")}
+        alone = configure(self.preset, micro_batch=1, batch=1, method=method)
+        kept = {name: one for name, one in self.given.items() if has_effect(name, alone.optimizer, alone.adapter)}
+        if alone.optimizer.update == "backward":  # which leaves nothing to accumulate
+            micro_batch = shape.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
+            kept |= {"micro_batch": micro_batch, "batch": micro_batch}
+        return configure(self.preset, method=method, **kept)
+
+    def job(self, method: str) -> Job:
+        """What is to be rehearsed.
+
+        Args:
+            method: as in `settings`.
+        """
+        config = self.settings(method)
+        self._require_rank(config)
+        model, settings, rows = self.model, config.optimizer, (config.micro_batch, config.data.seq)
+        labels = rows if "Classification" not in type(model).__name__ else rows[:1]
+
+        def prepare(copied: nn.Module) -> None:
+            adapt(copied, config.adapter, self.target_modules or "all-linear")
+            if settings.weight_bits == 8:
+                quantize_weights(copied, self.target_modules)
+            if config.schedule.gradient_checkpointing:
+                recompute_activations(copied)
+
+        return Job(
+            model=model,
+            optimizer=lambda copied: optimizers.build(copied, settings, config.schedule.seed, self.target_modules),
+            batch={"input_ids": rows, "labels": labels},
+            prepare=prepare,
+            gradients=settings.gradients,
+            update=settings.update,
+            grad_bits=settings.grad_bits,
+            micro_batches=config.schedule.batch // config.micro_batch,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+
+    def _require_rank(self, config: PretrainConfig) -> None:
+        """Refuse a rank beyond all matrices, which would be cut to theirs in each."""
+        rank = config.optimizer.rank
+        if is_projected(config.optimizer.optim):
+            with warnings.catch_warnings():  # of what is not projected; the run will say it
+                warnings.simplefilter("ignore")
+                groups = galore_torch.param_groups(self.model, 1, self.target_modules)
+            most = max(min(weight.shape[-2:]) for group in groups if "rank" in group for weight in group["params"])
+            if rank > most:
+                raise ValueError(f"rank = {rank} is beyond the matrices of {self.name!r}; give at most {most}.")
+
+
+def subject(name: str, given: Mapping[str, Any], dtype: str | None) -> Subject:
+    """The model of a name, without weights.
+
+    Args:
+        name: a preset, a folder or a ``config.json``, or a name on the Hugging Face Hub.
+        given: settings by name.
+        dtype: of the weights; None for the preset's, or bfloat16.
+
+    Raises:
+        ValueError: when there is no such model, or it has no head that gives a loss.
+    """
+    if name in PRESETS:
+        config = configure(name, **given, **({"dtype": dtype} if dtype else {}))
+        built = _without_weights(transformers.LlamaForCausalLM, llama_sizes(config, vocab_size=config.data.vocab))
+        return Subject(
+            name=name,
+            model=_cast(built, config.model.dtype),
+            preset=name,
+            given=given,
+            target_modules=optimizers.MATRICES,
+        )
+    sizes = _configuration(name)
+    built = _cast(_without_weights(_kind(name, sizes), sizes), dtype or "bfloat16")
+    rank = max(1, int(getattr(sizes.get_text_config(), "hidden_size", 512)) // _RANK_SHARE)
+    return Subject(
+        name=name, model=built, preset=_LIKE, given={**_OF_TUNING, "rank": rank, **given}, target_modules=None
+    )
+
+
+def _configuration(name: str) -> Any:
+    path = Path(name)
+    if "/" not in name and not path.exists():
+        close = nearest(name, PRESETS)
+        hint = f"did you mean {close!r}?" if close else f"choose one of {', '.join(PRESETS)}, or give a folder."
+        raise ValueError(f"model = {name!r} is no preset, folder or file; {hint}")
+    try:
+        return transformers.AutoConfig.from_pretrained(path if path.exists() else name)
+    except Exception as error:  # missing, offline, gated, no JSON: the Hub's client raises errors of many kinds
+        raise ValueError(f"model = {name!r} has no configuration that can be read: {sentence(error)}") from error
+
+
+def _kind(name: str, config: Any) -> Any:
+    named = (config.architectures or [""])[0]
+    kind = getattr(transformers, named, None)
+    if kind is None or "labels" not in inspect.signature(kind.forward).parameters:
+        raise ValueError(
+            f"model = {name!r} has architectures = {config.architectures!r}, none of Transformers' with a head that "
+            "gives a loss; name one in its config.json, such as LlamaForCausalLM."
+        )
+    return kind
+
+
+def _without_weights(kind: Any, config: Any) -> Any:
+    config.use_cache = False
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _cast(model: Any, dtype: str) -> Any:
+    for parameter in model.parameters():
+        parameter.data = parameter.to(getattr(torch, dtype))
+    return model

@@ -1,0 +1,116 @@
+"""``galore plan``: its table, its JSON, its page, and what it refuses."""
+
+import json
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from galore_torch.cli import build_app
+from galore_torch.memory import KINDS, parse_bytes
+
+TINY = ("llama-tiny", "--micro-batch", "2", "--batch", "4", "--seq", "16", "--vocab", "300")
+
+
+def galore_plan(*arguments: str):
+    return CliRunner().invoke(build_app(), ["plan", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1"})
+
+
+def planned(*arguments: str) -> dict:
+    result = galore_plan(*TINY, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def two() -> dict:
+    return planned("--method", "full", "--method", "galore", "--memory", "1GB")
+
+
+def test_json_holds_every_kind_of_every_method(two):
+    for one in two["methods"].values():
+        assert set(one["held"]) == set(one["peak"]) == set(KINDS)
+        assert one["peak_bytes"] == sum(one["peak"].values()) > one["held"]["weights"] > 0
+
+
+def test_galore_has_bases_and_less_state(two):
+    full, galore = two["methods"]["full"]["held"], two["methods"]["galore"]["held"]
+    assert full["bases"] == 0 < galore["bases"]
+    assert galore["states"] + galore["bases"] < full["states"]
+    assert galore["gradients"] < full["gradients"] < full["weights"]
+
+
+def test_what_gives_up_least_is_the_best_that_fits(two):
+    assert two["best"] == "full"
+    least = two["methods"]["galore"]["peak_bytes"]
+    assert planned("--method", "full", "--method", "galore", "--memory", f"{least}B")["best"] == "galore"
+
+
+def test_table_and_page(tmp_path):
+    result = galore_plan(*TINY, "--method", "galore-8bit-per-layer", "--page", str(tmp_path / "plan.html"))
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert "galore-8bit" in result.output
+    page = (tmp_path / "plan.html").read_text()
+    assert "<svg" in page
+    assert "galore-8bit-per-layer" in page
+
+
+def test_where_nothing_fits_the_smallest_plan_says_what_it_lacks():
+    found = planned("--method", "galore", "--memory", "1MB")
+    assert found["best"] is None
+    instead = found["instead"]
+    assert instead["settings"] == {"gradient_checkpointing": True, "micro_batch": 1, "batch": 1}
+    assert 10**6 < instead["peak_bytes"] < found["methods"]["galore"]["peak_bytes"]
+
+
+def test_a_rank_that_saves_nothing_is_said():
+    result = galore_plan(*TINY, "--method", "full", "--method", "galore", "--rank", "256")
+    assert "galore: its rank saves nothing" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["llama-2b"], "model = 'llama-2b' is no preset"),
+        (["llama-tiny", "--memory", "24"], "memory = '24' is no size"),
+        (["llama-tiny", "--memory", "24 apples"], "memory = '24 apples' is no size"),
+        (["llama-tiny", "--method", "galor"], "did you mean 'galore'?"),
+        (["llama-tiny", "--method", "galore", "--rank", "300"], "rank = 300 is beyond the matrices of 'llama-tiny'"),
+        (["llama-tiny", "--method", "galore", "--rank", "0"], "rank = 0 is out of range"),
+        ([*TINY, "--method", "galore", "--update", "backward"], "micro_batch = 2 is a part of batch = 4"),
+        (["folder/that/is/not", "--memory", "24GB"], "model = 'folder/that/is/not' has no configuration"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_with_its_remedy(arguments, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = galore_plan(*arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("architectures", [None, ["LlamaModel"], ["NoSuchForCausalLM"]])
+def test_a_configuration_without_a_head_is_refused(architectures, tmp_path):
+    transformers.LlamaConfig(architectures=architectures).save_pretrained(tmp_path)
+    result = galore_plan(str(tmp_path))
+    assert result.exit_code == 2
+    assert "a head that gives a loss" in " ".join(result.output.split())
+
+
+def test_a_forward_that_needs_numbers_leaves_the_bytes_that_do_not(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(**sizes, intermediate_size=48, num_local_experts=2, vocab_size=64)
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path)
+    result = galore_plan(str(tmp_path), "--seq", "8", "--dtype", "float32", "--method", "galore", "--json")
+    found = json.loads(result.stdout)["methods"]["galore"]
+    assert found["untraced"]
+    assert found["held"]["activations"] == 0 < found["held"]["states"]
+    shown = galore_plan(str(tmp_path), "--seq", "8", "--dtype", "float32", "--method", "galore").output
+    assert "activations, logits and work are not known" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0GB", "1e3GB", "1 G", "24 gigabytes"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="is no size"):
+        parse_bytes(text)
