@@ -17,6 +17,9 @@ ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 Decomposition = Literal["svd", "randomized", "warm", "random"]
 Layout = Literal["tucker", "stack", "reshape"]
 BasisBits = Literal[16, 8, 4]
+Residual = Literal["fira", "apollo", "alice", "sign", "full"]
+Moments = Literal["keep", "rotate", "reset"]
+Normalize = Literal["columns", "orthogonal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +150,37 @@ KEYS: Mapping[str, Key] = {
         wanted="a whole number of renewals of at least 1",
         help="How many of a layer's last overlaps are averaged for that.",
     ),
+    "residual": Key(
+        default=None,
+        choices=get_args(Residual),
+        optional=True,
+        wanted=f"one of {', '.join(get_args(Residual))}, or None to drop it",
+        help="What becomes of the gradient's part outside the subspace: nothing, or it is scaled as fira, apollo or "
+        "alice do, enters by its signs, or in full. Wants full gradients.",
+    ),
+    "residual_scale": Key(
+        default=1.0,
+        limits={"gt": 0},
+        wanted="a positive number",
+        help="Factor on the residual, beside the update in the subspace; 1 / (1 - momentum) lets it weigh as SGD's.",
+    ),
+    "moments": Key(
+        default="keep",
+        choices=get_args(Moments),
+        wanted=f"one of {', '.join(get_args(Moments))}",
+        help="What becomes of the optimizer's state when a basis is renewed: keep the numbers, rotate them into the "
+        "new basis, or reset them.",
+    ),
+    "normalize": Key(
+        default=None,
+        choices=get_args(Normalize),
+        optional=True,
+        wanted=f"one of {', '.join(get_args(Normalize))}, or None",
+        help="Makes an update of fixed size of whatever the rule gives: columns (one norm an input feature) or "
+        "orthogonal (Newton-Schulz). Entries are then about 1, times lr and scale (0.2 is as AdamW's).",
+    ),
 }
-"""By their names. Gap and scale are the paper's, the last two as Q-GaLore's."""
+"""By their names. Gap and scale are the paper's, those of lazy layers Q-GaLore's."""
 
 PROJECTED_DEFAULTS: dict[str, Any] = {name: key.default for name, key in KEYS.items() if name != "rank"}
 """Defaults of the keys of a group with a `rank`."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "galore_torch"
 LEVELS = (  # from the ground up: a package or module imports those of the levels before its own
     ("extras", "galore_projector", "values", "messages"),
-    ("modules", "group_keys"),
+    ("modules", "group_keys", "random_bits"),
     ("projection", "lowbit"),
     ("optim",),
     ("targets",),

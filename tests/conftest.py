@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import defaultdict
 
 # Read when torch, Transformers and matplotlib are first imported, so they are set before any of them is.
 os.environ.update(
@@ -36,8 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
     tests.device.chosen = config.getoption("--device")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out, on another device, what is of the CPU by design."""
+    """Marks as slow what a few cases stand for; leaves out, on another device, what is of the CPU by design."""
+    _mark_slow_all_but_a_few(items)
     if config.getoption("--device") == "cpu":
         return
     for item in items:
@@ -55,6 +58,23 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def _mark_slow_all_but_a_few(items: list[pytest.Item]) -> None:
+    """Of a test marked `broad` all cases are slow but a few, in which every value of each argument is at least once."""
+    cases: dict[str, list[tuple[pytest.Item, set[tuple[str, int]]]]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("broad") is not None:
+            values = {(name, id(value)) for name, value in item.callspec.params.items()}  # type: ignore[attr-defined]
+            cases[item.nodeid.partition("[")[0]].append((item, values))
+    for of_one in cases.values():
+        missing = set().union(*(values for _, values in of_one))
+        while missing:
+            most = max(of_one, key=lambda case: len(missing & case[1]))
+            missing -= most[1]
+            of_one.remove(most)
+        for item, _ in of_one:
+            item.add_marker(pytest.mark.slow)
 
 
 def _folder(path: Path) -> str:

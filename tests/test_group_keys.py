@@ -32,6 +32,7 @@ def test_every_key_is_a_setting_with_its_choices_and_its_default(name):
 
 @pytest.mark.parametrize("name", KEYS)
 @pytest.mark.parametrize("value", ["nonsense", -1, 0, 1, 1.5, True, 3, 4, 16, float("nan"), None])
+@pytest.mark.broad
 def test_settings_and_groups_accept_the_same_values(name, value):
     if name == "rank" and value is None:
         return

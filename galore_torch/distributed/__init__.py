@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from galore_torch.optim.processes import JOIN, SHARD
+from galore_torch.optim.processes import JOIN, SHARD, is_sharded
 
 __all__ = ["shard_placement"]
 
@@ -20,10 +21,14 @@ def __getattr__(name: str) -> Any:
     return shard_placement
 
 
-def _join(*given: Any) -> Any:
+def _join(model: Any, optimizer: Any, weights: Mapping[str, Any], dtype: Any, applies: bool) -> Any:
+    if any(map(is_sharded, weights.values())):
+        from galore_torch.distributed.unsharded import ShardTraffic
+
+        return ShardTraffic(model, optimizer, weights, applies)
     from galore_torch.distributed.ddp import join
 
-    return join(*given)
+    return join(model, optimizer, weights, dtype, applies)
 
 
 def _shard(*given: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -160,7 +161,9 @@ def drop_empty(trained: Sequence[TrainedWeight], group: dist.ProcessGroup) -> No
     if not kept:
         return
     device = kept[0][0].weight.device
-    some = torch.stack([grad.projected.any().to(device) for _, grad in kept]).to(torch.int32)
+    stored = [grad.projected for _, grad in kept]
+    parts = [each.to_local() if isinstance(each, DTensor) else each for each in stored]
+    some = torch.stack([part.any().to(device) for part in parts]).to(torch.int32)
     dist.all_reduce(some, op=dist.ReduceOp.MAX, group=group)
     for (one, _), is_some in zip(kept, some.tolist(), strict=True):
         if not is_some:

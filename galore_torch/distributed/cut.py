@@ -178,6 +178,21 @@ class Cut:
         dist.all_gather(parts, padded, group=self.group)
         return self._joined(parts)
 
+    def reduce(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """Begins to add up a tensor over the processes, of which each gets its part.
+
+        Args:
+            tensor: whole, of this process.
+
+        Returns:
+            This process' part of the sum, once what comes with it has been waited for.
+        """
+        whole = tensor.new_zeros((self.part * dist.get_world_size(self.group), *tensor.movedim(self.axis, 0).shape[1:]))
+        whole[: self.size] = tensor.movedim(self.axis, 0)
+        part = tensor.new_empty((self.part, *whole.shape[1:]))
+        handle = dist.reduce_scatter_tensor(part, whole, group=self.group, async_op=True)
+        return part.movedim(0, self.axis).narrow(self.axis, 0, self.length), handle
+
     def _padded(self, part: Tensor) -> Tensor:
         """A part of the size of the longest, which collectives want."""
         padded = part.new_zeros((*part.shape[: self.axis], self.part, *part.shape[self.axis + 1 :]))

@@ -28,7 +28,7 @@ from galore_torch.gradients.data_parallel import Hook
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.nonfinite import peaks
-from galore_torch.optim.processes import Alone, is_sharded
+from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
 
 BUCKET_BYTES = 25 * 2**20
@@ -60,12 +60,6 @@ def join(
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
-    sharded = next((name for name, weight in weights.items() if is_sharded(weight)), None)
-    if sharded is not None:
-        raise ValueError(
-            f"{sharded} is sharded (fully_shard), and its gradient is averaged in full after it is formed: use "
-            'attach(..., gradients="full", update="step"), or no attach at all. The optimizer works on the shards'
-        )
     refuse_what_is_averaged_twice(model, weights)
     root = model.module if isinstance(model, DistributedDataParallel) else model
     traffic = Traffic(optimizer, leave_out(root, weights), dtype, applies)

@@ -21,6 +21,7 @@ from galore_torch.distributed.by_element import moves_parts
 from galore_torch.distributed.cut import Cut
 from galore_torch.distributed.owners import renew_together
 from galore_torch.optim.galore import GaLore
+from galore_torch.optim.inner_group import moves_at_rate_one
 from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import COMPENSATION, INNER
@@ -39,6 +40,11 @@ def shard(trained: TrainedWeight, optimizer: GaLore) -> ShardedWork:
         ValueError: a placement that is not supported, or not with its rounding.
     """
     assert isinstance(trained.weight, DTensor)
+    if moves_at_rate_one(trained.group):
+        raise ValueError(
+            f"residual is {trained.group['residual']!r} and normalize is {trained.group['normalize']!r}, which look at "
+            f"whole columns, and a process has a part of {trained.name}; use None for both, or DDP"
+        )
     cut = Cut.of(trained.weight, trained.name)
     if trained.rounding == "stochastic" and cut.axis:
         raise ValueError(
@@ -85,7 +91,10 @@ class ShardedWork(TrainedWeight):
         """This process' part of the gradient."""
         grad = self.weight.grad
         assert grad is not None
-        return grad if isinstance(grad, ProjectedGradient) else _part(grad)
+        if isinstance(grad, ProjectedGradient):
+            return ProjectedGradient(_part(grad.projected), grad.projection, grad.basis, grad.dtype)
+        part: Tensor = _part(grad)
+        return part
 
     @property
     def local(self) -> Tensor:
@@ -219,25 +228,27 @@ class Shards(Alone):
     """
 
     def __init__(self, optimizer: GaLore, group: dist.ProcessGroup) -> None:
-        self._optimizer, self._group = weakref.proxy(optimizer), group
+        super().__init__()
+        self.group = group
+        self._optimizer = weakref.proxy(optimizer)
         self._agreed = False
 
     def require(self, seed: int) -> None:
         """Checks, before the first step, that all processes were given the same."""
         del seed  # one thing of many
         if not self._agreed:
-            require_agreement(self._optimizer, {}, self._group)
+            require_agreement(self._optimizer, {}, self.group)
             self._agreed = True
 
     def agree(self, found: Tensor) -> Tensor:
         """The largest value that a process has found: a gradient that is not finite in one part is so for all."""
         largest = found.to(torch.int32) if found.dtype is torch.bool else found
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
         return largest.to(found.dtype)
 
     def renew(self, trained: Sequence[TrainedWeight]) -> None:
         """Renews bases, each found by one process."""
-        renew_together(trained, self._group, _gather)
+        renew_together(trained, self.group, _gather)
 
 
 def _gather(one: TrainedWeight, owner: int) -> Tensor | None:

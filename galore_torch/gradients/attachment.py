@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from galore_torch.gradients.applied_gradient import AppliedGradient
+from galore_torch.gradients.backward_updates import BackwardUpdates
 from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
-from galore_torch.gradients.hooks import apply_when_complete, discard_stale, project_when_complete
+from galore_torch.gradients.hooks import discard_stale, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, InputTracker, fuse, is_linear
 from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
-from galore_torch.gradients.updated_weights import UpdatedWeights
 from galore_torch.messages import warn
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
-from galore_torch.optim.processes import JOIN
+from galore_torch.optim.processes import JOIN, is_sharded
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules whose parameters are under an attachment. Not a mark on the module: a copy of it is not attached."""
@@ -109,6 +109,10 @@ def attach(
     check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits)
     _check(model, optimizer)
     projected = _projected_weights(model, optimizer)
+    if gradients != "full":
+        _refuse_residuals(optimizer, f"gradients={gradients!r}")
+    if grad_bits != 16 and any(map(is_sharded, projected.values())):
+        raise ValueError(f"grad_bits is {grad_bits}, and the model is sharded (fully_shard); use 16, or grad_dtype")
     if update == "backward" and not all(
         optimizer._trained_weight(weight).traits.many_calls for weight in projected.values()
     ):
@@ -121,6 +125,7 @@ def attach(
     traffic = _traffic(model, optimizer, early, grad_dtype, update)
     if traffic is not None:
         attachment._undo.append(traffic.remove)
+        _refuse_residuals(optimizer, "update='backward' under DistributedDataParallel")
         projected = {name: weight for name, weight in projected.items() if traffic.takes(weight)}
     elif early:
         attachment._undo.append(refuse_data_parallel(model, _ATTACHED).remove)
@@ -139,6 +144,15 @@ def attach(
     _ATTACHED.update(model.modules())
     attachment._undo.append(lambda: _ATTACHED.difference_update(model.modules()))
     return attachment
+
+
+def _refuse_residuals(optimizer: GaLore, because: str) -> None:
+    for group in optimizer.param_groups:
+        if is_projected(group) and group["residual"] is not None:
+            raise ValueError(
+                f"residual is {group['residual']!r}, which needs the full gradient, and {because} keeps projected ones "
+                'alone; use gradients="full" with update="step" or, in one process, "backward", or residual=None'
+            )
 
 
 def _traffic(
@@ -205,8 +219,8 @@ def _apply_in_backward(
     projected: dict[str, Tensor],
     traffic: Traffic | None,
 ) -> None:
-    moved = UpdatedWeights()
-    apply = of_projected = of_others = apply_when_complete(optimizer, moved)
+    updates = BackwardUpdates(optimizer)
+    apply = of_projected = of_others = updates.take
     if traffic is not None:
         of_projected = traffic.completes(project_when_complete(optimizer, None), apply)
         of_others = traffic.leaves(apply)
@@ -217,7 +231,7 @@ def _apply_in_backward(
 
     def free() -> None:
         """The gradients that were applied are gone; `step()` finds nothing left to do."""
-        moved.close()
+        updates.close()
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 if isinstance(weight.grad, AppliedGradient):

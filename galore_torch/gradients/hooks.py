@@ -1,4 +1,4 @@
-"""Hooks that act on a gradient the moment it is complete: project it, or apply it.
+"""Hooks that act on a gradient the moment it is complete: project it, and let go of what it could not be added to.
 
 They are post-accumulate hooks of the parameters. A weight that renews in this step keeps its full gradient, for the
 whole window of micro-batches: the decision depends on the optimizer's step count alone, which does not change inside
@@ -10,14 +10,12 @@ model and an optimizer that are dropped are freed, removed from each other or no
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from galore_torch.gradients.applied_gradient import AppliedGradient
-from galore_torch.gradients.updated_weights import UpdatedWeights
+from galore_torch.gradients.known_weights import KnownWeights
 from galore_torch.lowbit import Codes
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.nonfinite import peaks
@@ -42,32 +40,44 @@ def project_when_complete(optimizer: GaLore, grad_dtype: torch.dtype | None, gra
     Returns:
         The hook.
     """
-    held = weakref.ref(optimizer)
+    known = KnownWeights(optimizer)
+    as_they_are = grad_dtype is None and grad_bits == 16
 
-    @torch.no_grad()
     def project(weight: Tensor) -> None:
-        ours = held()
-        if ours is None or weight.grad is None or weight.grad.requires_grad:
+        grad = weight.grad
+        if grad is None or grad.requires_grad:
             return  # of create_graph=True: it is still to be differentiated, as it is
-        if isinstance(weight.grad, ProjectedGradient):
-            weight.grad = _stored_in(weight.grad, grad_dtype, grad_bits)
+        if isinstance(grad, ProjectedGradient):
+            if not as_they_are:
+                weight.grad = _stored_in(grad, grad_dtype, grad_bits)
             return
-        trained = ours._trained_weight(weight)
+        trained = known.in_backward(weight)
+        if trained is None:
+            return
         try:
-            projected = _projected(trained, trained.grad)
+            with torch.no_grad():
+                projected = project_early(trained, trained.grad)
         except Exception as error:
             raise RuntimeError(
                 f"projecting the gradient of {trained.name} inside the backward pass failed: {error}. No weight has "
                 "moved; empty the gradients with zero_grad() before the next backward"
             ) from error
         if projected is not None:
-            weight.grad = _stored_in(projected, grad_dtype, grad_bits)
+            weight.grad = projected if as_they_are else _stored_in(projected, grad_dtype, grad_bits)
 
     return project
 
 
-def _projected(trained: TrainedWeight, grad: Tensor) -> ProjectedGradient | None:
-    """The projection of a gradient; None if the full one is wanted, for `step()` to renew the basis from."""
+def project_early(trained: TrainedWeight, grad: Tensor) -> ProjectedGradient | None:
+    """A gradient projected as soon as it is complete.
+
+    Args:
+        trained: its weight.
+        grad: the full gradient.
+
+    Returns:
+        The projection; None if the full one is wanted, for a step to renew the basis from.
+    """
     if not trained.needs_renewal:
         return ProjectedGradient.of(grad, trained.projection, trained.basis)
     basis = trained.find_basis() if trained.completes_basis and _is_usable(grad) else None
@@ -96,56 +106,18 @@ def discard_stale(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]
     Returns:
         The hook, for `Tensor.register_hook`.
     """
+    known = KnownWeights(optimizer)
 
-    @torch.no_grad()
     def let_go(_: Tensor) -> None:
         kept = weight.grad
         if not isinstance(kept, ProjectedGradient):
             return
-        trained = optimizer._trained_weight(weight)
-        takes_up = not trained.needs_renewal and kept.is_in(trained.basis)
+        trained = known.in_backward(weight)
+        takes_up = trained is None or (not trained.needs_renewal and kept.is_in(trained.basis))
         if not takes_up and not kept.projected.any():
             weight.grad = None
 
     return let_go
-
-
-def apply_when_complete(optimizer: GaLore, moved: UpdatedWeights) -> Hook:
-    """A hook that makes a weight's whole step the moment its gradient is complete, and frees the gradient.
-
-    Args:
-        optimizer: holds the weights.
-        moved: the weights that have moved since its last step.
-
-    Returns:
-        The hook. Should the step raise, the error names the weight.
-    """
-    held = weakref.ref(optimizer)
-
-    @torch.no_grad()
-    def apply(weight: Tensor) -> None:
-        ours = held()
-        if ours is None:
-            return
-        if weight.grad is not None and weight.grad.requires_grad:
-            raise ValueError(
-                "update='backward' moves weights inside the backward pass, so that it cannot be differentiated twice "
-                "(create_graph=True); use attach(..., update='step')"
-            )
-        moved.expect()
-        trained = ours._trained_weight(weight)
-        try:
-            norm = torch.linalg.vector_norm(trained.grad)
-            ours._apply([trained])
-        except Exception as error:
-            raise RuntimeError(
-                f"updating {trained.name} inside the backward pass failed: {error}. Weights whose backward came before "
-                "have been updated; this one and those after it have not"
-            ) from error
-        weight.grad = AppliedGradient(weight, trained.name, norm)
-        moved.add(weight, trained.name)
-
-    return apply
 
 
 def _is_usable(grad: Tensor) -> bool:

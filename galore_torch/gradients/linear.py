@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,39 @@ class SharedInput:
 
     def __init__(self) -> None:
         self.layers: list[FusedLinear] = []
+        self._decided: tuple[int, bool] = (-1, False)
 
-    def project_inputs(self) -> bool:
-        """Whether saving every layer's X Q takes no more than saving X once. One layer that needs X decides for all."""
-        if not self.layers or not all(layer.can_project_input() for layer in self.layers):
-            return False
-        return sum(layer.rank for layer in self.layers) <= self.layers[0].inputs
+    def project_inputs(self, version: int) -> bool:
+        """Whether saving every layer's X Q takes no more than saving X once. One layer that needs X decides for all.
+
+        Args:
+            version: of what is known of weights; as long as it is the same all layers get the same answer.
+        """
+        if self._decided[0] != version:
+            ranks = [layer.input_rank(version) for layer in self.layers]
+            fits = bool(ranks) and 0 not in ranks and sum(ranks) <= self.layers[0].module.in_features
+            self._decided = version, fits
+        return self._decided[1]
+
+
+class Plan(NamedTuple):
+    """What a layer's passes do as long as no weight makes a step and no one changes a group or a state.
+
+    Attributes:
+        version: of what is known of weights.
+        weight: the layer's.
+        projection: of it.
+        basis: None where the full gradient is formed: to renew, or for want of a basis.
+        projects_input: whether X Q is saved for the backward, not X.
+        in_codes: whether the weight is kept in few bits.
+    """
+
+    version: int
+    weight: Tensor
+    projection: Projection
+    basis: Basis | None
+    projects_input: bool
+    in_codes: bool
 
 
 class FusedLinear:
@@ -56,64 +83,76 @@ class FusedLinear:
         self.optimizer = optimizer
         self.tracker = tracker
         self.shared = SharedInput()
+        self._plan: Plan | None = None
+        self._looked: tuple[int, TrainedWeight | None, Basis | None] = (-1, None, None)
         self._decided: tuple[int, bool] | None = None
         # Layers take turns to renew; a compiler that looked inside would compile again for each. Not a decorator: it
         # imports the compiler.
-        self._forward = torch.compiler.disable(self._form)  # type: ignore[no-untyped-call]
+        self._not_compiled = torch.compiler.disable(self.__call__)  # type: ignore[no-untyped-call]
 
-    @property
-    def trained(self) -> TrainedWeight:
-        """The weight as the next step will see it. Looked up each time: loading a checkpoint replaces state."""
-        return self.optimizer._trained_weight(self.module.weight)
+    def _look(self, version: int) -> tuple[TrainedWeight, Basis | None]:
+        """What is known of the weight, and its basis if that is not to be renewed in this step."""
+        looked, trained, basis = self._looked
+        if looked != version or trained is None:
+            trained = self.optimizer._known_weight(self.module.weight)
+            basis = None if trained.needs_renewal else trained.basis
+            self._looked = version, trained, basis
+        return trained, basis
 
-    @property
-    def inputs(self) -> int:
-        """The length n of an input."""
-        return self.module.in_features
+    def input_rank(self, version: int) -> int:
+        """The length of a row of X Q, if that is all that this layer's backward needs of X; else 0.
 
-    @property
-    def rank(self) -> int:
-        """The rank r."""
-        return self.trained.projection.modes[0].rank
+        Args:
+            version: of what is known of weights.
+        """
+        trained, basis = self._look(version)
+        modes = trained.projection.modes
+        return modes[0].rank if basis is not None and len(modes) == 1 and modes[0].name == "right" else 0
 
-    def can_project_input(self) -> bool:
-        """Whether X Q is all that this layer's backward needs of X."""
-        trained = self.trained
-        return not trained.needs_renewal and [mode.name for mode in trained.projection.modes] == ["right"]
-
-    def projects_input(self, trained: TrainedWeight) -> bool:
-        """Whether this step's backward gets X Q. Decided once a step, so that a recomputed forward decides the same."""
+    def _planned(self, weight: Tensor) -> Plan:
+        """What to do from now on. The first layer of a pass looks for what a user may have changed, in all weights."""
+        optimizer, tracker = self.optimizer, self.tracker
+        if tracker.first is self or tracker.version != optimizer._cache.version:
+            optimizer._checked_weights()
+            tracker.first, tracker.version = self, optimizer._cache.version
+        version = optimizer._cache.version
+        trained, basis = self._look(version)
         step = trained.state[STEP]
+        # What to save is decided once a step, by what the steps before have shown: a recomputed forward decides the
+        # same. But a checkpoint that is loaded in between may take the basis away.
         if self._decided is None or self._decided[0] != step:
-            self._decided = step, self.shared.project_inputs()
-        return self._decided[1]
+            self._decided = step, self.shared.project_inputs(version)
+        projects_input = self._decided[1] and basis is not None
+        in_codes = isinstance(weight, QuantizedWeight)
+        self._plan = Plan(version, weight, trained.projection, basis, projects_input, in_codes)
+        return self._plan
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's forward."""
-        y: Tensor = self._forward(x) if torch.compiler.is_compiling() else self._form(x)
-        return y
-
-    def _form(self, x: Tensor) -> Tensor:
-        weight, bias = self.module.weight, self.module.bias
+        if torch.compiler.is_compiling():
+            y: Tensor = self._not_compiled(x)
+            return y
+        parameters = self.module._parameters  # what the layer's attributes look into, too
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return F.linear(x, weight, bias)
-        trained = self.trained
-        decided = self.projects_input(trained)  # by what the steps before have shown
-        self.tracker.record_call(self, x)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            with torch.autocast(x.device.type, enabled=False):
-                return self._apply(trained, x.to(dtype), None if bias is None else bias.to(dtype), decided)
-        return self._apply(trained, x, bias, decided)
-
-    def _apply(self, trained: TrainedWeight, x: Tensor, bias: Tensor | None, projects_input: bool) -> Tensor:
-        # Without a basis the full gradient is formed: to renew, or for want of one. A checkpoint loaded since it was
-        # decided what to save may have taken the basis away.
-        basis = None if trained.needs_renewal else trained.basis
-        y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x, trained.weight, bias, trained.projection, basis, projects_input and basis is not None
-        )
-        return y
+        plan, tracker = self._plan, self.tracker
+        if (
+            plan is None
+            or plan.version != self.optimizer._cache.version
+            or plan.weight is not weight
+            or tracker.first is self
+        ):
+            plan = self._planned(weight)
+        tracker.record_call(self, x)
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return _linear(x, weight, bias, plan)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            cast = None if bias is None else bias.to(dtype)
+            return _linear(x.to(dtype), weight, cast, plan)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled layer gets its own forward in this place: the hooks stay behind, and so does this."""
@@ -121,11 +160,19 @@ class FusedLinear:
 
 
 class InputTracker:
-    """Finds out which layers share an input, by the order of their calls."""
+    """Finds out which layers share an input, by the order of their calls.
+
+    Attributes:
+        first: the layer that was called first since all weights were looked at, and looks at them again when it is
+            called again: once in each pass over the model.
+        version: of what was known of them then.
+    """
 
     def __init__(self) -> None:
         self._last_input: Callable[[], Tensor | None] = lambda: None
         self._current = SharedInput()
+        self.first: FusedLinear | None = None
+        self.version = -1
 
     def record_call(self, layer: FusedLinear, x: Tensor) -> None:
         """Notes a call. What is learned holds from the next step on, when all that share the input are known."""
@@ -139,43 +186,50 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b, with a backward that gives W a projected gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        projection: Projection,
-        basis: Basis | None,
-        projects_input: bool,
-    ) -> Tensor:
-        ctx.projection, ctx.basis, ctx.projects_input = projection, basis, projects_input
-        kept = x
-        if projects_input:
-            assert basis is not None
-            kept = x @ basis["right"].to(x.dtype)
-        ctx.save_for_backward(kept, weight)
-        return F.linear(x, _plain(weight, x.dtype), bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        if plan.projects_input:
+            assert plan.basis is not None
+            ctx.save_for_backward(x @ _as(plan.basis["right"], x.dtype), weight)
+        else:
+            ctx.save_for_backward(x, weight)
+        return F.linear(x, _plain(weight, plan, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
-        # With create_graph=True the gradients will be differentiated themselves, which projected gradients cannot be.
-        differentiable = torch.is_grad_enabled()
+        plan = ctx.plan
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, grad_y, kept, weight)
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ _plain(weight, grad_y.dtype)
-            if differentiable and isinstance(weight, QuantizedWeight):
-                grad_x = _Once.apply(grad_x, grad_y, weight)  # type: ignore[no-untyped-call]
+        if needs_x:
+            grad_x = grad_y @ _plain(weight, plan, grad_y.dtype)
         grad_y_nm = _rows(grad_y)
-        if ctx.needs_input_grad[1]:
-            basis = None if differentiable and not ctx.projects_input else ctx.basis
-            with torch.set_grad_enabled(differentiable and not ctx.projects_input):
-                grad_weight = _weight_gradient(ctx, basis, grad_y_nm, _rows(kept), weight.dtype)
-            if differentiable and ctx.projects_input:
-                grad_weight = _Once.apply(grad_weight, grad_y, weight)  # type: ignore[no-untyped-call]
-        if ctx.needs_input_grad[2]:
+        if needs_weight:
+            grad_weight = _weight_gradient(plan, plan.basis, grad_y_nm, _rows(kept), weight.dtype)
+        if needs_bias:
             grad_bias = grad_y_nm.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _differentiable_backward(ctx: Any, grad_y: Tensor, kept: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """With create_graph=True the gradients are differentiated themselves, which projected gradients cannot be."""
+    plan = ctx.plan
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad_y @ _plain(weight, plan, grad_y.dtype)
+        if plan.in_codes:
+            grad_x = _Once.apply(grad_x, grad_y, weight)  # type: ignore[no-untyped-call]
+    if ctx.needs_input_grad[1] and plan.projects_input:
+        with torch.no_grad():
+            grad_weight = _weight_gradient(plan, plan.basis, _rows(grad_y), _rows(kept), weight.dtype)
+        grad_weight = _Once.apply(grad_weight, grad_y, weight)  # type: ignore[no-untyped-call]
+    elif ctx.needs_input_grad[1]:
+        grad_weight = _weight_gradient(plan, None, _rows(grad_y), _rows(kept), weight.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = _rows(grad_y).sum(0)
+    return grad_x, grad_weight, grad_bias, None
 
 
 class _Once(torch.autograd.Function):
@@ -194,28 +248,40 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
+_apply = super(torch.autograd.Function, _Linear).apply  # type: ignore[misc]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """`_Linear.apply` without its question for torch.func's transforms, which takes as long as the rest."""
+    apply = _Linear.apply if torch._C._are_functorch_transforms_active() else _apply
+    y: Tensor = apply(x, weight, bias, plan)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _plain(weight: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """A weight as matrix products take it; one in few bits is decoded for this one alone."""
-    return weight.decode(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+    return weight.decode(dtype) if plan.in_codes else _as(weight, dtype)  # type: ignore[attr-defined, no-any-return]
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """Tokens as rows, however many axes count them: several, or none."""
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _weight_gradient(ctx: Any, basis: Basis | None, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
+def _weight_gradient(plan: Plan, basis: Basis | None, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient dW = dY^T X, or with a basis the projected gradient."""
     if basis is None:
-        return (grad_y_nm.mT @ kept_nn).to(dtype)
-    for mode in ctx.projection.modes:
-        factor = basis[mode.name].to(grad_y_nm.dtype)
+        return _as(grad_y_nm.mT @ kept_nn, dtype)
+    for mode in plan.projection.modes:
         if mode.name == "left":
-            grad_y_nm = grad_y_nm @ factor
-        elif not ctx.projects_input:
-            kept_nn = kept_nn @ factor
-    projected = grad_y_nm.mT @ kept_nn
-    return ProjectedGradient(projected.to(dtype), ctx.projection, basis, dtype)
+            grad_y_nm = grad_y_nm @ _as(basis["left"], grad_y_nm.dtype)
+        elif not plan.projects_input:
+            kept_nn = kept_nn @ _as(basis["right"], grad_y_nm.dtype)
+    return ProjectedGradient(_as(grad_y_nm.mT @ kept_nn, dtype), plan.projection, basis, dtype)
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

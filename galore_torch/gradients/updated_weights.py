@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from galore_torch.gradients.applied_gradient import AppliedGradient
+from galore_torch.gradients.known_weights import current_backward
 
-# The engine's own questions, which torch.autograd.graph asks as well.
-_current_backward = torch._C._current_graph_task_id
-_will_compute = torch._C._will_engine_execute_node
+_will_compute = torch._C._will_engine_execute_node  # as torch.autograd.graph asks the engine
 
 
 class UpdatedWeights:
-    """The weights that have moved since the last `step()`."""
+    """The weights that have moved since the last `step()`.
 
-    def __init__(self) -> None:
+    Args:
+        at_end: what is done when a backward pass ends.
+    """
+
+    def __init__(self, at_end: Callable[[], None]) -> None:
+        self._at_end = at_end
         self._names: dict[weakref.ref[Tensor], str] = {}
         self._unfinished: set[int] = set()
 
@@ -34,7 +39,7 @@ class UpdatedWeights:
         Raises:
             ValueError: one will; nothing has moved in this backward then.
         """
-        backward = _current_backward()
+        backward = current_backward()
         if backward in self._unfinished:
             return
         twice = [name for name, weight in self._alive() if _arrives(weight)]
@@ -50,8 +55,12 @@ class UpdatedWeights:
                 )
             self.close()
         self._unfinished.add(backward)
-        unfinished = self._unfinished
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: unfinished.discard(backward))
+
+        def finish() -> None:
+            self._at_end()
+            self._unfinished.discard(backward)
+
+        torch.autograd.Variable._execution_engine.queue_callback(finish)
 
     def add(self, weight: Tensor, name: str) -> None:
         """Notes a weight that has moved.

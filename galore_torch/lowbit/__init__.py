@@ -5,7 +5,6 @@ from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, ortho
 from galore_torch.lowbit.codes import BITS, Codes, check_bits
 from galore_torch.lowbit.quantize import dequantize_weights, quantize_weights
 from galore_torch.lowbit.quantized_linear import linear
-from galore_torch.lowbit.random_bits import key_of
 from galore_torch.lowbit.rounding import ROUNDINGS, Rounding, add_rounded
 from galore_torch.lowbit.weights import COLLECTIVES, QuantizedWeight
 
@@ -22,7 +21,6 @@ __all__ = [
     "check_bits",
     "dequantize_weights",
     "is_same_basis",
-    "key_of",
     "linear",
     "orthonormality_loss",
     "quantize_weights",

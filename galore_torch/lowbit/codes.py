@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from galore_torch.lowbit.random_bits import random_bits, uniform
+from galore_torch.random_bits import random_bits, uniform
 
 BITS = (8, 4)
 SCALES = torch.bfloat16

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from galore_torch.lowbit.random_bits import random_bits, uniform
+from galore_torch.random_bits import random_bits, uniform
 
 Rounding = Literal["nearest", "stochastic", "compensated"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "compensated")
@@ -87,5 +87,5 @@ def round_at_random(exact: Tensor, dtype: torch.dtype, key: int, first: int = 0)
     unit = torch.ldexp(torch.ones_like(exact), exponent)  # the distance of the two neighbours
     start = (first + 2**31) % 2**32 - 2**31  # places wrap around
     places = torch.arange(exact.numel(), dtype=torch.int32, device=exact.device).add_(start).view(exact.shape)
-    draws = uniform(random_bits(places, torch.tensor(key, dtype=torch.int32, device=exact.device)))
+    draws = uniform(random_bits(places, torch.full((), key, dtype=torch.int32, device=exact.device)))
     return (exact / unit).add_(draws).floor_().mul_(unit).to(dtype)

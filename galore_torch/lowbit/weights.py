@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from galore_torch.lowbit.codes import Codes, check_bits
-from galore_torch.lowbit.random_bits import key_of
 from galore_torch.lowbit.updated_codes import fastest
+from galore_torch.random_bits import key_of
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.optim.folding import fold
-from galore_torch.optim.inner_group import GroupWrites
+from galore_torch.optim.inner_group import GroupWrites, moves_at_rate_one
 from galore_torch.optim.nonfinite import count_nonfinite
 from galore_torch.optim.slices import inner_params, keep_inner_state
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -26,16 +26,28 @@ ALIGNMENT = 64
 """Numbers; where coordinates of a weight begin in the memory that they share. Kernels load several at a time."""
 
 
-def chunks(trained: list[TrainedWeight]) -> Iterator[list[TrainedWeight]]:
-    """Weights of one rule and device together, up to a share of all coordinates; all of a rule if it must be.
+def most_together(coordinates: int) -> int:
+    """How many coordinates may exist at a time.
+
+    Args:
+        coordinates: of all weights of an optimizer.
+
+    Returns:
+        A number of elements.
+    """
+    return max(CHUNK_ELEMENTS, int(CHUNK_SHARE * coordinates))
+
+
+def chunks(trained: Sequence[TrainedWeight], most: int) -> Iterator[list[TrainedWeight]]:
+    """Weights of one rule and device together, up to so many coordinates; all of a rule if it must be.
 
     Args:
         trained: weights in any order.
+        most: coordinates of a chunk.
 
     Yields:
         Some of them, each once.
     """
-    most = max(CHUNK_ELEMENTS, int(CHUNK_SHARE * sum(one.coordinate_count for one in trained)))
     kinds: dict[tuple[int, torch.device], list[TrainedWeight]] = {}
     for one in trained:
         kinds.setdefault((id(one.rule), one.weight.device), []).append(one)
@@ -80,14 +92,16 @@ def step_chunk(
     if not chunk:
         return
     coordinates = _coordinates_of(chunk, grads)
+    versions = [grad._version for grad in grads]
     params = [inner_params(*given) for given in zip(chunk, grads, coordinates, strict=True)]
     wrote = chunk[0].rule.step([part for _, parts in params for part in parts])
     for group, inner in {id(one.inner_group): (one.group, one.inner_group) for one in chunk}.values():
         written.note(group, wrote[id(inner)])
-    for one, (tensor, parts) in zip(chunk, params, strict=True):
+    for one, grad, version, (tensor, parts) in zip(chunk, grads, versions, params, strict=True):
         keep_inner_state(one, parts)
         if one.through_coordinates:
-            fold(one, one.given_back(tensor))
+            is_changed = moves_at_rate_one(one.group) and grad._version != version  # some rules write into gradients
+            fold(one, one.given_back(tensor), one.inner_grad() if is_changed else grad)
         else:
             one.given_back(tensor)
         one.drop_factors()

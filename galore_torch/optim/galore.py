@@ -21,11 +21,12 @@ from torch.optim import Optimizer
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
-from galore_torch.optim.chunks import chunks, step_chunk
+from galore_torch.optim.chunks import chunks, most_together, step_chunk
 from galore_torch.optim.clock import Clock
+from galore_torch.optim.gradient_checks import check_gradient
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
-from galore_torch.optim.inner_group import GroupWrites, inner_group
+from galore_torch.optim.inner_group import GroupWrites, inner_group, set_inner_groups
 from galore_torch.optim.positions import Position, positions
 from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
 from galore_torch.optim.processes import SHARD, Alone, is_sharded
@@ -86,6 +87,9 @@ class GaLore(Optimizer):
             * `captured`: float32, (), share of the gradient's energy that the last basis but one held at its end.
             * `nonfinite`: int64, (), gradients that were not finite.
             * `compensation`: of the weight's shape and dtype, what rounding has cut off; `rounding="compensated"`.
+            * `residual_norm`: float32, (), the last residual's norm, which limits the next; `residual` of fira, apollo
+              and alice. Of a stack of matrices, one number for each.
+            * `residual_energy`: float32, (1, n) or (m, 1), mean energy outside the subspace; `residual="alice"`.
 
             All but `step`, `inner` and `compensation` are of projected weights alone. `optim/state_keys.py` has the
             names as constants.
@@ -202,10 +206,11 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        all_trained = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
+        all_trained = self._checked_weights()
         for one in all_trained:
             require_current(one.weight)
         self._apply([one for one in all_trained if one.weight.grad is not None])
+        self._state_checks.note_all([one for one in all_trained if one.state])
         self._written.close(self.param_groups, self._rules.of)
         return loss
 
@@ -252,6 +257,17 @@ class GaLore(Optimizer):
     def _blank_weights(self, groups: list[dict[str, Any]]) -> list[TrainedWeight]:
         return [self._new_trained_weight(place, {}) for place in positions(groups)]
 
+    def _checked_weights(self) -> list[TrainedWeight]:
+        """All weights as the next step would see them: whatever a user may have changed is noticed or refused here."""
+        all_trained = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
+        self._state_checks.prepare([one for one in all_trained if one.state])
+        return all_trained
+
+    def _known_weight(self, weight: Tensor) -> TrainedWeight:
+        """What `_trained_weight` returns, for those who have called `_checked_weights` in this pass over the model."""
+        trained = self._cache.known(self._processes.held(weight))
+        return trained if trained is not None and trained.state else self._trained_weight(weight)
+
     def _trained_weight(self, weight: Tensor) -> TrainedWeight:
         """One weight as the next step would see it; for those who form or apply a gradient before `step()`.
 
@@ -264,11 +280,12 @@ class GaLore(Optimizer):
         Raises:
             ValueError: the optimizer does not hold the weight.
         """
+        weight = self._processes.held(weight)
         trained = self._cache.on(weight, self.param_groups, self.state, self._new_trained_weight)
         if trained is None:
             raise ValueError(
                 f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard has "
-                'replaced it, attach after that, with gradients="full"'
+                "replaced it, make the optimizer and attach after that"
             )
         self._state_checks.prepare([trained])  # the gradient may still be thrown away: `_apply` alone keeps a new state
         return trained
@@ -277,32 +294,23 @@ class GaLore(Optimizer):
         """Renews the bases that are due, and moves the weights by their gradients. `step` closes the step.
 
         Args:
-            trained: weights that have a gradient.
+            trained: weights that have a gradient, checked in this pass over the model.
 
         Raises:
             ValueError: a sparse or complex gradient, named; no weight has been moved then.
         """
         self._processes.require(self._settings["seed"])
         for one in trained:  # all are checked before anything changes
-            one.check_gradient()
+            check_gradient(one)
         for one in trained:
             if not one.is_kept:
                 self.state[one.weight], one.is_kept = one.state, True
-        self._set_inner_groups(trained)
-        self._state_checks.prepare(trained)
+        set_inner_groups(trained)
+        self._state_checks.prepare([one for one in trained if not one.state])
         self._processes.renew(renewable(trained, self._processes.agree))
-        for chunk in chunks(trained):
+        for chunk in chunks(trained, most_together(self._cache.coordinates)):
             step_chunk(chunk, self._written, self._processes.agree, skip_nonfinite=self._settings["skip_nonfinite"])
-        self._state_checks.note_all(trained)
-
-    def _set_inner_groups(self, trained: list[TrainedWeight]) -> None:
-        """Lets each weight have its group as the rule is to see it in this step."""
-        params: dict[tuple[int, bool], dict[str, Any]] = {}
-        for one in trained:
-            key = id(one.group), one.through_coordinates
-            if key not in params:
-                params[key] = inner_group(one.group, one.traits) if one.through_coordinates else one.group
-            one.inner_group = params[key]
+        self._cache.changed()
 
     def _sizes(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Traits]]:
         """Of each weight in a group its name, how many numbers the rule moves for it, and the rule's traits."""

@@ -17,6 +17,7 @@ from galore_torch.group_keys import PROJECTED_DEFAULTS
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.probe import traits_of
 from galore_torch.optim.rule import Rule, Traits
+from galore_torch.optim.trained_weight import TrainedWeight
 
 OURS = ("rank", *PROJECTED_DEFAULTS)
 """Keys of a projected group that mean nothing to the optimizer inside."""
@@ -35,7 +36,30 @@ def inner_group(group: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     kept = {key: value for key, value in group.items() if key not in OURS}
     applied_here = {"weight_decay": 0.0, "kahan_sum": False}
     off = {key: value for key, value in applied_here.items() if key in group}
-    return {**kept, **off, **(traits.given(group) if traits.given else {})}
+    rate = {"lr": 1.0} if moves_at_rate_one(group) else {}
+    return {**kept, **off, **rate, **(traits.given(group) if traits.given else {})}
+
+
+def moves_at_rate_one(group: Mapping[str, Any]) -> bool:
+    """Whether the rule moves coordinates at a learning rate of 1, and the group's is applied to what is made of them.
+
+    Residuals and normalized updates need what the rule makes of a gradient, also where the rate is 0 or changes.
+    """
+    return is_projected(group) and not (group.get("residual") is None and group.get("normalize") is None)
+
+
+def set_inner_groups(trained: Sequence[TrainedWeight]) -> None:
+    """Lets each weight have its group as the rule is to see it in this step.
+
+    Args:
+        trained: the weights that make it.
+    """
+    params: dict[tuple[int, bool], dict[str, Any]] = {}
+    for one in trained:
+        key = id(one.group), one.through_coordinates
+        if key not in params:
+            params[key] = inner_group(one.group, one.traits) if one.through_coordinates else one.group
+        one.inner_group = params[key]
 
 
 class GroupWrites:

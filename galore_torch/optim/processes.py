@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from galore_torch.optim.agreement import Agreement
 
@@ -22,10 +23,24 @@ SHARD: list[Callable[..., Any]] = []
 
 
 class Alone:
-    """What a step asks the other processes; there are none, or they are left to themselves."""
+    """What a step asks the other processes; there are none, or they are left to themselves.
+
+    Attributes:
+        whole_weights: of weights as layers see them, which have been put together for the time of a layer, those that
+            the optimizer holds.
+    """
 
     def __init__(self) -> None:
         self._agreement = Agreement()
+        self.whole_weights: Any = WeakTensorKeyDictionary()
+
+    def held(self, weight: Tensor) -> Tensor:
+        """The weight that the optimizer holds, of one as a layer sees it.
+
+        Args:
+            weight: the same one, but where layers have put it together.
+        """
+        return self.whole_weights.get(weight, weight) if self.whole_weights else weight
 
     def require(self, seed: int) -> None:
         """Checks, before the first step, that all processes were given the same.

@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 
 from galore_torch.lowbit import QuantizedWeight, Rounding
 from galore_torch.optim.groups import is_projected, projection_in
-from galore_torch.optim.inner_group import check_decay, check_names
+from galore_torch.optim.inner_group import check_decay, check_names, moves_at_rate_one
+from galore_torch.optim.moments import require_moments
 from galore_torch.optim.precision import asked_rounding, is_16_bit
 from galore_torch.optim.probe import traits_of
+from galore_torch.optim.rate import require_rate
 from galore_torch.optim.rule import Rule, Traits, share_arguments
 
 
@@ -85,6 +87,9 @@ class Rules:
         """
         place = 0 if is_projected(group) else -1
         optimizer: type[Optimizer] = self.classes[place]
+        require_moments(self.of(group)[0], group)
+        if moves_at_rate_one(group):
+            require_rate(self.of(group)[0], self.of(group)[1])
         for dimensions in sorted({len(projection_in(group, weight).projected_shape) for weight in weights}):
             _check_dimensions(optimizer, self._shares[place], dimensions)
         for rule, traits in {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from galore_torch.optim.moments import begins_anew
 from galore_torch.optim.rule import InnerParam
 from galore_torch.optim.state_keys import INNER
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -29,7 +30,8 @@ def inner_params(
         tensor = trained.lent()
     else:
         tensor = torch.zeros_like(projected) if coordinates is None else coordinates
-    inner, size = trained.opened(trained.state.get(INNER, {})), trained.traits.slice_elements
+    inner = {} if begins_anew(trained) else trained.opened(trained.state.get(INNER, {}))
+    size = trained.traits.slice_elements
     group, weight = trained.inner_group, trained.weight
     if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous():
         return tensor, [InnerParam(tensor=tensor, grad=projected, state=inner, group=group, weight=weight)]

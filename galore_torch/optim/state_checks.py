@@ -127,8 +127,11 @@ def _parts(trained: Sequence[TrainedWeight]) -> list[Any]:
     return [*inner, *chain.from_iterable([one.values() for one in inner if one])]
 
 
+_kind = operator.attrgetter("weight.dtype", "weight.shape", "weight.device")
+
+
 def _values(trained: Sequence[TrainedWeight]) -> list[Any]:
-    return [(one.weight.dtype, one.weight.shape, one.weight.device, len(one.state)) for one in trained]
+    return [*map(_kind, trained), *[len(one.state) for one in trained]]
 
 
 def _others(trained: TrainedWeight) -> tuple[Any, ...]:

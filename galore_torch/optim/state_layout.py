@@ -15,11 +15,24 @@ import torch
 from torch import Tensor
 
 from galore_torch.optim.slices import inner_params
-from galore_torch.optim.state_keys import CAPTURED, COMPENSATION, GAP, INNER, LACKING, OVERLAPS, STEP
+from galore_torch.optim.state_keys import (
+    CAPTURED,
+    COMPENSATION,
+    GAP,
+    INNER,
+    LACKING,
+    OVERLAPS,
+    RESIDUAL_ENERGY,
+    RESIDUAL_NORM,
+    STEP,
+)
 from galore_torch.optim.trained_weight import TrainedWeight
 
-MADE_ANEW = {GAP, OVERLAPS, CAPTURED, LACKING, COMPENSATION}
-"""What checkpoints of older versions do not have, and of other roundings."""
+OF_CHOICES = {COMPENSATION, RESIDUAL_NORM, RESIDUAL_ENERGY}
+"""What only some roundings and residuals keep: dropped where it is of another one."""
+
+MADE_ANEW = {GAP, OVERLAPS, CAPTURED, LACKING, *OF_CHOICES}
+"""What checkpoints of older versions do not have, and of other choices."""
 
 KEPT_BY: list[tuple[set[str], str]] = []
 """Names of optimizers by what their state holds, for messages; the first that fits counts. `recipes` fills it."""
@@ -101,8 +114,8 @@ def _fit(state: Mapping[str, Any], trained: TrainedWeight, known: LayoutCache, s
     ours = {key: _layout(value) for key, value in blank.state.items()}
     inner = _inner_layout(trained, known, start)
     given = dict(state)
-    if COMPENSATION not in ours:
-        given.pop(COMPENSATION, None)  # of another rounding
+    for key in OF_CHOICES - ours.keys():
+        given.pop(key, None)
     if STEP not in ours:
         given.pop(STEP, None)  # of coordinates, and the weight is moved without them now
     elif STEP not in given and not trained.projection.modes:

@@ -16,8 +16,10 @@ from galore_torch.lowbit import Rounding, Storage
 from galore_torch.messages import warn
 from galore_torch.optim.clock import Clock
 from galore_torch.optim.groups import storage_in
+from galore_torch.optim.moments import carry
 from galore_torch.optim.process_part import ProcessPart
 from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.residual import prepare_residual
 from galore_torch.optim.rule import Rule, Traits
 from galore_torch.optim.state_keys import (
     BASIS,
@@ -32,6 +34,7 @@ from galore_torch.optim.state_keys import (
     STEP,
 )
 from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
+from galore_torch.random_bits import key_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,11 +112,12 @@ class TrainedWeight(ProcessPart):
 
     @property
     def _is_due_anew(self) -> bool:
-        state = self.state
+        state, group = self.state, self.group
         step, renewed_step = state[STEP], state[RENEWED_STEP]
+        if group["cos_threshold"] is None:
+            return is_due(step, renewed_step, group["update_proj_gap"], self.turn)
         # Gaps that differ keep no common places: after its first turn a lazy layer counts from its last.
-        counts_on = state[RENEWALS] > 1 and self.is_lazy
-        return is_due(step, renewed_step, self.gap, renewed_step if counts_on else self.turn)
+        return is_due(step, renewed_step, self.gap, renewed_step if state[RENEWALS] > 1 else self.turn)
 
     @property
     def is_lazy(self) -> bool:
@@ -143,18 +147,6 @@ class TrainedWeight(ProcessPart):
             return self.needs_renewal
         return self.completes_basis and grad.projection == self.projection and not grad.is_in(self.basis)
 
-    def check_gradient(self) -> None:
-        """Checks that the gradient is of a supported kind.
-
-        Raises:
-            ValueError: it is sparse or complex; the message names the weight.
-        """
-        grad = self.grad
-        if grad.layout is not torch.strided:
-            raise ValueError(f"the gradient of {self.name} is sparse; use dense gradients (sparse=False in embeddings)")
-        if grad.dtype.is_complex:
-            raise ValueError(f"the gradient of {self.name} is complex; GaLore trains real weights")
-
     def prepare_state(self) -> None:
         """Creates all keys and shapes of the state, so that they exist after any first step."""
         if self.projection.modes and OVERLAPS not in self.state:  # as in checkpoints of older versions, too
@@ -164,6 +156,7 @@ class TrainedWeight(ProcessPart):
             self.state[CAPTURED] = torch.zeros((), device=self.weight.device)
         if self.rounding == "compensated" and COMPENSATION not in self.state:
             self.state[COMPENSATION] = torch.zeros_like(self.weight)
+        prepare_residual(self)
         if STEP in self.state or not self.through_coordinates:
             if self.projection.modes:
                 self.state.setdefault(LACKING, 0)
@@ -218,15 +211,14 @@ class TrainedWeight(ProcessPart):
             The factors by mode, of the weight's dtype; None if the decomposition failed.
         """
         start = time.perf_counter()
-        generator = torch.Generator()  # of the CPU: the same numbers on every device
-        generator.manual_seed(((self.seed * 1_000_003 + self.index) * 1_000_003 + self.state[RENEWALS]) % 2**63)
         try:
             basis = find_basis(
                 self.projection,
                 grad,
                 self.group["decomposition"],
-                generator=generator,
+                seed=key_of(self.seed, self.index, self.state[RENEWALS]),
                 old=self.basis if self.state[RENEWALS] else None,
+                old_is_whole=self.state[LACKING] == 0,
                 fills=self.completes_basis,
             )
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -275,6 +267,8 @@ class TrainedWeight(ProcessPart):
             before = abs(state[LACKING]) if state[RENEWALS] else self.projection.basis_columns
             missing, some_lack_all = lacking(basis)
             state[LACKING] = missing if missing < before or some_lack_all else -missing
+        if state[RENEWALS]:
+            carry(self, old, basis)
         self._keep(basis)
         if not (state[RENEWALS] and completes_basis):
             state[RENEWALS] += 1

@@ -6,6 +6,7 @@ changes a group's rank or takes a weight's state away. The optimizer is not noti
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ from galore_torch.optim.precision import ASKED
 from galore_torch.optim.state_keys import NONFINITE
 from galore_torch.optim.trained_weight import TrainedWeight
 
-DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", *ASKED)
+DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", "residual", *ASKED)
 """Keys of a group that decide what is known of a weight. All others are read from the group when they are used."""
 
 Make = Callable[[Position], TrainedWeight]
+_versions = itertools.count(1)
 
 
 class _Seen(NamedTuple):
@@ -51,9 +53,16 @@ def _values(group: Mapping[str, Any]) -> list[Any]:
 
 
 class WeightCache:
-    """What an optimizer knows of each weight."""
+    """What an optimizer knows of each weight.
+
+    Attributes:
+        version: another number whenever something else is known, or a step has been made.
+        coordinates: how many all weights have together.
+    """
 
     def __init__(self) -> None:
+        self.version = next(_versions)
+        self.coordinates = 0
         self._trained: list[TrainedWeight] = []
         self._of_weight: dict[int, tuple[TrainedWeight, int, int]] = {}
         self._seen: list[_Seen] = []
@@ -72,6 +81,22 @@ class WeightCache:
         if not self._are_current(groups, state):
             self._make(groups, make)
         return self._trained
+
+    def changed(self) -> None:
+        """Notes that weights have made a step."""
+        self.version = next(_versions)
+
+    def known(self, weight: Tensor) -> TrainedWeight | None:
+        """What was known of one weight when all were last asked for.
+
+        Args:
+            weight: a parameter.
+
+        Returns:
+            None if nothing was.
+        """
+        found = self._of_weight.get(id(weight))
+        return found[0] if found is not None and found[0].weight is weight else None
 
     def on(
         self, weight: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make
@@ -117,8 +142,10 @@ class WeightCache:
         )
 
     def _make(self, groups: Sequence[dict[str, Any]], make: Make) -> None:
+        self.changed()
         held = list(positions(groups))
         self._trained = [make(place) for place in held]
+        self.coordinates = sum([one.coordinate_count for one in self._trained])
         self._of_weight = {
             id(place.weight): (trained, place.group_index, place.index)
             for place, trained in zip(held, self._trained, strict=True)

@@ -7,7 +7,7 @@ holds.
 """
 
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Side, find_bases
-from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, Projection
+from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, Projection, multiply_mode
 from galore_torch.projection.numerical_rank import lacking
 from galore_torch.projection.renewal import adapt_gap, is_due, turn_offset
 from galore_torch.projection.spectra import captured_energy
@@ -28,6 +28,7 @@ __all__ = [
     "find_basis",
     "is_due",
     "lacking",
+    "multiply_mode",
     "overlap",
     "turn_offset",
 ]

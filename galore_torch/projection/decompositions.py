@@ -21,8 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from galore_torch.projection.numerical_rank import determined_columns, is_lacking, keep_determined
-from galore_torch.projection.orthonormal import exact_products, exact_svd, orthonormal
+from galore_torch.projection import devices
+from galore_torch.projection.numerical_rank import Directions, determined_columns, is_lacking, keep_determined
+from galore_torch.projection.orthonormal import exact_products, exact_svd, leading_directions, orthonormal
+from galore_torch.random_bits import bell_curve, key_of, random_bits
 
 Side = Literal["left", "right"]
 
@@ -30,6 +32,9 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 2
 """Extra directions that a subspace iteration carries along, and how often it applies A A^T. docs/decisions.md has the
 measured energies: with fewer of either, some layers lose more than 1 % of what the exact basis captures."""
+
+MORE_ITERATIONS = 1
+"""On a GPU, where products with A cost less than an exact rotation to the singular directions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +44,14 @@ class Wanted:
     Attributes:
         ranks: columns wanted for each side.
         old: the bases in use until now, by side; empty at first.
-        generator: where random numbers come from.
+        seed: of the random numbers.
+        old_is_whole: whether the old bases are known to have no columns of zeros.
     """
 
     ranks: Mapping[str, int]
     old: Mapping[str, Tensor]
-    generator: torch.Generator
+    seed: int
+    old_is_whole: bool = False
 
 
 def _svd(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
@@ -55,8 +62,8 @@ def _svd(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 
 def _random(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     return {
-        side: orthonormal(_gaussian(_facing(matrix, side), rank, wanted.generator))
-        for side, rank in wanted.ranks.items()
+        side: orthonormal(_drawn(_facing(matrix, side), rank, wanted.seed, number))
+        for number, (side, rank) in enumerate(wanted.ranks.items())
     }
 
 
@@ -69,19 +76,21 @@ def find_bases(
     ranks: Mapping[str, int],
     decomposition: str,
     *,
-    generator: torch.Generator,
+    seed: int,
     old: Mapping[str, Tensor] | None = None,
+    old_is_whole: bool = False,
 ) -> dict[str, Tensor]:
-    """Orthonormal bases of the wanted sides of a matrix, or of each matrix of a stack.
+    """Orthonormal bases of the wanted sides of a matrix, or of each matrix of a stack. Synchronizes.
 
     Args:
         matrix: (..., m, n), finite and not all zero, of any floating dtype.
         ranks: the number of columns wanted for `left`, for `right`, or for both; at most min(m, n).
         decomposition: one of `DECOMPOSITIONS`.
-        generator: where random numbers come from. One of the CPU gives the same numbers for a matrix on any device.
+        seed: of the random numbers, which are the same on every device.
         old: the bases in use until now. `warm` starts from them, and all but `svd` turn the new basis' signs to agree
             with theirs, so that moments kept in the old coordinates stay meaningful. They stay in the place of
             directions that the matrix does not determine, and a matrix of zeros keeps its old basis.
+        old_is_whole: whether these are known to have no columns of zeros, whose place would be taken by random ones.
 
     Returns:
         Contiguous (..., m, r) and (..., n, r) by side, in float64 for a float64 matrix and else in float32. They hold
@@ -92,22 +101,55 @@ def find_bases(
         ValueError: an unknown decomposition.
         torch.linalg.LinAlgError: the decomposition did not converge.
     """
+    old = {side: _exact(basis) for side, basis in (old or {}).items()}
+    found = find_directions(matrix, ranks, decomposition, seed=seed, old=old, old_is_whole=old_is_whole)
+    bases = {side: keep_determined(directions, old.get(side)) for side, directions in found.items()}
+    # A slice of the whole factor would keep all of it alive.
+    return {side: basis.clone(memory_format=torch.contiguous_format) for side, basis in bases.items()}
+
+
+def find_directions(
+    matrix: Tensor,
+    ranks: Mapping[str, int],
+    decomposition: str,
+    *,
+    seed: int,
+    old: Mapping[str, Tensor] | None = None,
+    old_is_whole: bool = False,
+) -> dict[str, Directions]:
+    """What `find_bases` makes its bases of. Reads nothing back, but for `svd`.
+
+    Args:
+        matrix: as there. Of one that is not finite nothing is meant.
+        ranks: as there.
+        decomposition: as there.
+        seed: as there.
+        old: as there.
+        old_is_whole: as there.
+
+    Returns:
+        By side (..., m, r) and (..., n, r) orthonormal columns, and which of them the matrix determines.
+
+    Raises:
+        ValueError: an unknown decomposition.
+    """
     if decomposition not in DECOMPOSITIONS:
         raise ValueError(f"decomposition is {decomposition!r}; use one of {', '.join(DECOMPOSITIONS)}")
     old = {side: _exact(basis) for side, basis in (old or {}).items()}
     with exact_products():
-        found = DECOMPOSITIONS[decomposition](matrix, Wanted(ranks=ranks, old=old, generator=generator))
+        found = DECOMPOSITIONS[decomposition](
+            matrix, Wanted(ranks=ranks, old=old, seed=seed, old_is_whole=old_is_whole)
+        )
     if decomposition != "svd":
         found = {side: align_signs(basis, old.get(side)) for side, basis in found.items()}
     if decomposition == "random":
-        idle = matrix.abs().amax(dim=(-2, -1), keepdim=True) == 0
-        found = {side: torch.where(idle, old.get(side, basis), basis) for side, basis in found.items()}
-    else:
-        for side, basis in found.items():
-            determined = determined_columns(_facing(_multiplied(matrix), side), basis, matrix.dtype)
-            found[side] = keep_determined(basis, determined, old.get(side))
-    # A slice of the whole factor would keep all of it alive.
-    return {side: basis.clone(memory_format=torch.contiguous_format) for side, basis in found.items()}
+        drawn = {side: matrix.abs().amax(dim=(-2, -1)).unsqueeze(-1) > 0 for side in found}
+        drawn = {side: told if side in old else torch.ones_like(told) for side, told in drawn.items()}
+        return {side: Directions(basis, drawn[side].expand(_columns(basis))) for side, basis in found.items()}
+    facing = {side: _facing(_multiplied(matrix), side) for side in found}
+    return {
+        side: Directions(basis, determined_columns(facing[side], basis, matrix.dtype)) for side, basis in found.items()
+    }
 
 
 def align_signs(basis_dr: Tensor, old_dr: Tensor | None) -> Tensor:
@@ -131,12 +173,17 @@ def _facing(matrix: Tensor, side: str) -> Tensor:
     return matrix if side == "left" else matrix.mT
 
 
-def _gaussian(facing_dk: Tensor, columns: int, generator: torch.Generator) -> Tensor:
-    shape = (*facing_dk.shape[:-1], columns)
-    dtype = torch.promote_types(facing_dk.dtype, torch.float32)
-    # Drawn where the generator is: what a GPU draws depends on how many multiprocessors it has.
-    drawn = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
-    return drawn.to(facing_dk.device, non_blocking=True)
+def _columns(basis_dr: Tensor) -> tuple[int, ...]:
+    """The shape (..., r) of one number for each column."""
+    return (*basis_dr.shape[:-2], basis_dr.shape[-1])
+
+
+def _drawn(facing_dk: Tensor, columns: int, seed: int, number: int) -> Tensor:
+    """Columns of independent random numbers, others for each number."""
+    shape, device = (*facing_dk.shape[:-1], columns), facing_dk.device
+    key = torch.full((), key_of(seed, number), dtype=torch.int32, device=device)
+    places = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
+    return bell_curve(random_bits(places, key)).to(torch.promote_types(facing_dk.dtype, torch.float32))
 
 
 def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
@@ -144,7 +191,7 @@ def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     matrix = _multiplied(matrix)
     first, *others = wanted.ranks
     facing_dk = _facing(matrix, first)
-    start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.generator)
+    start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.seed, wanted.old_is_whole)
     found = {first: _subspace_iteration(facing_dk, start_dl, wanted.ranks[first])}
     for side in others:
         # Right singular vectors span A^T U; the columns come in the order of the singular values.
@@ -152,40 +199,41 @@ def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     return found
 
 
-def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Where an iteration starts: the old basis, if there is one, filled up with Gaussian columns.
+def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, seed: int, is_whole: bool) -> Tensor:
+    """Where an iteration starts: the old basis, if there is one, filled up with random columns.
 
     They are in the place of columns of zeros too, which no iteration would leave.
     """
     size = min(rank + OVERSAMPLING, *facing_dk.shape[-2:])
     if old_dr is None or old_dr.shape[-1] > size:
-        return _gaussian(facing_dk, size, generator)
-    more = _gaussian(facing_dk, size - old_dr.shape[-1], generator)
-    others = _gaussian(facing_dk, old_dr.shape[-1], generator)
-    return torch.cat((torch.where(is_lacking(old_dr).unsqueeze(-2), others, old_dr), more), dim=-1)
+        return _drawn(facing_dk, size, seed, 0)
+    more = _drawn(facing_dk, size - old_dr.shape[-1], seed, 0)
+    if not is_whole:
+        others = _drawn(facing_dk, old_dr.shape[-1], seed, 1)
+        old_dr = torch.where(is_lacking(old_dr).unsqueeze(-2), others, old_dr)
+    return torch.cat((old_dr, more), dim=-1)
 
 
 def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int) -> Tensor:
     """The leading `rank` left singular vectors, nearly: (A A^T)^q applied to a start, with a Rayleigh-Ritz rotation.
 
     The rotation turns the axes within the subspace to the singular directions, so that the leading ones can be kept:
-    an elementwise rule such as Adam's depends on the axes. It is made in the last iteration, from S^T (A A^T S), which
-    is at hand; a rotation of the result would cost one more product with A and gain less than 0.001 of the energy.
+    an elementwise rule such as Adam's depends on the axes. It is made in the last iteration, of products that are at
+    hand; a rotation of the result would cost one more product with A and gain less than 0.001 of the energy.
     """
-    for _ in range(POWER_ITERATIONS - 1):
-        basis_dl = orthonormal(_apply_gram(facing_dk, basis_dl))
-    power_dl = _apply_gram(facing_dk, basis_dl)
-    ritz_ll = basis_dl.mT @ power_dl
-    _, rotation_ll = torch.linalg.eigh(ritz_ll + ritz_ll.mT)  # ascending
-    return orthonormal(power_dl @ rotation_ll.flip(-1)[..., :rank])
+    for _ in range(POWER_ITERATIONS - 1 + (MORE_ITERATIONS if devices.runs_ahead(facing_dk) else 0)):
+        basis_dl = orthonormal(_apply_gram(facing_dk, basis_dl)[0])
+    power_dl, across_kl = _apply_gram(facing_dk, basis_dl)
+    return orthonormal(power_dl @ leading_directions(basis_dl, across_kl, power_dl, rank))
 
 
-def _apply_gram(facing_dk: Tensor, columns_dl: Tensor) -> Tensor:
-    """A A^T applied to columns, up to a factor."""
-    power_dl = _unit(_product(facing_dk, _unit(_product(facing_dk.mT, columns_dl))))
-    if power_dl.is_cuda:  # A A^T + c I, of the same directions: columns stay independent, as Cholesky QR needs them
+def _apply_gram(facing_dk: Tensor, columns_dl: Tensor) -> tuple[Tensor, Tensor]:
+    """A A^T applied to columns, and A^T alone, up to a factor each."""
+    across_kl = _unit(_product(facing_dk.mT, columns_dl))
+    power_dl = _unit(_product(facing_dk, across_kl))
+    if devices.runs_ahead(power_dl):  # A A^T + c I, of the same directions: Cholesky QR needs independent columns
         power_dl.add_(_unit(columns_dl), alpha=2 * torch.finfo(power_dl.dtype).eps)
-    return power_dl
+    return power_dl, across_kl
 
 
 def _unit(matrix: Tensor) -> Tensor:

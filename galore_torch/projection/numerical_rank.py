@@ -10,6 +10,8 @@ Shape suffixes: d x k the matrix seen from the side of the basis, r the rank, q 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -70,24 +72,70 @@ def lacking(basis: Basis) -> tuple[int, bool]:
     return read[0], read[1] > 0
 
 
-def keep_determined(found_dr: Tensor, told_r: Tensor, old_dr: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Directions:
+    """What a decomposition has found of one side of a matrix.
+
+    Attributes:
+        columns_dr: (..., d, r), orthonormal.
+        told_r: (..., r), which of them the matrix determines, as `determined_columns` says.
+    """
+
+    columns_dr: Tensor
+    told_r: Tensor
+
+
+def keep_determined(found: Directions, old_dr: Tensor | None) -> Tensor:
     """A basis of the directions that are determined, and beside them what it can keep of the old one. Synchronizes.
 
     Args:
-        found_dr: (..., d, r), orthonormal.
-        told_r: (..., r), as `determined_columns` gives them.
-        old_dr: (..., d, r), the basis in use until now, of `found_dr`'s dtype; None at first.
+        found: the directions.
+        old_dr: (..., d, r), the basis in use until now, of their dtype; None at first.
 
     Returns:
         (..., d, r): of each matrix first the determined columns, then as many directions of the old basis that are
         orthogonal to them as there is room for, then zeros. Where none is determined, the old basis as it is.
     """
-    if bool(told_r.all()):
-        return found_dr
-    old_dr = torch.zeros_like(found_dr) if old_dr is None else old_dr
-    found, old = (one.reshape(-1, *one.shape[-2:]) for one in (found_dr, old_dr))
-    each = zip(found, old, told_r.reshape(-1, told_r.shape[-1]), strict=True)
-    return torch.stack([_completed(*one) for one in each]).view(found_dr.shape)
+    if bool(found.told_r.all()):
+        return found.columns_dr
+    if old_dr is None:
+        return determined_first(found)
+    columns, old = (one.reshape(-1, *one.shape[-2:]) for one in (found.columns_dr, old_dr))
+    each = zip(columns, old, found.told_r.reshape(-1, found.told_r.shape[-1]), strict=True)
+    return torch.stack([_completed(*one) for one in each]).view(found.columns_dr.shape)
+
+
+def keep_whole(found: Directions, old_dr: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `keep_determined` gives, where nothing needs to be read back for it.
+
+    Args:
+        found: the directions.
+        old_dr: (..., d, r), the basis in use until now, of their dtype; None at first.
+
+    Returns:
+        The basis (..., d, r), and whether it is what `keep_determined` gives, a boolean of no dimensions. Not where a
+        matrix determines some of its directions and not all, beside an old basis.
+    """
+    told_r = found.told_r
+    if old_dr is None:
+        return determined_first(found), torch.ones((), dtype=torch.bool, device=told_r.device)
+    some = told_r.any(-1)
+    basis = torch.where(some[..., None, None], found.columns_dr, old_dr)
+    return basis, (told_r.all(-1) | ~some).all()
+
+
+def determined_first(found: Directions) -> Tensor:
+    """The determined columns of each matrix, and zeros in the place of the others.
+
+    Args:
+        found: the directions.
+
+    Returns:
+        (..., d, r).
+    """
+    order_r = (~found.told_r).to(torch.uint8).argsort(dim=-1, stable=True)
+    kept = torch.where(found.told_r.unsqueeze(-2), found.columns_dr, 0)
+    return kept.take_along_dim(order_r.unsqueeze(-2), dim=-1)
 
 
 def _completed(found_dr: Tensor, old_dr: Tensor, told_r: Tensor) -> Tensor:
@@ -105,9 +153,11 @@ def _orthogonal_to(basis_dr: Tensor, other_dq: Tensor, most: int) -> Tensor:
     In the order of columns the first are the strongest, so the first that are replaced; moments of the others keep
     their meaning as far as their columns keep their place.
     """
-    outside_dq = other_dq - basis_dr @ (basis_dr.mT @ other_dq)
-    directions, sines, _ = exact_svd(outside_dq)
-    directions = directions[:, :most][:, sines[:most] > LEAST_SINE]
+    cosines_rq = basis_dr.mT @ other_dq
+    axes_qq = exact_svd(cosines_rq, full=True)[2].mT.flip(-1)  # those that the basis holds least come first
+    outside_dq = (other_dq - basis_dr @ cosines_rq) @ axes_qq
+    sines_q = torch.linalg.vector_norm(outside_dq, dim=0)
+    directions = (outside_dq / sines_q)[:, :most][:, sines_q[:most] > LEAST_SINE]
     left, _, right = exact_svd(directions.mT @ other_dq[:, other_dq.shape[1] - directions.shape[1] :])
     turned: Tensor = directions @ (left @ right)
     return turned

@@ -18,8 +18,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from galore_torch.projection import devices
+
 SHIFTS = (1e-4, 1e-5, 2e-7)
 """On the diagonal of each round's Gram matrix, for float32. The last is as large as what rounding makes of it."""
+
+LR_ROUNDS = 5
+"""Of the Cholesky LR iteration. docs/decisions.md has what they leave of the energy."""
 
 
 def orthonormal(columns_dl: Tensor) -> Tensor:
@@ -37,7 +42,7 @@ def orthonormal(columns_dl: Tensor) -> Tensor:
         >>> torch.allclose(q.mT @ q, torch.eye(3), atol=1e-5)
         True
     """
-    if columns_dl.is_cuda:
+    if devices.runs_ahead(columns_dl):
         return cholesky_qr(columns_dl)
     q: Tensor = torch.linalg.qr(columns_dl).Q
     return q
@@ -63,20 +68,78 @@ def cholesky_qr(columns_dl: Tensor) -> Tensor:
     return columns_dl
 
 
-def exact_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin singular value decomposition by the QR method.
+def exact_svd(matrix: Tensor, *, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition by the QR method. Synchronizes.
 
     On a GPU torch would take cuSOLVER's Jacobi method: float32 vectors of a large matrix are then orthonormal to no
     more than 1e-2 (an H100, 1024 x 2736).
 
     Args:
         matrix: (..., m, n), float32 or float64.
+        full: whether U and V^T are completed to square ones; else they have min(m, n) columns and rows.
 
     Returns:
         U, S and V^T, with the signs of LAPACK on a CPU and those of cuSOLVER's `gesvd` on a GPU.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False, driver="gesvd" if matrix.is_cuda else None)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=full, driver="gesvd" if matrix.is_cuda else None)
     return left, values, right
+
+
+def leading_directions(basis_dl: Tensor, across_kl: Tensor, power_dl: Tensor, rank: int) -> Tensor:
+    """The coordinates, in a basis S, of the leading left singular vectors that A has within its span.
+
+    Args:
+        basis_dl: S, (..., d, l), orthonormal.
+        across_kl: A^T S, up to a factor.
+        power_dl: A A^T S, up to a factor.
+        rank: how many.
+
+    Returns:
+        (..., l, rank), the strongest first.
+    """
+    if devices.runs_ahead(basis_dl):
+        return leading_by_cholesky(across_kl.mT @ across_kl, rank)
+    ritz_ll = basis_dl.mT @ power_dl
+    return torch.linalg.eigh(ritz_ll + ritz_ll.mT).eigenvectors.flip(-1)[..., :rank]  # ascending
+
+
+def leading_by_cholesky(gram_ll: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors, nearly, by the Cholesky LR iteration (Rutishauser 1958), which waits for nothing.
+
+    With C = L1 L1^T and L1^T L1 = L2 L2^T, L2^T L2 is Q^T C Q for an orthogonal Q = L1^-T L2: the factor that QR of C
+    gives too, so that this is a step of orthogonal iteration, which sorts eigenvectors by their eigenvalues. Squared
+    between two rounds, C has eigenvalues twice as far apart and the same eigenvectors.
+
+    Args:
+        gram_ll: C, (..., l, l), symmetric and not negative.
+        rank: how many.
+
+    Returns:
+        (..., l, rank), orthonormal up to some rounding.
+    """
+    strength_l = gram_ll.diagonal(dim1=-2, dim2=-1)
+    order_l = strength_l.argsort(dim=-1, descending=True)
+    places_l = torch.arange(order_l.shape[-1], device=order_l.device)
+    turned_ll = (places_l.unsqueeze(-1) == order_l.unsqueeze(-2)).to(gram_ll.dtype)
+    gram_ll = turned_ll.mT @ gram_ll @ turned_ll
+    for power in range(LR_ROUNDS):
+        largest = gram_ll.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+        gram_ll = gram_ll / torch.where(largest > 0, largest, 1)
+        if power:
+            gram_ll = gram_ll @ gram_ll
+        first_ll = _cholesky(gram_ll)
+        second_ll = _cholesky(first_ll.mT @ first_ll)
+        turned_ll = turned_ll @ torch.linalg.solve_triangular(first_ll.mT, second_ll, upper=True)
+        gram_ll = second_ll.mT @ second_ll
+    return turned_ll[..., :rank]
+
+
+def _cholesky(gram_ll: Tensor) -> Tensor:
+    """The factor of a matrix that is positive but for rounding, of each entry relative to its row and column."""
+    digits = torch.finfo(gram_ll.dtype)
+    gram_ll.diagonal(dim1=-2, dim2=-1).mul_(1 + 30 * digits.eps).add_(digits.tiny**0.8)
+    factor_ll: Tensor = torch.linalg.cholesky_ex(gram_ll).L  # does not read back whether it succeeded
+    return factor_ll
 
 
 @contextmanager

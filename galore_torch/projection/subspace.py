@@ -24,8 +24,9 @@ def find_basis(
     grad: Tensor,
     decomposition: str,
     *,
-    generator: torch.Generator,
+    seed: int,
     old: Basis | None = None,
+    old_is_whole: bool = False,
     fills: bool = False,
 ) -> dict[str, Tensor]:
     """A basis for a weight from its gradient.
@@ -34,8 +35,9 @@ def find_basis(
         projection: how the weight is projected.
         grad: its full gradient, finite and not all zero, of the weight's shape.
         decomposition: one of `DECOMPOSITIONS`.
-        generator: where random numbers come from; one of the CPU gives the same numbers on any device.
+        seed: of the random numbers, which are the same on every device.
         old: the basis in use until now, if any.
+        old_is_whole: whether it is known to have no columns of zeros.
         fills: whether only matrices of a stack whose old basis lacks directions get another.
 
     Returns:
@@ -48,7 +50,7 @@ def find_basis(
 
     Example:
         >>> projection = Projection.of((6, 4), rank=2)
-        >>> basis = find_basis(projection, torch.randn(6, 4), "svd", generator=torch.Generator())
+        >>> basis = find_basis(projection, torch.randn(6, 4), "svd", seed=0)
         >>> basis["right"].shape
         torch.Size([4, 2])
     """
@@ -56,11 +58,11 @@ def find_basis(
         return {}
     view = grad.reshape(projection.view_shape)
     if fills and old and view.dim() > 2 and not projection.is_tucker:
-        found = _filled(projection, view, decomposition, generator, old)
+        found = _filled(projection, view, decomposition, seed, old)
     elif projection.is_tucker:
-        found = _tucker(projection, view, decomposition, generator, old or {})
+        found = _tucker(projection, view, decomposition, seed, old or {})
     else:
-        found = find_bases(view, _ranks(projection), decomposition, generator=generator, old=old)
+        found = find_bases(view, _ranks(projection), decomposition, seed=seed, old=old, old_is_whole=old_is_whole)
     return {name: factor.to(grad.dtype) for name, factor in found.items()}
 
 
@@ -68,24 +70,20 @@ def _ranks(projection: Projection) -> dict[str, int]:
     return {mode.name: mode.rank for mode in projection.modes}
 
 
-def _filled(
-    projection: Projection, stack: Tensor, decomposition: str, generator: torch.Generator, old: Basis
-) -> dict[str, Tensor]:
+def _filled(projection: Projection, stack: Tensor, decomposition: str, seed: int, old: Basis) -> dict[str, Tensor]:
     """The old bases of a stack, but for those that lack directions and whose matrix is not zero."""
     filled = {name: old[name].clone() for name in old}
     wanted = torch.linalg.vector_norm(stack, float("inf"), dim=(-2, -1)) > 0
     wanted &= torch.stack([is_lacking(factor).any(-1) for factor in filled.values()]).any(0)
     if wanted.any():
         known = {name: factor[wanted] for name, factor in filled.items()}
-        found = find_bases(stack[wanted], _ranks(projection), decomposition, generator=generator, old=known)
+        found = find_bases(stack[wanted], _ranks(projection), decomposition, seed=seed, old=known)
         for name, factor in found.items():
             filled[name][wanted] = factor.to(filled[name].dtype)
     return filled
 
 
-def _tucker(
-    projection: Projection, tensor: Tensor, decomposition: str, generator: torch.Generator, old: Basis
-) -> dict[str, Tensor]:
+def _tucker(projection: Projection, tensor: Tensor, decomposition: str, seed: int, old: Basis) -> dict[str, Tensor]:
     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     def factor(mode: Mode, others: Basis) -> Tensor:
@@ -95,7 +93,7 @@ def _tucker(
                 projected = multiply_mode(projected, others[other.name], other.axis)
         unfolded_dk = torch.movedim(projected, mode.axis, 0).flatten(1)
         known = {"left": old[mode.name]} if mode.name in old else None
-        return find_bases(unfolded_dk, {"left": mode.rank}, decomposition, generator=generator, old=known)["left"]
+        return find_bases(unfolded_dk, {"left": mode.rank}, decomposition, seed=seed, old=known)["left"]
 
     basis = {mode.name: factor(mode, {}) for mode in projection.modes}
     for _ in range(TUCKER_SWEEPS if decomposition != "random" and len(basis) > 1 else 0):

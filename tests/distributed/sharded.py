@@ -36,12 +36,15 @@ def trained_in_shards(
     clip: float | None = None,
     shape: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float64,
-    attached: bool = False,
+    mode: tuple[Any, Any] | None = None,
     replicas: int = 1,
     placement: Any = None,
+    mp_policy: Any = None,
     spoils: tuple[int, int] | None = None,
     keys: dict[str, Any] | None = None,
+    clips_from: int = 0,
     alike: bool = False,
+    to_none: bool = True,
 ) -> Tensor:
     """The weights after some steps, of one process or of one of several.
 
@@ -49,11 +52,12 @@ def trained_in_shards(
     """
     model: nn.Module = llama(dtype=dtype, **(shape or {}))
     if world > 1:
-        given = {} if placement is None else {"shard_placement_fn": placement(model)}
+        given: dict[str, Any] = {} if placement is None else {"shard_placement_fn": placement(model)}
+        given |= {} if mp_policy is None else {"mp_policy": mp_policy}
         fully_sharded(model, world, replicas=replicas, **given)
     optimizer = optimizer_of(model, recipe, **(keys or {}))
-    if attached:
-        attach(model, optimizer, gradients="full")
+    if mode is not None:
+        attach(model, optimizer, *mode)
     for step in range(steps):
         for number in range(micro):
             if world > 1 and micro > 1:
@@ -62,12 +66,25 @@ def trained_in_shards(
             loss_of_part = loss_of(model, batch(step, number).tensor_split(parts)[part]) / micro
             loss_of_part.backward()
         if spoils is not None and step == spoils[0] and rank == min(spoils[1], world - 1):
-            for weight in model.parameters():
-                grad = weight.grad.to_local() if world > 1 else weight.grad
-                if grad.numel():
-                    grad.view(-1)[-1] = float("nan")
-        if clip is not None:
+            spoil(model)
+        if clip is not None and step >= clips_from:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        optimizer.zero_grad()
+        empty(model, to_none)
     return weights_of(model)
+
+
+def spoil(model: Any) -> None:
+    """Leave a number that is not finite in each gradient."""
+    for weight in model.parameters():
+        grad = weight.grad.to_local() if hasattr(weight.grad, "to_local") else weight.grad
+        if grad.numel():
+            grad.view(-1)[-1] = float("nan")
+
+
+def empty(model: Any, to_none: bool) -> None:
+    for weight in model.parameters():
+        if to_none:
+            weight.grad = None
+        elif weight.grad is not None:
+            weight.grad.zero_()

@@ -75,12 +75,14 @@ def test_four_processes_train_as_one(pool, mode):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("gradients", ["projected", "fused"])
+@pytest.mark.broad
 def test_a_variant_trains_as_one(pool, name, gradients):
     assert_as_one(pool, 2, mode=(gradients, "step"), steps=SHORT, **VARIANTS[name])
 
 
 @pytest.mark.parametrize("gradients", ["full", "fused"])
 @pytest.mark.parametrize("name", ["find_unused_parameters", "tied", "not staggered", "both sides", "every matrix"])
+@pytest.mark.broad
 def test_a_variant_applied_in_the_backward_trains_as_one(pool, name, gradients):
     assert_as_one(pool, 2, mode=(gradients, "backward"), steps=SHORT, **VARIANTS[name])
 
@@ -132,6 +134,7 @@ def with_an_infinite_gradient(rank: int, world: int, mode: Any) -> Any:
 
 @pytest.mark.parametrize("mode", [("fused", "step"), ("fused", "backward"), ("full", "step")])
 @pytest.mark.parametrize("recipe", ["sgd", "adafactor"])
+@pytest.mark.broad
 def test_a_recipe_trains_as_one(pool, recipe, mode):
     assert_as_one(pool, 2, mode=mode, recipe=recipe, steps=2 * SHORT)
 

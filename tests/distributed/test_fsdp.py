@@ -10,10 +10,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
 from galore_torch import attach
 from galore_torch.distributed import shard_placement
+from galore_torch.distributed.cut import Cut
 from tests.distributed.pool import assert_every_process_raises
 from tests.distributed.sharded import UNEVEN, fully_sharded, trained_in_shards
 from tests.distributed.trained import BAR, RANK, batch, distance, llama, loss_of, optimizer_of
@@ -28,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped, accumulated": {"micro": 2, "clip": 0.05},
     "lazy": {"keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 20},
     "SGD": {"recipe": "sgd"},
-    "attached": {"attached": True},
+    "attached": {"mode": ("full", "step")},
     "not finite in one part": {"spoils": (3, 1), "keys": {"skip_nonfinite": True}},
     "Adafactor": {"recipe": "adafactor", "shape": UNEVEN},
     "torch's Adafactor": {"recipe": "torch's adafactor", "shape": UNEVEN},
@@ -38,15 +40,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def assert_as_one(pool: Any, world: int, *, bar: float = BAR, **given: Any) -> None:
-    ranks = pool.run(trained_in_shards, world, **given)
+    ranks = pool.run(trained_in_shards, world, **{key: value for key, value in given.items() if key != "theirs"})
     assert all(torch.equal(ranks[0], other) for other in ranks[1:])
-    alone = {key: value for key, value in given.items() if key not in ("replicas", "placement")}
+    alone = {key: value for key, value in given.items() if key not in ("replicas", "placement", "theirs")}
+    alone["mode"] = given.get("theirs", given.get("mode"))  # the first basis is that of all micro-batches, as in full
     assert distance(ranks[0], trained_in_shards(0, 1, **alone)) <= bar
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shards_train_as_one_process(pool, name):
     assert_as_one(pool, 2, **{"steps": SHORT, **VARIANTS[name]})
+
+
+EARLY: dict[str, dict[str, Any]] = {
+    "projected": {"mode": ("projected", "step"), "shape": UNEVEN, "steps": 30},
+    "fused": {"mode": ("fused", "step"), "steps": 30},
+    "fused, uneven": {"mode": ("fused", "step"), "shape": UNEVEN},
+    "fused, clipped": {"mode": ("fused", "step"), "clip": 0.05, "clips_from": 1},  # in the first step all are full
+    "fused, accumulated": {"mode": ("fused", "step"), "micro": 2, "theirs": None},
+    "projected, zeros left": {"mode": ("projected", "step"), "to_none": False},
+    "fused, SGD with L2 decay": {"mode": ("fused", "step"), "recipe": "sgd", "keys": {"weight_decay": 0.1}},
+    "fused, Muon": {"mode": ("fused", "step"), "recipe": "muon", "shape": UNEVEN},
+    "fused, lazy": {"mode": ("fused", "step"), "keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 20},
+    "applied in the backward": {"mode": ("fused", "backward"), "shape": UNEVEN},
+    "full, applied in the backward": {"mode": ("full", "backward")},
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_gradients_that_are_projected_early_train_as_one_process(pool, name):
+    assert_as_one(pool, 2, **{"steps": SHORT, **EARLY[name]})
 
 
 @pytest.mark.slow
@@ -56,8 +79,15 @@ def test_four_shards_train_as_one_process(pool, name):
     assert_as_one(pool, 4, **{"steps": SHORT, **VARIANTS[name]})
 
 
-def test_replicas_of_shards_train_as_one_process(pool):
-    assert_as_one(pool, 4, replicas=2, steps=SHORT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EARLY)
+def test_gradients_that_are_projected_early_train_in_four_processes_as_in_one(pool, name):
+    assert_as_one(pool, 4, **{"steps": SHORT, **EARLY[name]})
+
+
+@pytest.mark.parametrize("mode", [None, ("fused", "step")])
+def test_replicas_of_shards_train_as_one_process(pool, mode):
+    assert_as_one(pool, 4, replicas=2, steps=SHORT, mode=mode)
 
 
 ALIKE = {
@@ -136,12 +166,54 @@ def test_weights_cut_where_they_are_not_projected_train_as_one_process(pool):
     assert_as_one(pool, 2, placement=of_free_axes, steps=SHORT)
 
 
+def test_projected_gradients_of_layers_in_16_bits_move_weights_in_32(pool):
+    given = {"dtype": torch.float32, "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32), "steps": SHORT}
+    full = pool.run(trained_in_shards, 2, **given)[0]
+    ranks = pool.run(trained_in_shards, 2, mode=("fused", "step"), **given)
+    assert torch.equal(*ranks)
+    moved = distance(trained_in_shards(0, 1, dtype=torch.float32, steps=0), full)
+    assert distance(ranks[0], full) <= 0.1 * moved
+
+
 # What is sent, and what is held --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("keys", "placement"), [({"proj_type": "right"}, None), ({}, of_free_axes)])
 def test_where_the_projected_axis_is_whole_an_ordinary_step_sends_no_projected_gradient(pool, keys, placement):
     assert pool.run(floats_sent, 2, keys=keys, placement=placement) == [0, 0]
+
+
+def test_an_ordinary_step_reduces_projected_gradients_in_place_of_full_ones(pool):
+    full, images = pool.run(numbers_reduced, 2, mode=("fused", "step"))[0]
+    assert images == RANK * (4 * 2 * 24 + 3 * 2 * 40)
+    assert full == sum(one.numel() for name, one in llama().named_parameters() if "proj" not in name)
+
+
+def numbers_reduced(rank: int, world: int, mode: Any) -> tuple[int, int]:
+    """How many numbers of full gradients FSDP2 averages in an ordinary step, and how many of projected ones we do."""
+    model = llama()
+    fully_sharded(model, world)
+    optimizer = optimizer_of(model, stagger=False)
+    attach(model, optimizer, *mode)
+    sent: list[int] = []
+    for step in range(2):
+        sent.clear()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Cut, "reduce", counting(Cut.reduce, sent))
+            patched.setattr(dist, "all_reduce", counting(dist.all_reduce, sent))
+            loss_of(model, batch(step).tensor_split(world)[rank]).backward()
+        full = sum(one.numel() for one in model.parameters() if isinstance(one.grad, DTensor))
+        optimizer.step()
+        optimizer.zero_grad()
+    return full, sum(sent)
+
+
+def counting(reduce: Any, sent: list[int]) -> Any:
+    def counted(*given: Any, **named: Any) -> Any:
+        sent.append(given[-1].numel() if given[-1].is_floating_point() else 0)
+        return reduce(*given, **named)
+
+    return counted
 
 
 def test_where_it_is_cut_an_ordinary_step_sums_images(pool):
@@ -155,15 +227,10 @@ def floats_sent(rank: int, world: int, keys: Any, placement: Any) -> int:
     fully_sharded(model, world, **({} if placement is None else {"shard_placement_fn": placement(model)}))
     optimizer = optimizer_of(model, stagger=False, **keys)
     sent: list[int] = []
-    reduce = dist.all_reduce
     for step in range(2):
         loss_of(model, batch(step).tensor_split(world)[rank]).backward()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(
-                dist,
-                "all_reduce",
-                lambda one, **given: sent.append(one.numel() if one.is_floating_point() else 0) or reduce(one, **given),
-            )
+            patched.setattr(dist, "all_reduce", counting(dist.all_reduce, sent))
             sent.clear()
             optimizer.step()
         optimizer.zero_grad()
@@ -193,8 +260,8 @@ def held_by_a_process(rank: int, world: int) -> int:
 
 REFUSED = {
     "stochastic": "rounding='stochastic'",
-    "fused": 'gradients="full"',
-    "applied in the backward": 'update="step"',
+    "grad_bits": "grad_bits is 8",
+    "no sync, applied in the backward": "use update='step'",
     "another rank": "rank 1",
     "another seed": "seed",
     "before": "Make the optimizer after",
@@ -220,10 +287,11 @@ def refused(rank: int, world: int, name: str) -> None:
             optimizer = optimizer_of(model, rank=RANK + rank)
         case "another seed":
             optimizer = optimizer_of(model, seed=rank)
-        case "fused":
-            optimizer, given = optimizer_of(model), {"gradients": "fused"}
+        case "grad_bits":
+            optimizer, given = optimizer_of(model), {"gradients": "fused", "grad_bits": 8}
         case _:
             optimizer, given = optimizer_of(model), {"gradients": "full", "update": "backward"}
+            model.set_requires_gradient_sync(False)
     if given:
         attach(model, optimizer, **given)
     loss_of(model, batch(0).tensor_split(world)[rank]).backward()
@@ -236,8 +304,6 @@ def test_placements_of_more_than_one_axis_are_refused():
 
 
 def raise_of(weight: torch.Tensor, placements: Any) -> None:
-    from galore_torch.distributed.cut import Cut
-
     class Placed:
         device_mesh = None
 

@@ -147,6 +147,7 @@ COMMANDS = Counter((path.name, line) for path in DOCUMENTS for line in commands_
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS)
+@pytest.mark.broad
 def test_its_commands_parse(name, line, galore):
     """Options exist, values are of their types, and settings fit together, as far as can be told before a run."""
     told = galore(line)

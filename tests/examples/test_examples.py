@@ -2,11 +2,15 @@
 
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+
+from tests.forked import TRAINING, begin
+from tests.waiting import DEADLINE
 
 pytestmark = pytest.mark.slow
 
@@ -20,15 +24,25 @@ def test_there_are_examples():
     }
 
 
+def run(path, said):
+    """Be the script, in a folder of its own."""
+    begin([said, said])
+    os.chdir(said.parent)
+    os.environ.update(TMPDIR=str(said.parent))
+    datasets.config.HF_DATASETS_CACHE = said.parent
+    sys.argv = [str(path)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_its_loss_falls(path, tmp_path):
-    found = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "HF_HOME": str(tmp_path)}
-    child = subprocess.run(
-        [sys.executable, path], cwd=tmp_path, env=found, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert child.returncode == 0, child.stderr
-    losses = [float(loss) for loss in re.findall(r"(?:loss|->) +(\d+\.\d+)", child.stdout)]
-    assert len(losses) >= 2, child.stdout
+    said = tmp_path / "said"
+    child = TRAINING.start(run, path, said)
+    child.join(DEADLINE)
+    told = said.read_text(encoding="utf-8")
+    assert child.exitcode == 0, told
+    losses = [float(loss) for loss in re.findall(r"(?:loss|->) +(\d+\.\d+)", told)]
+    assert len(losses) >= 2, told
     assert losses[-1] < losses[0] - 1
 
 

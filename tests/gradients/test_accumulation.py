@@ -101,6 +101,7 @@ def test_bf16_projected_gradients_can_accumulate_in_fp32(mode):
 
 @every_projecting_mode
 @pytest.mark.parametrize("empties", ["optimizer, in place", "model", "model, in place"])
+@pytest.mark.broad
 def test_every_way_to_empty_gradients(mode, empties):
     def trained_with(empty):
         model, optimizer, _ = attached(mode, one_layer)
@@ -142,6 +143,7 @@ def test_an_empty_projected_gradient_of_a_basis_that_was_replaced_takes_up_nothi
 
 @every_accumulating_mode
 @pytest.mark.parametrize("clip", [clip_grad_norm_, lambda *given: accelerator().clip_grad_norm_(*given)])
+@pytest.mark.broad
 def test_clipping_shows_the_norm_of_what_is_applied(mode, clip):
     model, optimizer, _ = attached(mode, one_layer)
     for step in range(GAP + 2):

@@ -41,6 +41,7 @@ TOO_LATE: dict[str, Callable[[nn.Module, GaLore], object]] = {
 
 @every_backward_mode
 @pytest.mark.parametrize("action", TOO_LATE.values(), ids=TOO_LATE)
+@pytest.mark.broad
 def test_who_comes_after_the_gradient_was_applied_is_told(mode, action):
     model, optimizer, _ = attached(mode, one_layer)
     walk(model, optimizer, range(2))
@@ -61,6 +62,7 @@ def test_who_comes_after_the_gradient_was_applied_is_told(mode, action):
 
 @every_backward_mode
 @pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.broad
 def test_a_norm_that_clips_nothing_is_that_of_the_gradients(mode, foreach):
     """Trainers show it at every step."""
     model, optimizer, _ = attached(mode, one_layer)

@@ -264,6 +264,7 @@ def test_a_hook_that_raises_names_its_layer_and_leaves_weights_and_state_consist
 
 @every_mode
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0.0])
+@pytest.mark.broad
 def test_a_gradient_that_says_nothing_finds_no_basis(mode, factor):
     model, optimizer, _ = attached(mode, one_layer)
     (loss_of(model, batch(0)) * factor).backward()

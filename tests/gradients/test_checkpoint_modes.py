@@ -65,6 +65,7 @@ def uninterrupted(mode: tuple[str, str]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS, ids=str)
+@pytest.mark.broad
 def test_a_run_resumes_in_another_mode(before, after):
     saved = torch.load(io.BytesIO(saved_in_the_middle(before)), weights_only=True)
     resumed = started(after)
@@ -106,6 +107,7 @@ def test_state_groups_and_schedule_are_those_of_plain_steps(mode):
 
 @pytest.mark.parametrize("step", [0, 1, GAP], ids=lambda step: f"step {step}")
 @pytest.mark.parametrize(("before", "after"), WINDOW_PAIRS, ids=str)
+@pytest.mark.broad
 def test_a_window_of_micro_batches_is_finished_in_another_mode(before, after, step):
     """With gradients pending: full, projected, or some of each."""
 

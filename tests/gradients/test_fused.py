@@ -38,6 +38,7 @@ one_layer = functools.partial(llama, num_hidden_layers=1)
 
 @every_fused_mode
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.broad
 def test_gradient_checkpointing_changes_nothing(mode, reentrant):
     assert_same(checkpointed(mode, reentrant), checkpointed(mode, None))
 
@@ -202,6 +203,7 @@ def gap_walk(mode, make, optimizer_of=adamw, steps: int = 2 * GAP) -> nn.Module:
 
 @every_mode
 @pytest.mark.parametrize("make", [UsedElsewhere, UsedElsewhereFirst, Penalized, Tied, CalledTwice, Transposed])
+@pytest.mark.broad
 def test_a_weight_with_several_uses_trains_as_with_full_gradients(mode, make):
     assert distance(gap_walk(mode, make), gap_walk(("full", "step"), make)) <= BAR
 
@@ -290,6 +292,7 @@ def saved_whole(model: nn.Module) -> nn.Module:
 
 @every_mode
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_whole])
+@pytest.mark.broad
 def test_a_copy_is_a_plain_model_that_can_be_attached_itself(mode, copied):
     model, optimizer, attachment = attached(mode, one_layer)
     walk(model, optimizer, range(2))

@@ -130,6 +130,7 @@ def test_input_side_layers_save_little_of_their_input(mode):
 @pytest.mark.parametrize("make", [no_shared_heads, llama], ids=["all input-side", "k and v output-side"])
 @pytest.mark.parametrize("rank", [16, 24, 40])
 @pytest.mark.parametrize("siblings", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]], ids=" ".join)
+@pytest.mark.broad
 def test_layers_that_share_an_input_never_save_more_than_it(make, rank, siblings):
     """Also while one of them renews, and so needs all of the input."""
     model = make()

@@ -38,6 +38,7 @@ WAYS = {
 @every_accumulating_mode
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("step", [0, 1, GAP])
+@pytest.mark.broad
 def test_it_is_as_if_it_had_never_been(mode, way, step):
     assert_same(end(mode, way, step), end(mode, None, step))
 
@@ -95,6 +96,7 @@ def test_a_first_window_that_overflows_later_finds_no_basis():
 @every_backward_mode
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("through_model", [True, False])
+@pytest.mark.broad
 def test_a_second_backward_before_step_is_refused_before_anything_moves(mode, in_place, through_model):
     model, optimizer, _ = attached(mode, one_layer)
     walk(model, optimizer, range(2))
@@ -183,6 +185,7 @@ def test_a_weight_in_two_reentrant_checkpoints_is_refused(mode, twice):
 @pytest.mark.parametrize("proj_type", ["left", "right", "full"])
 @pytest.mark.parametrize("penalized", ["weights", "input", "accumulated"])
 @pytest.mark.parametrize("gradients", ["projected", "fused"])
+@pytest.mark.broad
 def test_a_penalty_on_gradients_is_exact_or_refused(gradients, penalized, proj_type, hidden):
     def penalty(attaches: bool) -> tuple[Tensor, list[Tensor]]:
         torch.manual_seed(0)

@@ -115,6 +115,7 @@ def assert_same_weights(one, other):
 
 
 @every_form
+@pytest.mark.broad
 def test_automatic_optimization_is_the_plain_loop(tmp_path, gradients, update):
     """Accumulation, clipping and schedule included; the step runs with a closure, gradients enabled anew."""
     learner = Learner(gradients, update)
@@ -131,6 +132,7 @@ def test_manual_optimization_is_the_plain_loop(tmp_path, gradients):
 
 
 @every_form
+@pytest.mark.broad
 def test_a_fit_resumes_exactly(tmp_path, gradients, update):
     whole = Learner(gradients, update)
     once = trainer(tmp_path, **accumulating(update))

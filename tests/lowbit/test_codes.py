@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galore_torch.lowbit import Codes
-from galore_torch.lowbit.random_bits import key_of
+from galore_torch.random_bits import key_of
 
 SEED = torch.Generator().manual_seed(0)
 

@@ -179,6 +179,7 @@ def equal_cases() -> list[Any]:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize(("served", "maximize"), equal_cases())
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.broad
 def test_with_the_identity_as_basis_it_is_the_optimizer_itself(served, maximize, weight_decay, identity_basis):
     arguments = {"lr": LR, "weight_decay": weight_decay} | ({"maximize": True} if maximize else {})
     start, ours, theirs = (weights(*SHAPES) for _ in range(3))
@@ -235,6 +236,7 @@ def test_a_rate_that_is_held_in_a_tensor_stays_a_number_here(identity_basis):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("served", SERVED.values(), ids=SERVED)
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.broad
 def test_what_is_not_projected_is_moved_by_the_optimizer_itself(served, weight_decay):
     """Or by `fallback_class`, where it cannot hold vectors."""
     arguments = {"lr": LR, "weight_decay": weight_decay}

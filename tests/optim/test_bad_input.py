@@ -45,6 +45,7 @@ MATRIX = (24, 16)
     ],
 )
 @pytest.mark.parametrize("late", [False, True], ids=["at construction", "added later"])
+@pytest.mark.broad
 def test_a_value_that_cannot_be_served(keys, value, remedy, late):
     good, bad = weights(MATRIX, MATRIX)
     group = {"params": [bad], "rank": 4, **keys}

@@ -183,6 +183,7 @@ def halving(optimizer: torch.optim.Optimizer) -> LambdaLR:
         (torch.optim.Adafactor, {"lr": 0.1, "weight_decay": 0.1}),
     ],
 )
+@pytest.mark.broad
 def test_a_scheduler_is_obeyed(optimizer, arguments, schedule, identity_basis):
     """Of the learning rate, a tensor or not, and of the momentum (OneCycleLR)."""
     if optimizer is torch.optim.Adafactor and schedule is one_cycle:
@@ -231,6 +232,7 @@ def shapes(tree: Any) -> Any:
 
 @every_recipe
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.broad
 def test_a_step_on_zero_gradients_creates_all_state_and_fixes_no_subspace(recipe, proj_type):
     trained, made = mixed(proj_type=proj_type, decomposition="svd")
     optimizer = recipe(made)
@@ -258,6 +260,7 @@ LAYOUTS = {"matrix": ((24, 16), {}), "stack": ((3, 24, 16), {"layout": "stack"})
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 @pytest.mark.parametrize(("shape", "keys"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.broad
 def test_a_basis_is_contiguous_and_keeps_no_memory_but_its_own(shape, keys, decomposition, dtype):
     for proj_type in PROJ_TYPES if len(shape) < 4 else ("std",):
         trained = weights(shape, dtype=dtype)

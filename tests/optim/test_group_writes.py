@@ -151,6 +151,7 @@ def test_settings_of_single_weights_hold_inside():
 
 @pytest.mark.parametrize("keys", [{}, {"rank": 8, "scale": 1.0}], ids=["plain", "projected"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.broad
 def test_small_updates_of_bfloat16_add_up_where_it_is_asked(rounding, keys):
     """Forty to a last digit; what float32 does with the same gradients is the reference."""
     moved = {}

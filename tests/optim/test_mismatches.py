@@ -113,6 +113,7 @@ def test_other_targets_are_refused_with_the_weight_that_moved():
 
 @pytest.mark.parametrize("recipe", [GaLoreAdamW, GaLoreAdamW8bit])
 @pytest.mark.parametrize("rows", [80, 120, 100_000])
+@pytest.mark.broad
 def test_a_weight_that_grew_is_named_with_both_shapes(recipe, rows):
     trained, others = weights((24, 16), (100, 16)), weights((24, 16), (rows, 16))
     optimizer, other = recipe(groups(trained, 1)), recipe(groups(others, 1))

@@ -57,6 +57,7 @@ def test_it_has_the_weights_shape_and_the_projected_tensors_memory(projection):
         lambda grad: grad.numel(),
     ],
 )
+@pytest.mark.broad
 def test_reading_it_reads_the_full_gradient(projection, read):
     grad = projected(projection)
     torch.testing.assert_close(as_plain(read(grad)), as_plain(read(grad.to_full())), rtol=1e-5, atol=1e-6)
@@ -148,6 +149,7 @@ def saved(grad: ProjectedGradient) -> ProjectedGradient:
     [copy.deepcopy, lambda grad: pickle.loads(pickle.dumps(grad)), saved, torch.clone, lambda grad: grad.cpu().clone()],
     ids=["deepcopy", "pickle", "torch.save", "clone", "cpu"],
 )
+@pytest.mark.broad
 def test_a_copy_is_one_of_its_own(projection, copied):
     grad = projected(projection)
     other = copied(grad)

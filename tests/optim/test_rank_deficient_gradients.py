@@ -30,6 +30,7 @@ def descent(weight: torch.nn.Parameter, **keys) -> GaLoreSGD:
 @pytest.mark.parametrize("proj_type", ["left", "right", "full"])
 @pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("tokens_at", [0, 5], ids=["first", "at a renewal"])
+@pytest.mark.broad
 def test_a_batch_of_two_tokens_costs_one_step_at_most(decomposition, proj_type, stored, tokens_at):
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(size, 8)).Q for size in (40, 32))

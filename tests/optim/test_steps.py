@@ -25,6 +25,7 @@ LR, DECAY, SCALE = 0.1, 0.3, 0.25
 @pytest.mark.parametrize("lr", [LR, torch.tensor(LR)], ids=["number", "tensor"])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("shape", [(24, 16), (8, 6, 5, 5)])
+@pytest.mark.broad
 def test_adamw_decays_the_weight_before_the_update(shape, maximize, lr):
     """W <- (1 - lr * decay) W - scale * lr * P n, where n is the normalized direction: the whole weight decays."""
     (start,), (weight,) = weights(shape), weights(shape)

@@ -76,6 +76,7 @@ def galore_1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
 @every_shape
 @every_proj_type
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.broad
 def test_it_is_the_reference(shape, proj_type, dtype, tolerance):
     problem = Problem.make(SHAPES[shape], dtype)
     settings = {"betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}

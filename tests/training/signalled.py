@@ -1,10 +1,14 @@
 """The command line in a process that sends itself a signal at a moment of its own, so that no test has to time one."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+from tests.forked import galore
 from tests.waiting import DEADLINE
 
 MOMENTS = {
@@ -20,13 +24,15 @@ MOMENTS = {
 
 def signalled(number: int, moment: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run ``galore ARGUMENTS`` and let a signal come at a moment of it."""
+    if not any(event in ("import", "exec") for event, _ in MOMENTS[moment]):
+        return galore(*arguments, before=partial(wait_for_moment, int(number), moment))
     command = [sys.executable, "-m", __name__, str(int(number)), moment, *map(str, arguments)]
     root = Path(__file__).parents[2]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=DEADLINE)
 
 
-def main(number: int, moment: str) -> None:
-    """Be the command line, and send this process the signal once."""
+def wait_for_moment(number: int, moment: str) -> None:
+    """Have this process send itself a signal at a moment, once."""
     awaited = list(MOMENTS[moment])
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
@@ -36,10 +42,10 @@ def main(number: int, moment: str) -> None:
                 os.kill(os.getpid(), number)
 
     sys.addaudithook(watch)
-    from galore_torch.cli import main as galore
-
-    galore()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv.pop(1)), sys.argv.pop(1))
+    wait_for_moment(int(sys.argv.pop(1)), sys.argv.pop(1))
+    from galore_torch.cli import main
+
+    main()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch.optim.moments import MOMENTS, Moment
 from galore_torch.optim.rule import ADAPTED, DECLARED, Decay, Traits, UpdateContext
 from galore_torch.optim.state_layout import KEPT_BY
 
@@ -78,3 +79,15 @@ KEPT_BY += [
     ({"square_avg"}, "RMSprop"),
     ({"momentum_buffer"}, "SGD with momentum (GaLoreSGD)"),
 ]
+
+MOMENTS.update(
+    exp_avg=Moment(1),
+    momentum_buffer=Moment(1),
+    momentum=Moment(1),
+    exp_avg_sq=Moment(2, mean="exp_avg"),
+    max_exp_avg_sq=Moment(2, mean="exp_avg"),
+    square_avg=Moment(2),
+    row_var=Moment(2),
+    col_var=Moment(2),
+    variance=Moment(2),
+)

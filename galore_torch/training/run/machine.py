@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 _ACCELERATE = "ACCELERATE_"
 _OFF = ("", "0", "1", "no", "false")  # what a launcher of one process says of what is not asked for
@@ -39,6 +38,8 @@ def ignore_accelerate(console: Console) -> None:
 def trackers(report_to: str) -> list[str]:
     """The trackers that a setting names, by comma, ``none`` being none; a ValueError says that one is not installed."""
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
     available: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in names:
         if name not in available:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from galore_torch.group_keys import KEYS, BasisBits, Decomposition, Layout, ProjType
+from galore_torch.group_keys import KEYS, BasisBits, Decomposition, Layout, Moments, Normalize, ProjType, Residual
 from galore_torch.training.settings.fields import DType, field_names, group_setting, require_defaults, setting, settings
 
 Optim = Literal[
@@ -127,6 +127,10 @@ class OptimizerConfig:
     )
     gamma_proj: float = group_setting("gamma_proj")
     queue_size: int = group_setting("queue_size")
+    residual: Residual | None = group_setting("residual", default_help="dropped")
+    residual_scale: float = group_setting("residual_scale")
+    moments: Moments = group_setting("moments")
+    normalize: Normalize | None = group_setting("normalize", default_help="as it is")
     beta1: float = setting(0.9, "Decay of the first moment (momentum, for SGD) per step.", ge=0, lt=1)
     beta2: float = setting(0.999, "Decay of the second moment per step.", ge=0, lt=1)
     eps: float = setting(1e-8, "Added to the root of the second moment.", gt=0)

@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 
-import psutil
 import pytest
 from rich.console import Console
 
@@ -20,6 +19,7 @@ from galore_torch.training.compare.report import apart_and_shared, in_lines
 from galore_torch.training.compare.results import RunEnd, as_json, compare, notes, rows, table
 from galore_torch.training.run import records
 from tests.architecture import ROOT
+from tests.forked import Galore, galore
 from tests.waiting import wait_for
 
 
@@ -229,7 +229,7 @@ def flags(given, out):
         words += (
             [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
         )
-    return [sys.executable, "-m", "galore_torch", "compare", *words]
+    return ["compare", *words]
 
 
 def losses(out, method):
@@ -239,16 +239,16 @@ def losses(out, method):
 
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
-    whole = subprocess.run([*flags(given, tmp_path / "whole")], capture_output=True, text=True, check=False)
+    whole = galore(*flags(given, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr + whole.stdout
     assert "galore" in whole.stdout
 
     out = tmp_path / "parts"
     metrics = out / "galore/lr-0.01/seed-0/metrics.jsonl"
-    with subprocess.Popen(flags(given, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
-        wait_for(lambda: (records.last(metrics) or {"step": 0})["step"] >= 3, killed)
-        kill_with_children(killed)
-    again = subprocess.run([*flags(given, out), "--json"], capture_output=True, text=True, check=False)
+    killed = Galore(*flags(given, out))
+    wait_for(lambda: (records.last(metrics) or {"step": 0})["step"] >= 3, killed)
+    killed.kill_with_children()
+    again = galore(*flags(given, out), "--json")
     assert again.returncode == 0, again.stderr
     for method in ("full", "galore"):
         assert losses(out, method) == losses(tmp_path / "whole", method)
@@ -261,17 +261,13 @@ def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
 def test_data_that_cannot_be_read_are_told_before_any_run(given, tmp_path):
     out = tmp_path / "there"
     out.mkdir()
-    done = subprocess.run(flags({**given, "data": "nowhere.txt"}, out), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "galore_torch", *flags({**given, "data": "nowhere.txt"}, out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
         "galore compare pretrain: data = 'nowhere.txt' does not exist; give an existing file or folder, or stdlib.\n"
     )
     assert list(out.iterdir()) == []
-
-
-def kill_with_children(process):
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.kill()
 
 
 def test_rates_for_all_and_for_one():

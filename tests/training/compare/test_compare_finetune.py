@@ -3,8 +3,6 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,8 +14,8 @@ from galore_torch.training.finetune.presets import configure
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
 from galore_torch.training.run.run import new_run, resumed_run
-from tests.training.compare.test_compare import kill_with_children
-from tests.waiting import DEADLINE, wait_for
+from tests.forked import Galore, galore
+from tests.waiting import wait_for
 
 WORDS = ("good", "fine", "bad", "poor", "film", "book", "it", "is", "was", "the", "a", "not", "very")
 RATE = "lr-0.003"
@@ -51,18 +49,14 @@ def given(tmp_path_factory):
 
 
 def compare(given, out, *more):
-    return [sys.executable, "-m", "galore_torch", "compare", "finetune", *given, "--out", str(out), *more]
-
-
-def ended(command):
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return ["compare", "finetune", *given, "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
     """The folder of a comparison that nothing disturbed, and what it printed."""
     out = tmp_path_factory.mktemp("whole") / "compared"
-    done = ended(compare(given, out))
+    done = galore(*compare(given, out))
     assert done.returncode == 0, done.stderr + done.stdout
     return out, done.stdout
 
@@ -80,17 +74,16 @@ def test_a_stopped_and_a_killed_comparison_go_on_to_the_same_result(given, whole
     def step(method):
         return (records.last(out / method / RATE / "seed-0/metrics.jsonl") or {"step": 0})["step"]
 
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(compare(given, out), **quiet) as stopped:
-        wait_for(lambda: step("full") >= 7, stopped)
-        stopped.send_signal(signal.SIGINT)
-        _, error = stopped.communicate(timeout=DEADLINE)
+    stopped = Galore(*compare(given, out))
+    wait_for(lambda: step("full") >= 7, stopped)
+    stopped.send_signal(signal.SIGINT)
+    _, error = stopped.communicate()
     assert stopped.returncode == 130
     assert f"of 2 runs finished. {out} is saved; the same command goes on." in error
-    with subprocess.Popen(compare(given, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
-        wait_for(lambda: step("galore") >= 7, killed)
-        kill_with_children(killed)
-    again = ended(compare(given, out, "--json"))
+    killed = Galore(*compare(given, out))
+    wait_for(lambda: step("galore") >= 7, killed)
+    killed.kill_with_children()
+    again = galore(*compare(given, out, "--json"))
     assert again.returncode == 0, again.stderr
     for method in ("full", "galore"):
         assert measured(out, method) == measured(whole[0], method)
@@ -171,7 +164,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_in_the_dark(whole, browser):
 )
 def test_what_the_first_run_refuses_is_told_in_a_line_and_nothing_is_left(suffix, instead, words, given, tmp_path):
     wrong = [instead if word.endswith(suffix) else word for word in given]
-    done = ended(compare(wrong, tmp_path / "compared"))
+    done = galore(*compare(wrong, tmp_path / "compared"))
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"galore compare finetune: {words}")

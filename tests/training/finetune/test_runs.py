@@ -137,6 +137,7 @@ def test_the_presets_are_the_papers():
 
 @pytest.mark.parametrize("method", TUNING)
 @pytest.mark.parametrize("task", ["rte", "classify", "sft"])
+@pytest.mark.broad
 def test_a_configuration_survives_its_toml(tmp_path, task, method):
     given = {} if task == "rte" else {"data": "rows.csv"}
     config = configure(task=task, method=method, steps=20, **given)

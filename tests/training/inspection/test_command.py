@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -12,8 +11,9 @@ from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.inspection import report
+from tests.forked import Galore
 from tests.training.inspection.looking import FILES, MODULES, SHORT, digests, inspected, of_run
-from tests.waiting import DEADLINE
+from tests.waiting import wait_for
 
 
 def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_path, monkeypatch):
@@ -101,17 +101,12 @@ def test_what_is_wrong_is_told_in_a_line_and_leaves_nothing(arguments, words, ru
 
 @pytest.mark.slow
 def test_a_real_inspection_that_is_stopped_leaves_nothing(run, tmp_path):
-    command = [sys.executable, "-u", "-m", "galore_torch", "inspect", "--run", str(run), "--out", str(tmp_path / "out")]
     before = digests(run)
-    with subprocess.Popen(
-        [*command, "--steps", "4000", "--every", "2", "--oldest", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        begun = next(line for line in process.stdout if "loss" in line)
-        process.send_signal(signal.SIGINT)
-        said = begun + process.communicate(timeout=DEADLINE)[0]
+    process = Galore("inspect", "--run", run, "--out", tmp_path / "out", "--steps", 4000, "--every", 2, "--oldest", 2)
+    wait_for(lambda: "loss" in process.output(), process)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate()
+    said = output + error
     assert process.returncode == 130
     assert said.endswith("Stopped. Nothing was written.\n")
     assert "Traceback" not in said

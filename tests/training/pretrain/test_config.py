@@ -95,6 +95,7 @@ NUMBERS = [name for name, hint in get_type_hints(OptimizerConfig).items() if pla
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.broad
 def test_no_setting_is_infinite(name, value):
     with pytest.raises(ValueError, match=rf"{name} = {value}"):
         OptimizerConfig(**{name: value})

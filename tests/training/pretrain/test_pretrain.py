@@ -216,6 +216,7 @@ def plain(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("gradients", "update"), [("projected", "step"), ("fused", "step"), ("fused", "backward")])
+@pytest.mark.broad
 def test_forms_of_gradients_change_nothing_but_cost(gradients, update, plain, tiny, tmp_path):
     config = tiny(micro_batch=8, gradients=gradients, update=update)
     formed = new_run(Pretraining, config, tmp_path / "formed").train()

@@ -1,11 +1,9 @@
 """Disks that are full or may not be written to, damaged run folders, and surroundings that would change a run."""
 
 import errno
-import importlib
 import os
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from galore_torch.training.run import machine as surroundings
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
 from tests.training.during import During, crash
+from tests.training.run.imported import import_all
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
@@ -184,6 +183,7 @@ def test_damage_to_a_stopped_run_is_told_or_harmless(count, stopped, tiny, tmp_p
 
 @pytest.mark.parametrize("name", ["config.toml", "text.sha256"])
 @pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.broad
 def test_settings_that_are_not_as_they_were_are_not_trained_by(name, how, stopped):
     DAMAGE[how](stopped / name, 0.6)
     status, said = galore("pretrain", "--resume", "--out", stopped)
@@ -203,10 +203,6 @@ def test_what_accelerate_would_read_changes_nothing_and_is_told(tiny, tmp_path, 
     assert "USE_CPU" not in said
     assert run.trainer.accelerator.mixed_precision == "no"
     assert not [name for name in os.environ if name.startswith(surroundings._ACCELERATE + "MIXED")]
-
-
-def import_all(names, console):
-    return [str(importlib.import_module(name).__file__) for name in names] + sys.path
 
 
 def test_a_child_imports_nothing_from_the_working_directory(tmp_path, monkeypatch):

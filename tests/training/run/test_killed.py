@@ -3,10 +3,8 @@
 A few moments here; ``GALORE_KILLS=60`` tries as many.
 """
 
-import multiprocessing
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
+from tests.forked import Galore, galore
 from tests.training.finetune import conftest as tuning
 from tests.waiting import DEADLINE
 
@@ -21,34 +20,12 @@ KILLS = int(os.environ.get("GALORE_KILLS", "6"))
 STEPS = 8
 encoder, labelled, write, classify = tuning.encoder, tuning.labelled, tuning.write, tuning.classify
 
-# Processes of a server that has imported everything: each is one of its own, and starts at once.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["galore_torch.cli", "galore_torch.training.pretrain.run", "galore_torch.training.finetune.run"]
-)
 
-
-def galore(arguments: list[str], log: Path) -> None:
-    """Be the command, in a process of the server's."""
-    from galore_torch.cli import main
-
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = ["galore", *arguments]
-    main()
-
-
-def started(arguments, log):
-    process = SERVER.Process(target=galore, args=([str(each) for each in arguments], log))
-    process.start()
-    return process
-
-
-def ended(arguments, log):
-    process = started(arguments, log)
-    process.join(DEADLINE * 5)
-    assert process.exitcode == 0, log.read_text()
+def ended(*arguments):
+    """What a command said that ended well."""
+    done = galore(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def step_of(folder):
@@ -71,17 +48,16 @@ LATE = {  # after the last checkpoint
 }
 
 
-def killed(arguments, log, watched, draw, late):
+def killed(arguments, watched, draw, late):
     """Start a command and kill it a moment after an event; False if it was faster."""
     met = draw.choice(list((LATE if late else EARLY).values()))
-    process = started(arguments, log)
+    process = Galore(*arguments)
     end = time.monotonic() + DEADLINE * 5
-    while process.is_alive() and not met(watched):
+    while process.poll() is None and not met(watched):
         assert time.monotonic() < end
         time.sleep(0.001)
-    process.join(draw.uniform(0, 0.03))
+    process.wait(draw.uniform(0, 0.03))
     process.kill()
-    process.join()
     return records.final(watched.metrics) is None
 
 
@@ -121,8 +97,7 @@ def models(out):
 def test_a_killed_command_goes_on_to_the_same_model(job, command, finetune, tmp_path):
     whole = tmp_path / "whole"
     arguments = finetune if job == "finetune" else command[job]
-    log = tmp_path / "log.txt"
-    ended([*arguments, f"--out={whole}"], log)
+    ended(*arguments, f"--out={whole}")
     assert models(whole)[0]
     draw = random.Random(job)
     for number in range(KILLS // 3):
@@ -130,10 +105,10 @@ def test_a_killed_command_goes_on_to_the_same_model(job, command, finetune, tmp_
         for attempt in range(20):
             out = tmp_path / f"killed-{number}-{attempt}"
             new, watched = [*arguments, f"--out={out}"], RunFolder(out / run)
-            if killed(new, log, watched, draw, late=number % 3 == 0):
+            if killed(new, watched, draw, late=number % 3 == 0):
                 break
         else:
             pytest.fail("the command was always faster")
         resumes = job != "compare" and watched.config.exists()
-        ended([job, "--resume", f"--out={out}"] if resumes else new, log)
-        assert models(out) == models(whole), log.read_text()
+        said = ended(*([job, "--resume", f"--out={out}"] if resumes else new))
+        assert models(out) == models(whole), said

@@ -65,6 +65,7 @@ def test_each_method_has_its_line_of_help():
 
 
 @pytest.mark.parametrize(("preset", "method"), list(itertools.product(PRESETS, METHODS)))
+@pytest.mark.broad
 def test_a_method_chooses_what_is_trained_and_leaves_the_rest_to_the_preset(preset, method):
     at_once = {"batch": 16, "micro_batch": 16}  # what is applied inside the backward is not accumulated
     config, plain = configure(preset, method=method, **at_once), configure(preset, **at_once)

@@ -79,6 +79,7 @@ def test_new_rows_under_an_old_name_and_time_are_read(kind, cache, tmp_path):
     "name",
     ["g[1].jsonl", "g*.jsonl", "g?.jsonl", "[!g].jsonl", "{a,b}.jsonl", "a#b%41.jsonl", "~g.jsonl", " g\n.jsonl"],
 )
+@pytest.mark.broad
 def test_a_name_is_no_pattern(name, folder, cache, tmp_path, monkeypatch):
     (tmp_path / folder).mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path)

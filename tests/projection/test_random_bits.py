@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_torch.lowbit.random_bits import key_of, random_bits, uniform
+from galore_torch.random_bits import key_of, random_bits, uniform
 
 
 def bits(count, key, first=0):

@@ -1,0 +1,172 @@
+"""The ways to train that the study compares: what moves the layers' matrices, and what moves the rest."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmarks.common.sizes import Llama
+from galore_torch import GaLore
+
+Weights = Sequence[Tensor]
+Matrices = Callable[[Weights, float, Llama], Optimizer]
+Others = Callable[[Weights, float], Optimizer]
+
+
+class Scaled(Optimizer):
+    """Gradients, or one momentum of them, over norms or over second moments that take few numbers.
+
+    Args:
+        params: weights or groups of them.
+        lr: the rate.
+        by: `columns` (SCALE, arXiv 2506.16659: one norm an input, to a root mean square of 0.2), `rows` (one second
+            moment a row: embeddings of rare tokens keep their pace) or `both` (factored, as in arXiv 1804.04235).
+        momentum: of the gradient; 0 keeps none.
+    """
+
+    def __init__(self, params: Any, lr: float, *, by: str = "columns", momentum: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "by": by, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 (of torch's signature)
+        """Move the weights."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state, update = self.state[weight], weight.grad
+                state["step"] = state.get("step", 0) + 1
+                if group["momentum"]:
+                    kept = state.setdefault("momentum", torch.zeros_like(weight))
+                    update = kept.lerp_(update, 1 - group["momentum"]) / (1 - group["momentum"] ** state["step"])
+                if group["by"] == "columns":
+                    update = 0.2 * update / update.square().mean(dim=0, keepdim=True).sqrt().clamp_min(1e-12)
+                else:
+                    update = update / _root(weight.grad, state, both=group["by"] == "both")
+                weight.sub_(update, alpha=group["lr"])
+
+
+def _root(gradient: Tensor, state: dict[str, Any], *, both: bool, beta: float = 0.999) -> Tensor:
+    """Return the root of the second moment: each row's mean (a vector's own), or factored by rows and columns."""
+    square, debiased = gradient.square(), 1 - beta ** state["step"]
+    means = []
+    for dim in (1, 0) if both and gradient.dim() > 1 else (1,):
+        mean = square.mean(dim=dim, keepdim=True) if gradient.dim() > 1 else square
+        means.append(state.setdefault(f"mean {dim}", torch.zeros_like(mean)).lerp_(mean, 1 - beta) / debiased)
+    second = means[0] if len(means) == 1 else means[0] * means[1] / means[1].mean()
+    root: Tensor = second.sqrt() + 1e-8
+    return root
+
+
+FUSED: dict[str, Any] = {"fused": True}
+
+
+def galore(inside: str = "AdamW", of_inside: Mapping[str, Any] = FUSED, **keys: Any) -> Matrices:
+    """Return what wraps one of torch's optimizers, with arguments of its own, in ours; keys are the group's."""
+
+    def made(weights: Weights, lr: float, size: Llama) -> Optimizer:
+        groups = [{"params": list(weights), "rank": size.rank, "update_proj_gap": size.gap, **keys}]
+        return GaLore(groups, getattr(torch.optim, inside), lr=lr, weight_decay=0.0, **of_inside)
+
+    return made
+
+
+def alone(name: str, **arguments: Any) -> Matrices:
+    """Return what makes an optimizer of torch's."""
+    return lambda weights, lr, _: getattr(torch.optim, name)(weights, lr=lr, weight_decay=0.0, **arguments)
+
+
+def alice(weights: Weights, lr: float, size: Llama) -> Optimizer:
+    """Alice (arXiv 2502.07752) of `pytorch_optimizer`, which must be on the path; 40 leading directions of 256."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer.Alice(
+        weights, lr, rank=size.rank, update_interval=size.gap, leading_basis=size.rank * 40 // 256
+    )
+
+
+def fira(weights: Weights, lr: float, size: Llama) -> Optimizer:
+    """Fira (arXiv 2410.01623) as it was released, in `pytorch_optimizer`."""
+    import pytorch_optimizer
+
+    keys = {"rank": size.rank, "update_proj_gap": size.gap, "scale": 0.25, "projection_type": "std"}
+    return pytorch_optimizer.Fira([{"params": list(weights), **keys}], lr)
+
+
+def adamw(weights: Weights, lr: float) -> Optimizer:
+    """AdamW with the paper's betas, without decay."""
+    return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
+
+
+def adamw_8bit(weights: Weights, lr: float) -> Optimizer:
+    """The same with moments in 8 bits."""
+    import bitsandbytes
+
+    made: Optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=lr, weight_decay=0.0)  # type: ignore[attr-defined,no-untyped-call]
+    return made
+
+
+def factored(weights: Weights, lr: float) -> Optimizer:
+    """A second moment by rows and columns, no first."""
+    return Scaled(weights, lr, by="both")
+
+
+def by_rows(weights: Weights, lr: float) -> Optimizer:
+    """A second moment a token, no first; norms have one a number."""
+    return Scaled(weights, lr, by="rows")
+
+
+def by_columns(weights: Weights, lr: float) -> Optimizer:
+    """The head by columns with one momentum, embeddings by a second moment a token, norms by one a number."""
+    *first, head = weights
+    return Scaled([{"params": first, "by": "rows"}, {"params": [head], "momentum": 0.9}], lr)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train."""
+
+    about: str  # in words
+    matrices: Matrices  # moves the layers' matrices
+    lr: float  # their rate, around which the grid is laid
+    others: Others = adamw  # moves embeddings, head and norms
+    others_lr: float = 0.04
+    halfway: Mapping[str, Any] = field(default_factory=dict)  # keys that the matrices' groups get in mid-training
+    clip: float = 0.0  # norm that gradients are clipped to; 0 clips nothing
+
+
+BETA = 0.9
+NESTEROV: dict[str, Any] = {"momentum": BETA, "nesterov": True}
+MOMENTUM: dict[str, Any] = {"inside": "SGD", "of_inside": NESTEROV, "scale": 0.2, "moments": "rotate"}
+"""Momentum in the subspace; a step is 0.2 of the rate once it is normalised."""
+
+FULL: dict[str, Any] = {**MOMENTUM, "residual": "full", "residual_scale": 1 / (1 - BETA)}
+"""The same, with a residual that weighs as much as the gradients which SGD's momentum is a sum of."""
+
+METHODS: dict[str, Method] = {
+    "adamw": Method("AdamW", alone("AdamW", **FUSED), 0.001),
+    "galore": Method("GaLore, moments kept", galore(), 0.01),
+    "galore-rotate": Method("GaLore, moments rotated", galore(moments="rotate"), 0.01),
+    "fira": Method("GaLore, rotated, Fira's residual", galore(moments="rotate", residual="fira"), 0.01),
+    "columns": Method("momentum in the subspace and residual, by columns", galore(**FULL, normalize="columns"), 0.003),
+    "orthogonal": Method("the same, orthogonalised", galore(**FULL, normalize="orthogonal"), 0.004),
+    "muon": Method("Muon", alone("Muon", adjust_lr_fn="match_rms_adamw"), 0.004),
+    "galore-reset": Method("GaLore, moments reset", galore(moments="reset"), 0.01),
+    "scale": Method("SCALE", lambda weights, lr, _: Scaled(weights, lr), 0.003),
+    "sumo": Method("momentum in the subspace, orthogonalised", galore(**MOMENTUM, normalize="orthogonal"), 0.004),
+    "apollo": Method("APOLLO", galore(residual="apollo", decomposition="random", update_proj_gap=200, scale=1.0), 0.01),
+    "alice": Method("Alice, as published", alice, 0.02),
+    "fira-published": Method("Fira, as published", fira, 0.01),
+    "factored": Method("GaLore; others: factored", galore(), 0.01, factored),
+    "rows": Method("GaLore; others: a second moment a row", galore(), 0.01, by_rows),
+    "head-columns": Method("GaLore; head by columns with momentum, embeddings by rows", galore(), 0.01, by_columns),
+    "others-8bit": Method("GaLore; others: AdamW in 8 bits", galore(), 0.01, adamw_8bit),
+    "random-late": Method("GaLore, random bases late", galore(), 0.01, halfway={"decomposition": "random"}),
+    "random": Method("GaLore, random bases", galore(decomposition="random"), 0.01),
+    "columns-alone": Method("momentum in the subspace, by columns", galore(**MOMENTUM, normalize="columns"), 0.003),
+    "scale-momentum": Method("SCALE with momentum", lambda weights, lr, _: Scaled(weights, lr, momentum=BETA), 0.003),
+    "adamw-95": Method("AdamW, betas .9 and .95", alone("AdamW", **FUSED, betas=(0.9, 0.95)), 0.001),
+    "adamw-clip": Method("AdamW, clipped at 1", alone("AdamW", **FUSED), 0.001, clip=1.0),
+    "sign": Method("FRUGAL's signs", galore(residual="sign", moments="reset"), 0.005),
+}

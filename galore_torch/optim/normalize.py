@@ -1,0 +1,99 @@
+"""Updates of fixed size: every column normalized, or the whole orthogonalized.
+
+Entries of a normalized update have a root mean square of 1, so that learning rate and `scale` alone say how far a
+weight moves, as with Adam. Columns (SCALE, arXiv 2506.16659): each input's, over outputs, whichever side is projected.
+Orthogonal (Muon): torch's Newton-Schulz iteration, times sqrt(max(m, n)) (arXiv 2502.16982). What lies in the subspace
+alone is orthogonalized there (SUMO, arXiv 2505.24749), for bases are orthonormal.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
+
+from galore_torch.optim.update import Update
+from galore_torch.projection import Projection
+
+
+def normalized(update: Update, kind: str) -> Update:
+    """An update of the same direction, in the sense of `kind`, and of fixed size.
+
+    Args:
+        update: of one weight; what it holds may be changed in place.
+        kind: `columns` or `orthogonal`.
+
+    Returns:
+        The normalized update.
+    """
+    if update.full is None and not update.projection.is_tucker and len(update.projection.modes):
+        return (_columns_inside if kind == "columns" else _orthogonal_inside)(update)
+    full = update.formed().view(update.projection.view_shape)
+    if kind == "columns":
+        norms = torch.linalg.vector_norm(full, dim=_outputs(update.projection), keepdim=True, dtype=update.exact)
+        return Update(update.projection, full=full, scales=_to_one(norms, full.shape[_outputs(update.projection)]))
+    full = _orthogonal(full.flatten(1) if _is_tensor(update.projection) else full).view(full.shape)
+    return Update(update.projection, full=full, scales=_root_of_longer(update.projection))
+
+
+def _is_tensor(projection: Projection) -> bool:
+    """Whether a weight's first axis counts its outputs and all others its inputs, as a convolution's do."""
+    return len(projection.view_shape) > 2 and (projection.is_tucker or not projection.modes)
+
+
+def _outputs(projection: Projection) -> int:
+    return 0 if _is_tensor(projection) else -2
+
+
+def _root_of_longer(projection: Projection) -> float:
+    rows, columns = projection.view_shape[-2:]
+    if _is_tensor(projection):
+        rows, columns = projection.view_shape[0], math.prod(projection.view_shape[1:])
+    return math.sqrt(max(rows, columns))
+
+
+def _to_one(norms: Tensor, count: int) -> Tensor:
+    """Factors that bring slices of so many entries from these norms to a root mean square of 1; none for zeros."""
+    return torch.where(norms > 0, math.sqrt(count) / norms, 0)
+
+
+def _columns_inside(update: Update) -> Update:
+    """Columns of P c, c Q^T or P c Q^T from the coordinates alone: those of c, or the lengths of Q's rows under c."""
+    coordinates, rows = update.coordinates, update.projection.view_shape[-2]
+    assert coordinates is not None
+    exact = coordinates.to(update.exact)
+    right = update.factors.get("right")
+    if right is None:
+        norms = torch.linalg.vector_norm(exact, dim=-2, keepdim=True)
+        return Update(update.projection, coordinates * _to_one(norms, rows).to(coordinates.dtype), update.factors)
+    wide = right.to(update.exact)
+    norms = ((wide @ (exact.mT @ exact)) * wide).sum(-1, keepdim=True).clamp_min(0).sqrt()
+    factors = {**update.factors, "right": (wide * _to_one(norms, rows)).to(right.dtype)}
+    return Update(update.projection, coordinates, factors)
+
+
+def _orthogonal_inside(update: Update) -> Update:
+    assert update.coordinates is not None
+    made = _orthogonal(update.coordinates).mul_(_root_of_longer(update.projection))
+    return Update(update.projection, made, update.factors)
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal rows or columns, about: singular values are from 0.7 to 1.2.
+
+    Args:
+        matrices: (..., m, n).
+
+    Returns:
+        Of the same shape and dtype, computed in bfloat16.
+    """
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+    made = [_zeropower_via_newtonschulz(one, coefficients, DEFAULT_NS_STEPS, EPS) for one in flat]
+    return (
+        torch.stack(made).view(matrices.shape).to(matrices.dtype)
+        if len(made) > 1
+        else (made[0].view(matrices.shape).to(matrices.dtype))
+    )
