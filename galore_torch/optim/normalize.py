@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
 
+from galore_torch.optim.norms import exact, sums_of_squares
 from galore_torch.optim.update import Update
 from galore_torch.projection import Projection
 
@@ -32,8 +33,10 @@ def normalized(update: Update, kind: str) -> Update:
         return (_columns_inside if kind == "columns" else _orthogonal_inside)(update)
     full = update.formed().view(update.projection.view_shape)
     if kind == "columns":
-        norms = torch.linalg.vector_norm(full, dim=_outputs(update.projection), keepdim=True, dtype=update.exact)
-        return Update(update.projection, full=full, scales=_to_one(norms, full.shape[_outputs(update.projection)]))
+        outputs = _outputs(update.projection)
+        return Update(
+            update.projection, full=full, scales=_to_one(sums_of_squares(full, [outputs]), full.shape[outputs])
+        )
     full = _orthogonal(full.flatten(1) if _is_tensor(update.projection) else full).view(full.shape)
     return Update(update.projection, full=full, scales=_root_of_longer(update.projection))
 
@@ -44,7 +47,8 @@ def _is_tensor(projection: Projection) -> bool:
 
 
 def _outputs(projection: Projection) -> int:
-    return 0 if _is_tensor(projection) else -2
+    """The axis of outputs, counted from the end."""
+    return -len(projection.view_shape) if _is_tensor(projection) else -2
 
 
 def _root_of_longer(projection: Projection) -> float:
@@ -54,24 +58,23 @@ def _root_of_longer(projection: Projection) -> float:
     return math.sqrt(max(rows, columns))
 
 
-def _to_one(norms: Tensor, count: int) -> Tensor:
-    """Factors that bring slices of so many entries from these norms to a root mean square of 1; none for zeros."""
-    return torch.where(norms > 0, math.sqrt(count) / norms, 0)
+def _to_one(squares: Tensor, count: int) -> Tensor:
+    """Factors that give slices of so many entries, of these sums of squares, a root mean square of 1; 0 for zeros."""
+    return torch.where(squares > 0, count / squares, 0).sqrt_()
 
 
 def _columns_inside(update: Update) -> Update:
     """Columns of P c, c Q^T or P c Q^T from the coordinates alone: those of c, or the lengths of Q's rows under c."""
     coordinates, rows = update.coordinates, update.projection.view_shape[-2]
     assert coordinates is not None
-    exact = coordinates.to(update.exact)
     right = update.factors.get("right")
     if right is None:
-        norms = torch.linalg.vector_norm(exact, dim=-2, keepdim=True)
-        return Update(update.projection, coordinates * _to_one(norms, rows).to(coordinates.dtype), update.factors)
-    wide = right.to(update.exact)
-    norms = ((wide @ (exact.mT @ exact)) * wide).sum(-1, keepdim=True).clamp_min(0).sqrt()
-    factors = {**update.factors, "right": (wide * _to_one(norms, rows)).to(right.dtype)}
-    return Update(update.projection, coordinates, factors)
+        scales = _to_one(sums_of_squares(coordinates, [-2]), rows)
+        return Update(update.projection, coordinates.mul_(scales.to(coordinates.dtype)), update.factors)
+    wide = right.to(exact(right))
+    gram = (coordinates.mT @ coordinates).to(wide.dtype)
+    scales = _to_one(((wide @ gram) * wide).sum(-1, keepdim=True).clamp_min_(0), rows)
+    return Update(update.projection, coordinates, {**update.factors, "right": (wide * scales).to(right.dtype)})
 
 
 def _orthogonal_inside(update: Update) -> Update:

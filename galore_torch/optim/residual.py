@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from galore_torch.optim.norms import exact, sums_of_squares
 from galore_torch.optim.state_keys import RESIDUAL_ENERGY, RESIDUAL_NORM
-from galore_torch.optim.update import Update, exact
+from galore_torch.optim.update import Update
 from galore_torch.projection import Projection
 
 if TYPE_CHECKING:
@@ -106,20 +107,15 @@ def _whole_gradient(trained: TrainedWeight) -> Tensor:
 def _factors(trained: TrainedWeight, full: Tensor, coordinates: Tensor, projected: Tensor, kind: str) -> Tensor:
     """phi, limited: one for each slice, or each matrix."""
     projection, state = trained.projection, trained.state
-    axes, dtype = _axes(projection), exact(full)
-
-    def energies(tensor: Tensor) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=dtype)
-        return norms.square_()
-
-    of_full, of_projected = energies(full), energies(projected)
+    axes = [mode.axis for mode in projection.modes]
+    of_full, of_projected = sums_of_squares(full, axes), sums_of_squares(projected, axes)
     outside = of_full if kind == "apollo" else (of_full - of_projected).clamp_min_(0)
     if kind == "alice":
         mean = state[RESIDUAL_ENERGY].lerp_(outside, 1 - ENERGY_DECAY)
         lost = math.prod(mode.size for mode in projection.modes) - math.prod(mode.rank for mode in projection.modes)
         phi = (lost / mean.clamp_min(LEAST_ENERGY)).sqrt_()
     else:
-        of_moved = energies(coordinates)
+        of_moved = sums_of_squares(coordinates, axes)
         if kind == "apollo" and all(mode.rank == 1 for mode in projection.modes):
             whole = tuple(range(len(_stack(projection)) - len(projection.view_shape), 0))
             of_moved, of_projected = of_moved.sum(whole, keepdim=True), of_projected.sum(whole, keepdim=True)
@@ -138,10 +134,6 @@ def _limit(before: Tensor, phi: Tensor, outside: Tensor) -> Tensor:
     before.copy_(torch.where(norm > 0, limited, before))
     factor = torch.where(norm > 0, limited / norm, 1)
     return factor.view(*factor.shape, *(1,) * (phi.dim() - stack))
-
-
-def _axes(projection: Projection) -> tuple[int, ...]:
-    return tuple(mode.axis for mode in projection.modes)
 
 
 def _stack(projection: Projection) -> tuple[int, ...]:

@@ -34,11 +34,6 @@ class Update:
     full: Tensor | None = None
     scales: Tensor | float = 1.0
 
-    @property
-    def exact(self) -> torch.dtype:
-        """In which norms are computed."""
-        return exact(self.full if self.full is not None else self.coordinates)
-
     def times(self, factor: Tensor) -> Update:
         """The update times a number that is in a tensor.
 
@@ -115,8 +110,3 @@ class Update:
             scales = (scales[rows] if scales.dim() and scales.shape[-2] > 1 else scales).to(self.full.dtype)
         outside = self.full[rows] * scales
         return outside if inside is None else outside.add_(inside)
-
-
-def exact(tensor: Tensor | None) -> torch.dtype:
-    """In which norms of a tensor are computed: float32 at least."""
-    return torch.float32 if tensor is None else torch.promote_types(tensor.dtype, torch.float32)
