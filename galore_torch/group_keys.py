@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from galore_torch.values import is_number, is_whole, plain
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
-Decomposition = Literal["svd", "randomized", "warm", "random"]
+Decomposition = Literal["svd", "randomized", "warm", "random", "switched", "sampled"]
 Layout = Literal["tucker", "stack", "reshape"]
 BasisBits = Literal[16, 8, 4]
 Residual = Literal["fira", "apollo", "alice", "sign", "full"]
@@ -99,7 +99,8 @@ KEYS: Mapping[str, Key] = {
         default="warm",
         choices=get_args(Decomposition),
         wanted=f"one of {', '.join(get_args(Decomposition))}",
-        help="How a basis is found: warm (two power iterations from the old one), randomized, svd (exact), or random.",
+        help="How a basis is found: warm (two power iterations from the old one), randomized, svd (exact), random, "
+        "switched (half of it warm, half random), or sampled (singular vectors drawn by their values).",
     ),
     "stagger": Key(
         default=True,

@@ -158,12 +158,15 @@ METHODS: dict[str, Method] = {
     "apollo": Method("APOLLO", galore(residual="apollo", decomposition="random", update_proj_gap=200, scale=1.0), 0.01),
     "alice": Method("Alice, as published", alice, 0.02),
     "fira-published": Method("Fira, as published", fira, 0.01),
+    "switched": Method("GaLore, rotated, switched", galore(decomposition="switched", moments="rotate"), 0.01),
     "factored": Method("GaLore; others: factored", galore(), 0.01, factored),
     "rows": Method("GaLore; others: a second moment a row", galore(), 0.01, by_rows),
     "head-columns": Method("GaLore; head by columns with momentum, embeddings by rows", galore(), 0.01, by_columns),
     "others-8bit": Method("GaLore; others: AdamW in 8 bits", galore(), 0.01, adamw_8bit),
-    "random-late": Method("GaLore, random bases late", galore(), 0.01, halfway={"decomposition": "random"}),
-    "random": Method("GaLore, random bases", galore(decomposition="random"), 0.01),
+    "sampled": Method("GaLore, rotated, sampled", galore(decomposition="sampled", moments="rotate"), 0.01),
+    "random-late": Method(
+        "GaLore, rotated, random late", galore(moments="rotate"), 0.01, halfway={"decomposition": "random"}
+    ),
     "columns-alone": Method("momentum in the subspace, by columns", galore(**MOMENTUM, normalize="columns"), 0.003),
     "scale-momentum": Method("SCALE with momentum", lambda weights, lr, _: Scaled(weights, lr, momentum=BETA), 0.003),
     "adamw-95": Method("AdamW, betas .9 and .95", alone("AdamW", **FUSED, betas=(0.9, 0.95)), 0.001),

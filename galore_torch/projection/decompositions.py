@@ -7,6 +7,10 @@
 * `warm`: the same started from the old basis, which is close already, since a gradient's subspace moves slowly; one
   iteration is then enough. The first basis is `randomized`'s.
 * `random`: an orthonormal basis drawn at random, blind to the gradient (GoLore, arXiv 2410.11289).
+* `switched`: some of `warm`'s leading directions, and random ones of their complement, so that no direction is left out
+  for good (Alice, arXiv 2502.07752).
+* `sampled`: singular vectors drawn without replacement, with probabilities as their singular values (SARA,
+  arXiv 2502.05790).
 
 All take stacks of matrices. Shape suffixes: d x k the matrix seen from the side in question, r the rank, l = r plus
 the oversampling.
@@ -14,6 +18,7 @@ the oversampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -32,6 +37,9 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 2
 """Extra directions that a subspace iteration carries along, and how often it applies A A^T. docs/decisions.md has the
 measured energies: with fewer of either, some layers lose more than 1 % of what the exact basis captures."""
+
+LEADING = 0.5
+"""Share of a `switched` basis that leads; the rest is random."""
 
 MORE_ITERATIONS = 1
 """On a GPU, where products with A cost less than an exact rotation to the singular directions."""
@@ -117,7 +125,7 @@ def find_directions(
     old: Mapping[str, Tensor] | None = None,
     old_is_whole: bool = False,
 ) -> dict[str, Directions]:
-    """What `find_bases` makes its bases of. Reads nothing back, but for `svd`.
+    """What `find_bases` makes its bases of. Reads nothing back, but for `svd` and `sampled`.
 
     Args:
         matrix: as there. Of one that is not finite nothing is meant.
@@ -260,10 +268,38 @@ def _exact(matrix: Tensor) -> Tensor:
     return matrix if matrix.dtype == torch.float64 else matrix.float()
 
 
+def _switched(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    leading = {side: math.ceil(LEADING * rank) for side, rank in wanted.ranks.items()}
+    old = {side: basis_dr[..., : leading[side]] for side, basis_dr in wanted.old.items()}
+    found = _warm(matrix, replace(wanted, ranks=leading, old=old))
+    for number, (side, basis_dl) in enumerate(list(found.items()), start=2):
+        if more := wanted.ranks[side] - leading[side]:
+            drawn_dr = _drawn(_facing(matrix, side), more, wanted.seed, number).to(basis_dl.dtype)
+            for _ in range(2):  # once more for what rounding left
+                drawn_dr = orthonormal(drawn_dr - basis_dl @ (basis_dl.mT @ drawn_dr))
+            found[side] = torch.cat((basis_dl, drawn_dr), dim=-1)
+    return found
+
+
+def _sampled(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    found = {}
+    for number, (side, rank) in enumerate(wanted.ranks.items()):
+        facing_dk = _unit(_exact(_facing(matrix, side)))
+        squares, vectors_dd = torch.linalg.eigh(facing_dk @ facing_dk.mT)  # ascending
+        # The largest of logarithms with Gumbel noise are a draw without replacement.
+        uniform = torch.special.ndtr(_drawn(squares.unsqueeze(-1), 1, wanted.seed, number)).squeeze(-1)
+        keys = squares.clamp_min(0).log() / 2 - (-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
+        places = keys.topk(rank).indices.sort(descending=True).values
+        found[side] = vectors_dd.gather(-1, places.unsqueeze(-2).expand(*vectors_dd.shape[:-1], rank))
+    return found
+
+
 DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Tensor]]] = {
     "svd": _svd,
     "randomized": _randomized,
     "warm": _warm,
     "random": _random,
+    "switched": _switched,
+    "sampled": _sampled,
 }
 """The decompositions by name. `galore_torch.group_keys.Decomposition` names them too, for it imports no torch."""

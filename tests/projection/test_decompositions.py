@@ -192,7 +192,7 @@ def test_a_basis_has_the_dtype_of_the_gradient_and_is_computed_in_float32_at_lea
     assert basis.dtype == dtype
     precise = grad if dtype == torch.float64 else grad.float()
     expected = found(precise, 4, decomposition, ("right",))["right"].to(dtype)
-    if dtype == torch.bfloat16 and decomposition in ("randomized", "warm"):  # multiplied in bf16 itself
+    if dtype == torch.bfloat16 and decomposition in ("randomized", "warm", "switched"):  # multiplied in bf16 itself
         overlap = (basis.float().mT @ expected.float()).square().sum() / 4
         assert overlap > 0.999
     else:
@@ -210,5 +210,26 @@ def test_the_smallest_matrices_have_bases(decomposition, shape):
 
 
 def test_an_unknown_decomposition_is_refused_by_name():
-    with pytest.raises(ValueError, match="decomposition is 'qr'; use one of svd, randomized, warm, random"):
+    with pytest.raises(
+        ValueError, match="decomposition is 'qr'; use one of svd, randomized, warm, random, switched, sampled"
+    ):
         found(torch.randn(4, 4), 2, "qr")
+
+
+def test_a_switched_basis_leads_with_half_and_fills_up_from_the_complement():
+    matrix = with_spectrum(60, 40, 0.5 ** torch.arange(40.0, dtype=torch.float64))
+    basis = found(matrix, 8, "switched")["left"]
+    leading = exact(matrix, 4)["left"]
+    assert (leading.mT @ basis[:, :4]).square().sum() > 3.99
+    assert (leading.mT @ basis[:, 4:]).square().sum() < 0.01
+    other = found(matrix, 8, "switched", seed=1, old={"left": basis})["left"]
+    assert (basis[:, 4:].mT @ other[:, 4:]).square().sum() < 2  # of 4, where they were the same
+
+
+def test_sampled_bases_hold_leading_vectors_more_often_but_not_always():
+    values = torch.cat((torch.full((4,), 3.0), torch.full((12,), 1.0)))
+    matrix = with_spectrum(24, 16, values.double())
+    leading = exact(matrix, 4)["left"]
+    held = [float((leading.mT @ found(matrix, 4, "sampled", seed=seed)["left"]).square().sum()) for seed in range(200)]
+    assert 1.6 < sum(held) / 200 < 2.3  # 2 of the first of 4 draws, and fewer of those that follow
+    assert len({round(one) for one in held}) > 2
