@@ -37,17 +37,13 @@ class Server:
     def start(self, target: Callable[..., Any], *args: Any, daemon: bool = False) -> BaseProcess:
         """Start a process that calls a function of a module."""
         process = CONTEXT.Process(target=target, args=args, daemon=daemon)
-        with self._asked():
+        with self.forking():
             process.start()
         return process
 
-    def children(self, since: float = 0.0) -> list[psutil.Process]:
-        """What it has forked from a time on, in seconds of the epoch, and still runs."""
-        forked = psutil.Process(self._server._forkserver_pid).children(recursive=True)
-        return [one for one in forked if one.create_time() >= since]
-
     @contextmanager
-    def _asked(self) -> Iterator[None]:
+    def forking(self) -> Iterator[None]:
+        """Have it fork what is started in `CONTEXT` meanwhile."""
         others = forkserver.connect_to_new_process
         forkserver.connect_to_new_process = self._server.connect_to_new_process
         try:
@@ -55,9 +51,20 @@ class Server:
         finally:
             forkserver.connect_to_new_process = others
 
+    def children(self, since: float = 0.0) -> list[psutil.Process]:
+        """What it has forked from a time on, in seconds of the epoch, and still runs."""
+        forked = psutil.Process(self._server._forkserver_pid).children(recursive=True)
+        return [one for one in forked if one.create_time() >= since]
+
+
+TORCH = Server(
+    "tests.distributed.trained", "pytest", "typer",
+    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
+)  # fmt: skip
+"""Of those that need torch alone; with what DDP imports when it is made."""
 
 TRAINING = Server("galore_torch.cli", "galore_torch.training.pretrain.run", "galore_torch.training.finetune.run")
-"""Of those that train."""
+"""Of those that train by the command line."""
 
 
 class Galore:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing  # tensors go through queues
 
+from tests.forked import CONTEXT, TORCH
 from tests.waiting import DEADLINE
 
 COLLECTIVE = 60
@@ -38,16 +39,12 @@ class Pool:
         self._processes: list[Any] = []
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.distributed.trained"])
-        self._answers = context.Queue()
-        self._questions = [context.Queue() for _ in range(self._size)]
+        self._answers = CONTEXT.Queue()
+        self._questions = [CONTEXT.Queue() for _ in range(self._size)]
         self._processes = [
-            context.Process(target=_serve, args=(rank, questions, self._answers), daemon=True)
+            TORCH.start(_serve, rank, questions, self._answers, daemon=True)
             for rank, questions in enumerate(self._questions)
         ]
-        for process in self._processes:
-            process.start()
 
     def run(self, case: Callable[..., Any], world: int, **given: Any) -> list[Any]:
         """What a case returns in each of some processes.

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_torch import GaLoreAdamW, attach, param_groups, quantize_weights
+from tests.forked import CONTEXT, TORCH
 from tests.waiting import DEADLINE
 
 pytestmark = pytest.mark.slow  # two more processes import torch
@@ -149,12 +149,9 @@ def run(rank: int, store: str, answers: Any) -> None:
 def said(tmp_path_factory) -> dict[str, list[str]]:
     """What each trial said in each of two processes, by its name."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    context = mp.get_context("spawn")
-    answers = context.Queue()
+    answers = CONTEXT.Queue()
     store = Path(tmp_path_factory.mktemp("job")) / "store"
-    processes = [context.Process(target=run, args=(rank, str(store), answers)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    processes = [TORCH.start(run, rank, str(store), answers) for rank in range(2)]
     heard: dict[str, list[str]] = {name: ["", ""] for name in TRIALS}
     try:
         for _ in range(2 * len(TRIALS)):

@@ -10,9 +10,11 @@ import time
 import pytest
 from rich.console import Console
 
+from galore_torch.training.compare import process
 from galore_torch.training.compare.process import ProcessDiedError, call_in_process
 from galore_torch.training.run.signals import Stop, exit_status
 from tests.architecture import ROOT
+from tests.forked import CONTEXT, TORCH
 from tests.waiting import DEADLINE, wait_for
 
 
@@ -25,6 +27,14 @@ class TwoWordsError(Exception):
 
 def call(function, *args, log):
     return call_in_process(function, *args, log=log, console=Console(quiet=True))
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that start at once: a new one imports torch first."""
+    monkeypatch.setattr(process, "_SPAWN", CONTEXT)
+    with TORCH.forking():
+        yield
 
 
 def whoami(name, console):
@@ -57,13 +67,13 @@ def wait_to_be_stopped(begun, console):
 
 
 def test_what_a_function_returns_comes_back_from_a_process_and_session_of_its_own(tmp_path):
-    name, process, session = call(whoami, "you", log=tmp_path / "log")
-    assert (name, session) == ("you", process)
-    assert process != os.getpid()
+    name, child, session = call(whoami, "you", log=tmp_path / "log")
+    assert (name, session) == ("you", child)
+    assert child != os.getpid()
     assert (tmp_path / "log").read_text().splitlines() == ["hello you", "shown"]
 
 
-def test_what_a_function_raises_comes_back_as_it_is(tmp_path):
+def test_what_a_function_raises_comes_back_as_it_is(forked, tmp_path):
     with pytest.raises(ValueError, match=r"^rank = 0 is out of range$"):
         call(fail, log=tmp_path / "log")
     assert "Traceback" in (tmp_path / "log").read_text()
@@ -71,13 +81,13 @@ def test_what_a_function_raises_comes_back_as_it_is(tmp_path):
         call(fail_in_two_words, log=tmp_path / "log")
 
 
-def test_a_killed_process_is_an_error_with_its_signal_and_last_line(tmp_path):
+def test_a_killed_process_is_an_error_with_its_signal_and_last_line(forked, tmp_path):
     with pytest.raises(ProcessDiedError, match="SIGKILL: the last words"):
         call(die, log=tmp_path / "log")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_function_first_and_then_stops_its_caller(number, tmp_path):
+def test_a_signal_ends_the_function_first_and_then_stops_its_caller(number, forked, tmp_path):
     begun = tmp_path / "begun"
 
     def signal_us():
