@@ -28,6 +28,7 @@ class Replicas(Alone):
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
         self._group = group
 
     def require(self, seed: int) -> None:
