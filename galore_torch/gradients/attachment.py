@@ -191,7 +191,7 @@ def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]
 
 def _fuse_linears(model: nn.Module, optimizer: GaLore, projected: dict[str, Tensor], attachment: Attachment) -> None:
     names = {id(weight): name for name, weight in projected.items()}
-    tracker, fused = InputTracker(), set()
+    tracker, fused = InputTracker(optimizer), set()
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if id(weight) not in names or not is_linear(module):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from galore_torch.gradients.compiled_linear import LAYERS, CompiledLinear
+from galore_torch.gradients.known_weights import KnownWeights
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
@@ -84,20 +86,18 @@ class FusedLinear:
         self.tracker = tracker
         self.shared = SharedInput()
         self._plan: Plan | None = None
-        self._looked: tuple[int, TrainedWeight | None, Basis | None] = (-1, None, None)
+        self._looked: tuple[int, Tensor, TrainedWeight, Basis | None] | None = None
         self._decided: tuple[int, bool] | None = None
-        # Layers take turns to renew; a compiler that looked inside would compile again for each. Not a decorator: it
-        # imports the compiler.
+        # Not a decorator: it imports the compiler.
         self._not_compiled = torch.compiler.disable(self.__call__)  # type: ignore[no-untyped-call]
 
     def _look(self, version: int) -> tuple[TrainedWeight, Basis | None]:
         """What is known of the weight, and its basis if that is not to be renewed in this step."""
-        looked, trained, basis = self._looked
-        if looked != version or trained is None:
-            trained = self.optimizer._known_weight(self.module.weight)
-            basis = None if trained.needs_renewal else trained.basis
-            self._looked = version, trained, basis
-        return trained, basis
+        looked, weight = self._looked, self.module.weight
+        if looked is None or looked[0] != version or looked[1] is not weight:
+            trained = self.optimizer._known_weight(weight)
+            looked = self._looked = version, weight, trained, None if trained.needs_renewal else trained.basis
+        return looked[2:]
 
     def input_rank(self, version: int) -> int:
         """The length of a row of X Q, if that is all that this layer's backward needs of X; else 0.
@@ -130,8 +130,7 @@ class FusedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's forward."""
         if torch.compiler.is_compiling():
-            y: Tensor = self._not_compiled(x)
-            return y
+            return self._compiled(x)
         parameters = self.module._parameters  # what the layer's attributes look into, too
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None
@@ -154,6 +153,37 @@ class FusedLinear:
             cast = None if bias is None else bias.to(dtype)
             return _linear(x.to(dtype), weight, cast, plan)
 
+    def _compiled(self, x: Tensor) -> Tensor:
+        """The same as a compiler is to see it."""
+        weight, bias = self.module.weight, self.module.bias
+        y: Tensor
+        if isinstance(weight, QuantizedWeight):
+            y = self._not_compiled(x)
+            return y
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return F.linear(x, weight, bias)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                y = CompiledLinear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-untyped-call]
+        else:
+            y = CompiledLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+
+    def holds(self, weight: Tensor) -> bool:
+        """See `compiled_linear.Layer`."""
+        return self.module.weight is weight
+
+    @torch.no_grad()
+    def gradient(self, weight: Tensor, grad_y_nm: Tensor, x_nn: Tensor) -> Tensor:
+        """See `compiled_linear.Layer`."""
+        trained = self.tracker.known.in_backward(weight)
+        assert trained is not None
+        basis = None if trained.needs_renewal else trained.basis
+        plan = Plan(self.optimizer._cache.version, weight, trained.projection, basis, False, False)
+        return _weight_gradient(plan, basis, grad_y_nm, x_nn, weight.dtype)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled layer gets its own forward in this place: the hooks stay behind, and so does this."""
         return nn.Linear.forward.__get__, (self.module,)
@@ -162,13 +192,18 @@ class FusedLinear:
 class InputTracker:
     """Finds out which layers share an input, by the order of their calls.
 
+    Args:
+        optimizer: holds their weights.
+
     Attributes:
+        known: what hooks know of the weights.
         first: the layer that was called first since all weights were looked at, and looks at them again when it is
             called again: once in each pass over the model.
         version: of what was known of them then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: GaLore) -> None:
+        self.known = KnownWeights(optimizer)
         self._last_input: Callable[[], Tensor | None] = lambda: None
         self._current = SharedInput()
         self.first: FusedLinear | None = None
@@ -300,8 +335,11 @@ def fuse(module: nn.Linear, layer: FusedLinear) -> Callable[[], None]:
         A function that puts the forward back as it was.
     """
     module.forward = layer  # type: ignore[method-assign, assignment]
+    key = id(module.weight)
+    LAYERS[key] = layer
 
     def restore() -> None:
         del module.forward
+        LAYERS.pop(key, None)
 
     return restore
