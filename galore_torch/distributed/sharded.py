@@ -166,6 +166,11 @@ class ShardedWork(TrainedWeight):
         inside, whole = energies.unbind()
         return inside / whole / (dist.get_world_size(self.cut.group) if self.is_contracted else 1)
 
+    def of_stack(self, matrices: Tensor) -> Tensor:
+        """Those of this process' part of a stack, where that is what is cut and the state is cut with it."""
+        is_cut = matrices.dim() > 2 and not self.is_gathered and self.cut.axis < len(self.projection.view_shape) - 2
+        return matrices.narrow(self.cut.axis, self.cut.start, self.cut.length) if is_cut else matrices
+
     def opened(self, inner: Any) -> Any:
         """The rule's state of this process' part."""
         return {

@@ -11,13 +11,14 @@ v - m^2 goes with the squares of C, as if coordinates were independent, and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from galore_torch.optim.norms import exact
 from galore_torch.optim.rule import InnerParam, Rule
 from galore_torch.optim.state_keys import INNER, RENEWALS, RENEWED_STEP, STEP
 from galore_torch.projection import Basis, Projection, multiply_mode
@@ -26,21 +27,41 @@ if TYPE_CHECKING:
     from galore_torch.optim.trained_weight import TrainedWeight
 
 
+State = Mapping[str, Any]
+
+
+def _decoded(state: State, name: str) -> Tensor:
+    value: Any = state[name]
+    made: Tensor = value.dequantize() if hasattr(value, "__tensor_flatten__") else value  # torchao's codes
+    return made
+
+
+def _encode(state: State, name: str, moment: Tensor) -> None:
+    state[name].copy_(moment)
+
+
 @dataclass(frozen=True)
 class Moment:
     """What a tensor in an optimizer's state is.
 
     Attributes:
-        order: 1 for an average of gradients, 2 for one of their squares.
+        order: 1 for an average of gradients, 2 for one of their squares, 0 for what belongs to another tensor.
         mean: of a second moment, the first one that belongs to it in the same state, if there is one.
+        read: gives its numbers, from the state by its name there.
+        write: puts others in their place.
     """
 
     order: int
     mean: str | None = None
+    read: Callable[[State, str], Tensor] = _decoded
+    write: Callable[[State, str, Tensor], None] = _encode
 
 
 MOMENTS: dict[str, Moment] = {}
 """What tensors of optimizers' states are, by their names there. `recipes` fills it."""
+
+MOMENTS_OF: dict[str, Mapping[str, Moment]] = {}
+"""The same of optimizers in whose states names mean something else, by qualified class name."""
 
 
 def begins_anew(trained: TrainedWeight) -> bool:
@@ -61,15 +82,30 @@ def carry(trained: TrainedWeight, old: Basis, new: Basis) -> None:
     inner = trained.state.get(INNER)
     if not inner or trained.group.get("moments") != "rotate":
         return
-    changes = {name: (old[name].to(_exact(old[name])).mT @ new[name].to(_exact(old[name]))) for name in new}
-    opened, group = trained.opened(inner), trained.group
-    beta1, beta2 = group["betas"][:2] if "betas" in group else (0.0, 0.0)
+    changes = {}
+    for name in new:
+        dtype = exact(new[name])
+        changes[name] = trained.of_stack(old[name].to(dtype).mT @ new[name].to(dtype))
+    beta1, beta2 = trained.group["betas"][:2] if "betas" in trained.group else (0.0, 0.0)
     steps = trained.state[STEP]
-    corrections = 1 - beta1**steps, 1 - beta2**steps
-    before = {name: value for name, value in opened.items() if _is_moment(name, value)}
-    rotated = {name: _rotated(before, name, changes, trained.projection, corrections) for name in before}
-    for name, value in rotated.items():
-        before[name].copy_(value)
+    rotation = _Rotation(trained.projection, changes, 1 - beta1**steps, 1 - beta2**steps)
+    opened = trained.opened(inner)
+    parts = list(opened.values()) if "slice0" in opened else [opened]
+    kinds = _moments_of(trained.rule)
+    moments = {
+        name: torch.cat([kinds[name].read(part, name).reshape(-1) for part in parts])
+        if len(parts) > 1
+        else kinds[name].read(opened, name)
+        for name, value in parts[0].items()
+        if isinstance(value, Tensor) and value.dim() and name in kinds and kinds[name].order
+    }
+    if len(parts) > 1:
+        moments = {name: value.view(trained.local_projection.projected_shape) for name, value in moments.items()}
+    rotated = {name: rotation.of(moments, name, kinds[name]) for name in moments}
+    for name, moment in rotated.items():
+        sizes = [part[name].numel() for part in parts]
+        for part, numbers in zip(parts, moment.reshape(-1).split(sizes), strict=True):
+            kinds[name].write(part, name, numbers.view(part[name].shape))
 
 
 def require_moments(rule: Rule, group: Mapping[str, Any]) -> None:
@@ -90,7 +126,8 @@ def require_moments(rule: Rule, group: Mapping[str, Any]) -> None:
         param = InnerParam(tensor=torch.zeros(4, 3), grad=torch.ones(4, 3), state=state, group=group)
         tried.step([param])
         state = param.state
-    unknown = [key for key, value in state.items() if isinstance(value, Tensor) and value.dim() and key not in MOMENTS]
+    known = _moments_of(rule)
+    unknown = [key for key, value in state.items() if isinstance(value, Tensor) and value.dim() and key not in known]
     if unknown:
         raise ValueError(
             f"moments is 'rotate', and {rule.name} keeps {', '.join(unknown)}, of which is not known how to carry it "
@@ -98,38 +135,47 @@ def require_moments(rule: Rule, group: Mapping[str, Any]) -> None:
         )
 
 
-def _is_moment(name: str, value: Any) -> bool:
-    return name in MOMENTS and isinstance(value, Tensor) and value.dim() > 0
+def _moments_of(rule: Rule) -> Mapping[str, Moment]:
+    return {**MOMENTS, **MOMENTS_OF.get(rule.name, {})}
 
 
-def _rotated(
-    moments: Mapping[str, Tensor],
-    name: str,
-    changes: Mapping[str, Tensor],
-    projection: Projection,
-    corrections: tuple[float, float],
-) -> Tensor:
-    kind = MOMENTS[name]
-    value = moments[name].to(next(iter(changes.values())).dtype)
-    if kind.order == 1:
-        return _changed(value, changes, projection)
-    squares = {mode: change.square() for mode, change in changes.items()}
-    mean = moments.get(kind.mean) if kind.mean else None
-    if mean is None:
-        return _changed(value, squares, projection)
-    of_mean, of_square = corrections
-    mean = mean.to(value.dtype) / of_mean
-    variance = _changed(value / of_square - mean.square(), squares, projection)
-    return (variance + _changed(mean, changes, projection).square()).abs_().mul_(of_square)
+@dataclass(frozen=True)
+class _Rotation:
+    """From one basis into another.
 
+    Attributes:
+        projection: how the weight is projected.
+        changes: C^T by mode, (..., r, r).
+        of_mean, of_square: by how much first and second moments are too small for their start.
+    """
 
-def _changed(value: Tensor, changes: Mapping[str, Tensor], projection: Projection) -> Tensor:
-    """A moment in the new basis. A factored one has one number along some axes, which stay as they are."""
-    for mode in projection.modes:
-        if value.dim() >= -mode.axis and value.shape[mode.axis] == mode.rank:
-            value = multiply_mode(value, changes[mode.name], mode.axis)
-    return value
+    projection: Projection
+    changes: Mapping[str, Tensor]
+    of_mean: float
+    of_square: float
 
+    def of(self, moments: Mapping[str, Tensor], name: str, kind: Moment) -> Tensor:
+        """A moment in the new basis.
 
-def _exact(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+        Args:
+            moments: all of a weight's, by name.
+            name: which.
+            kind: what it is.
+        """
+        dtype = next(iter(self.changes.values())).dtype
+        value, mean = moments[name].to(dtype), moments.get(kind.mean or "")
+        if kind.order == 1:
+            return self._changed(value, self.changes)
+        squares = {mode: change.square() for mode, change in self.changes.items()}
+        if mean is None:
+            return self._changed(value, squares)
+        mean = mean.to(dtype) / self.of_mean
+        variance = self._changed(value / self.of_square - mean.square(), squares)
+        return (variance + self._changed(mean, self.changes).square()).abs_().mul_(self.of_square)
+
+    def _changed(self, value: Tensor, changes: Mapping[str, Tensor]) -> Tensor:
+        """A factored moment has one number along some axes, which stay as they are."""
+        for mode in self.projection.modes:
+            if value.dim() >= -mode.axis and value.shape[mode.axis] == mode.rank:
+                value = multiply_mode(value, changes[mode.name], mode.axis)
+        return value

@@ -72,6 +72,14 @@ class ProcessPart:
         """
         return self.local_projection.project(tensor, self.factors)
 
+    def of_stack(self, matrices: Tensor) -> Tensor:
+        """Those that belong to what is in this process, where a stack of weights has one each; else the tensor itself.
+
+        Args:
+            matrices: for all of the weight.
+        """
+        return matrices
+
     def opened(self, inner: Any) -> Any:
         """The rule's state as the rule takes it: of what is in this process.
 

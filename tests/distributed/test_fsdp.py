@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped, accumulated": {"micro": 2, "clip": 0.05},
     "lazy": {"keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 20},
     "SGD": {"recipe": "sgd"},
+    "moments rotated": {"keys": {"moments": "rotate"}, "shape": UNEVEN, "steps": 20},
     "attached": {"mode": ("full", "step")},
     "not finite in one part": {"spoils": (3, 1), "keys": {"skip_nonfinite": True}},
     "Adafactor": {"recipe": "adafactor", "shape": UNEVEN},
@@ -102,6 +103,11 @@ ALIKE = {
 @pytest.mark.parametrize("name", ALIKE)
 def test_numbers_of_few_bits_are_those_of_one_process(pool, name):
     assert_as_one(pool, 2, bar=0, alike=True, steps=SHORT, keys={"proj_type": "right", "rank": 64}, **ALIKE[name])
+
+
+def test_moments_of_few_bits_are_rotated_as_in_one_process(pool):
+    keys = {"proj_type": "right", "rank": 64, "moments": "rotate"}
+    assert_as_one(pool, 2, bar=0, alike=True, steps=SHORT, keys=keys, **ALIKE["8 bits in parts"])
 
 
 def test_state_in_few_bits_is_divided_between_blocks(pool, tmp_path):

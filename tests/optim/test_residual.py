@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, attach, quantize_weights
+from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, attach, quantize_weights
 from galore_torch.group_keys import KEYS
 from galore_torch.optim.groups import projection_in
+from galore_torch.optim.recipes import eight_bit
 from galore_torch.optim.state_keys import BASIS, INNER, RESIDUAL_ENERGY, RESIDUAL_NORM, STEP
 from tests.optim.small import assert_same, gradient, snapshot, walk, weights
 
@@ -244,6 +245,24 @@ def test_rotated_moments_are_those_of_the_new_basis():
     walk(optimizer, [weight], [3])
     found, basis = state[INNER]["momentum_buffer"], state[BASIS]["left"]
     torch.testing.assert_close(found, basis.mT @ (0.9 * before + gradient(weight, 3, 0)))
+
+
+@pytest.mark.parametrize("slices", [False, True])
+def test_moments_in_eight_bits_are_rotated_through_their_codes(slices, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    if slices:
+        monkeypatch.setattr(eight_bit, "_SLICE_ELEMENTS", 4096)
+    ends = []
+    for kind in (GaLoreAdamW, GaLoreAdamW8bit):
+        (weight,) = weights((128, 256))
+        group = {"params": [weight], "rank": 64, "update_proj_gap": 3, "moments": "rotate", "stagger": False}
+        optimizer = kind([group], lr=0.01, weight_decay=0.0)
+        walk(optimizer, [weight], range(8))
+        ends.append(weight.detach())
+        names = set(optimizer.state[weight][INNER])
+    assert ("slice0" in names) == slices
+    moved = ends[0] - weights((128, 256))[0]
+    assert (ends[1] - ends[0]).norm() < 0.1 * moved.norm()
 
 
 @every_residual

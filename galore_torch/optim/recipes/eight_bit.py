@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from galore_torch.extras import install
 from galore_torch.group_keys import PROJECTED_DEFAULTS
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
+from galore_torch.optim.moments import MOMENTS_OF, Moment
 from galore_torch.optim.rule import Traits
 
 _BLOCK = 256
@@ -22,6 +24,39 @@ _BLOCK = 256
 _SLICE_ELEMENTS = 2**20
 """On a CPU bitsandbytes copies what it moves, and its moments, into float32. Slices are whole blocks, so that
 they move as the whole would."""
+
+
+def _decoded(state: Mapping[str, Any], name: str) -> Tensor:
+    """A moment of bitsandbytes', which is in codes where it is of bytes."""
+    moment: Tensor = state[name]
+    if moment.dtype is not torch.uint8:
+        return moment
+    from bitsandbytes.functional import dequantize_blockwise
+
+    absmax, code = state[f"absmax{name[-1]}"], state[f"qmap{name[-1]}"]
+    return dequantize_blockwise(moment, absmax=absmax, code=code, blocksize=_BLOCK)
+
+
+def _encode(state: Mapping[str, Any], name: str, moment: Tensor) -> None:
+    if state[name].dtype is not torch.uint8:
+        state[name].copy_(moment)
+        return
+    from bitsandbytes.functional import quantize_blockwise
+
+    codes, found = quantize_blockwise(moment.contiguous(), code=state[f"qmap{name[-1]}"], blocksize=_BLOCK)
+    state[name].copy_(codes)
+    state[f"absmax{name[-1]}"].copy_(found.absmax)
+
+
+_ADAM = {
+    "state1": Moment(1, read=_decoded, write=_encode),
+    "state2": Moment(2, mean="state1", read=_decoded, write=_encode),
+    **dict.fromkeys(("qmap1", "qmap2", "absmax1", "absmax2"), Moment(0)),
+}
+for _kind in ("Adam", "AdamW"):
+    for _form in (_kind, f"{_kind}8bit", f"{_kind}32bit"):
+        for _name in (_form, f"Paged{_form}"):
+            MOMENTS_OF[f"bitsandbytes.optim.{_kind.lower()}.{_name}"] = _ADAM
 
 
 class GaLoreAdamW8bit(GaLore):
