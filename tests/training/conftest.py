@@ -62,6 +62,18 @@ def _quickly_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         )
 
 
+@pytest.fixture
+def planned() -> None:
+    """For tests that look at what a run says of its memory."""
+
+
+@pytest.fixture(autouse=True)
+def _quickly_begun(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the plan of a run's memory where no test looks: it takes as long as to train a small model."""
+    if "planned" not in request.fixturenames:
+        monkeypatch.setattr("galore_torch.training.run.run.planned_peak", lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def _terminal():
     """Signals as in a terminal: a process that a script started in the background may have them ignored."""

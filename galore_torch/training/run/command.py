@@ -160,10 +160,11 @@ def _shown(result: RunResult, name: str) -> list[str]:
             f"  {name} --resume --out {result.out}",
         ]
     folder = RunFolder(Path(result.out))
+    planned = "" if result.planned_memory_bytes is None else f" (planned {megabytes(result.planned_memory_bytes)})"
     files = {"model": folder.model, "metrics": folder.metrics, "plot": folder.plot, "predictions": folder.predictions}
     return [
         f"{result.headline}  optimizer state {megabytes(result.state_bytes)}  "
-        f"peak memory {megabytes(result.peak_memory_bytes)}  {duration(result.seconds)} of training",
+        f"peak memory {megabytes(result.peak_memory_bytes)}{planned}  {duration(result.seconds)} of training",
         "  ".join(f"{what} {path}" for what, path in files.items() if path.exists()),
     ]
 

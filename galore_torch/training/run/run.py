@@ -24,6 +24,7 @@ from galore_torch.training.run.files import sync
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job, make_trainer
 from galore_torch.training.run.manifest import write_manifest
+from galore_torch.training.run.memory import planned_peak
 from galore_torch.training.run.plots import plot_losses
 from galore_torch.training.run.progress import StepProgress, quiet
 from galore_torch.training.run.signals import deferred, was_asked
@@ -45,6 +46,7 @@ class RunResult:
     eval_loss: float | None  # on what is held out, at the end; nats per token of a language model
     state_bytes: int  # of the optimizer
     peak_memory_bytes: int  # of the GPU if there is one, of the process otherwise
+    planned_memory_bytes: int | None  # the same, as it was planned before the first step; None if it was not
     parameters: int  # of the model, as it is saved
     trained_parameters: int  # those that the optimizer moves, of the model or of its adapters
     seconds: float  # time spent in training steps
@@ -108,6 +110,7 @@ class Run:
             run_name=folder.root.name,
         )
         processes.require_same_text(job.digest)
+        self._planned = planned_peak(job, self.trainer, console)
         if before is not None and processes.is_first():
             _record_changes(folder, before, config, self.checkpoint, console)
 
@@ -162,6 +165,7 @@ class Run:
             eval_loss=recorder.evaluation.get("eval_loss") if finished else None,
             state_bytes=state_bytes(optimizer),
             peak_memory_bytes=machine.peak_memory_bytes(),
+            planned_memory_bytes=self._planned,
             parameters=self._parameters,
             trained_parameters=self.model.num_parameters(only_trainable=True),
             seconds=recorder.seconds,

@@ -62,7 +62,7 @@ def whole(given, tmp_path_factory):
 
 
 def measured(out, method):
-    timed = ("seconds", "examples_per_second", "peak_memory_bytes")
+    timed = ("seconds", "examples_per_second", "peak_memory_bytes", "planned_memory_bytes")
     history = records.read(out / method / RATE / "seed-0" / "metrics.jsonl")
     return [{name: value for name, value in record.items() if name not in timed} for record in history]
 

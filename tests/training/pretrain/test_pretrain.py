@@ -22,7 +22,7 @@ from tests.training.during import During, crash, ctrl_c
 
 def trajectory(folder: Path) -> list[dict]:
     """The records without their times: what must be equal, bit for bit."""
-    timed = ("seconds", "tokens_per_second", "peak_memory_bytes")
+    timed = ("seconds", "tokens_per_second", "peak_memory_bytes", "planned_memory_bytes")
     return [
         {name: value for name, value in record.items() if name not in timed}
         for record in records.read(RunFolder(folder).metrics)
