@@ -18,9 +18,9 @@ from torch import Tensor
 from galore_torch.gradients.known_weights import KnownWeights
 from galore_torch.lowbit import Codes
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.nonfinite import peaks
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
+from galore_torch.projection import devices, is_usable
 
 Hook = Callable[[Tensor], None]
 
@@ -80,8 +80,13 @@ def project_early(trained: TrainedWeight, grad: Tensor) -> ProjectedGradient | N
     """
     if not trained.needs_renewal:
         return ProjectedGradient.of(grad, trained.projection, trained.basis)
-    basis = trained.find_basis() if trained.completes_basis and _is_usable(grad) else None
-    return None if basis is None else ProjectedGradient.of(grad, trained.projection, basis)
+    if not trained.completes_basis:
+        return None
+    if trained.renews_unread:
+        basis, _ = trained.find_unread()
+        return ProjectedGradient.of(grad, trained.projection, basis)
+    found = trained.find_basis() if bool(is_usable(grad)) else None
+    return None if found is None else ProjectedGradient.of(grad, trained.projection, found)
 
 
 def _stored_in(gradient: ProjectedGradient, dtype: torch.dtype | None, bits: int) -> ProjectedGradient:
@@ -114,11 +119,7 @@ def discard_stale(optimizer: GaLore, weight: Tensor) -> Callable[[Tensor], None]
             return
         trained = known.in_backward(weight)
         takes_up = trained is None or (not trained.needs_renewal and kept.is_in(trained.basis))
-        if not takes_up and not kept.projected.any():
+        if not takes_up and (kept.is_emptied or not (devices.runs_ahead(kept) or kept.projected.any())):
             weight.grad = None
 
     return let_go
-
-
-def _is_usable(grad: Tensor) -> bool:
-    return 0 < float(peaks([grad])[0]) < float("inf")

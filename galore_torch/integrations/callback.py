@@ -72,7 +72,7 @@ class GaLoreCallback(TrainerCallback):
         """Count from here, also after a checkpoint has been loaded."""
         galore = galore_in(kwargs.get("optimizer"))
         if galore is not None:
-            self._logged = renewals_of(galore), galore._renewal_seconds
+            self._logged = renewals_of(galore), galore._outcomes.seconds
             self._subspaces = galore.subspaces()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -97,7 +97,7 @@ class GaLoreCallback(TrainerCallback):
             return
         self._renewed(galore)
         renewals, seconds = self._logged
-        self._logged = renewals_of(galore), galore._renewal_seconds
+        self._logged = renewals_of(galore), galore._outcomes.seconds
         self._trainer.log(
             {
                 **figures_of(self._subspaces.values()),

@@ -97,18 +97,21 @@ class StoredBasis(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def is_same_basis(one: Basis, other: Basis) -> bool:
+def is_same_basis(one: Basis, other: Basis, *, reads: bool = True) -> bool:
     """Whether two bases are the same as they are stored. Nothing is decoded.
 
     Args:
         one: a basis, stored or plain.
         other: another, with the same modes.
+        reads: whether tensors are compared that are not one and the same. Synchronizes.
 
     Returns:
         True if the tensors behind them are one and the same, or equal (which is only asked if they are not).
     """
     pairs = [pair for name in one for pair in zip(_tensors(one, name), _tensors(other, name), strict=False)]
-    return all(ours is theirs for ours, theirs in pairs) or all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    if all(ours is theirs for ours, theirs in pairs):
+        return True
+    return reads and all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def _tensors(basis: Basis, name: str) -> list[Tensor]:

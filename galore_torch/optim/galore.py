@@ -22,15 +22,15 @@ from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
 from galore_torch.optim.chunks import chunks, most_together, step_chunk
-from galore_torch.optim.clock import Clock
 from galore_torch.optim.gradient_checks import check_gradient
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
 from galore_torch.optim.inner_group import GroupWrites, inner_group, set_inner_groups
+from galore_torch.optim.outcomes import Outcomes
 from galore_torch.optim.positions import Position, positions
 from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
 from galore_torch.optim.processes import SHARD, Alone, is_sharded
-from galore_torch.optim.renewals import renewable
+from galore_torch.optim.renewals import renew
 from galore_torch.optim.rule import Traits
 from galore_torch.optim.rules import Rules
 from galore_torch.optim.state_checks import StateChecks
@@ -151,11 +151,12 @@ class GaLore(Optimizer):
         self._cache = WeightCache()
         self._state_checks = StateChecks()
         self._written = GroupWrites()
-        self._clock = Clock()
+        self._outcomes = Outcomes()
         self._rules = Rules(self._settings)
         self._processes = Alone()  # `distributed/` puts those of the job here
 
     def __getstate__(self) -> dict[str, Any]:
+        self._outcomes.settle_all()
         return {**super().__getstate__(), "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -224,19 +225,20 @@ class GaLore(Optimizer):
                     counts[parameter_name(group, index)] = count
         return counts
 
-    @property
-    def _renewal_seconds(self) -> float:
-        """Seconds on the host that finding bases has taken since this optimizer was made or unpickled."""
-        return self._clock.seconds
-
     def subspaces(self) -> dict[str, Subspace]:
         """How often each projected weight that has made a step renewed its basis, its gap, and how far it last moved.
 
         Returns:
             By the weight's name. Synchronizes.
         """
+        self._outcomes.settle_all()
         held = (place.weight for place in positions(self.param_groups))
         return subspaces_of([self._trained_weight(weight) for weight in held if RENEWALS in self.state.get(weight, {})])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, as `torch.optim.Optimizer` has them. Synchronizes."""
+        self._outcomes.settle_all()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint: by name where all parameters have names on both sides, in the dtypes asked for now.
@@ -307,7 +309,7 @@ class GaLore(Optimizer):
                 self.state[one.weight], one.is_kept = one.state, True
         set_inner_groups(trained)
         self._state_checks.prepare([one for one in trained if not one.state])
-        self._processes.renew(renewable(trained, self._processes.agree))
+        renew(trained, self._processes)
         for chunk in chunks(trained, most_together(self._cache.coordinates)):
             step_chunk(chunk, self._written, self._processes.agree, skip_nonfinite=self._settings["skip_nonfinite"])
         self._cache.changed()
@@ -342,7 +344,7 @@ class GaLore(Optimizer):
             seed=self._settings["seed"],
             place=place.among_all,
             index=place.among_projected,
-            clock=self._clock,
+            outcomes=self._outcomes,
             turn=turn_offset(place.among_projected, place.projected, group["update_proj_gap"]) if staggered else 0,
         )
         return SHARD[0](trained, self) if is_sharded(weight) else trained

@@ -71,13 +71,14 @@ def begins_anew(trained: TrainedWeight) -> bool:
     return is_renewed and trained.group.get("moments") == "reset"
 
 
-def carry(trained: TrainedWeight, old: Basis, new: Basis) -> None:
+def carry(trained: TrainedWeight, old: Basis, new: Basis, renewed: Tensor | None = None) -> None:
     """Carries a weight's moments from one basis into the next, in place, if `moments` is "rotate".
 
     Args:
         trained: the weight.
         old: the basis so far.
         new: the one from now on.
+        renewed: a boolean of no dimensions, False where that is the old one; None where it is not.
     """
     inner = trained.state.get(INNER)
     if not inner or trained.group.get("moments") != "rotate":
@@ -102,6 +103,9 @@ def carry(trained: TrainedWeight, old: Basis, new: Basis) -> None:
     if len(parts) > 1:
         moments = {name: value.view(trained.local_projection.projected_shape) for name, value in moments.items()}
     rotated = {name: rotation.of(moments, name, kinds[name]) for name in moments}
+    if renewed is not None:
+        for name, moment in rotated.items():
+            rotated[name] = torch.where(renewed, moment, moments[name].to(moment.dtype))
     for name, moment in rotated.items():
         sizes = [part[name].numel() for part in parts]
         for part, numbers in zip(parts, moment.reshape(-1).split(sizes), strict=True):

@@ -60,6 +60,8 @@ _ON_IMAGE = {
 }
 """Linear in the gradient when the other arguments are numbers or hold one element."""
 
+_EMPTYING = {aten.zero_.default, aten._foreach_zero_.default}
+
 _SUMS = {aten.add.Tensor: +1, aten.add_.Tensor: +1, aten.sub.Tensor: -1, aten.sub_.Tensor: -1}
 
 
@@ -72,6 +74,7 @@ class ProjectedGradient(Tensor):
         in_few_bits: whether it is so stored.
         projection: how the weight is projected.
         basis: the factors that were used, of the weight's dtype.
+        is_emptied: whether it has been set to zero since something was added to it, as `zero_grad` does it in place.
 
     Example:
         >>> projection = Projection.of((8, 4), rank=2)
@@ -85,6 +88,7 @@ class ProjectedGradient(Tensor):
 
     projection: Projection
     basis: Mapping[str, Tensor]
+    is_emptied: bool = False
     _stored: Tensor | Codes
 
     @staticmethod
@@ -248,6 +252,9 @@ def _on_projected(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     given = args[0]
     projected_grads = _unwrap(args)
     result = func(*projected_grads, **kwargs)
+    if func in _EMPTYING:
+        for gradient in tree_leaves(given):
+            gradient.is_emptied = True
     if result is None or func._schema.name.endswith("_"):
         for gradient, projected in zip(tree_leaves(given), tree_leaves(projected_grads[0]), strict=True):
             if isinstance(gradient, ProjectedGradient) and gradient.in_few_bits:
@@ -270,7 +277,7 @@ def _sum(func: Any, left: ProjectedGradient, right: Tensor, alpha: float) -> Pro
     kept = left.projected
     projected = projected.to(kept.dtype)
     if func in (aten.add_.Tensor, aten.sub_.Tensor):
-        left.projected = kept.add_(projected, alpha=alpha)
+        left.projected, left.is_emptied = kept.add_(projected, alpha=alpha), False
         return left
     return left._like(kept.add(projected, alpha=alpha))
 

@@ -7,23 +7,29 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from galore_torch.optim.nonfinite import peaks
+from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
 
 
-def renewable(trained: Sequence[TrainedWeight], agree: Callable[[Tensor], Tensor]) -> list[TrainedWeight]:
-    """The weights whose turn it is, and whose gradients are finite and not zero. Synchronizes where one is due.
+def renew(trained: Sequence[TrainedWeight], processes: Alone) -> None:
+    """Renews the bases whose turn it is, as far as their gradients are finite and not zero.
 
     Args:
         trained: weights that have a gradient.
-        agree: the largest value of all processes.
-
-    Returns:
-        Some of them.
+        processes: of the job.
     """
     due = [one for one in trained if one.is_due]
-    if not due:
-        return []
+    unread = [one.renews_unread for one in due]
+    for one in [one for one, is_unread in zip(due, unread, strict=True) if is_unread]:
+        one.renew_unread()
+    read = [one for one, is_unread in zip(due, unread, strict=True) if not is_unread]
+    if read:
+        processes.renew(_renewable(read, processes.agree))
+
+
+def _renewable(due: Sequence[TrainedWeight], agree: Callable[[Tensor], Tensor]) -> list[TrainedWeight]:
+    """Those whose gradients are finite and not zero. Synchronizes."""
     found = peaks([one.grad.projected if isinstance(one.grad, ProjectedGradient) else one.grad for one in due])
     agreed = agree(found.nan_to_num(nan=float("inf"), posinf=float("inf"))).tolist()
     return [one for one, peak in zip(due, agreed, strict=True) if 0 < peak < float("inf")]

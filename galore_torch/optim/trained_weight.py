@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from galore_torch.lowbit import Rounding, Storage
 from galore_torch.messages import warn
-from galore_torch.optim.clock import Clock
 from galore_torch.optim.groups import storage_in
 from galore_torch.optim.moments import carry
+from galore_torch.optim.outcomes import Found, Outcomes
 from galore_torch.optim.process_part import ProcessPart
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.residual import prepare_residual
@@ -33,12 +35,24 @@ from galore_torch.optim.state_keys import (
     RENEWED_STEP,
     STEP,
 )
-from galore_torch.projection import Basis, Projection, adapt_gap, captured_energy, find_basis, is_due, lacking, overlap
+from galore_torch.optim.turns import Turns
+from galore_torch.projection import (
+    Basis,
+    Projection,
+    captured_energy,
+    count_lacking,
+    devices,
+    find_basis,
+    find_unread,
+    is_usable,
+    lacking,
+    overlap,
+)
 from galore_torch.random_bits import key_of
 
 
 @dataclass(slots=True, kw_only=True)
-class TrainedWeight(ProcessPart):
+class TrainedWeight(ProcessPart, Turns):
     """One weight in one step.
 
     Attributes:
@@ -57,7 +71,7 @@ class TrainedWeight(ProcessPart):
         place: its place among all weights.
         index: its place among the projected weights.
         turn: its offset within the gap.
-        clock: where the time of renewals is added up.
+        outcomes: of the renewals of all weights.
         is_kept: whether the optimizer holds the state; until its first step a weight keeps it for itself.
         counters: of all projected weights on the device, one for each: how many gradients were not finite.
         slot: which of them is the weight's.
@@ -77,7 +91,7 @@ class TrainedWeight(ProcessPart):
     place: int
     index: int
     turn: int
-    clock: Clock = field(default_factory=Clock)
+    outcomes: Outcomes = field(default_factory=Outcomes)
     inner_group: dict[str, Any] = field(default_factory=dict)
     is_kept: bool = False
     counters: Tensor | None = None
@@ -104,48 +118,6 @@ class TrainedWeight(ProcessPart):
         """The weight's gradient, full or projected."""
         assert self.weight.grad is not None
         return self.weight.grad
-
-    @property
-    def needs_renewal(self) -> bool:
-        """Whether the basis is to be renewed or filled up in this step. Nothing but a step changes it."""
-        return bool(self.projection.modes) and (self.state[LACKING] > 0 or self._is_due_anew)
-
-    @property
-    def _is_due_anew(self) -> bool:
-        state, group = self.state, self.group
-        step, renewed_step = state[STEP], state[RENEWED_STEP]
-        if group["cos_threshold"] is None:
-            return is_due(step, renewed_step, group["update_proj_gap"], self.turn)
-        # Gaps that differ keep no common places: after its first turn a lazy layer counts from its last.
-        return is_due(step, renewed_step, self.gap, renewed_step if state[RENEWALS] > 1 else self.turn)
-
-    @property
-    def is_lazy(self) -> bool:
-        """Whether the weight's gap adapts to how far its subspace moves."""
-        return self.group["cos_threshold"] is not None
-
-    @property
-    def gap(self) -> int:
-        """Steps between two renewals of the basis, as things stand."""
-        least: int = self.group["update_proj_gap"]
-        return max(least, self.state[GAP]) if self.is_lazy else least
-
-    @property
-    def completes_basis(self) -> bool:
-        """Whether what is due in this step are directions that no gradient has determined yet: all of them at first."""
-        return self.needs_renewal and not (self.state[RENEWALS] and self._is_due_anew)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the basis is to be renewed with the gradient there is.
-
-        A projected gradient holds too little to find one from. But it may bring the basis that was found from it inside
-        the backward, which counts from this step on: with a gradient that is thrown away it goes.
-        """
-        grad = self.weight.grad
-        if not isinstance(grad, ProjectedGradient):
-            return self.needs_renewal
-        return self.completes_basis and grad.projection == self.projection and not grad.is_in(self.basis)
 
     def prepare_state(self) -> None:
         """Creates all keys and shapes of the state, so that they exist after any first step."""
@@ -212,20 +184,14 @@ class TrainedWeight(ProcessPart):
         """
         start = time.perf_counter()
         try:
-            basis = find_basis(
-                self.projection,
-                grad,
-                self.group["decomposition"],
-                seed=key_of(self.seed, self.index, self.state[RENEWALS]),
-                old=self.basis if self.state[RENEWALS] else None,
-                old_is_whole=self.state[LACKING] == 0,
-                fills=self.completes_basis,
-            )
+            basis = find_basis(self.projection, grad, fills=self.completes_basis, **self._asked())
+            if devices.runs_ahead(grad) and not all(bool(factor.isfinite().all()) for factor in basis.values()):
+                raise torch.linalg.LinAlgError("it is not finite")
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})")
             return None
         found = {name: factor.to(self.weight.dtype) for name, factor in basis.items()}
-        self.clock.seconds += time.perf_counter() - start
+        self.outcomes.seconds += time.perf_counter() - start
         return found
 
     def as_stored(self, factors: Basis) -> Basis:
@@ -244,6 +210,39 @@ class TrainedWeight(ProcessPart):
         found = self.decompose(self.grad)
         return None if found is None else self.as_stored(found)
 
+    def _asked(self) -> dict[str, Any]:
+        """What is asked of a decomposition."""
+        return {
+            "decomposition": self.group["decomposition"],
+            "seed": key_of(self.seed, self.index, self.state[RENEWALS]),
+            "old": self.basis if self.state[RENEWALS] else None,
+            "old_is_whole": self.state[LACKING] == 0,
+        }
+
+    def find_unread(self) -> tuple[Basis, Found]:
+        """The basis found from the gradient, or the one there is where that tells none, and nothing is read back.
+
+        Returns:
+            It, as the state would hold it, and which of both it is.
+        """
+        start = time.perf_counter()
+        grad = self.grad
+        if isinstance(grad, ProjectedGradient):
+            usable = is_usable(grad.projected)
+            return grad.basis, Found(usable=usable, renewed=usable)
+        basis, whole = find_unread(self.projection, grad, **self._asked())
+        usable = is_usable(grad)
+        renewed = usable & whole
+        stored = self.storage.store({name: factor.to(self.weight.dtype) for name, factor in basis.items()})
+        chosen = tree_map(functools.partial(torch.where, renewed), stored, self.state[BASIS])
+        self.outcomes.seconds += time.perf_counter() - start
+        shapes, dtype = self.projection.factor_shapes, self.weight.dtype
+        return self.storage.read(chosen, shapes, dtype), Found(usable=usable, renewed=renewed)
+
+    def renew_unread(self) -> None:
+        """Does what `renew` does, as far as the gradient tells a basis: the device knows, and the host later."""
+        self.take(*self.find_unread())
+
     def renew(self) -> None:
         """Takes the basis that the gradient brings, or finds one from the full gradient."""
         grad = self.grad
@@ -251,7 +250,7 @@ class TrainedWeight(ProcessPart):
         if basis is not None:
             self.take(basis)
 
-    def take(self, basis: Basis) -> None:
+    def take(self, basis: Basis, found: Found | None = None) -> None:
         """Puts a new basis in the old one's place, and notes what of it is still to be found.
 
         A basis that lacks directions is filled up from the next gradients, as long as they bring any; a matrix of a
@@ -259,22 +258,27 @@ class TrainedWeight(ProcessPart):
 
         Args:
             basis: as `as_stored` gives it.
+            found: whether it is a new one at all, where only the device knows; then nothing is read back.
         """
         state, completes_basis, old = self.state, self.completes_basis, self.basis
+        before = {key: state[key] for key in (RENEWALS, RENEWED_STEP, LACKING)}
         if state[RENEWALS] and not completes_basis:
-            self._compare(basis, old)
-        if not state[RENEWALS] or state[LACKING]:  # what is whole stays so, and is not read back
-            before = abs(state[LACKING]) if state[RENEWALS] else self.projection.basis_columns
+            self._compare(basis, old, found)
+        if found is None and (not state[RENEWALS] or state[LACKING]):  # what is whole stays so, and is not read back
+            most = abs(state[LACKING]) if state[RENEWALS] else self.projection.basis_columns
             missing, some_lack_all = lacking(basis)
-            state[LACKING] = missing if missing < before or some_lack_all else -missing
+            state[LACKING] = missing if missing < most or some_lack_all else -missing
         if state[RENEWALS]:
-            carry(self, old, basis)
+            carry(self, old, basis, None if found is None else found.renewed)
         self._keep(basis)
         if not (state[RENEWALS] and completes_basis):
             state[RENEWALS] += 1
             state[RENEWED_STEP] = state[STEP]
+        if found is not None:
+            told = [found.usable, found.renewed, *count_lacking(basis).unbind(), state[OVERLAPS].mean()]
+            self.outcomes.expect(self, before, torch.stack([one.to(torch.float64) for one in told]))
 
-    def _compare(self, basis: Basis, old: Basis) -> None:
+    def _compare(self, basis: Basis, old: Basis, found: Found | None) -> None:
         """Notes how much of the subspace is left in the next, and adapts a lazy layer's gap to it.
 
         And how much of the gradient the old one still held: one product more, beside a decomposition. Only a lazy
@@ -282,16 +286,13 @@ class TrainedWeight(ProcessPart):
         """
         group, state = self.group, self.state
         noted = torch.cat((state[OVERLAPS], overlap(basis, old).to(state[OVERLAPS].dtype).reshape(1)))
-        state[OVERLAPS] = noted[-group["queue_size"] :].clone()
-        state[CAPTURED] = self.captured(old).to(torch.float32)
-        if self.is_lazy and state[RENEWALS] >= group["queue_size"]:
-            state[GAP] = adapt_gap(
-                self.gap,
-                float(state[OVERLAPS].mean()),
-                least=group["update_proj_gap"],
-                threshold=group["cos_threshold"],
-                factor=group["gamma_proj"],
-            )
+        noted, captured = noted[-group["queue_size"] :].clone(), self.captured(old).to(torch.float32)
+        if found is not None:
+            noted = torch.where(found.renewed, noted, state[OVERLAPS])
+            captured = torch.where(found.renewed, captured, state[CAPTURED])
+        state[OVERLAPS], state[CAPTURED] = noted, captured
+        if found is None and self.is_lazy and state[RENEWALS] >= group["queue_size"]:
+            self.adapt_gap(float(noted.mean()), state[RENEWALS])
 
     def captured(self, basis: Basis) -> Tensor:
         """The share of the gradient's energy that a basis holds.

@@ -6,12 +6,13 @@ and how much of the old one is left in the new (`subspace_overlap`). `spectra` s
 holds.
 """
 
+from galore_torch.projection import devices
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Side, find_bases
 from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, Projection, multiply_mode
-from galore_torch.projection.numerical_rank import lacking
+from galore_torch.projection.numerical_rank import count_lacking, lacking
 from galore_torch.projection.renewal import adapt_gap, is_due, turn_offset
 from galore_torch.projection.spectra import captured_energy
-from galore_torch.projection.subspace import find_basis
+from galore_torch.projection.subspace import find_basis, find_unread, is_usable
 from galore_torch.projection.subspace_overlap import overlap
 
 __all__ = [
@@ -24,9 +25,13 @@ __all__ = [
     "Side",
     "adapt_gap",
     "captured_energy",
+    "count_lacking",
+    "devices",
     "find_bases",
     "find_basis",
+    "find_unread",
     "is_due",
+    "is_usable",
     "lacking",
     "multiply_mode",
     "overlap",

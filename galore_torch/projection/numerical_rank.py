@@ -67,9 +67,21 @@ def lacking(basis: Basis) -> tuple[int, bool]:
     Returns:
         The number over all factors, and whether any matrix of any factor has none but such.
     """
+    missing, lack_all = count_lacking(basis).tolist()
+    return missing, lack_all > 0
+
+
+def count_lacking(basis: Basis) -> Tensor:
+    """What `lacking` reads back.
+
+    Args:
+        basis: factors by mode.
+
+    Returns:
+        (2,), of whole numbers: columns that no gradient has determined yet, and matrices that have none but such.
+    """
     missing = [is_lacking(factor) for factor in basis.values()]
-    read = torch.stack([torch.stack((one.sum(), one.all(-1).sum())) for one in missing]).sum(0).tolist()
-    return read[0], read[1] > 0
+    return torch.stack([torch.stack((one.sum(), one.all(-1).sum())) for one in missing]).sum(0)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from galore_torch.projection.decompositions import find_bases
+from galore_torch.projection.decompositions import find_bases, find_directions
 from galore_torch.projection.geometry import Basis, Mode, Projection, multiply_mode
-from galore_torch.projection.numerical_rank import is_lacking
+from galore_torch.projection.numerical_rank import is_lacking, keep_whole
 
 TUCKER_SWEEPS = 4
 """Sweeps over the axes after the first pass, which already finds each axis' own best subspace. Enough to miss no more
@@ -64,6 +64,54 @@ def find_basis(
     else:
         found = find_bases(view, _ranks(projection), decomposition, seed=seed, old=old, old_is_whole=old_is_whole)
     return {name: factor.to(grad.dtype) for name, factor in found.items()}
+
+
+def find_unread(
+    projection: Projection,
+    grad: Tensor,
+    decomposition: str,
+    *,
+    seed: int,
+    old: Basis | None = None,
+    old_is_whole: bool = False,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What `find_basis` gives of most gradients, without reading anything back from the device.
+
+    Args:
+        projection: as there, with modes; no Tucker projection.
+        grad: as there, or one of which nothing is meant.
+        decomposition: as there, but `svd`.
+        seed: as there.
+        old: as there.
+        old_is_whole: as there.
+
+    Returns:
+        The factors by mode, in `grad`'s dtype, and a boolean of no dimensions: whether they are what `find_basis`
+        gives. Not where the gradient tells some directions and not all beside an old basis, nor where they are not
+        finite.
+    """
+    view = grad.reshape(projection.view_shape)
+    ranks = _ranks(projection)
+    found = find_directions(view, ranks, decomposition, seed=seed, old=old, old_is_whole=old_is_whole)
+    factors, whole = {}, []
+    for name, directions in found.items():
+        basis, is_whole = keep_whole(directions, None if old is None else old[name].to(directions.columns_dr.dtype))
+        whole += [is_whole, basis.isfinite().all()]
+        factors[name] = basis.to(grad.dtype, memory_format=torch.contiguous_format, copy=True)
+    return factors, torch.stack(whole).all()
+
+
+def is_usable(grad: Tensor) -> Tensor:
+    """Whether a gradient is finite and not zero, found out on its device.
+
+    Args:
+        grad: full or projected, of any floating dtype.
+
+    Returns:
+        A boolean of no dimensions.
+    """
+    peak = torch.linalg.vector_norm(grad, float("inf"))
+    return (peak > 0) & (peak < float("inf"))
 
 
 def _ranks(projection: Projection) -> dict[str, int]:

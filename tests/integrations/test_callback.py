@@ -56,8 +56,8 @@ def test_the_figures_arrive_and_are_the_optimizers_own(tmp_path, gradients, upda
     galore = galore_in(trainer.optimizer)
     told = galore.subspaces().values()
     assert sum(record["galore/renewals"] for record in figures) == sum(one.renewals for one in told)
-    assert sum(record["galore/renewal_seconds"] for record in figures) == pytest.approx(galore._renewal_seconds)
-    assert galore._renewal_seconds > 0
+    assert sum(record["galore/renewal_seconds"] for record in figures) == pytest.approx(galore._outcomes.seconds)
+    assert galore._outcomes.seconds > 0
     assert figures[-1]["galore/state_bytes"] == state_bytes(galore)
     for name in ("overlap", "captured"):
         values = [getattr(one, name) for one in told]

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from galore_torch import GaLore
+
 MATRICES = ((24, 16), (16, 24))
 PLAIN = ((16, 8), (16,))
 RANK = 4
@@ -35,6 +37,13 @@ def walk(optimizer: Optimizer, trained: Sequence[Tensor], steps: Iterable[int]) 
         weight.grad = None
 
 
+def state_of(optimizer: GaLore, weight: Tensor) -> dict[str, Any]:
+    """A weight's state, once its device has told what has become of the last renewal."""
+    optimizer._outcomes.settle_all()
+    state: dict[str, Any] = optimizer.state[weight]
+    return state
+
+
 def groups(trained: Sequence[Tensor], projected: int | None = None, **keys: Any) -> list[dict[str, Any]]:
     """A projected group of the first weights (all that are matrices when None) and a plain one of the others."""
     count = sum(weight.dim() > 1 for weight in trained) if projected is None else projected
@@ -53,6 +62,8 @@ def mixed(dtype: torch.dtype = torch.float32, **keys: Any) -> tuple[list[torch.n
 def snapshot(optimizer: Optimizer) -> tuple[list[Tensor], Any, list[dict[str, Any]]]:
     """Copies of the weights, of the state in their order, and of the groups' values: to compare before and after."""
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if isinstance(optimizer, GaLore):
+        optimizer._outcomes.settle_all()
     state = [_copied(optimizer.state.get(weight, {})) for weight in trained]
     values = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return [weight.detach().clone() for weight in trained], state, values

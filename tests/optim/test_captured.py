@@ -26,8 +26,8 @@ def test_captured_is_the_share_of_the_gradient_that_the_basis_before_holds(basis
             expected = (weight.grad @ old).square().sum() / weight.grad.square().sum()
             assert told.captured == pytest.approx(float(expected), rel=1e-5)
         old = optimizer._trained_weight(weight).basis["right"].detach().clone()
-        assert optimizer._renewal_seconds > seconds
-        seconds = optimizer._renewal_seconds
+        assert optimizer._outcomes.seconds > seconds
+        seconds = optimizer._outcomes.seconds
     assert 0 < told.captured < 1
-    assert copy.deepcopy(optimizer)._renewal_seconds == 0
-    assert optimizer._renewal_seconds == seconds
+    assert copy.deepcopy(optimizer)._outcomes.seconds == 0
+    assert optimizer._outcomes.seconds == seconds

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from galore_torch import GaLoreAdamW, GaLoreSGD
-from tests.optim.small import assert_same
+from tests.optim.small import assert_same, state_of
 
 DECOMPOSITIONS = ("svd", "randomized", "warm")
 every_decomposition = pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
@@ -57,7 +57,7 @@ def test_an_expert_waits_for_its_first_gradient_while_the_others_take_their_turn
             grad[2] = 0
         before = optimizer.state[weight]["basis"]["right"].clone() if step else None
         share = captured(weight, optimizer, grad)
-        state = optimizer.state[weight]
+        state = state_of(optimizer, weight)
         changed = None if before is None else (state["basis"]["right"] != before).flatten(1).any(1).tolist()
         assert changed in ([None] if not step else [[step % 4 == 0] * 2 + [step == 9]])
         assert state["renewals"] == 1 + step // 4

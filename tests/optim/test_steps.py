@@ -13,7 +13,7 @@ from galore_torch.optim import chunks
 from galore_torch.optim.groups import projection_in
 from galore_torch.projection import DECOMPOSITIONS
 from tests.optim.recipes import every_recipe
-from tests.optim.small import assert_same, distance, gradient, groups, mixed, walk, weights
+from tests.optim.small import assert_same, distance, gradient, groups, mixed, state_of, walk, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:rank .* saves no memory")
 LR, DECAY, SCALE = 0.1, 0.3, 0.25
@@ -216,11 +216,11 @@ def test_a_missed_turn_stays_due(miss):
     trained[0].grad = None if miss is None else torch.full_like(trained[0], miss)
     trained[1].grad = gradient(trained[1], 4, 1)
     optimizer.step()
-    assert [optimizer.state[weight]["renewals"] for weight in trained] == [1, 2]
+    assert [state_of(optimizer, weight)["renewals"] for weight in trained] == [1, 2]
     walk(optimizer, trained, [5])
-    assert [optimizer.state[weight]["renewals"] for weight in trained] == [2, 2]
+    assert [state_of(optimizer, weight)["renewals"] for weight in trained] == [2, 2]
     walk(optimizer, trained, range(6, 8))
-    assert [optimizer.state[weight]["renewals"] for weight in trained] == [2, 2]
+    assert [state_of(optimizer, weight)["renewals"] for weight in trained] == [2, 2]
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
