@@ -108,7 +108,7 @@ def carry(trained: TrainedWeight, old: Basis, new: Basis, renewed: Tensor | None
             rotated[name] = torch.where(renewed, moment, moments[name].to(moment.dtype))
     for name, moment in rotated.items():
         sizes = [part[name].numel() for part in parts]
-        for part, numbers in zip(parts, moment.reshape(-1).split(sizes), strict=True):
+        for part, numbers in zip(parts, torch.split(moment.reshape(-1), sizes), strict=True):
             kinds[name].write(part, name, numbers.view(part[name].shape))
 
 

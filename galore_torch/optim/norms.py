@@ -33,7 +33,7 @@ def sums_of_squares(tensor: Tensor, axes: Sequence[int]) -> Tensor:
     on_cpu = tensor.device.type == "cpu" and tensor.dtype is not torch.float16  # whose squares vanish
     if on_cpu and tuple(axes) == (-2,):
         rows = max(1, BLOCK_ELEMENTS // max(1, tensor.numel() // max(1, tensor.shape[-2])))
-        sums = [(part * part).sum(-2, keepdim=True) for part in tensor.split(rows, -2)]
+        sums = [(part * part).sum(-2, keepdim=True) for part in torch.split(tensor, rows, -2)]
         return sums[0].to(dtype) if len(sums) == 1 else torch.cat(sums, -2).sum(-2, keepdim=True, dtype=dtype)
     norms: Tensor = torch.linalg.vector_norm(
         tensor, dim=tuple(axes), keepdim=True, dtype=None if on_cpu and tuple(axes) == (-1,) else dtype

@@ -120,7 +120,8 @@ def _factors(trained: TrainedWeight, full: Tensor, coordinates: Tensor, projecte
             whole = tuple(range(len(_stack(projection)) - len(projection.view_shape), 0))
             of_moved, of_projected = of_moved.sum(whole, keepdim=True), of_projected.sum(whole, keepdim=True)
         phi = torch.where(of_projected > 0, of_moved / of_projected, 0).sqrt_()
-    return phi.mul_(_limit(state[RESIDUAL_NORM], phi, outside))
+    limited: Tensor = phi.mul_(_limit(state[RESIDUAL_NORM], phi, outside))
+    return limited
 
 
 def _limit(before: Tensor, phi: Tensor, outside: Tensor) -> Tensor:
