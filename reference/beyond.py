@@ -8,6 +8,7 @@ Muon as in 2502.16982, SUMO 2505.24749.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, linalg
 from torch.optim._muon import _zeropower_via_newtonschulz
 
@@ -42,8 +43,12 @@ class Beyond:
         """Take one step with the gradient `G` of the loss at W."""
         is_wide = self.W.shape[0] < self.W.shape[1]
         U = self.update(G) if is_wide else self.update(G.T).T
-        if self.normalize == "orthogonal":
-            U = max(U.shape) ** 0.5 * (U if self.residual is None else orthogonal(U))
+        if self.normalize in ("orthogonal", "blocks") and self.residual is None:
+            U = max(U.shape) ** 0.5 * U
+        elif self.normalize == "orthogonal":
+            U = max(U.shape) ** 0.5 * orthogonal(U)
+        elif self.normalize == "blocks":
+            U = torch.cat([max(block.shape) ** 0.5 * orthogonal(block) for block in U.split(self.rank)])
         if self.normalize == "columns":  # of all outputs, for one input
             U = U * U.shape[0] ** 0.5 / linalg.vector_norm(U, dim=0)
         self.W *= 1 - self.lr * self.weight_decay
@@ -58,7 +63,10 @@ class Beyond:
         if self.t == 1:
             self.M, self.V, self.p = 0 * R, 0 * R, 0 * G[0]
         psi = self.direction(R)
-        if self.residual is None and self.normalize == "orthogonal":  # in the subspace alone: R is all that is needed
+        if self.residual is None and self.normalize in (
+            "orthogonal",
+            "blocks",
+        ):  # R is all that is needed
             return self.P @ orthogonal(psi)
         inside, S = self.P @ psi, self.outside(G, R, psi)
         return self.residual_scale * S + (0 if self.residual == "apollo" else inside)

@@ -1,9 +1,10 @@
-"""Updates of fixed size: every column normalized, or the whole orthogonalized.
+"""Updates of fixed size: every column normalized, or the whole orthogonalized, at once or in blocks.
 
 Entries of a normalized update have a root mean square of 1, so that learning rate and `scale` alone say how far a
 weight moves, as with Adam. Columns (SCALE, arXiv 2506.16659): each input's, over outputs, whichever side is projected.
 Orthogonal (Muon): torch's Newton-Schulz iteration, times sqrt(max(m, n)) (arXiv 2502.16982). What lies in the subspace
-alone is orthogonalized there (SUMO, arXiv 2505.24749), for bases are orthonormal.
+alone is orthogonalized there (SUMO, arXiv 2505.24749), for bases are orthonormal. Blocks: the same of about as many
+outputs at a time as the rank is, so that m n r operations take the place of m^2 n, in memory of a block.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def normalized(update: Update, kind: str) -> Update:
 
     Args:
         update: of one weight; what it holds may be changed in place.
-        kind: `columns` or `orthogonal`.
+        kind: `columns`, `orthogonal` or `blocks`.
 
     Returns:
         The normalized update.
@@ -37,8 +38,22 @@ def normalized(update: Update, kind: str) -> Update:
         return Update(
             update.projection, full=full, scales=_to_one(sums_of_squares(full, [outputs]), full.shape[outputs])
         )
-    full = _orthogonal(full.flatten(1) if _is_tensor(update.projection) else full).view(full.shape)
-    return Update(update.projection, full=full, scales=_root_of_longer(update.projection))
+    matrices = full.flatten(1) if _is_tensor(update.projection) else full
+    outputs, ranks = matrices.shape[-2], [mode.rank for mode in update.projection.modes]
+    blocks = _count(outputs, min(ranks, default=outputs)) if kind == "blocks" else 1
+    for block in torch.tensor_split(matrices, blocks, -2) if outputs % blocks else (_in_blocks(matrices, blocks),):
+        block.copy_(_orthogonal(block).mul_(math.sqrt(max(block.shape[-2:]))))
+    return Update(update.projection, full=matrices.view(full.shape))
+
+
+def _count(outputs: int, rank: int) -> int:
+    """How many blocks of about `rank` outputs: such that all are alike, if that is no more than half as many again."""
+    least = -(-outputs // rank)
+    return next((count for count in range(least, least + least // 2 + 1) if outputs % count == 0), least)
+
+
+def _in_blocks(matrices: Tensor, blocks: int) -> Tensor:
+    return matrices.unflatten(-2, (blocks, -1)) if blocks > 1 else matrices
 
 
 def _is_tensor(projection: Projection) -> bool:
@@ -93,10 +108,13 @@ def _orthogonal(matrices: Tensor) -> Tensor:
         Of the same shape and dtype, computed in bfloat16.
     """
     flat = matrices.reshape(-1, *matrices.shape[-2:])
-    coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
-    made = [_zeropower_via_newtonschulz(one, coefficients, DEFAULT_NS_STEPS, EPS) for one in flat]
-    return (
-        torch.stack(made).view(matrices.shape).to(matrices.dtype)
-        if len(made) > 1
-        else (made[0].view(matrices.shape).to(matrices.dtype))
-    )
+    if len(flat) > 1 and flat.device.type != "cpu":  # where launches cost more than caches win
+        made = torch.vmap(_newton_schulz)(flat)
+    else:
+        made = torch.stack([_newton_schulz(one) for one in flat])
+    return made.view(matrices.shape).to(matrices.dtype)
+
+
+def _newton_schulz(matrix: Tensor) -> Tensor:
+    made: Tensor = _zeropower_via_newtonschulz(matrix, (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS)
+    return made
