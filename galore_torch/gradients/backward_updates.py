@@ -72,7 +72,7 @@ class BackwardUpdates:
             self._apply_waiting()
 
     def _apply_waiting(self) -> None:
-        waiting = list(self._waiting.values())
+        waiting = sorted(self._waiting.values(), key=lambda one: one[0].place)  # neighbours' counters are, too
         self._waiting, self._coordinates = {}, 0
         self._apply([(one, norm) for one, norm in waiting if not isinstance(one.weight.grad, AppliedGradient | None)])
 

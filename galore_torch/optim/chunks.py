@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from galore_torch.optim.folding import fold
+from galore_torch.optim.folding import common_factors, fold
 from galore_torch.optim.inner_group import GroupWrites, moves_at_rate_one
 from galore_torch.optim.nonfinite import count_nonfinite
 from galore_torch.optim.slices import inner_params, keep_inner_state
+from galore_torch.optim.state_keys import STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 
 CHUNK_ELEMENTS = 2**23
@@ -78,6 +79,35 @@ def step_chunk(
         agree: makes the largest entries of gradients the same in all processes that have shards of them.
         skip_nonfinite: leave out weights whose gradient is not finite.
     """
+    chunk, grads = _with_gradients(chunk, agree, skip_nonfinite=skip_nonfinite)
+    if not chunk:
+        return
+    coordinates = _coordinates_of(chunk, grads)
+    versions = [grad._version for grad in grads]
+    params = [inner_params(*given) for given in zip(chunk, grads, coordinates, strict=True)]
+    wrote = chunk[0].rule.step([part for _, parts in params for part in parts])
+    groups = {id(one.inner_group): one for one in chunk}
+    for key, one in groups.items():
+        written.note(one.group, wrote[key])
+    factors = {key: common_factors(one) for key, one in groups.items()}
+    for one, grad, version, (tensor, parts) in zip(chunk, grads, versions, params, strict=True):
+        keep_inner_state(one, parts)
+        common = factors[id(one.inner_group)]
+        if not one.through_coordinates:
+            one.given_back(tensor)
+        elif common is not None and one.is_plain:
+            one.state[STEP] += 1
+            one.projection.fold(one.weight, tensor, one.factors, alpha=common[0], beta=common[1])
+        else:
+            is_changed = grad._version != version and moves_at_rate_one(one.group)  # some rules write into gradients
+            fold(one, one.given_back(tensor), one.inner_grad() if is_changed else grad)
+        one.drop_factors()
+
+
+def _with_gradients(
+    chunk: list[TrainedWeight], agree: Callable[[Tensor], Tensor], *, skip_nonfinite: bool
+) -> tuple[list[TrainedWeight], list[Tensor]]:
+    """The weights that are moved, and what the optimizer inside gets as their gradients; others are counted."""
     grads = [one.inner_grad() for one in chunk]
     if skip_nonfinite:
         flags = count_nonfinite(chunk, grads, agree, everywhere=True).tolist()
@@ -85,26 +115,11 @@ def step_chunk(
             if is_bad:
                 one.drop_factors()
         finite = [index for index, is_bad in enumerate(flags) if not is_bad]
-        chunk, grads = [chunk[index] for index in finite], [grads[index] for index in finite]
-    elif any(one.projection.modes for one in chunk):
-        projected = [index for index, one in enumerate(chunk) if one.projection.modes]
+        return [chunk[index] for index in finite], [grads[index] for index in finite]
+    projected = [index for index, one in enumerate(chunk) if one.projection.modes]
+    if projected:
         count_nonfinite([chunk[index] for index in projected], [grads[index] for index in projected], agree)
-    if not chunk:
-        return
-    coordinates = _coordinates_of(chunk, grads)
-    versions = [grad._version for grad in grads]
-    params = [inner_params(*given) for given in zip(chunk, grads, coordinates, strict=True)]
-    wrote = chunk[0].rule.step([part for _, parts in params for part in parts])
-    for group, inner in {id(one.inner_group): (one.group, one.inner_group) for one in chunk}.values():
-        written.note(group, wrote[id(inner)])
-    for one, grad, version, (tensor, parts) in zip(chunk, grads, versions, params, strict=True):
-        keep_inner_state(one, parts)
-        if one.through_coordinates:
-            is_changed = moves_at_rate_one(one.group) and grad._version != version  # some rules write into gradients
-            fold(one, one.given_back(tensor), one.inner_grad() if is_changed else grad)
-        else:
-            one.given_back(tensor)
-        one.drop_factors()
+    return chunk, grads
 
 
 def _coordinates_of(chunk: Sequence[TrainedWeight], grads: Sequence[Tensor]) -> list[Tensor | None]:
@@ -118,21 +133,22 @@ def _coordinates_of(chunk: Sequence[TrainedWeight], grads: Sequence[Tensor]) -> 
         One tensor for each, of the gradient's shape; None where the rule moves the weight itself.
     """
     sizes: dict[torch.dtype, int] = {}
-    starts = []
+    starts: list[int | None] = []
     for one, grad in zip(chunk, grads, strict=True):
+        if not one.through_coordinates:
+            starts.append(None)
+            continue
         start = sizes.get(grad.dtype, 0)
         starts.append(start)
-        if one.through_coordinates:
-            sizes[grad.dtype] = start + -(-grad.numel() // ALIGNMENT) * ALIGNMENT
+        sizes[grad.dtype] = start + -(-grad.numel() // ALIGNMENT) * ALIGNMENT
     zeros = {dtype: torch.zeros(size, dtype=dtype, device=grads[0].device) for dtype, size in sizes.items()}
     return [
-        torch.as_strided(zeros[grad.dtype], grad.shape, _contiguous_strides(grad.shape), start)
-        if one.through_coordinates
-        else None
-        for one, grad, start in zip(chunk, grads, starts, strict=True)
+        None if start is None else zeros[grad.dtype].as_strided(*_laid_out(grad.shape), start)
+        for grad, start in zip(grads, starts, strict=True)
     ]
 
 
 @functools.cache
-def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+def _laid_out(shape: torch.Size) -> tuple[torch.Size, tuple[int, ...]]:
+    """A shape, and the strides of a contiguous tensor of it."""
+    return shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -21,6 +21,24 @@ from galore_torch.optim.update import Update
 from galore_torch.random_bits import key_of
 
 
+def common_factors(trained: TrainedWeight) -> tuple[float, float] | None:
+    """What all plain weights of a group have in common in W <- beta * W + alpha * project_back(c).
+
+    Args:
+        trained: one of them.
+
+    Returns:
+        alpha and beta; None where they depend on the weight, or are tensors.
+    """
+    group, traits = trained.group, trained.traits
+    if traits.factor or traits.learning_rate or moves_at_rate_one(group):
+        return None
+    alpha, beta = (group["scale"] if is_projected(group) else 1.0), 1.0
+    if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
+        beta = 1 - group["lr"] * group["weight_decay"]
+    return None if isinstance(alpha, Tensor) or isinstance(beta, Tensor) else (alpha, beta)
+
+
 def fold(trained: TrainedWeight, coordinates: Tensor, projected: Tensor) -> None:
     """Counts the weight's step, and moves it by its coordinates. Decay only if the rule's is decoupled.
 

@@ -19,13 +19,15 @@ def check_gradient(trained: TrainedWeight) -> None:
         ValueError: it is sparse or complex, or projected where the residual is wanted; the message names the weight.
     """
     grad, name = trained.grad, trained.name
-    if grad.layout is not torch.strided:
-        raise ValueError(f"the gradient of {name} is sparse; use dense gradients (sparse=False in embeddings)")
-    if grad.dtype.is_complex:
-        raise ValueError(f"the gradient of {name} is complex; GaLore trains real weights")
-    kind = residual_of(trained)
-    if kind is not None and isinstance(grad, ProjectedGradient):
+    if isinstance(grad, ProjectedGradient):
+        kind = residual_of(trained)
+        if kind is None:
+            return
         raise ValueError(
             f"residual is {kind!r} and the gradient of {name} has been projected: what lay outside the subspace is "
             'gone. Use attach(..., gradients="full"), or residual=None'
         )
+    if grad.layout is not torch.strided:
+        raise ValueError(f"the gradient of {name} is sparse; use dense gradients (sparse=False in embeddings)")
+    if grad.is_complex():
+        raise ValueError(f"the gradient of {name} is complex; GaLore trains real weights")

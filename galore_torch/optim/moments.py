@@ -66,9 +66,11 @@ MOMENTS_OF: dict[str, Mapping[str, Moment]] = {}
 
 def begins_anew(trained: TrainedWeight) -> bool:
     """Whether the rule gets no state in this step, for the basis has been renewed and `moments` is "reset"."""
+    if trained.group.get("moments") != "reset":
+        return False
     state = trained.state
-    is_renewed = state.get(RENEWALS, 0) > 1 and state[RENEWED_STEP] == state[STEP]
-    return is_renewed and trained.group.get("moments") == "reset"
+    is_renewed: bool = state.get(RENEWALS, 0) > 1 and state[RENEWED_STEP] == state[STEP]
+    return is_renewed
 
 
 def carry(trained: TrainedWeight, old: Basis, new: Basis, renewed: Tensor | None = None) -> None:

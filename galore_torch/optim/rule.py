@@ -88,6 +88,7 @@ class InnerParam:
         state: the rule's own state of it, changed in place.
         group: the hyperparameters; what it lacks is as at construction. The rule gets copies of its tensors.
         weight: whose coordinates the tensor is, or which it is; for optimizers that hold settings of single weights.
+        is_fresh: whether the tensor is no one else's, so that it can be lent as it is.
     """
 
     tensor: Tensor
@@ -95,6 +96,7 @@ class InnerParam:
     state: dict[str, Any]
     group: Mapping[str, Any]
     weight: Tensor | None = None
+    is_fresh: bool = False
 
 
 DECLARED: dict[str, Traits] = {}
@@ -197,15 +199,16 @@ class Rule:
         Returns:
             What the rule has written into each group, by the group's identity; the groups themselves do not change.
         """
-        parameters = [torch.nn.Parameter(one.tensor) for one in params]
+        parameters = [one.tensor.requires_grad_() if one.is_fresh else torch.nn.Parameter(one.tensor) for one in params]
         groups: dict[int, dict[str, Any]] = {}
+        states = self._optimizer.state
         try:
             for one, parameter in zip(params, parameters, strict=True):
                 parameter.grad = one.grad
                 if one.weight is not None:
                     self._weights[id(parameter)] = one.weight
                 if one.state or self._is_born_with_state:
-                    self._optimizer.state[parameter] = self._state_of(one, parameter)
+                    states[parameter] = self._state_of(one, parameter)
                 group = groups.get(id(one.group))
                 if group is None:
                     group = groups[id(one.group)] = self.hyperparameters(one.group)
@@ -228,7 +231,7 @@ class Rule:
         finally:
             self._forget()
 
-    def _state_of(self, one: InnerParam, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    def _state_of(self, one: InnerParam, parameter: Tensor) -> dict[str, Any]:
         """The state of a parameter; at first the one that the optimizer makes in its constructor."""
         if not one.state and one.grad is not None:
             one.state.update(self.alone([parameter]).state[parameter])

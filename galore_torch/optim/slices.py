@@ -26,19 +26,28 @@ def inner_params(
     Returns:
         The tensor that the rule moves, and the parameters that it gets: the tensor, or slices of it.
     """
-    if not trained.through_coordinates:
-        tensor = trained.lent()
-    else:
-        tensor = torch.zeros_like(projected) if coordinates is None else coordinates
+    fresh = trained.through_coordinates
+    tensor = coordinates
+    if tensor is None:
+        tensor = torch.zeros_like(projected) if fresh else trained.lent()
     inner = {} if begins_anew(trained) else trained.opened(trained.state.get(INNER, {}))
     size = trained.traits.slice_elements
     group, weight = trained.inner_group, trained.weight
     if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous():
-        return tensor, [InnerParam(tensor=tensor, grad=projected, state=inner, group=group, weight=weight)]
+        return tensor, [
+            InnerParam(tensor=tensor, grad=projected, state=inner, group=group, weight=weight, is_fresh=fresh)
+        ]
     ends = list(range(size, tensor.numel() - size + 1, size))  # the last takes the rest: none is too small
     slices = zip(tensor.view(-1).tensor_split(ends), projected.reshape(-1).tensor_split(ends), strict=True)
     return tensor, [
-        InnerParam(tensor=part, grad=grad, state=inner.get(f"slice{number}", {}), group=group, weight=weight)
+        InnerParam(
+            tensor=part,
+            grad=grad,
+            state=inner.get(f"slice{number}", {}),
+            group=group,
+            weight=weight,
+            is_fresh=fresh,
+        )
         for number, (part, grad) in enumerate(slices)
     ]
 
@@ -52,5 +61,5 @@ def keep_inner_state(trained: TrainedWeight, params: Sequence[InnerParam]) -> No
     """
     if len(params) > 1:
         trained.state[INNER] = trained.closed({f"slice{number}": one.state for number, one in enumerate(params)})
-    elif params[0].state:
+    elif params[0].state and params[0].state is not trained.state.get(INNER):
         trained.state[INNER] = trained.closed(params[0].state)

@@ -75,6 +75,7 @@ class TrainedWeight(ProcessPart, Turns):
         is_kept: whether the optimizer holds the state; until its first step a weight keeps it for itself.
         counters: of all projected weights on the device, one for each: how many gradients were not finite.
         slot: which of them is the weight's.
+        is_plain: whether its update is added to it as it is: it is a plain tensor, and not rounded in a way of ours.
     """
 
     weight: Tensor
@@ -98,12 +99,14 @@ class TrainedWeight(ProcessPart, Turns):
     slot: int = 0
     storage: Storage = field(init=False)
     coordinate_count: int = field(init=False)
+    is_plain: bool = field(init=False)
     _read: tuple[Any, Basis] = field(init=False, default=(None, {}))
     _factors: Basis | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.storage = storage_in(self.group)
         self.coordinate_count = torch.Size(self.projection.projected_shape).numel()
+        self.is_plain = type(self.weight) in (Tensor, torch.nn.Parameter) and self.rounding == "nearest"
 
     def is_current(self, state: Any) -> bool:
         """Whether what the optimizer holds of the weight is still this state.
@@ -307,10 +310,10 @@ class TrainedWeight(ProcessPart, Turns):
         grad = self.grad
         if not self.through_coordinates:
             return grad
-        if isinstance(grad, ProjectedGradient):
+        if type(grad) is ProjectedGradient:
             projected = grad.projected_by(self.projection, self.basis)
         else:
-            projected = self.project(grad)
+            projected = self.project(grad) if not self.is_plain else self.projection.project(grad, self.factors)
         if projected.dtype is not self.dtype:
             projected = projected.to(self.dtype)
         decay = self.group.get("weight_decay", 0)

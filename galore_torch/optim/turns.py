@@ -69,9 +69,11 @@ class Turns:
         A projected gradient holds too little to find one from. But it may bring the basis that was found from it inside
         the backward, which counts from this step on: with a gradient that is thrown away it goes.
         """
+        if not self.needs_renewal:
+            return False
         grad = self.weight.grad
         if not isinstance(grad, ProjectedGradient):
-            return self.needs_renewal
+            return True
         if not self.completes_basis or grad.projection != self.projection:
             return False
         return not is_same_basis(grad.basis, self.basis, reads=not self.renews_unread)
