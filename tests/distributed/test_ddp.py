@@ -147,12 +147,14 @@ def test_in_few_bits_all_processes_hold_the_same(pool, given, mode):
     assert torch.equal(*pool.run(trained, 2, mode=mode, dtype=torch.float32, steps=SHORT, **given))
 
 
+@pytest.mark.slow
 @every_mode
 def test_svd_trains_as_one(pool, mode):
     """Its directions turn with the last digits of a gradient: rounding alone moves weights as far in one process."""
     assert_as_one(pool, 2, bar=1e-6, mode=mode, steps=2 * SHORT, decomposition="svd")
 
 
+@pytest.mark.slow
 @every_mode
 def test_in_float32_processes_differ_by_rounding_alone(pool, mode):
     """By no more than three times what the same sums in another order differ by, in one process."""

@@ -41,6 +41,7 @@ def momentum(trained, **keys):
 
 @every_residual
 @pytest.mark.parametrize("layout", SHAPES)
+@pytest.mark.broad
 def test_a_residual_is_what_projecting_misses(layout, residual):
     """One step of Adam, whose direction is the sign of the projected gradient: S formed and scaled slice by slice."""
     shape, keys = SHAPES[layout]
@@ -113,6 +114,7 @@ def saved(optimizer):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("moments", KEYS["moments"].choices)
 @pytest.mark.parametrize("residual", [None, *RESIDUALS])
+@pytest.mark.broad
 def test_it_resumes_bit_for_bit(residual, moments, size):
     keys = {"residual": residual, "moments": moments, "normalize": size, "residual_scale": 0.5}
     trained = weights((12, 20), (20, 12))
@@ -268,6 +270,7 @@ def test_moments_in_eight_bits_are_rotated_through_their_codes(slices, monkeypat
 @every_residual
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.broad
 def test_in_sixteen_bits_it_is_that_of_float32_to_rounding(residual, size, rounding):
     ends = []
     for dtype in (torch.float32, torch.bfloat16):

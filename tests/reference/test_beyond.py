@@ -50,6 +50,7 @@ def problem_of(shape: str) -> tuple[Problem, torch.nn.Parameter]:
 @pytest.mark.parametrize("inside", INSIDE)
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("normalize", [None, "columns", "orthogonal", "blocks"])
+@pytest.mark.broad
 def test_it_is_the_reference(shape, inside, residual, normalize):
     problem, weight = problem_of(shape)
     keys = {"residual": residual, "normalize": normalize, "residual_scale": 0.5, "moments": "rotate"}

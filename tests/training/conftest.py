@@ -75,6 +75,12 @@ def _quickly_begun(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(autouse=True)
+def _no_loss_of_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits for no disk: a run does at every record and checkpoint, and no test takes the power away."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
 def _terminal():
     """Signals as in a terminal: a process that a script started in the background may have them ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

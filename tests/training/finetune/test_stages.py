@@ -60,7 +60,13 @@ def test_a_stage_is_trained_saved_and_resumed_exactly(task, staged, tmp_path):
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize(("task", "method"), [("dpo", "galore"), ("reward", "galore"), ("dpo", "lora")])
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("dpo", "galore"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("reward", "galore"), ("dpo", "lora"))),
+    ],
+)
 def test_of_two_answers_the_preferred_one_is_learnt(task, method, staged, tmp_path):
     given = {"method": method, "lr": 1e-2, "steps": 24, **({"answers": 0} if task == "dpo" else {})}
     result = new_run(Finetuning, staged(task, **given), tmp_path / "run").train()

@@ -130,7 +130,8 @@ def test_a_stop_while_pictures_are_drawn_leaves_nothing(run, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
 def test_a_stop_while_the_folder_is_written_lets_it_be_whole_and_a_second_one_lets_it_be_nothing(
     times, run, tmp_path, monkeypatch
 ):

@@ -71,6 +71,7 @@ def shown(browser, selector: str, property: str) -> tuple[float, ...]:
     return tuple(int(c) / 255 for c in re.findall(r"\d+", browser.execute_script(COLOUR, selector, property))[:3])
 
 
+@pytest.mark.slow
 def test_a_browser_shows_it_light_dark_and_on_a_phone(browser, tmp_path):
     path = tmp_path / "page.html"
     page().write(path)
