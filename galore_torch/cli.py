@@ -56,9 +56,18 @@ def build_app() -> typer.Typer:
     import typer  # isort: skip
 
     app = typer.Typer(
-        no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_galore)
+    shown = typer.Option(False, "--version", is_eager=True, callback=_show_version, help="Show the version.")
+
+    def galore(version: bool = shown) -> None:
+        """Train every weight of a large language model, with low-rank optimizer state for its matrices."""
+
+    app.callback()(galore)
     app.command("pretrain", epilog=command.EPILOG)(
         flags.with_settings(command.pretrain, SECTIONS, PRESETS, command.HELP_PRESET)
     )
@@ -75,5 +84,9 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _galore() -> None:
-    """Train every weight of a large language model, with low-rank optimizer state for its matrices."""
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"galore-torch {version('galore-torch')}")
+        sys.exit()

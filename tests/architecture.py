@@ -17,7 +17,7 @@ PACKAGE = "galore_torch"
 LEVELS = (  # from the ground up: a package or module imports those of the levels before its own
     ("extras", "galore_projector", "values", "messages"),
     ("modules", "group_keys", "random_bits"),
-    ("projection", "lowbit"),
+    ("modes", "projection", "lowbit"),
     ("optim",),
     ("targets",),
     ("gradients",),

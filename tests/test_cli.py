@@ -62,7 +62,7 @@ def test_the_help_of_pretrain_teaches(width):
             assert f"--{field.name.replace('_', '-')}" in text
     assert all(preset in text for preset in PRESETS)
     assert "galore pretrain --preset llama-60m --data allenai/c4 --out runs/60m" in text
-    assert "Steps between two renewals of a basis. [by preset; llama-60m: 200]" in text
+    assert "Steps between two renewals of a basis. [by preset; llama-tiny: 50]" in text
     assert "--no-stagger" in text
 
 

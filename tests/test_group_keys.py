@@ -7,9 +7,9 @@ from typing import get_type_hints
 import pytest
 
 from galore_torch import param_groups
-from galore_torch.gradients.modes import GRAD_BITS, GRADIENTS, UPDATES
 from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.lowbit import BITS
+from galore_torch.modes import GRAD_BITS, GRADIENTS, UPDATES
 from galore_torch.projection import DECOMPOSITIONS
 from galore_torch.training.settings.fields import choices_of
 from galore_torch.training.settings.optimizer import OptimizerConfig

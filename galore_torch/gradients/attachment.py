@@ -19,8 +19,8 @@ from galore_torch.gradients.backward_updates import BackwardUpdates
 from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
 from galore_torch.gradients.hooks import discard_stale, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, InputTracker, fuse, is_linear
-from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.messages import warn
+from galore_torch.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.processes import JOIN, is_sharded

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from galore_torch.gradients.attachment import attach
-from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.messages import did_you_mean, warn
+from galore_torch.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.optim import GaLore, GaLoreAdamW
 from galore_torch.targets import param_groups
 

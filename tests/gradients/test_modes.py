@@ -1,4 +1,4 @@
-"""The choices of `attach` and their rules are declared once, in `galore_torch.gradients.modes`."""
+"""The choices of `attach` and their rules are declared once, in `galore_torch.modes`."""
 
 import inspect
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from galore_torch.gradients import attach
-from galore_torch.gradients.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, GRAD_BITS, GRADIENTS, UPDATES, check_modes
 from galore_torch.integrations.transformers import GaLoreFactory
+from galore_torch.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, GRAD_BITS, GRADIENTS, UPDATES, check_modes
 
 FREE = [(gradients, update) for gradients in GRADIENTS for update in UPDATES if update == "step"]
 IN_BACKWARD = [("full", "backward"), ("fused", "backward")]

@@ -54,7 +54,7 @@ def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, 
         if out is not None and out.exists():
             raise ValueError(f"out = {str(out)!r} exists; choose another --out.")
         config, others = settings_of(model, given_settings(given))
-        config.require_there()
+        config.require_there(labelled=not predicting)
         with console.status("Loading Transformers"):
             from galore_torch.training.evaluation.judge import judge
         scores, lines = judge(config, console, predicting=predicting, others=others)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load
-from galore_torch.training.finetune.files import missing_column
 from galore_torch.training.finetune.labels import class_names
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.pretrain.config import PretrainConfig
@@ -23,6 +22,7 @@ from galore_torch.training.run.job import make_trainer
 from galore_torch.training.run.progress import quiet
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.prepare import cache_folder
+from galore_torch.training.text.rows import missing_column
 
 Judgement = tuple[dict[str, float], list[dict[str, Any]]]
 

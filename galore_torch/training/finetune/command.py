@@ -15,7 +15,7 @@ from galore_torch.training.settings.methods import TUNING, help_text
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
 
-HELP_PRESET = "glue-rank4"
+HELP_PRESET = "classify"
 """The preset whose values ``--help`` shows."""
 
 EPILOG = f"""[bold]Examples[/]
@@ -43,7 +43,9 @@ galore finetune --resume --out runs/rte
 _PRESET = typer.Option(
     help=f"Recipe to start from: {', '.join(PRESETS)}; by default the task's.", rich_help_panel=PANEL
 )
-_METHOD = typer.Option(help=f"What is trained, and how: {', '.join(TUNING)}.", rich_help_panel=PANEL)
+_METHOD = typer.Option(
+    help=rf"What is trained, and how: {', '.join(TUNING)}. [dim]\[default: galore][/]", rich_help_panel=PANEL
+)
 
 
 def finetune(
@@ -60,6 +62,7 @@ def finetune(
 
     The run folder gets config.toml, metrics.jsonl, predictions.jsonl, the model with its tokenizer and loss.png.
     Ctrl-C finishes the step, saves a checkpoint and says how to go on.
+    It runs on a GPU if there is one; CUDA_VISIBLE_DEVICES chooses which, and is empty for the CPU.
     """
     given = given_settings(given)
 

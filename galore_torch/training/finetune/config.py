@@ -4,9 +4,11 @@ from typing import ClassVar, Literal
 
 from galore_torch.training.finetune.tasks import ARITHMETIC, GLUE, ON_TRL, TaskName
 from galore_torch.training.run.files import model_of_run
+from galore_torch.training.run.there import require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES
+from galore_torch.training.text.rows import first_rows, in_rows, is_hub_name, missing_column, require_rows
 
 
 @settings
@@ -146,12 +148,41 @@ class FinetuneConfig(TrainConfig):
             )
         super().__post_init__()
 
+    def require_there(self, *, labelled: bool = True) -> None:
+        """Refuse rows or a model that is not there, and rows without a column or with none in one of the first."""
+        for field in ("data", "held_out"):
+            name = getattr(self.data, field)
+            if name is not None and name != ARITHMETIC:
+                _require_rows(self.data, field, name, labelled=labelled)
+        if self.data.task in GLUE:
+            require_on_hub("task", "nyu-mll/glue", "dataset")
+        require_model("model", self.model.model, self.model.gguf_file or "config.json")
+
     @property
     def target_modules(self) -> str | list[str]:
         """Which modules hold the matrices, by the rules of `galore_torch.param_groups`."""
         if self.model.target_modules is None:
             return MATRICES
         return "all-linear" if self.model.target_modules == "all-linear" else self.model.target_modules.split(",")
+
+
+def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) -> None:
+    if is_hub_name(name):
+        require_on_hub(field, name, "dataset")
+        return
+    require_rows(field, name)
+    needed = {f"text_column = {config.text_column!r} is empty": config.text_column}
+    if labelled:
+        needed[f"label_column = {config.label_column!r} is without a label"] = config.label_column
+    empty: dict[str, list[int]] = {}
+    for number, row in enumerate(first_rows(field, name), 1):
+        for what, column in needed.items() if config.task == "classify" else ():
+            if column not in row and number == 1:
+                raise missing_column(what.partition(" ")[0], column, row)
+            if row.get(column) is None or not str(row[column]).strip():
+                empty.setdefault(what, []).append(number)
+    for what, numbers in empty.items():
+        raise ValueError(f"{what} in {in_rows(numbers)}; leave such rows out.")
 
 
 SECTIONS = sections_of(FinetuneConfig)

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | Alpaca | instruction, output, and input or not | prompt, completion |
 | ShareGPT | conversations, of from and value | messages, of role and content |
+| pairs | chosen and rejected, which begin with the prompt | prompt, chosen, rejected |
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ def in_columns(rows: datasets.Dataset) -> Any:
         return rows.map(_asked, remove_columns=sorted({"instruction", "input", "output"} & columns))
     if "conversations" in columns and "messages" not in columns:
         return rows.map(_messages, remove_columns=["conversations"])
+    if {"chosen", "rejected"} <= columns and "prompt" not in columns:
+        from trl import extract_prompt
+
+        return rows.map(extract_prompt)
     return rows
 
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from galore_torch.training.finetune.config import RowsConfig
 from galore_torch.training.finetune.data import Rows, require_column
-from galore_torch.training.finetune.files import in_rows
 from galore_torch.training.finetune.tasks import GLUE
+from galore_torch.training.text.rows import in_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,33 +13,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
-from galore_torch.training.finetune.files import in_rows, missing_column
 from galore_torch.training.run.base_model import load_base
 from galore_torch.training.run.units import sentence
+from galore_torch.training.text.rows import in_rows, missing_column
 
 
 class OnTRL:
-    """One kind of fine-tuning by a trainer of TRL; a subclass says by which, from which columns, and what is scored.
+    """One kind of fine-tuning by a trainer of TRL; a subclass says by which, and what is scored.
 
     Attributes:
         task_type: PEFT's name of what the model is trained for.
         trainer_name: of the trainer in TRL, which has a configuration of the same name.
-        columns: those that are trained on.
+        forms: columns of which it takes the first that rows have; those are ``columns``.
         repeats: how many of a batch are of the same row.
     """
 
     task_type = "CAUSAL_LM"
     trainer_name: ClassVar[str]
+    forms: tuple[tuple[str, ...], ...]
     model_class: ClassVar[Any] = AutoModelForCausalLM
     model_settings: ClassVar[dict[str, Any]] = {}
     repeats = 1
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         self.data = config.data
-        self.columns = self.find_columns(rows)
+        self.columns = _first_form(rows, self.forms)
         for column in self.columns:
             _require(rows, column)
-        self.train, self.held_out = (part.select_columns(self.columns) for part, _ in rows.parts)
+        self.train, self.held_out = (part.select_columns(list(self.columns)) for part, _ in rows.parts)
         self._rows = rows.held_out_rows
         self.model, self.tokenizer = load_base(
             config.model, self.model_class, self.data.max_length, console, **self.model_settings
@@ -57,10 +58,6 @@ class OnTRL:
     def is_chat(self) -> bool:
         """Whether rows are messages."""
         return any(isinstance(self.train[0][column], list) for column in self.columns)
-
-    def find_columns(self, rows: Rows) -> list[str]:
-        """Which columns are trained on; a ValueError says that there are none."""
-        raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
         """What the trainer's configuration says besides `TrainingArguments`."""
@@ -117,13 +114,13 @@ class OnTRL:
         return str(self.tokenizer.decode(out[0, known["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def first_form(rows: Rows, forms: list[list[str]], field: str) -> list[str]:
-    """The first of some forms, each a list of columns, that rows have; a ValueError says that they have none."""
+def _first_form(rows: Rows, forms: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The first of some forms that rows have; a ValueError says that they have none."""
     known = set(rows.train.column_names) & set(rows.held_out.column_names)
     for form in forms:
         if set(form) <= known:
             return form
-    raise missing_column(field, " or ".join(", ".join(form) for form in forms), rows.train.column_names)
+    raise missing_column("text_column", " or ".join(map(", ".join, forms)), rows.train.column_names)
 
 
 def _require(rows: Rows, column: str) -> None:

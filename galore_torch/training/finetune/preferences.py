@@ -7,25 +7,19 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForSequenceClassification, Trainer
 
-from galore_torch.training.finetune.data import Rows
-from galore_torch.training.finetune.on_trl import OnTRL, first_form
+from galore_torch.training.finetune.on_trl import OnTRL
 
-_PAIR = ["chosen", "rejected"]
-
-
-class _OnPairs(OnTRL):
-    def find_columns(self, rows: Rows) -> list[str]:
-        """The pair, with the prompt unless it is a part of both."""
-        return first_form(rows, [["prompt", *_PAIR], _PAIR], "columns")
+_PAIR = ("chosen", "rejected")
 
 
-class Preferences(_OnPairs):
+class Preferences(OnTRL):
     """Direct preference optimization of a causal model on TRL's DPOTrainer.
 
     The reference is the model itself before the first step: its log-probabilities are computed then, and kept.
     """
 
     trainer_name = "DPO"
+    forms = (("prompt", *_PAIR),)
 
     def options(self) -> dict[str, Any]:
         """How far the model may go from the reference, and that the reference is not kept."""
@@ -40,23 +34,13 @@ class Preferences(_OnPairs):
         chosen = row["chosen"]
         return chosen[-1]["content"] if isinstance(chosen, list) else chosen
 
-    def prompt(self, row: Any) -> str:
-        """What is asked; of a pair that holds it, what both begin with."""
-        if "prompt" in self.columns:
-            return super().prompt(row)
-        from trl import extract_prompt
 
-        asked = extract_prompt(row)["prompt"]
-        if not isinstance(asked, list):
-            return str(asked)
-        return str(self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-
-
-class Reward(_OnPairs):
+class Reward(OnTRL):
     """A model with one number for a text, greater for the preferred of two, on TRL's RewardTrainer."""
 
     task_type = "SEQ_CLS"
     trainer_name = "Reward"
+    forms = (("prompt", *_PAIR),)
     model_class = AutoModelForSequenceClassification
     model_settings: ClassVar[dict[str, Any]] = {"num_labels": 1}
 
@@ -77,7 +61,7 @@ class Reward(_OnPairs):
         return {f"reward_{name}": self._reward(row, row[name]) for name in _PAIR}
 
     def _reward(self, row: Any, answer: Any) -> float:
-        whole = answer if "prompt" not in self.columns else row["prompt"] + answer
+        whole = row["prompt"] + answer
         if isinstance(whole, list):
             whole = self.tokenizer.apply_chat_template(whole, tokenize=False)
         known = self.tokenizer(whole, return_tensors="pt", truncation=True, max_length=self.data.max_length)

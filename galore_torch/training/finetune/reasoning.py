@@ -9,7 +9,7 @@ from rich.console import Console
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows
-from galore_torch.training.finetune.on_trl import OnTRL, first_form
+from galore_torch.training.finetune.on_trl import OnTRL
 
 
 def rewards(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
@@ -40,14 +40,11 @@ class Reasoning(OnTRL):
     """Group relative policy optimization of a causal model on TRL's GRPOTrainer."""
 
     trainer_name = "GRPO"
+    forms = (("prompt", "answer"),)
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         super().__init__(config, rows, console)
         self.repeats = self.data.generations
-
-    def find_columns(self, rows: Rows) -> list[str]:
-        """What is asked, and the right answer."""
-        return first_form(rows, [["prompt", "answer"]], "columns")
 
     def options(self) -> dict[str, Any]:
         """How many answers a prompt gets, and how long they are; for an evaluation it gets one."""

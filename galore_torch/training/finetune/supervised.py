@@ -8,7 +8,7 @@ from rich.console import Console
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows
-from galore_torch.training.finetune.on_trl import OnTRL, first_form, marks_answers
+from galore_torch.training.finetune.on_trl import OnTRL, marks_answers
 from galore_torch.training.run import records
 
 
@@ -18,6 +18,7 @@ class Supervised(OnTRL):
     trainer_name = "SFT"
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
+        self.forms = (("messages",), ("prompt", "completion"), (config.data.text_column,))
         super().__init__(config, rows, console)
         if self.data.answers_only:
             self._require_marks()
@@ -26,13 +27,8 @@ class Supervised(OnTRL):
         if cut:
             console.print(f"{cut:,} rows are longer than {self.data.max_length} tokens and are truncated.")
 
-    def find_columns(self, rows: Rows) -> list[str]:
-        """Messages, prompt and completion, or the text column."""
-        forms = [["messages"], ["prompt", "completion"], [self.data.text_column]]
-        return first_form(rows, forms, "text_column")
-
     def _require_marks(self) -> None:
-        if self.columns != ["messages"]:
+        if self.columns != ("messages",):
             raise ValueError(
                 "answers_only = True has no effect without messages: completions alone are trained on; leave it out."
             )

@@ -40,7 +40,7 @@ galore pretrain --resume --out runs/60m
 [dim]go on after Ctrl-C; with --steps 20000 make it longer, finished or not[/]
 """
 
-HELP_PRESET = "llama-60m"
+HELP_PRESET = DEFAULT_PRESET
 """The preset whose values ``--help`` shows."""
 
 EPILOG = f"{EXAMPLES}\n{help_text()}"
@@ -53,7 +53,7 @@ _PRESET = typer.Option(
 )
 _METHOD = typer.Option(
     help=f"What is trained, and how, as the paper compares it: {', '.join(METHODS)}. Overrides preset and "
-    "--config; flags override it.",
+    rf"--config; flags override it. [dim]\[default: galore][/]",
     rich_help_panel=PANEL,
 )
 _PREPARE = typer.Option(
@@ -77,17 +77,31 @@ def pretrain(
     The run folder gets config.toml, metrics.jsonl, subspaces.jsonl (the renewals of bases), the model with its
     tokenizer, loss.png and a resumable checkpoint.
     Ctrl-C finishes the step, saves a checkpoint and says how to go on.
+    It runs on a GPU if there is one; CUDA_VISIBLE_DEVICES chooses which, and is empty for the CPU.
     """
     given = given_settings(given)
 
     def configured() -> tuple[PretrainConfig, str]:
         settings = configure(preset, config, method=method, **given)
         start = preset or (PRESET_TABLE.default(given) if config is None else config.stem)
+        _warn_of_rates(start, settings, given)
         return settings, f"{start}-{method or settings.title}"
 
     options = {"preset": preset, "method": method, "config": config, **given}
     instead = prepare_only if prepare else None
     run_command(_load, "pretrain", configured, options, out=out, resume=resume, json=json, instead=instead)
+
+
+def _warn_of_rates(preset: str, config: PretrainConfig, given: dict[str, Any]) -> None:
+    """Say for how long a run learning rates were tuned, where this one is much shorter."""
+    tuned, steps = PRESETS.get(preset, {}).get("steps", 0), config.schedule.steps
+    if preset != CONTINUED and "lr" not in given and 2 * steps < tuned:
+        lr, others = config.optimizer.lr, config.optimizer.others_lr or config.optimizer.lr
+        line = (
+            f"The learning rates of {preset} are for {tuned:,} steps, not {steps:,}, in which they may be too much: "
+            f"try --lr {lr / 2:g} --others-lr {min(lr, others) / 2:g}."
+        )
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
 def _load() -> type[Job]:

@@ -3,9 +3,11 @@
 from typing import ClassVar
 
 from galore_torch.training.run.files import model_of_run
+from galore_torch.training.run.there import require_model
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 from galore_torch.training.text.config import DataConfig
+from galore_torch.training.text.files import require_readable
 
 SIZES = ("hidden", "intermediate", "layers", "heads")
 """The settings of a LLaMA's sizes, which every preset of one gives."""
@@ -88,12 +90,19 @@ class PretrainConfig(TrainConfig):
             raise ValueError("adapter = 'low-rank' throws away what a model has learnt; choose lora, or none.")
         super().__post_init__()
 
-    def require_there(self) -> None:
-        """Refuse a LLaMA without sizes."""
+    def require_there(self, *, labelled: bool = True) -> None:  # noqa: ARG002 - text has no labels
+        """Refuse a LLaMA without sizes, and a model or text that is not there."""
         model = self.model
         missing = [name for name in SIZES if getattr(model, name) is None]
         if model.model is None and model.config_of is None and missing:
             raise ValueError(f"model = None, and {missing[0]} is not given; give --model, or a preset with sizes.")
+        require_readable(self.data)
+        if model.model is not None:
+            require_model("model", model.model, model.gguf_file or "config.json")
+        if model.config_of is not None and not model.config_of.endswith(".json"):
+            require_model("config_of", model.config_of)
+        if self.data.tokenizer not in ("auto", "train"):
+            require_model("tokenizer", self.data.tokenizer, "tokenizer_config.json")
 
     @property
     def tokens_per_step(self) -> int:

@@ -27,6 +27,7 @@ class PretrainResult(RunResult):
     """What a pre-training came to."""
 
     tokens: int  # seen
+    vocabulary: int  # entries; a uniform guess among them has that perplexity
     perplexity: float | None  # on the held-out text, at the end; the exponential of `eval_loss`
     tokens_per_second: float  # mean over the training steps, without evaluations and saves
 
@@ -34,6 +35,13 @@ class PretrainResult(RunResult):
     def headline(self) -> str:
         """Perplexity and tokens a second."""
         return f"perplexity {self.perplexity:,.2f}  {self.tokens_per_second:,.0f} tok/s"
+
+    @property
+    def remarks(self) -> list[str]:
+        """That a guess would have been better."""
+        if self.perplexity is None or self.perplexity < self.vocabulary:
+            return []
+        return [f"That is no better than to guess among {self.vocabulary:,} tokens: make more steps, or lower --lr."]
 
 
 class Pretraining(Job):
@@ -105,7 +113,7 @@ class Pretraining(Job):
 
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The perplexity of the last evaluation."""
-        return {"perplexity": scores.get("perplexity")}
+        return {"perplexity": scores.get("perplexity"), "vocabulary": self.model.config.vocab_size}
 
 
 def _called(config: PretrainConfig) -> str:

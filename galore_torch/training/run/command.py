@@ -124,6 +124,7 @@ def run_command(
                 found, settings = out, None
             else:
                 settings, default = configure()
+                settings.require_there()
                 if instead is not None:
                     instead(settings, console)
                     return
@@ -161,11 +162,13 @@ def _shown(result: RunResult, name: str) -> list[str]:
         ]
     folder = RunFolder(Path(result.out))
     planned = "" if result.planned_memory_bytes is None else f" (planned {megabytes(result.planned_memory_bytes)})"
-    files = {"model": folder.model, "metrics": folder.metrics, "plot": folder.plot, "predictions": folder.predictions}
+    names = ("model", "metrics", "plot", "predictions", "events")
+    files = {name: getattr(folder, name) for name in names}
     return [
         f"{result.headline}  optimizer state {megabytes(result.state_bytes)}  "
         f"peak memory {megabytes(result.peak_memory_bytes)}{planned}  {duration(result.seconds)} of training",
         "  ".join(f"{what} {path}" for what, path in files.items() if path.exists()),
+        *result.remarks,
     ]
 
 

@@ -9,6 +9,7 @@ runs/NAME/
   checkpoints/    the last resumable states, see `galore_torch.training.run.checkpoints`
   model/          weights, configuration and tokenizer, for Transformers' Auto classes
   loss.png        the losses
+  events/         what TensorBoard shows, if it was reported to
   predictions.jsonl  what a fine-tuned model says of the held-out rows
   run.lock        locked by the process that works on the run; run.holder says which that is
 
@@ -20,7 +21,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +63,7 @@ class RunFolder:
         self.model = root / "model"
         self.predictions = root / "predictions.jsonl"
         self.plot = root / "loss.png"
+        self.events = root / "events"
         self._lock = Lock(root / "run.lock")
 
     @property
@@ -103,6 +107,11 @@ class RunFolder:
         started |= {being_written(file) for file in started}
         if self.root.exists() and not (self.root.is_dir() and started.issuperset(self.root.iterdir())):
             raise self._refused("exists and is not an empty folder; choose another --out.")
+        there = next(each for each in (self.root.absolute(), *self.root.absolute().parents) if each.exists())
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=there))  # noqa: PTH106 - the permissions that files show are not all there are
+        except OSError as error:
+            raise self._refused(f"cannot be made in {there}: {error.strerror}; choose another --out.") from error
 
     def create(self, config: Any, digest: str) -> None:
         """Make the folder, hold it, and write into it what the run is: its settings and the digest of its text."""

@@ -44,8 +44,8 @@ def trackers(report_to: str) -> list[str]:
     for name in names:
         if name not in available:
             raise ValueError(
-                f"report_to = {name!r} is not installed or not known to Transformers; install it, or choose from: "
-                f"none{''.join(', ' + each for each in available)}."
+                f"report_to = {name!r} is not installed or not known to Transformers; pip install {name}, or choose "
+                f"from: none{''.join(', ' + each for each in available)}."
             )
     return names
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from galore_torch.integrations.callback import GaLoreCallback, figures_of, galore_in, renewals_of
 from galore_torch.optim import state_bytes
@@ -58,6 +59,11 @@ class RunResult:
     def headline(self) -> str:
         """The scores and the pace, for people."""
         raise NotImplementedError
+
+    @property
+    def remarks(self) -> list[str]:
+        """What people must know of the scores, a sentence each."""
+        return []
 
 
 class Run:
@@ -109,6 +115,9 @@ class Run:
             report_to=reported,
             run_name=folder.root.name,
         )
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(folder.events)  # else they lie, and go, with a checkpoint that is written
         processes.require_same_text(job.digest)
         self._planned = planned_peak(job, self.trainer, console)
         if before is not None and processes.is_first():

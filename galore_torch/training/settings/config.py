@@ -46,8 +46,12 @@ class TrainConfig:
             )
         _check_modes(self.optimizer, self.schedule.batch, self.micro_batch)
 
-    def require_there(self) -> None:
-        """Refuse, with a ValueError, what the settings name and is not there: before libraries are imported."""
+    def require_there(self, *, labelled: bool = True) -> None:
+        """Refuse, with a ValueError, what the settings name and is not there: before libraries are imported.
+
+        Args:
+            labelled: whether rows need their labels, as they do for all but predictions.
+        """
 
     @property
     def micro_batch(self) -> int:
@@ -71,7 +75,7 @@ class TrainConfig:
 
 def _check_modes(optimizer: OptimizerConfig, batch: int, micro_batch: int) -> None:
     """Refuse forms of gradients that exclude each other; the rules are those of `galore_torch.attach`."""
-    from galore_torch.gradients.modes import check_modes
+    from galore_torch.modes import check_modes
 
     modes = (optimizer.gradients, optimizer.update)
     check_modes(*modes, grad_bits=optimizer.grad_bits, max_grad_norm=optimizer.max_grad_norm)

@@ -17,6 +17,7 @@ from galore_torch.training.run.files import local_path
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.caches import kept
 from galore_torch.training.text.config import DataConfig
+from galore_torch.training.text.files import LocalFiles, local_files
 from galore_torch.training.text.tokenizer import tokenizer_for
 
 _ROWS_AT_ONCE = 1000
@@ -52,10 +53,12 @@ def prepare_text(
     """
     cache = cache_folder(config)
     with console.status("Reading the text"):
-        files = sources.local_files(config)
+        files = local_files(config)
     with nullcontext() if files is None else kept(files.folder(cache)):
         with console.status("Reading the text"):
             corpus = sources.load(config, seed, cache, files)
+        if files is not None:
+            console.print(_told(config, files, corpus), soft_wrap=True, highlight=False, markup=False)
         with console.status("Preparing the tokenizer"):
             tokenizer = tokenizer or tokenizer_for(corpus, config, cache)
         if tokenizer.eos_token_id is None:
@@ -64,6 +67,15 @@ def prepare_text(
         with console.status("Packing documents into sequences"):
             train, held_out = packing.sequences(corpus, tokenizer, config, batch)
     return Text(train=train, held_out=held_out, tokenizer=tokenizer)
+
+
+def _told(config: DataConfig, files: LocalFiles, corpus: sources.Corpus) -> str:
+    """What was read and what was not."""
+    read, held_out = (len(part) for part in (corpus.train, corpus.held_out))  # type: ignore[arg-type]
+    names = [path.name for path in files.left_out]
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    left = f"; left out, as empty or no text: {', '.join(names[:3])}{more}" if names else ""
+    return f"{config.data}: files {len(files.paths):,}, documents {read + held_out:,}, held out {held_out:,}{left}"
 
 
 def cache_folder(config: DataConfig) -> Path:

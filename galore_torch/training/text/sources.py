@@ -5,31 +5,20 @@ Whatever the source, what comes out is a `Corpus`: documents to train on and doc
 
 from __future__ import annotations
 
-import os
-import sysconfig
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 
 from galore_torch.training.run.disk import raise_failed_write
-from galore_torch.training.run.files import local_path
 from galore_torch.training.run.units import sentence
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.tables import digest_of, read_table
+from galore_torch.training.text.files import LocalFiles, decode, local_files
+from galore_torch.training.text.tables import read_table
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
 """Rows with a column ``text``, one document each."""
-
-_SUFFIXES = {
-    "parquet": (".parquet",),
-    "json": (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
-    "text": (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java",
-             ".go", ".rs", ".sh"),
-}  # fmt: skip
-_NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 # The split does not follow --seed: runs with different seeds are judged on the same documents.
 _SPLIT_SEED = 0
@@ -50,18 +39,6 @@ class Corpus(NamedTuple):
         return isinstance(self.train, datasets.IterableDataset)
 
 
-class LocalFiles(NamedTuple):
-    """Files that hold the documents, in order, and a digest of what is in them."""
-
-    kind: str  # text, json or parquet
-    paths: list[Path]
-    digest: str
-
-    def folder(self, cache: Path) -> Path:
-        """Where in a cache the tables that are made of them are kept: other files, or other contents, have another."""
-        return cache / "documents" / f"{self.kind}-{self.digest[:32]}"
-
-
 def load(config: DataConfig, seed: int, cache: Path, files: LocalFiles | None = None) -> Corpus:
     """Find the documents that ``config.data`` names and hold some out.
 
@@ -73,49 +50,6 @@ def load(config: DataConfig, seed: int, cache: Path, files: LocalFiles | None = 
         return _stream(config, seed)
     read = _text if files.kind == "text" else _table
     return _split(read(files, config, files.folder(cache)), config)
-
-
-def local_files(config: DataConfig) -> LocalFiles | None:
-    """The files that ``config.data`` names; None if it names a data set of the Hub."""
-    if config.data == "stdlib":
-        kind, paths = "text", _standard_library()
-    else:
-        path = local_path("data", config.data)
-        if not path.exists():
-            if config.data.startswith((".", "/", "~")) or config.data.endswith(tuple(chain(*_SUFFIXES.values()))):
-                raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
-            return None
-        kind, paths = _of_one_kind(path, config)
-    return LocalFiles(kind=kind, paths=paths, digest=digest_of(paths))
-
-
-def _standard_library() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in root.rglob("*.py") if not _NOT_SOURCES.intersection(path.relative_to(root).parts)]
-    if not files:
-        raise ValueError(f"data = 'stdlib' found no sources in {root}; give a file or folder of your own.")
-    return sorted(files)
-
-
-def _of_one_kind(path: Path, config: DataConfig) -> tuple[str, list[Path]]:
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    kinds: dict[str, list[Path]] = {}
-    for file in files:
-        for kind, suffixes in _SUFFIXES.items():
-            if file.name.lower().endswith(suffixes):
-                kinds.setdefault(kind, []).append(file)
-    if path.is_file() and not kinds:
-        kinds = {"text": [path]}
-    if len(kinds) != 1:
-        found = f"both {' and '.join(kinds)} files" if kinds else "no text, JSON lines or Parquet file"
-        raise ValueError(f"data = {config.data!r} holds {found}; give a folder with files of one kind, or one file.")
-    ((kind, chosen),) = kinds.items()
-    for file in chosen:
-        if not os.access(file, os.R_OK):
-            raise ValueError(f"data = {config.data!r}: {file} cannot be read; allow reading it or leave it out.")
-    if not any(file.stat().st_size for file in chosen):
-        raise ValueError(f"data = {config.data!r} is empty; give a file or folder that holds text.")
-    return kind, chosen
 
 
 def _text(files: LocalFiles, _config: DataConfig, folder: Path) -> datasets.Dataset:
@@ -130,13 +64,13 @@ def _text(files: LocalFiles, _config: DataConfig, folder: Path) -> datasets.Data
 
 
 def _read(names: tuple[str, ...], digest: str) -> Iterator[dict[str, str]]:  # noqa: ARG001
-    """Documents of text files: a file is one, unless it is the only file, whose paragraphs are then."""
+    """Documents of text files: a file is one. Of an only file its paragraphs are, or, if it has but one, its lines."""
     for name in names:
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"data: {name} is not UTF-8 text ({error}); convert it or leave it out.") from error
-        for document in text.split("\n\n") if len(names) == 1 else [text]:
+        text = decode(Path(name), Path(name).read_bytes()).replace("\r\n", "\n")
+        documents = [text]
+        if len(names) == 1:
+            documents = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
+        for document in documents:
             if document.strip():
                 yield {"text": document}
 
@@ -171,7 +105,8 @@ def _split(documents: datasets.Dataset, config: DataConfig) -> Corpus:
     count = len(documents)
     if count < 2:
         raise ValueError(
-            f"data = {config.data!r} holds {count} documents; give at least two, of which one is held out."
+            f"data = {config.data!r} holds {count} documents; give at least two, of which one is held out: "
+            "paragraphs or lines of one file, or several files."
         )
     held_out = min(max(1, round(count * _HELD_OUT_SHARE)), _HELD_OUT_MOST)
     parts = documents.train_test_split(test_size=held_out, seed=_SPLIT_SEED)

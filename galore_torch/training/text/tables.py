@@ -7,14 +7,11 @@ which the files of an unpacked archive share. Here a name is literal, and what i
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
-
-from galore_torch.training.run.manifest import digest_of_file
 
 _CHAIN = "::"  # what Datasets reads as an address within an archive, and no escape hides
 
@@ -22,7 +19,7 @@ _CHAIN = "::"  # what Datasets reads as an address within an archive, and no esc
 def read_table(kind: str, files: Iterable[Path], cache: Path, *, in_memory: bool = False) -> datasets.Dataset:
     """Read files of rows, by what Datasets calls their kind (csv, json, parquet) and by their literal paths.
 
-    Datasets keeps what it reads in the cache, which must be the files' own, see `digest_of`. If it is to go again, the
+    Datasets keeps what it reads in the cache, which must be the files' own. If it is to go again, the
     rows are kept ``in_memory``.
 
     Raises:
@@ -43,11 +40,3 @@ def read_table(kind: str, files: Iterable[Path], cache: Path, *, in_memory: bool
         keep_in_memory=in_memory or None,
     )
     return rows
-
-
-def digest_of(files: Iterable[Path]) -> str:
-    """A digest of what is in some files, in their order, whatever their names and times are."""
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(digest_of_file(file).encode())
-    return whole.hexdigest()

@@ -69,6 +69,7 @@ def constant(rows=ROWS):
         (constant(), {}, ["label_column = 'label' is 'one' in all rows", "at least two"]),
         ([{**row, "label": None} for row in ROWS], {}, ["label_column = 'label'", "without a label"]),
         ([*ROWS[:50], {**ROWS[0], "label": None}, *ROWS], {}, ["label_column = 'label'", "without a label in row 51;"]),
+        ([*ROWS, {"text": "a", "label": 1}], {}, ["holds texts, and ints in row 141;", "make all texts"]),
         ([{**row, "label": [1]} for row in ROWS], {}, ["label_column = 'label' holds lists", "choose another column"]),
         ([*ROWS[:50], {**ROWS[0], "text": " "}, *ROWS], {}, ["text_column = 'text' is empty in row 51;"]),
         ([{**row, "text": {"a": 1}} for row in ROWS], {}, ["text_column = 'text' holds dicts"]),
@@ -102,7 +103,7 @@ def test_rows_and_models_that_do_not_fit(classify, write, tmp_path, rows, given,
         ("rows.txt", "text,label\n", ["is not a CSV, JSON lines or Parquet file"]),
         ("rows.csv", "", ["is empty"]),
         ("rows.csv", "text,label\n", ["holds no rows"]),
-        ("rows.jsonl", "{no json}\n", ["holds no rows that can be read as json"]),
+        ("rows.jsonl", "{no json}\n", ["line 1 is not JSON", "fix the line"]),
         ("rows.parquet", "no parquet", ["holds no rows that can be read as parquet", "or give another"]),
     ],
 )
@@ -151,9 +152,12 @@ def test_a_tokenizer_that_does_not_fit(classify, encoder, tmp_path):
         ([{"prompt": "a", "completion": " "}] * 4, {}, ["is empty in row"]),
         ([{"text": "a"}] * 4, {"answers_only": True}, ["answers_only = True", "has no effect without messages"]),
         ([{"text": "a"}] * 4, {"max_length": 500}, ["max_length = 500", "128 positions"]),
+        ([{"text": "a"}] * 4, {"model": "{encoder}"}, ["is an encoder (bert)", "--task classify"]),
+        ([{"instruction": "a", "output": ""}] * 4, {}, ["is empty in rows 1, 2, 3, 4;"]),
     ],
 )
-def test_rows_that_nothing_can_be_learnt_from(supervise, write, tmp_path, rows, given, words):
+def test_rows_that_nothing_can_be_learnt_from(supervise, encoder, write, tmp_path, rows, given, words):
+    given = {name: str(encoder) if value == "{encoder}" else value for name, value in given.items()}
     with pytest.raises(ValueError, match=r".") as wrong:
         new_run(Finetuning, supervise(data=write("given.jsonl", rows), **given), tmp_path / "run")
     for word in words:

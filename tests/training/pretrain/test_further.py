@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, T5Config
 
 from galore_torch.training.pretrain.config import SIZES
 from galore_torch.training.pretrain.presets import configure
@@ -96,9 +96,11 @@ def test_settings_that_do_not_fit_a_model_are_refused(given, words, first):
 
 
 def test_what_is_no_causal_model_is_refused(first, further, tmp_path):
-    BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="cannot be loaded"):
         new_run(Pretraining, further(config_of=str(tmp_path / "nowhere"), rank=4), tmp_path / "run")
+    T5Config(d_model=8, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="is a t5, not a causal model"):
+        new_run(Pretraining, further(config_of=str(tmp_path / "t5"), rank=4), tmp_path / "run")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.toml").touch()
     with pytest.raises(ValueError, match="no finished model yet"):

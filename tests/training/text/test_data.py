@@ -13,6 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from galore_torch.training.text import files as files_of_text
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.prepare import prepare_text
@@ -182,7 +183,7 @@ def test_another_column_can_hold_the_text(texts, cache, tmp_path):
 
 
 def test_the_standard_library_is_read_without_tests_in_a_fixed_order():
-    files = sources._standard_library()
+    files = files_of_text._standard_library()
     parts = {part for file in files for part in file.parts[-4:]}
     assert not parts & {"test", "tests", "site-packages", "idle_test"}
     assert files == sorted(files)
@@ -239,7 +240,7 @@ def test_a_data_set_that_the_hub_does_not_give_is_told(monkeypatch, cache):
     ("files", "words"),
     [
         (None, ["does not exist"]),
-        ({}, ["holds no text, JSON lines or Parquet file"]),
+        ({}, ["holds no text, CSV, JSON lines or Parquet file"]),
         ({"a.txt": b"", "b.txt": b""}, ["is empty", "give a file or folder"]),
         ({"a.txt": b"one\n\ntwo", "b.jsonl": b"{}"}, ["files of one kind"]),
         ({"a.txt": b"fine", "b.txt": b"\xff\xfe\x00broken"}, ["b.txt", "UTF-8"]),

@@ -1,23 +1,24 @@
 """Which ways to form gradients exist, when they can be applied, and which of these exclude each other.
 
 The one place for these rules: `attach` calls it, and the Trainer factory and the command line call it before there is a
-model.
+model. The command line does so before torch is imported, so that nothing here imports it.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
+from galore_torch.group_keys import BasisBits
 
-from galore_torch.lowbit import BITS
+if TYPE_CHECKING:
+    import torch
 
 Gradients = Literal["full", "projected", "fused"]
 Update = Literal["step", "backward"]
 
 GRADIENTS: tuple[Gradients, ...] = get_args(Gradients)
 UPDATES: tuple[Update, ...] = get_args(Update)
-GRAD_BITS = (16, *BITS)
+GRAD_BITS: tuple[int, ...] = get_args(BasisBits)
 """The values of `gradients`, of `update` and of `grad_bits`; see `attach`."""
 
 DEFAULT_GRADIENTS: Gradients = "fused"

@@ -31,7 +31,8 @@ _FORMS = {  # columns that rows of a kind have, and the tasks that take them
 def is_hub_name(name: str) -> bool:
     """Whether a name can only be one of the Hub's: no file has it, and none is meant."""
     path = Path(name)
-    return not path.exists() and not path.suffix and not name.startswith((".", "/", "~")) and name.count("/") <= 1
+    is_file = path.suffix and not path.suffix[1:].isdigit()
+    return not path.exists() and not is_file and not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def require_rows(field: str, name: str) -> str:

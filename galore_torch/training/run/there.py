@@ -1,0 +1,44 @@
+"""Is what a setting names there? Asked before any library that takes seconds is imported, and the Hub asked once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from galore_torch.training.run.files import local_path
+
+
+def require_model(field: str, name: str, file: str = "config.json") -> None:
+    """Refuse, with a ValueError, a model that is neither a folder with a file nor one on the Hub."""
+    path, wrong = local_path(field, name), f"{field} = {name!r} cannot be loaded: "
+    if path.is_dir():
+        if not (path / file).is_file():
+            raise ValueError(f"{wrong}the folder has no {file}; give a folder that a model was saved in.")
+    elif path.is_file():
+        raise ValueError(f"{wrong}it is a file; give the folder that it is in.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{wrong}there is no such folder, and no name on the Hub is like that; give one that exists.")
+    else:
+        require_on_hub(field, name, "model")
+
+
+def require_on_hub(field: str, name: str, kind: str) -> None:
+    """Refuse, with a ValueError, a name that the Hub does not have. Where it is not reached, what is cached counts."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    cached = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir()
+    if constants.HF_HUB_OFFLINE or cached:
+        return
+    wrong = f"{field} = {name!r} cannot be loaded: "
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except GatedRepoError as error:
+        raise ValueError(f"{wrong}it is gated; ask for access on its page and log in by hf auth login.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"{wrong}it is neither here nor on the Hugging Face Hub; check the name, or log in by hf auth login."
+        ) from error
+    except Exception:  # no network: whoever looks for it would try again and again
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
