@@ -53,7 +53,8 @@ def _count(outputs: int, rank: int) -> int:
 
 
 def _in_blocks(matrices: Tensor, blocks: int) -> Tensor:
-    return matrices.unflatten(-2, (blocks, -1)) if blocks > 1 else matrices
+    *stack, rows, columns = matrices.shape
+    return matrices.view(*stack, blocks, rows // blocks, columns) if blocks > 1 else matrices
 
 
 def _is_tensor(projection: Projection) -> bool:

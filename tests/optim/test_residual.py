@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, attach, quantize_weights
+from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, attach, quantize_weights
 from galore_torch.group_keys import KEYS
 from galore_torch.optim.groups import projection_in
-from galore_torch.optim.recipes import eight_bit
-from galore_torch.optim.state_keys import BASIS, INNER, RESIDUAL_ENERGY, RESIDUAL_NORM, STEP
+from galore_torch.optim.state_keys import BASIS, RESIDUAL_ENERGY, RESIDUAL_NORM
 from tests.optim.small import assert_same, gradient, snapshot, walk, weights
 
 RESIDUALS, SIZES = KEYS["residual"].choices, (None, *KEYS["normalize"].choices)
@@ -219,52 +218,50 @@ def test_a_residual_grows_by_one_percent_a_step_at_most(residual):
     assert float(optimizer.state[weight][RESIDUAL_NORM]) <= 1.0101 * held
 
 
+@every_residual
+def test_maximizing_is_minimizing_the_opposite(residual):
+    ends = []
+    for sign in (1, -1):
+        (weight,) = weights((12, 20))
+        optimizer = made([weight], residual=residual, maximize=sign < 0)
+        for step in range(3):
+            weight.grad = sign * gradient(weight, step, 0)
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)
+
+
+@every_residual
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rate_in_a_tensor_is_that_rate(residual, size):
+    ends = []
+    for rate in (0.1, torch.tensor(0.1)):
+        (weight,) = weights((12, 20))
+        walk(made([weight], residual=residual, normalize=size, lr=rate), [weight], range(3))
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)
+
+
+@every_residual
+def test_l2_decay_is_part_of_the_gradient_outside_too(residual):
+    ends = []
+    for decay in (0.1, 0.0):
+        (weight,) = weights((12, 20), dtype=torch.float64)
+        optimizer = momentum([weight], residual=residual, decomposition="random", weight_decay=decay)
+        for step in range(3):
+            grad = gradient(weight, step, 0)
+            weight.grad = grad if decay else grad + 0.1 * weight.detach()
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)
+
+
 def test_one_factor_is_for_the_whole_matrix_at_rank_one():
     (weight,) = weights((12, 20))
     optimizer, before = made([weight], residual="apollo", rank=1), weight.detach().clone()
     walk(optimizer, [weight], [0])
     moved, grad = weight.detach() - before, gradient(weight, 0, 0)
     torch.testing.assert_close(moved, grad * (moved.norm() / -grad.norm()))
-
-
-def test_reset_lets_the_optimizer_begin_anew_at_each_renewal():
-    (weight,) = weights((12, 20))
-    optimizer = made([weight], moments="reset", stagger=False)
-    steps = []
-    for step in range(8):
-        walk(optimizer, [weight], [step])
-        steps.append(int(optimizer.state[weight][INNER]["step"]))
-    assert steps == [1, 2, 3, 1, 2, 3, 1, 2]
-    assert optimizer.state[weight][STEP] == 8
-
-
-def test_rotated_moments_are_those_of_the_new_basis():
-    (weight,) = weights((12, 20), dtype=torch.float64)
-    optimizer = momentum([weight], moments="rotate", stagger=False, decomposition="svd")
-    walk(optimizer, [weight], range(3))
-    state = optimizer.state[weight]
-    before = state[BASIS]["left"] @ state[INNER]["momentum_buffer"]
-    walk(optimizer, [weight], [3])
-    found, basis = state[INNER]["momentum_buffer"], state[BASIS]["left"]
-    torch.testing.assert_close(found, basis.mT @ (0.9 * before + gradient(weight, 3, 0)))
-
-
-@pytest.mark.parametrize("slices", [False, True])
-def test_moments_in_eight_bits_are_rotated_through_their_codes(slices, monkeypatch):
-    pytest.importorskip("bitsandbytes")
-    if slices:
-        monkeypatch.setattr(eight_bit, "_SLICE_ELEMENTS", 4096)
-    ends = []
-    for kind in (GaLoreAdamW, GaLoreAdamW8bit):
-        (weight,) = weights((128, 256))
-        group = {"params": [weight], "rank": 64, "update_proj_gap": 3, "moments": "rotate", "stagger": False}
-        optimizer = kind([group], lr=0.01, weight_decay=0.0)
-        walk(optimizer, [weight], range(8))
-        ends.append(weight.detach())
-        names = set(optimizer.state[weight][INNER])
-    assert ("slice0" in names) == slices
-    moved = ends[0] - weights((128, 256))[0]
-    assert (ends[1] - ends[0]).norm() < 0.1 * moved.norm()
 
 
 @every_residual
