@@ -1,13 +1,14 @@
 """A study of how well ways to train learn: many small LLaMAs, each method at its best rates, over three seeds.
 
     python -m benchmarks.study --prepare tokens.pt                  # once: the text, tokenized by `galore pretrain`
-    python -m benchmarks.study tokens.pt --device cuda --workers 14 --budget 230 --out study.jsonl
+    python -m benchmarks.study tokens.pt --device cuda --workers 6 --streams 4 --budget 200 --out study.jsonl
     python -m benchmarks.study --table study.jsonl [--plot study.png]
 
 Rates of the layers' matrices and of embeddings, head and norms are searched apart, in doublings, until the best pair is
-surrounded by worse ones; then the best two pairs are trained with two more seeds. The order is that of importance, and
-each training that ends is a line of JSON, so that a study that is cut short keeps what it knows; one that finds lines
-in its file goes on from there. Processes share one GPU, each with one model at a time.
+surrounded by worse ones; then the best pair, and later the second, is trained with two more seeds. The order is that
+of importance, and each training that ends is a line of JSON, so that a study that is cut short keeps what it knows;
+one that finds lines in its file goes on from there. Processes take turns at one GPU, and the trainings of a process
+overlap there, each in its own stream.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def study(given: argparse.Namespace, methods: Sequence[str]) -> list[Line]:
     began_s = time.monotonic()
     lines = read(given.out)
     known = {job_of(line): float(line["perplexity"]) for line in lines}
+    taken = set(known)
     context = multiprocessing.get_context("spawn")  # what has been forked may not use a GPU
     idle: list[Connection] = []
     processes = []
@@ -58,9 +60,8 @@ def study(given: argparse.Namespace, methods: Sequence[str]) -> list[Line]:
             end.close()
         idle += [end for end, _ in pipes]
     running: dict[Connection, Job] = {}
-    taken: set[Job] = set()
     while (left_s := given.budget - (time.monotonic() - began_s)) > 0:
-        while idle and (job := next((one for one in wanted(known, methods) if one not in {*known, *taken}), None)):
+        while idle and (job := next((one for one in wanted(known, methods) if one not in taken), None)):
             taken.add(job)
             running[here := idle.pop(0)] = job
             here.send(job)
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prepare", type=Path, metavar="FILE", help="write the prepared text, and nothing more")
     add("--table", type=Path, metavar="FILE", help="print the tables of a study's lines, and nothing more")
     add("--plot", type=Path, metavar="PNG", help="draw them too")
-    add("--only", default=",".join(METHODS), help="methods, with commas between: all by default")
+    add("--only", help="methods, with commas between: all by default that may share a process")
     add("--device", choices=["cuda", "cpu"], default="cpu", help="where to train (cpu)")
     add("--workers", type=int, default=1, help="processes (1)")
     add("--streams", type=int, default=1, help="trainings that take turns in each process (1)")
@@ -109,9 +110,12 @@ def main(arguments: list[str] | None = None) -> list[Line]:
     """Do what the command line asks for, and return a study's lines."""
     command = parser()
     given = command.parse_args(arguments)
-    methods = [name for name in given.only.split(",") if name]
+    together = [name for name, method in METHODS.items() if not method.alone]
+    methods = together if given.only is None else [name for name in given.only.split(",") if name]
     if unknown := [name for name in methods if name not in METHODS]:
         command.error(f"--only names {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+    if given.streams > 1 and (lonely := [name for name in methods if name not in together]):
+        command.error(f"--streams {given.streams} would spoil what is trained beside {', '.join(lonely)}; give 1")
     if given.prepare:
         training.prepare(given.prepare)
         return []

@@ -131,9 +131,10 @@ class Method:
     matrices: Matrices  # moves the layers' matrices
     lr: float  # their rate, around which the grid is laid
     others: Others = adamw  # moves embeddings, head and norms
-    others_lr: float = 0.04
+    others_lr: float = 0.04  # that of the others, around which it is laid too
     halfway: Mapping[str, Any] = field(default_factory=dict)  # keys that the matrices' groups get in mid-training
     clip: float = 0.0  # norm that gradients are clipped to; 0 clips nothing
+    alone: bool = False  # its kernels heed no streams, so that it spoils what is trained beside it in a process
 
 
 BETA = 0.9
@@ -145,31 +146,35 @@ FULL: dict[str, Any] = {**MOMENTUM, "residual": "full", "residual_scale": 1 / (1
 """The same, with a residual that weighs as much as the gradients which SGD's momentum is a sum of."""
 
 METHODS: dict[str, Method] = {
-    "adamw": Method("AdamW", alone("AdamW", **FUSED), 0.001),
+    "adamw": Method("AdamW", alone("AdamW", **FUSED), 0.001, others_lr=0.02),
     "galore": Method("GaLore, moments kept", galore(), 0.01),
     "galore-rotate": Method("GaLore, moments rotated", galore(moments="rotate"), 0.01),
     "fira": Method("GaLore, rotated, Fira's residual", galore(moments="rotate", residual="fira"), 0.01),
     "columns": Method("momentum in the subspace and residual, by columns", galore(**FULL, normalize="columns"), 0.003),
-    "orthogonal": Method("the same, orthogonalised", galore(**FULL, normalize="orthogonal"), 0.004),
-    "muon": Method("Muon", alone("Muon", adjust_lr_fn="match_rms_adamw"), 0.004),
+    "orthogonal": Method("the same, orthogonalised", galore(**FULL, normalize="orthogonal"), 0.008),
+    "muon": Method("Muon", alone("Muon", adjust_lr_fn="match_rms_adamw"), 0.004, others_lr=0.08),
     "galore-reset": Method("GaLore, moments reset", galore(moments="reset"), 0.01),
-    "scale": Method("SCALE", lambda weights, lr, _: Scaled(weights, lr), 0.003),
-    "sumo": Method("momentum in the subspace, orthogonalised", galore(**MOMENTUM, normalize="orthogonal"), 0.004),
-    "apollo": Method("APOLLO", galore(residual="apollo", decomposition="random", update_proj_gap=200, scale=1.0), 0.01),
+    "scale": Method("SCALE", lambda weights, lr, _: Scaled(weights, lr), 0.003, others_lr=0.02),
+    "sumo": Method("momentum in the subspace, orthogonalised", galore(**MOMENTUM, normalize="orthogonal"), 0.008),
+    "apollo": Method(
+        "APOLLO", galore(residual="apollo", decomposition="random", update_proj_gap=200, scale=1.0), 0.005
+    ),
     "alice": Method("Alice, as published", alice, 0.02),
     "fira-published": Method("Fira, as published", fira, 0.01),
     "switched": Method("GaLore, rotated, switched", galore(decomposition="switched", moments="rotate"), 0.01),
-    "factored": Method("GaLore; others: factored", galore(), 0.01, factored),
-    "rows": Method("GaLore; others: a second moment a row", galore(), 0.01, by_rows),
-    "head-columns": Method("GaLore; head by columns with momentum, embeddings by rows", galore(), 0.01, by_columns),
-    "others-8bit": Method("GaLore; others: AdamW in 8 bits", galore(), 0.01, adamw_8bit),
+    "factored": Method("GaLore; others: factored", galore(), 0.01, factored, 0.02),
+    "rows": Method("GaLore; others: a second moment a row", galore(), 0.01, by_rows, 0.02),
+    "head-columns": Method("GaLore; head by columns with momentum, embeddings by rows", galore(), 0.005, by_columns),
+    "others-8bit": Method("GaLore; others: AdamW in 8 bits", galore(), 0.01, adamw_8bit, alone=True),
     "sampled": Method("GaLore, rotated, sampled", galore(decomposition="sampled", moments="rotate"), 0.01),
     "random-late": Method(
         "GaLore, rotated, random late", galore(moments="rotate"), 0.01, halfway={"decomposition": "random"}
     ),
     "columns-alone": Method("momentum in the subspace, by columns", galore(**MOMENTUM, normalize="columns"), 0.003),
-    "scale-momentum": Method("SCALE with momentum", lambda weights, lr, _: Scaled(weights, lr, momentum=BETA), 0.003),
-    "adamw-95": Method("AdamW, betas .9 and .95", alone("AdamW", **FUSED, betas=(0.9, 0.95)), 0.001),
-    "adamw-clip": Method("AdamW, clipped at 1", alone("AdamW", **FUSED), 0.001, clip=1.0),
+    "scale-momentum": Method(
+        "SCALE with momentum", lambda weights, lr, _: Scaled(weights, lr, momentum=BETA), 0.0015, others_lr=0.02
+    ),
+    "adamw-95": Method("AdamW, betas .9 and .95", alone("AdamW", **FUSED, betas=(0.9, 0.95)), 0.001, others_lr=0.02),
+    "adamw-clip": Method("AdamW, clipped at 1", alone("AdamW", **FUSED), 0.001, others_lr=0.02, clip=1.0),
     "sign": Method("FRUGAL's signs", galore(residual="sign", moments="reset"), 0.005),
 }

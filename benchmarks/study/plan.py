@@ -13,12 +13,17 @@ Known = Mapping[Job, float]
 """Perplexities of trainings that have ended; infinite where they came apart or failed."""
 
 SEEDS = (0, 1, 2)
-SEEDED = 2  # how many of a method's best pairs of rates are trained with every seed
-CORE = ("adamw", "galore", "galore-rotate", "fira", "columns", "orthogonal", "muon")
-"""Those that must be known first."""
+LONG = ("adamw", "galore", "orthogonal", "muon")
+"""Those that must be known first; they are trained for longer and with other batches too."""
 
-LONGER = 1600  # steps, for AdamW, GaLore and the best two others
-BATCHES = (1024, 8192)  # tokens a step, for the same
+FIRST = ("fira", "columns", "sumo", "apollo", "scale")
+"""Those that must be known next."""
+
+THEN = ("factored", "switched", "sampled", "fira-published", "alice")
+"""Those that follow, before all others."""
+
+LONGER = 1600  # steps
+BATCHES = (1024, 8192)  # tokens a step
 
 
 def at_seed_0(known: Known, method: str, steps: int | None = None, tokens: int | None = None) -> dict[Job, float]:
@@ -41,19 +46,18 @@ def at(job: Job, *factors: tuple[float, float]) -> list[Job]:
 
 def search(method: str, known: Known) -> list[Job]:
     """Return what a method's search wants next: what surrounds its best rates so far, and nothing at its end."""
-    first = [job for job in at(start(method), (1, 1), (0.5, 1), (2, 1)) if job not in known]
+    around = (1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)
+    first = [job for job in at(start(method), *around) if job not in known]
     if first:
         return first
     best, value = next(iter(at_seed_0(known, method).items()))
-    around = at(best, (0.5, 1), (2, 1), (1, 0.5), (1, 2)) if math.isfinite(value) else []
-    return [job for job in around if job not in known]
+    return [job for job in at(best, *around) if job not in known and math.isfinite(value)]
 
 
-def seeds(found: Mapping[Job, float]) -> Iterator[Job]:
-    """Yield the other seeds of the best."""
-    for job, value in list(found.items())[:SEEDED]:
-        if math.isfinite(value):
-            yield from (replace(job, seed=seed) for seed in SEEDS[1:])
+def seeds(method: str, known: Known, pair: int) -> list[Job]:
+    """Return all seeds of a method's best pair of rates (0), or of its second (1); none before its search ends."""
+    found = [] if search(method, known) else list(at_seed_0(known, method).items())[pair : pair + 1]
+    return [replace(job, seed=seed) for job, value in found for seed in SEEDS if math.isfinite(value)]
 
 
 def means(known: Known, method: str, steps: int | None = None, tokens: int | None = None) -> dict[Job, list[float]]:
@@ -63,37 +67,34 @@ def means(known: Known, method: str, steps: int | None = None, tokens: int | Non
     return dict(sorted(((j, v) for j, v in values.items() if not math.isnan(sum(v))), key=lambda pair: mean(pair[1])))
 
 
-def leaders(known: Known, methods: Sequence[str]) -> list[str]:
-    """Return AdamW, GaLore and the best two others."""
-    score = {name: next(iter(at_seed_0(known, name).values()), math.inf) for name in methods}
-    rivals = sorted((name for name in methods if name not in CORE[:2]), key=score.__getitem__)[:2]
-    return [name for name in (*CORE[:2], *rivals) if math.isfinite(score.get(name, math.inf))]
-
-
-def elsewhere(methods: Sequence[str], known: Known, **changes: Any) -> Iterator[Job]:
-    """Yield trainings of other length or batch, of every seed: at the best rates, and where better ones may lie."""
-    firsts = [replace(next(iter(at_seed_0(known, method))), **changes) for method in methods]
-    factor = 2.0 if changes.get("tokens", 0) > Job.tokens else 0.5
-    pairs = [pair for first in firsts for pair in at(first, (1, 1), (factor, 1))]
-    yield from (replace(pair, seed=seed) for seed in SEEDS for pair in pairs)
+def elsewhere(method: str, known: Known, factor: float = 1.0, **changes: Any) -> list[Job]:
+    """Return trainings of other length or batch, of every seed: at the best rates, the matrices' by a factor."""
+    found = [] if search(method, known) else list(at_seed_0(known, method).items())[:1]
+    best = [replace(job, **changes) for job, value in found if math.isfinite(value)]
+    return [replace(pair, seed=seed) for job in best for pair in at(job, (factor, 1)) for seed in SEEDS]
 
 
 def wanted(known: Known, methods: Sequence[str]) -> Iterator[Job]:
-    """Yield the trainings that are wanted, the most important first.
+    """Yield the trainings that are wanted, the most important first; some of them may be known.
 
     Args:
         known: what is known.
         methods: those that take part.
     """
-    core = [name for name in CORE if name in methods]
-    for part in (core, [name for name in methods if name not in CORE]):
+    rest = [name for name in methods if name not in {*LONG, *FIRST, *THEN}]
+    long, first, then = ([name for name in part if name in methods] for part in (LONG, FIRST, THEN))
+    for part in (long, first, then, rest):
         for name in part:
             yield from search(name, known)
-        settled = [name for name in part if not search(name, known)]
-        for name in settled:
-            yield from seeds(at_seed_0(known, name))
-        if part is core and len(settled) == len(core):
-            yield from elsewhere(leaders(known, core), known, steps=LONGER)
-    if all(not search(name, known) for name in methods):
-        for tokens in BATCHES:
-            yield from elsewhere(leaders(known, methods), known, tokens=tokens)
+        for name in part if part is long else ():
+            yield from elsewhere(name, known, steps=LONGER)
+        for name in part:
+            yield from seeds(name, known, 0)
+    for name in (*long, *first, *then, *rest):
+        yield from seeds(name, known, 1)
+    for name in long:
+        yield from elsewhere(name, known, 0.5, steps=LONGER)
+    for tokens in BATCHES:
+        for factor in (1.0, 2.0 if tokens > Job.tokens else 0.5):
+            for name in long:
+                yield from elsewhere(name, known, factor, tokens=tokens)

@@ -1,6 +1,7 @@
 """Models of the study: each trained from a seed on text, and judged on text that was held out; several take turns."""
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -136,14 +137,13 @@ class Model:
 
     def _record(self) -> None:
         """Record the passes, for launching their kernels takes longer than they do."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries set up what they need
-                self._passes()
-        torch.cuda.current_stream().wait_stream(stream)
+        # In the place's own stream: torch would record all graphs of a process in one, and cuBLAS has a workspace for
+        # each stream, which graphs that run at the same time would then share.
+        stream = torch.cuda.current_stream()
+        for _ in range(3):  # libraries set up what they need
+            self._passes()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             loss = self._passes()
 
         def replay() -> Tensor:
@@ -228,6 +228,7 @@ def _bytes(kept: Any) -> int:
 
 def serve(ends: Sequence[Connection], path: Path | None, device: str) -> None:
     """Train what is asked for, in one process: a job at each end at a time, all in turn, each in its own stream."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else streams wait for each other in 8 queues
     warnings.filterwarnings("error", message="no effect")  # a key that is not known
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")

@@ -2,13 +2,15 @@
 
 import json
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.methods import METHODS, Scaled
-from benchmarks.study.plan import CORE, LONGER, SEEDS, at_seed_0, leaders, means, wanted
+from benchmarks.study.plan import BATCHES, FIRST, LONG, LONGER, SEEDS, THEN, at_seed_0, means, wanted
 from benchmarks.study.training import Job, rate, rehearsal, train
 
 PUBLISHED = {"alice": "pytorch_optimizer", "fira-published": "pytorch_optimizer", "others-8bit": "bitsandbytes"}
@@ -18,27 +20,64 @@ def perplexity(job: Job) -> float:
     """A bowl whose bottom lies one doubling of both rates away from where each search starts."""
     method = METHODS[job.method]
     off = math.log2(job.lr / method.lr) - 1, math.log2(job.others_lr / method.others_lr) - 1
-    return 20 + CORE.index(job.method) / 10 + off[0] ** 2 + off[1] ** 2 + job.seed / 100
+    return 20 + off[0] ** 2 + off[1] ** 2 + job.seed / 100
 
 
-def test_the_plan_finds_the_best_rates_and_then_asks_for_seeds_and_length():
+def finished(methods: Sequence[str]) -> list[Job]:
+    """Return all trainings in their order, each ended before the next begins."""
     known: dict[Job, float] = {}
-    while new := [job for job in wanted(known, CORE) if job not in known]:
-        known[new[0]] = perplexity(new[0])
-    for name in CORE:
-        (job, values), *_ = means(known, name).items()
+    while new := next((job for job in wanted(known, methods) if job not in known), None):
+        known[new] = perplexity(new)
+    return list(known)
+
+
+def test_the_plan_finds_the_best_rates_and_then_asks_for_seeds():
+    known = {job: perplexity(job) for job in finished(LONG)}
+    for name in LONG:
+        found = means(known, name)
+        job = next(iter(found))
         assert (job.lr, job.others_lr) == (2 * METHODS[name].lr, 2 * METHODS[name].others_lr)
-        assert len(values) == len(SEEDS)
-    assert leaders(known, CORE) == ["adamw", "galore", "galore-rotate", "fira"]
-    assert {job.method for job in known if job.steps == LONGER} == {"adamw", "galore", "galore-rotate", "fira"}
-    assert all(min(known.values()) <= value for value in at_seed_0(known, "adamw", LONGER).values())
+        assert [len(each) for each in found.values()] == [len(SEEDS)] * 2
+        assert next(iter(at_seed_0(known, name))) == job
+
+
+def test_what_matters_most_is_trained_first():
+    jobs = finished([*LONG, *FIRST, *THEN, "sign"])
+    best = [job for job in jobs if job.lr == 2 * METHODS[job.method].lr and job.tokens == Job.tokens]
+    best = [job for job in best if job.others_lr == 2 * METHODS[job.method].others_lr]
+    stages = [
+        [job for job in best if job.steps == LONGER],
+        [job for job in best if job.method in LONG and job.steps == Job.steps and job.seed],
+        [job for job in best if job.method in FIRST],
+        [job for job in best if job.method in THEN],
+        [job for job in best if job.method == "sign"],
+        [job for job in jobs if job.tokens != Job.tokens],
+    ]
+    for before, after in pairwise(stages):
+        assert max(map(jobs.index, before)) < min(map(jobs.index, after))
+    assert [len(stage) for stage in stages[:-1]] == [12, 8, 3 * len(FIRST), 3 * len(THEN), 3]
+    assert {job.method for job in jobs if job.steps == LONGER} == set(LONG)
+    assert {job.tokens for job in jobs} == {Job.tokens, *BATCHES}
+
+
+def test_idle_places_get_what_does_not_wait_for_a_search():
+    known = {job: perplexity(job) for job in finished(["adamw"]) if job.seed == 0 and job.steps == Job.steps}
+    jobs = [job for job in wanted(known, LONG) if job not in known]
+    assert {job.method for job in jobs if job.seed == 0 and job.steps == Job.steps} == set(LONG) - {"adamw"}
+    assert {job.method for job in jobs if job.seed or job.steps == LONGER} == {"adamw"}
+
+
+def test_what_heeds_no_streams_is_not_trained_beside_others(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--small", "--only", "others-8bit", "--streams", "2"])
+    assert "others-8bit" in capsys.readouterr().err
 
 
 def test_a_method_that_always_fails_is_left_alone():
     known = {}
     while new := [job for job in wanted(known, ["adamw"]) if job not in known]:
         known[new[0]] = math.inf
-    assert len(known) == 3
+    assert len(known) == 5
 
 
 @pytest.mark.parametrize("name", METHODS)
