@@ -31,6 +31,7 @@ def check_modes(
     *,
     grad_dtype: torch.dtype | None = None,
     grad_bits: int = 16,
+    average_every: int = 1,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float = 0.0,
 ) -> None:
@@ -41,6 +42,7 @@ def check_modes(
         update: when they are applied: one of `UPDATES`.
         grad_dtype: of projected gradients that wait for `step()`; None for the gradient's own.
         grad_bits: of projected gradients that wait for `step()`: one of `GRAD_BITS`.
+        average_every: steps between two averages of what several processes train; 1 averages gradients.
         gradient_accumulation_steps: micro-batches whose gradients are added before a step.
         max_grad_norm: the norm to which gradients are clipped before a step; 0 for none.
 
@@ -61,6 +63,7 @@ gradients='full' or 'fused' with it
         raise ValueError(f"update is {update!r}; use {_one_of(UPDATES)}")
     if isinstance(grad_bits, bool) or grad_bits not in GRAD_BITS:
         raise ValueError(f"grad_bits is {grad_bits!r}; use 16 (the gradient's dtype), 8 or 4")
+    _check_average(average_every, averages_full=gradients == "full" and update == "step")
     if gradients == "projected" and update == "backward":
         raise ValueError(
             "gradients='projected' keeps gradients until step() and update='backward' does not; use gradients='full' "
@@ -83,6 +86,16 @@ gradients='full' or 'fused' with it
         raise ValueError(
             f"max_grad_norm is {max_grad_norm} and update is 'backward', which leaves nothing to clip; set "
             "max_grad_norm=0, or use update='step'"
+        )
+
+
+def _check_average(every: int, *, averages_full: bool) -> None:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"average_every is {every!r}; use a whole number of at least 1")
+    if every > 1 and averages_full:
+        raise ValueError(
+            f"average_every is {every} and gradients is 'full', which are averaged in every step; use 'projected' or "
+            "'fused'"
         )
 
 

@@ -21,14 +21,16 @@ def __getattr__(name: str) -> Any:
     return shard_placement
 
 
-def _join(model: Any, optimizer: Any, weights: Mapping[str, Any], dtype: Any, applies: bool) -> Any:
+def _join(model: Any, optimizer: Any, weights: Mapping[str, Any], dtype: Any, applies: bool, average_every: int) -> Any:
     if any(map(is_sharded, weights.values())):
         from galore_torch.distributed.unsharded import ShardTraffic
 
+        if average_every != 1:
+            raise ValueError(f"average_every is {average_every}, and the model is sharded; use 1, or DDP")
         return ShardTraffic(model, optimizer, weights, applies)
     from galore_torch.distributed.ddp import join
 
-    return join(model, optimizer, weights, dtype, applies)
+    return join(model, optimizer, weights, dtype, applies, average_every)
 
 
 def _shard(*given: Any) -> Any:

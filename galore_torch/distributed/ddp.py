@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from galore_torch.distributed.agreement import require_agreement
 from galore_torch.distributed.buckets import Bucket, drop_empty, layout, put
 from galore_torch.distributed.left_out import leave_out, refuse_what_is_averaged_twice, require_left_out
+from galore_torch.distributed.locally import LocalReplicas
 from galore_torch.distributed.owners import Replicas, bases_of
 from galore_torch.gradients.data_parallel import Hook
 from galore_torch.lowbit import QuantizedWeight
@@ -41,7 +42,12 @@ _current_backward = torch._C._current_graph_task_id
 
 
 def join(
-    model: nn.Module, optimizer: GaLore, weights: Mapping[str, Tensor], dtype: torch.dtype | None, applies: bool
+    model: nn.Module,
+    optimizer: GaLore,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    applies: bool,
+    average_every: int = 1,
 ) -> Traffic | None:
     """Prepares a model for DDP.
 
@@ -51,6 +57,7 @@ def join(
         weights: those whose gradients are projected before `step()`, by name.
         dtype: in which projected gradients accumulate; the weight's when None.
         applies: whether gradients are applied in the backward.
+        average_every: steps between two averages of projected weights; 1 averages gradients.
 
     Returns:
         Its traffic; None where there is no process group.
@@ -62,7 +69,7 @@ def join(
         return None
     refuse_what_is_averaged_twice(model, weights)
     root = model.module if isinstance(model, DistributedDataParallel) else model
-    traffic = Traffic(optimizer, leave_out(root, weights), dtype, applies)
+    traffic = Traffic(optimizer, leave_out(root, weights), dtype, applies, average_every)
     if root not in _TRAFFIC:
         root.register_forward_pre_hook(_before_forward)
         root.register_forward_hook(_after_forward)
@@ -98,16 +105,20 @@ class Traffic:
         weights: whose gradients are averaged here.
         dtype: in which projected gradients accumulate; the weight's when None.
         applies: whether gradients are applied in the backward.
+        average_every: steps between two averages.
 
     Attributes:
         is_on: whether the last forward pass was one of DDP's.
     """
 
-    def __init__(self, optimizer: GaLore, weights: list[Tensor], dtype: torch.dtype | None, applies: bool) -> None:
+    def __init__(
+        self, optimizer: GaLore, weights: list[Tensor], dtype: torch.dtype | None, applies: bool, average_every: int
+    ) -> None:
         self.is_on = False
         self._optimizer = weakref.ref(optimizer)
         self._weights = [weakref.ref(weight) for weight in reversed(weights)]  # about as the backward goes
-        self._dtype, self._applies = dtype, applies
+        self._dtype, self._applies, self._every = dtype, applies, average_every
+        self._after_step = optimizer.register_step_post_hook(self._close) if average_every > 1 else None
         self._group: Any = None
         self._wrapper: Any = lambda: None
         self._synchronizes = True
@@ -122,6 +133,8 @@ class Traffic:
 
     def remove(self) -> None:
         """Ends it. The model can go on outside DDP, or be wrapped anew."""
+        if self._after_step is not None:
+            self._after_step.remove()
         self.enter(None)
         for model in [model for model, one in _TRAFFIC.items() if one is self]:
             del _TRAFFIC[model]
@@ -149,7 +162,7 @@ class Traffic:
         if self._wrapper() is not wrapper:
             self._meet(wrapper, optimizer)
         self._synchronizes = wrapper.require_backward_grad_sync
-        optimizer._processes = Replicas(self._group)
+        optimizer._processes = Replicas(self._group) if self._every == 1 else LocalReplicas(self._group, self._every)
 
     def _meet(self, wrapper: DistributedDataParallel, optimizer: GaLore) -> None:
         """The first forward pass in a wrapper: all agree, and begin from the first one's weights."""
@@ -158,12 +171,13 @@ class Traffic:
                 "DistributedDataParallel's join() and mixed_precision act on full gradients; leave them out (drop the "
                 'last, uneven batches; use torch.autocast), or use attach(..., gradients="full", update="step")'
             )
+        if self._every > 1 and any(isinstance(weight, QuantizedWeight) for weight in self.weights()):
+            raise ValueError(f"average_every is {self._every}, and weights in INT8 cannot be averaged; use 1")
         if self._group is None:
             ranks = dist.get_process_group_ranks(wrapper.process_group)
             self._group = dist.new_group(ranks, use_local_synchronization=True)  # never interleaves with DDP's
-        require_agreement(
-            optimizer, {"dtype of projected gradients": self._dtype, "update": self._applies}, self._group
-        )
+        choices = {"dtype of projected gradients": self._dtype, "update": self._applies, "average_every": self._every}
+        require_agreement(optimizer, choices, self._group)
         for weight in self.weights():  # DDP leaves these out of its own broadcast
             tensors = (weight.codes, weight.scale) if isinstance(weight, QuantizedWeight) else (weight.data,)
             for tensor in tensors:
@@ -225,7 +239,7 @@ class Traffic:
         trained = [optimizer._trained_weight(weight) for weight in self.weights() if weight.requires_grad]
         drop_empty(trained, self._group)
         self._buckets = layout(
-            trained,
+            trained if self._every == 1 else [one for one in trained if one.needs_renewal],
             most_bytes=BUCKET_BYTES,
             most_fills=0 if self._applies else dist.get_world_size(self._group),
             dtype=self._dtype,
@@ -240,7 +254,7 @@ class Traffic:
             raise ValueError("create_graph=True is not supported inside DistributedDataParallel; leave it out")
         bucket = self._of_weight.get(id(weight))
         if bucket is None:
-            self._form(weight)
+            (self._apply or self._form)(weight)  # of micro-batches before the last, or of steps between two averages
             return
         if id(weight) not in bucket.waits_for and bucket in self._buckets[: self._reduced]:
             raise ValueError(
@@ -278,6 +292,9 @@ class Traffic:
         for one, average in averages:
             one.weight.grad = average.to(one.weight.dtype)
         told = [one for (one, _), is_usable in zip(averages, usable, strict=True) if is_usable]
+        processes = optimizer._processes if (optimizer := self._optimizer()) else None
+        if isinstance(processes, Replicas):
+            processes.level(told)
         bases = iter(bases_of(told, self._group, lambda one, _: one.grad))
         for (one, average), own, is_usable in zip(averages, local, usable, strict=True):
             basis = next(bases) if is_usable else None
@@ -305,5 +322,19 @@ class Traffic:
         while self._reduced < len(self._buckets):
             self._reduce_next()
         self._finish_until(len(self._buckets))
+        if self._every > 1:
+            self._fill_in_zeros()
         self._backward = None
         self._buckets, self._of_weight = [], {}
+
+    def _fill_in_zeros(self) -> None:
+        """Lets weights that this process has not used make their step as in the others, which may have."""
+        for weight in self.weights():
+            optimizer = self._optimizer()
+            if weight.requires_grad and weight.grad is None and optimizer is not None:
+                weight.grad = torch.zeros_like(weight)
+                (self._apply or self._form)(weight)
+
+    def _close(self, optimizer: Any, *_: Any) -> None:
+        if self.is_on and isinstance(optimizer._processes, Replicas):
+            optimizer._processes.close([optimizer._trained_weight(weight) for weight in self.weights()])

@@ -34,8 +34,15 @@ class Replicas(Alone):
     def require(self, seed: int) -> None:
         """Nothing: they have agreed in the forward pass."""
 
+    def level(self, trained: Sequence[TrainedWeight]) -> None:
+        """Gives all processes the same weights before their bases change: they have them."""
+
+    def close(self, trained: Sequence[TrainedWeight]) -> None:
+        """The end of a step of these weights."""
+
     def renew(self, trained: Sequence[TrainedWeight]) -> None:
         """Renews bases, each found by one process."""
+        self.level(trained)
         renew_together(trained, self._group, lambda one, _: one.grad)
 
 

@@ -51,7 +51,7 @@ class _Average:
             if dimension != cut.dimension:  # replicas of shards
                 dist.all_reduce(self.part, group=cut.mesh.get_group(dimension))
         weight = self.trained.weight
-        part = self.part.div_(self.divisor).to(weight.device, weight.dtype)
+        part = self.part.div_(self.divisor).to(weight.device, weight.dtype).contiguous()  # as the rule's state is
         if self.trained.is_contracted:
             return DTensor.from_local(part, cut.mesh, [Replicate()] * cut.mesh.ndim, run_check=False)
         return cut.wrap(part, shape)

@@ -67,6 +67,7 @@ def attach(
     *,
     grad_dtype: torch.dtype | None = None,
     grad_bits: int = 16,
+    average_every: int = 1,
 ) -> Attachment:
     """Chooses how the gradients of a model are formed and when they are applied.
 
@@ -88,6 +89,8 @@ def attach(
             gradient's own when None.
         grad_bits: 8 or 4 to keep the projected gradients that wait for `step()` in codes, with a range for each 256
             numbers; each micro-batch is then added to what the codes stand for, and rounded again.
+        average_every: under DDP over a slow link, steps that each process moves projected weights by its own gradients
+            before they and their moments are averaged, in the subspace; 1 averages gradients, exactly as one process.
 
     Returns:
         A handle with `remove()`, which is also a context manager.
@@ -106,7 +109,7 @@ def attach(
         ...     type(model[0].weight.grad).__name__
         'ProjectedGradient'
     """
-    check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits)
+    check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits, average_every=average_every)
     _check(model, optimizer)
     projected = _projected_weights(model, optimizer)
     if gradients != "full":
@@ -122,7 +125,7 @@ def attach(
         )
     attachment = Attachment(gradients, update)
     early = {} if gradients == "full" and update == "step" else projected
-    traffic = _traffic(model, optimizer, early, grad_dtype, update)
+    traffic = _traffic(model, optimizer, early, grad_dtype, update, average_every)
     if traffic is not None:
         attachment._undo.append(traffic.remove)
         _refuse_residuals(optimizer, "update='backward' under DistributedDataParallel")
@@ -156,10 +159,15 @@ def _refuse_residuals(optimizer: GaLore, because: str) -> None:
 
 
 def _traffic(
-    model: nn.Module, optimizer: GaLore, early: dict[str, Tensor], dtype: torch.dtype | None, update: Update
+    model: nn.Module,
+    optimizer: GaLore,
+    early: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    update: Update,
+    average_every: int,
 ) -> Traffic | None:
     """What averages the gradients that are projected early over processes; None in a job of one."""
-    joined = (join(model, optimizer, early, dtype, update == "backward") for join in JOIN)
+    joined = (join(model, optimizer, early, dtype, update == "backward", average_every) for join in JOIN)
     return next(filter(None, joined), None)
 
 

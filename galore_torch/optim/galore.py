@@ -287,7 +287,7 @@ class GaLore(Optimizer):
         if trained is None:
             raise ValueError(
                 f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard has "
-                "replaced it, make the optimizer and attach after that"
+                'replaced it, make the optimizer and attach after that (gradients="full" where a trainer does so)'
             )
         self._state_checks.prepare([trained])  # the gradient may still be thrown away: `_apply` alone keeps a new state
         return trained

@@ -15,7 +15,8 @@ from galore_torch.optim.rule import Traits
 def state_bytes(optimizer: Optimizer) -> int:
     """The bytes of all distinct tensors in an optimizer's state, whatever the optimizer.
 
-    A quantized tensor counts with what it stores: codes and scales. What several parameters share counts once.
+    A quantized tensor counts with what it stores: codes and scales; a sharded one with what is in this process. What
+    several parameters share counts once.
 
     Args:
         optimizer: any torch optimizer.
@@ -65,4 +66,5 @@ def _stored(tensor: Tensor) -> list[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [plain for name in names for plain in _stored(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in names]  # a DTensor names its mesh, too
+    return [plain for part in parts if isinstance(part, Tensor) for plain in _stored(part)]

@@ -110,7 +110,7 @@ class Projection:
         if len(shape) < 2:
             raise ValueError(
                 f"a parameter of shape {shape} cannot be projected: it needs two dimensions or more. Put it in a group "
-                "without `rank`; if your framework flattens parameters (FSDP1), use one that keeps them whole (FSDP2)"
+                "without `rank`; if your framework has flattened them (FSDP1, DeepSpeed ZeRO 1 to 3), use FSDP2 or DDP"
             )
         if 0 in shape:
             raise ValueError(f"a parameter of shape {shape} has no elements; leave it out of the optimizer")

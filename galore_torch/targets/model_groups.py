@@ -18,6 +18,7 @@ from galore_torch.modules import Suits, Targets, find_targets, owned, what_holds
 from galore_torch.optim.arguments import check_hyperparameters
 from galore_torch.optim.groups import check_group, is_projected, is_trainable, projection_in
 from galore_torch.targets.adapters import leave_out_adapters
+from galore_torch.targets.flattened import require_matrices
 from galore_torch.values import is_number, plain
 
 
@@ -59,14 +60,15 @@ def param_groups(
         Parameter groups with `params` and `param_names`, the projected ones first.
 
     Raises:
-        ValueError: no module matches (the message lists what could), all that match are frozen, by adapters or
-            otherwise, an unknown key, or a value out of range.
+        ValueError: weights are not whole (FSDP1, DeepSpeed ZeRO 3), no module matches (the message lists what could),
+            all that match are frozen, by adapters or otherwise, an unknown key, or a value out of range.
 
     Example:
         >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "head": nn.Linear(64, 8)})
         >>> [(group["param_names"], group.get("rank")) for group in param_groups(model, rank=4, target_modules=["mlp"])]
         [(['mlp.weight'], 4), (['mlp.bias', 'head.weight', 'head.bias'], None)]
     """
+    require_matrices(model)
     layouts = _layouts(model, keys.get("layout"))
     keys = {name: checked_key(name, value) for name, value in {"rank": rank, **PROJECTED_DEFAULTS, **keys}.items()}
     weight_decay, others_lr = plain(weight_decay), plain(others_lr)

@@ -210,6 +210,53 @@ def bytes_of_steps(rank: int, world: int, mode: Any) -> tuple[float, float, floa
     return steps[0], steps[2], 2 * share * projected_grads, 2 * share * full
 
 
+# Averages every few steps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [("projected", "step"), ("fused", "step"), ("fused", "backward")])
+def test_steps_of_processes_by_themselves_are_those_of_one_on_the_same_data(pool, mode):
+    ranks = pool.run(trained, 2, mode=mode, alike=True, attachment={"average_every": 5})
+    assert torch.equal(*ranks)
+    assert distance(ranks[0], trained(0, 1, mode=mode)) <= BAR
+
+
+def test_on_other_data_they_meet_after_every_average_at_a_part_of_the_bytes(pool):
+    (apart, met, sent), (_, _, of_each_step) = (pool.run(averaging, 2, every=every)[0] for every in (3, 1))
+    assert apart > 1e-6
+    assert met <= BAR
+    assert sent <= of_each_step  # weights and two moments, once, for three averages of gradients
+
+
+def averaging(rank: int, world: int, every: int) -> tuple[float, float, float]:
+    """How far the processes are apart before an average and after it, and the bytes of a window of three steps."""
+    model = llama()
+    optimizer = optimizer_of(model, stagger=False)
+    attach(model, optimizer, average_every=every)
+    net = DistributedDataParallel(model)
+    sent: list[int] = []
+    distances = []
+    reduce = dist.all_reduce
+
+    def counted(one: torch.Tensor, **given: Any) -> Any:
+        sent.append(one.nbytes if one.is_floating_point() else 0)
+        return reduce(one, **given)
+
+    for step in range(6):
+        if step == 3:
+            sent.clear()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(dist, "all_reduce", counted)
+            loss_of(net, batch(step).tensor_split(world)[rank]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        theirs = weights_of(model)
+        dist.broadcast(theirs, 0)
+        apart = torch.tensor(distance(weights_of(model), theirs))
+        dist.all_reduce(apart, op=dist.ReduceOp.MAX)
+        distances.append(float(apart))
+    return distances[4], distances[5], sum(sent)
+
+
 @pytest.mark.parametrize("mode", [("fused", "step"), ("full", "step")])
 def test_renewals_are_divided(pool, mode):
     counts = pool.run(decompositions, 4, mode=mode)

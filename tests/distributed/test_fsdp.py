@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
 from galore_torch import attach
@@ -168,8 +168,9 @@ def of_free_axes(model: nn.Module) -> Any:
     return shard_placement(model, 2, rank=RANK)
 
 
-def test_weights_cut_where_they_are_not_projected_train_as_one_process(pool):
-    assert_as_one(pool, 2, placement=of_free_axes, steps=SHORT)
+@pytest.mark.parametrize("mode", [None, ("fused", "step")])
+def test_weights_cut_where_they_are_not_projected_train_as_one_process(pool, mode):
+    assert_as_one(pool, 2, placement=of_free_axes, steps=SHORT, mode=mode)
 
 
 def test_projected_gradients_of_layers_in_16_bits_move_weights_in_32(pool):
@@ -315,3 +316,31 @@ def raise_of(weight: torch.Tensor, placements: Any) -> None:
 
     Placed.placements, Placed.shape = placements, weight.shape
     Cut.of(Placed(), "a weight")
+
+
+def test_fsdp1_is_refused_by_name(pool):
+    for answers in (pool.ask(under_fsdp1, 1, flat=flat) for flat in (True, False)):
+        assert_every_process_raises(answers, "fully_shard (FSDP2")
+
+
+def under_fsdp1(rank: int, world: int, flat: bool) -> None:
+    model = FullyShardedDataParallel(llama(), device_id=torch.device("cpu"), use_orig_params=not flat)
+    optimizer_of(model)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_is_refused_by_name(stage):
+    """Stages 1 and 2 put flat parts in the place of an optimizer's weights; stage 3 marks each that it takes apart."""
+    model = llama()
+    if stage == 3:
+        model.layers[0].mlp["up_proj"].weight.ds_id = 0
+        with pytest.raises(ValueError, match=r"ZeRO 3 has taken layers\.0\.mlp\.up_proj\.weight apart.*FSDP2"):
+            optimizer_of(model)
+        return
+    optimizer = optimizer_of(model)
+    part = nn.Parameter(torch.zeros(64, dtype=torch.float64))
+    part.grad = torch.ones_like(part)
+    for group in optimizer.param_groups:
+        group["params"] = [part] if "rank" in group else []
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO 1 to 3"):
+        optimizer.step()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_torch import attach
+from tests.distributed.pool import assert_every_process_raises
 from tests.distributed.trained import BAR, batch, distance, llama, loss_of, optimizer_of, weights_of
 
 pytestmark = pytest.mark.slow  # each process imports Transformers
@@ -66,6 +67,50 @@ def test_trainer_trains_in_two_processes_as_in_one(pool, tmp_path, gradients, ac
     assert distance(ours, pool.run(by_trainer, 1, **given)[0][0]) <= BAR
 
 
+def by_sft(rank: int, world: int, folder: str) -> Tensor:
+    import warnings
+
+    from accelerate.state import AcceleratorState, PartialState
+    from trl import SFTConfig, SFTTrainer
+
+    from galore_torch.integrations.transformers import GaLoreFactory
+    from tests.integrations.small_mistral import SEQUENCE, mistral, text, tokenizer
+
+    as_started_by_torchrun(rank, world)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    warnings.simplefilter("ignore")
+    arguments = SFTConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        ddp_backend="gloo",
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        max_steps=STEPS,
+        learning_rate=0.01,
+        max_length=SEQUENCE,
+        per_device_train_batch_size=4 // world,
+    )
+    trainer = SFTTrainer(
+        model=mistral().double(),
+        args=arguments,
+        train_dataset=text(),
+        processing_class=tokenizer(),
+        optimizer_cls_and_kwargs=(GaLoreFactory, {"rank": 8, "update_proj_gap": 4}),
+    )
+    trainer.train()
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    return weights_of(trainer.model)
+
+
+def test_sft_trains_in_two_processes_as_in_one(pool, tmp_path):
+    ours, theirs = pool.run(by_sft, 2, folder=str(tmp_path))
+    assert torch.equal(ours, theirs)
+    assert distance(ours, pool.run(by_sft, 1, folder=str(tmp_path))[0]) <= BAR
+
+
 def by_accelerate(rank: int, world: int) -> Tensor:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
@@ -93,3 +138,48 @@ def test_accelerate_trains_in_two_processes_as_in_one(pool: Any):
     ours, theirs = pool.run(by_accelerate, 2)
     assert torch.equal(ours, theirs)
     assert distance(ours, pool.run(by_accelerate, 1)[0]) <= BAR
+
+
+def by_fsdp2_of_accelerate(rank: int, world: int, gradients: str) -> Tensor:
+    """Accelerate shards on a GPU alone: here it is told to. `prepare` puts shards in the place of weights."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    as_started_by_torchrun(rank, world)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = llama()
+    optimizer = optimizer_of(model)
+    if gradients != "full":
+        attach(model, optimizer, gradients)  # type: ignore[arg-type]
+    if world > 1:
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Layer"]
+        )
+    try:
+        net, prepared = accelerator.prepare(model, optimizer)
+        for step in range(2 * STEPS):
+            with accelerator.accumulate(net):
+                accelerator.backward(loss_of(net, batch(step).tensor_split(world)[rank]))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(net.parameters(), 0.5)
+                prepared.step()
+                prepared.zero_grad()
+        assert world == 1 or type(next(net.parameters())).__name__ == "DTensor"
+        return weights_of(net)
+    finally:
+        PartialState._reset_state()
+        AcceleratorState._reset_state()
+
+
+def test_accelerate_shards_as_one_process_trains(pool: Any):
+    ours, theirs = pool.run(by_fsdp2_of_accelerate, 2, gradients="full")
+    assert torch.equal(ours, theirs)
+    assert distance(ours, pool.run(by_fsdp2_of_accelerate, 1, gradients="full")[0]) <= BAR
+
+
+def test_attached_before_accelerate_shards_is_refused(pool: Any):
+    assert_every_process_raises(pool.ask(by_fsdp2_of_accelerate, 2, gradients="fused"), 'gradients="full"')

@@ -140,12 +140,14 @@ def trained(
     attachment: dict[str, Any] | None = None,
     parts: int = 2,
     reverses: bool = False,
+    alike: bool = False,
     **keys: Any,
 ) -> Tensor:
     """The weights after some steps: of one process on whole batches, or of one of several under DDP on its part.
 
     With `reverses` the rows of a batch come the other way round: the same sums, in another order. With `skips` a batch
-    is taken in as many parts as there are processes, also in one, for it says of each.
+    is taken in as many parts as there are processes, also in one, for it says of each. With
+    `alike` each process has the whole batch.
     """
     model = llama(seed_of_model, dtype, **(shape or {}))
     if int8:
@@ -161,7 +163,7 @@ def trained(
             with context:
                 ids = batch(step, number).flip(0) if reverses else batch(step, number)
                 if skips is None:
-                    loss = loss_of(net, ids.tensor_split(world)[rank])
+                    loss = loss_of(net, ids if alike else ids.tensor_split(world)[rank])
                 elif world > 1:
                     model.skips = skips(step, rank)
                     loss = loss_of(net, ids.tensor_split(world)[rank])

@@ -5,7 +5,7 @@ from typing import ClassVar
 from galore_torch.training.run.files import model_of_run
 from galore_torch.training.run.there import require_model
 from galore_torch.training.settings.config import TrainConfig, sections_of
-from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
+from galore_torch.training.settings.fields import DType, Parallel, require_defaults, setting, settings
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import require_readable
 
@@ -56,6 +56,11 @@ class ScheduleConfig:
     steps: int = setting(10_000, "Optimizer steps.", ge=1)
     batch: int = setting(512, "Sequences a step.", ge=1)
     micro_batch: int = setting(32, "Sequences at once; bounds memory and changes nothing else.", ge=1)
+    parallel: Parallel = setting(
+        "ddp",
+        "What several processes share: ddp, each batch; fsdp, weights and the optimizer's state as well. A run of one "
+        "process has them all.",
+    )
     gradient_checkpointing: bool = setting(
         False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
     )

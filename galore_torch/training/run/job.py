@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
-from galore_torch.training.run import optimizers, processes
+from galore_torch.training.run import optimizers, processes, sharded
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.settings.config import from_values, read_file
 
@@ -121,7 +121,7 @@ def make_trainer(
     if args.n_gpu > 1:
         args._n_gpu = 1  # DataParallel would multiply the batch
     factory = (optimizers.TrainerOptimizer, {"optimizer": optimizer, "config": settings})
-    trainer = job.trainer(args, callbacks=list(callbacks))
+    trainer = sharded.adopt(job.trainer(args, callbacks=list(callbacks)))
     trainer.optimizer_cls_and_kwargs = factory  # not all of TRL's trainers take it
     if processes.count() > 1:  # whole batches alone, so that none is filled up with rows that count twice
         rows = len(trainer.eval_dataset)  # type: ignore[arg-type]

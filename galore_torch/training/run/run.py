@@ -17,7 +17,7 @@ from galore_torch.integrations.callback import GaLoreCallback, figures_of, galor
 from galore_torch.optim import state_bytes
 from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
-from galore_torch.training.run import machine, optimizers, processes, records
+from galore_torch.training.run import machine, optimizers, processes, records, sharded
 from galore_torch.training.run.callbacks import EndAfterLastStep, NoStepLeftError, Recorder, SaveOnSignal
 from galore_torch.training.run.checkpoints import KEPT, step_of
 from galore_torch.training.run.disk import require_space
@@ -94,6 +94,7 @@ class Run:
         self.config, self.folder, self.model = config, folder, job.model
         self._parameters = job.model.num_parameters()
         adapt(job.model, config.adapter, job.target_modules, task_type=job.task_type)
+        sharded.shard(job.model, config, job.target_modules)
         optimizer = optimizers.build(job.model, config.optimizer, config.schedule.seed, job.target_modules)
         _require_room(folder, job, optimizer)
         console.print(job.announcement, highlight=False, soft_wrap=True)
@@ -132,8 +133,9 @@ class Run:
             self._make_steps()
             with deferred():
                 result = self._result()
+                weights = sharded.whole_weights(self.model) if result.finished else None
                 if result.finished and processes.is_first():
-                    self._finish(result)
+                    self._finish(result, weights)
             processes.wait_for_all()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or was_asked():
@@ -185,14 +187,14 @@ class Run:
             **self.job.figures(recorder.scores if finished else {}),
         )
 
-    def _finish(self, result: RunResult) -> None:
+    def _finish(self, result: RunResult, weights: dict[str, Any] | None) -> None:
         """Leave behind predictions, model, tokenizer, plot and, as the sign that all is there, the last record."""
         predictions = self.job.predictions(self.trainer)
         self.folder.predictions.unlink(missing_ok=True)
         for line in predictions:
             records.append(self.folder.predictions, line)
         self.model.config.use_cache = True  # for generation, by whoever loads it
-        merged(self.model).save_pretrained(self.folder.model)
+        merged(self.model).save_pretrained(self.folder.model, state_dict=weights)
         self.job.tokenizer.save_pretrained(self.folder.model)
         write_manifest(self.folder.model)
         plot_losses(self.config.title, self.folder.metrics, self.folder.plot, self.job.unit)

@@ -55,7 +55,7 @@ def launch(folder: Path, *given: str, world: int = 2, restarts: int = 0, loses: 
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", f"--max-restarts={restarts}"]
     command = [sys.executable, "-m", *launcher, str(LAUNCHED), "pretrain", *given, "--out", str(folder)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd()), "LOSES": loses or ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300 * (1 + restarts), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -80,13 +80,14 @@ def alone(tiny, tmp_path, config):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, config, tmp_path):
-    printed = launch(tmp_path / "two", "--config", str(config))
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, config, tmp_path, parallel):
+    printed = launch(tmp_path / "two", "--config", str(config), "--parallel", parallel)
     assert losses(tmp_path / "two") == pytest.approx(alone, rel=BAR)
     assert printed.count("perplexity") == 3  # of two evaluations and at the end, by the first process alone
     for rank in (0, 1):
         folder = tmp_path / f"lost-{rank}"
-        launch(folder, "--config", str(config), restarts=1, loses=f"{rank}:5")
+        launch(folder, "--config", str(config), "--parallel", parallel, restarts=1, loses=f"{rank}:5")
         assert losses(folder) == pytest.approx(alone, rel=BAR)
         assert sorted(path.name for path in folder.iterdir()) == sorted(
             path.name for path in (tmp_path / "two").iterdir()
@@ -94,8 +95,22 @@ def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, confi
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_with_a_run_of_two(alone, config, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_two_goes_on_in_one_and_again_in_two(alone, config, tmp_path, parallel):
+    """Each step's batch is the same, in as many parts as there are processes."""
+    folder = tmp_path / "two"
     with pytest.raises(AssertionError):
-        launch(tmp_path / "two", "--config", str(config), loses="0:5")
-    launch(tmp_path / "two", "--resume", world=1)
-    assert losses(tmp_path / "two") == pytest.approx(alone, rel=BAR)
+        launch(folder, "--config", str(config), "--parallel", parallel, loses="0:5")
+    with pytest.raises(AssertionError):
+        launch(folder, "--resume", world=1, loses="0:7")
+    launch(folder, "--resume")
+    assert losses(folder) == pytest.approx(alone, rel=BAR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_which_processes_are_killed_at_any_moment_ends_as_if_none_was(alone, config, tmp_path, parallel):
+    """KILLS=20 has twenty of them."""
+    kills = int(os.environ.get("KILLS", "2"))
+    launch(tmp_path / "lost", "--config", str(config), "--parallel", parallel, restarts=kills, loses=f"{kills}*{kills}")
+    assert losses(tmp_path / "lost") == pytest.approx(alone, rel=BAR)
