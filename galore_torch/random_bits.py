@@ -86,7 +86,8 @@ def bell_curve(bits: Tensor) -> Tensor:
     """
     pairs = (bits & 0x00FF00FF) + ((bits >> 8) & 0x00FF00FF)
     total = (pairs & 0xFFFF) + (pairs >> 16)
-    return (total - 509.5).to(torch.float32) * (4 * (2**16 - 1) / 12) ** -0.5
+    numbers: Tensor = (total - 509.5).to(torch.float32) * (4 * (2**16 - 1) / 12) ** -0.5
+    return numbers
 
 
 def _right(bits: Tensor, count: int) -> Tensor:

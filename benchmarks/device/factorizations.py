@@ -11,7 +11,7 @@ from benchmarks.common.timing import timed
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.waiting import waits
 from galore_torch.projection import find_bases
-from galore_torch.projection.orthonormal import cholesky_qr
+from galore_torch.projection.orthonormal import cholesky_qr, leading_by_cholesky
 
 OVERSAMPLED = 16
 
@@ -44,6 +44,7 @@ def _pieces(session: Session, name: str, rows: int, columns: int, rank: int) -> 
         "Householder QR": lambda: torch.linalg.qr(power).Q,
         "Cholesky QR": lambda: cholesky_qr(power),
         "eigh": lambda: torch.linalg.eigh(gram).eigenvectors,
+        "Cholesky LR": lambda: leading_by_cholesky(gram, rank),
         "first basis": lambda: basis("warm")["left"],
         "renewed basis": lambda: basis("warm", old)["left"],
         "random basis": lambda: basis("random")["left"],

@@ -236,7 +236,7 @@ class GaLore(Optimizer):
         return subspaces_of([self._trained_weight(weight) for weight in held if RENEWALS in self.state.get(weight, {})])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state and the groups, as `torch.optim.Optimizer` has them. Synchronizes."""
+        """State and groups as `torch.optim.Optimizer` has them when a GPU has told what became of the last renewals."""
         self._outcomes.settle_all()
         return super().state_dict()
 

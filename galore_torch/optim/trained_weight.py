@@ -189,7 +189,7 @@ class TrainedWeight(ProcessPart, Turns):
         try:
             basis = find_basis(self.projection, grad, fills=self.completes_basis, **self._asked())
             if devices.runs_ahead(grad) and not all(bool(factor.isfinite().all()) for factor in basis.values()):
-                raise torch.linalg.LinAlgError("it is not finite")
+                raise torch.linalg.LinAlgError("it is not finite")  # type: ignore[attr-defined]
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})")
             return None

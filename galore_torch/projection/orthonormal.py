@@ -100,7 +100,8 @@ def leading_directions(basis_dl: Tensor, across_kl: Tensor, power_dl: Tensor, ra
     if devices.runs_ahead(basis_dl):
         return leading_by_cholesky(across_kl.mT @ across_kl, rank)
     ritz_ll = basis_dl.mT @ power_dl
-    return torch.linalg.eigh(ritz_ll + ritz_ll.mT).eigenvectors.flip(-1)[..., :rank]  # ascending
+    axes_ll: Tensor = torch.linalg.eigh(ritz_ll + ritz_ll.mT).eigenvectors  # ascending
+    return axes_ll.flip(-1)[..., :rank]
 
 
 def leading_by_cholesky(gram_ll: Tensor, rank: int) -> Tensor:

@@ -111,7 +111,8 @@ def is_usable(grad: Tensor) -> Tensor:
         A boolean of no dimensions.
     """
     peak = torch.linalg.vector_norm(grad, float("inf"))
-    return (peak > 0) & (peak < float("inf"))
+    usable: Tensor = (peak > 0) & (peak < float("inf"))
+    return usable
 
 
 def _ranks(projection: Projection) -> dict[str, int]:

@@ -15,7 +15,7 @@ from galore_torch.gradients import attach
 from galore_torch.optim import GaLoreSGD
 from tests.gradients.llama import GAP, attached, batch, every_accumulating_mode, llama, loss_of, walk, weights
 from tests.modes import MODES
-from tests.optim.small import assert_same, refusing
+from tests.optim.small import assert_same, refusing, state_of
 
 IN_BACKWARD = [mode for mode in MODES.values() if mode[1] == "backward"]
 every_backward_mode = pytest.mark.parametrize("mode", IN_BACKWARD, ids=" ".join)
@@ -85,7 +85,7 @@ def test_a_first_window_that_overflows_later_finds_no_basis():
     for factor in (1.0, float("inf")):
         (model(torch.randn(8, 16)).square().mean() * factor).backward()
     optimizer.step()
-    state = optimizer.state[model[0].weight]
+    state = state_of(optimizer, model[0].weight)
     assert (state["renewals"], state["step"], int(state["nonfinite"])) == (0, 0, 1)
     assert_same(model[0].weight.detach(), start)
 
