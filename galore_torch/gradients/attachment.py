@@ -228,7 +228,8 @@ def _apply_in_backward(
     traffic: Traffic | None,
 ) -> None:
     updates = BackwardUpdates(optimizer)
-    apply = of_projected = of_others = updates.take
+    apply: Callable[[Tensor], None] = updates.take
+    of_projected = of_others = apply
     if traffic is not None:
         of_projected = traffic.completes(project_when_complete(optimizer, None), apply)
         of_others = traffic.leaves(apply)

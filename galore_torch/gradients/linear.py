@@ -283,7 +283,7 @@ class _Once(torch.autograd.Function):
         )
 
 
-_apply = super(torch.autograd.Function, _Linear).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, _Linear).apply
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
@@ -295,7 +295,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tenso
 
 def _plain(weight: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """A weight as matrix products take it; one in few bits is decoded for this one alone."""
-    return weight.decode(dtype) if plan.in_codes else _as(weight, dtype)  # type: ignore[attr-defined, no-any-return]
+    return weight.decode(dtype) if plan.in_codes else _as(weight, dtype)  # type: ignore[attr-defined]
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

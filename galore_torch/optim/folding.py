@@ -33,7 +33,8 @@ def common_factors(trained: TrainedWeight) -> tuple[float, float] | None:
     group, traits = trained.group, trained.traits
     if traits.factor or traits.learning_rate or moves_at_rate_one(group):
         return None
-    alpha, beta = (group["scale"] if is_projected(group) else 1.0), 1.0
+    alpha: Any = group["scale"] if is_projected(group) else 1.0
+    beta: Any = 1.0
     if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
         beta = 1 - group["lr"] * group["weight_decay"]
     return None if isinstance(alpha, Tensor) or isinstance(beta, Tensor) else (alpha, beta)
