@@ -100,7 +100,8 @@ def require_readable(config: DataConfig) -> None:
     files = local_files(config)
     if files is None:
         require_on_hub("data", config.data, "dataset")
-    for path in [] if files is None or config.data == "stdlib" else files.paths[:_LOOKED_AT]:
+        return
+    for path in files.paths[:_LOOKED_AT] if config.data != "stdlib" else ():
         with path.open("rb") as file:
             start = file.read(_BEGINNING)
         if files.kind == "text" and path.suffix != ".gz":
