@@ -12,7 +12,7 @@ peer      := .peers/galore-torch-1.0/.installed
 # One thread a test process: two processes on two cores are faster than one process with two threads.
 test test-fast: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo test test-fast check format bench docs clean
+.PHONY: help setup demo test test-fast check format bench docs dist clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ bench: $(installed)  ## the cost of a step and of a renewal, beside its peers an
 
 docs: $(installed)  ## the documentation as a site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
+
+dist: $(installed)  ## wheel and source archive in dist/
+	rm -rf dist
+	PIP_CONSTRAINT=constraints.txt $(python) -m build
 
 clean:  ## remove everything that set-up and the tools made
 	rm -rf $(VENV) .peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

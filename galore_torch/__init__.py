@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from galore_torch.targets import param_groups
 
-__version__ = "2.0.0.dev0"
+__version__ = "2.0.0rc1"
 
 __all__ = [
     "GaLore",
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _PACKAGES = ("gradients", "lowbit", "optim", "projection", "targets")
-_WITH_TORCH = {*_PACKAGES, "distributed", "galore_projector", "integrations", "messages", "modules"}
+_WITH_TORCH = {*_PACKAGES, "distributed", "galore_projector", "integrations", "memory", "messages", "modules"}
 _HOMES = {
     "attach": "gradients",
     "dequantize_weights": "lowbit",

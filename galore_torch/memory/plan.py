@@ -90,11 +90,12 @@ def _continued(fewer: Rehearsal, more: Rehearsal, count: int) -> Rehearsal:
     """What so many blocks need: of each kind and in each phase as much more a block as `more` is than `fewer`."""
     further = (count - FEW[1]) // (FEW[1] - FEW[0])
 
-    def total(one: Any, other: Any) -> Any:
+    def total(one: int, other: int) -> int:
         return other + further * (other - one)
 
     def kinds(one: Counter[str], other: Counter[str]) -> Counter[str]:
-        return Counter({kind: total(one[kind], other[kind]) for kind in KINDS})
+        work = max(one["work"], other["work"])  # of one operation or one block at a time
+        return Counter({kind: work if kind == "work" else total(one[kind], other[kind]) for kind in KINDS})
 
     # The only block is the last one and the first one.
     before = {**fewer.peaks, FIRST_BLOCK: fewer.peaks.get("last block", Counter())}

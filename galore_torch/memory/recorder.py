@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):
         self._window = 0
 
     def peaks(self) -> dict[str, Counter[str]]:
-        """By phase, the bytes of each kind at the moment of the phase when they are the most together."""
+        """By phase, the bytes of each kind at the moment when they are the most; none before the first."""
         now: Counter[str] = Counter()
         total, most, phase = 0, -1, ""
         peaks: dict[str, Counter[str]] = {}
@@ -166,7 +166,7 @@ class Recorder(TorchDispatchMode):
                 passing = piece.kind == "activations" and not piece.outlives
                 now["work" if passing else piece.kind] += change
                 total += change
-            if total > most:
+            if phase and total > most:
                 most = highest[phase] = total
                 peaks[phase] = now.copy()
         return peaks

@@ -92,6 +92,7 @@ def rehearse(job: Job, blocks: int | None = None) -> Rehearsal:
     with warnings.catch_warnings():  # what is to be said will be said of the real run
         warnings.simplefilter("ignore")
         optimizer = job.optimizer(model)  # outside: it is tried on numbers
+    _take_numbers(optimizer, mode)
     with warnings.catch_warnings(), mode, recorder:
         warnings.simplefilter("ignore")
         return _Training(job, model, optimizer, recorder).run()
@@ -131,7 +132,6 @@ class _Training:
             self.recorder.phase("backward" if loss is None else "head")
             self._backward(loss)
             del loss
-        self.recorder.hold("gradients", [weight.grad for weight in self.trained])
         self.recorder.phase("step")
         self._step()
         held["weights"] = stored_bytes([*self.model.parameters(), *self.model.buffers()])
@@ -163,14 +163,16 @@ class _Training:
         return loss
 
     def _backward(self, loss: Tensor | None) -> None:
-        """Form the gradients, one after the other where there is no loss."""
+        """Form the gradients: zeros where there is no loss."""
         if loss is not None:
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        for weight in self.trained:
-            weight.backward(torch.zeros_like(weight, memory_format=torch.contiguous_format))  # type: ignore[no-untyped-call]
+        # Of one number each, so that no more than one whole gradient is there before hooks have seen it.
+        zeros = [torch.zeros((), dtype=one.dtype, device=one.device).expand(one.shape) for one in self.trained]
+        torch.autograd.backward(self.trained, zeros)
 
     def _step(self) -> None:
+        self.recorder.hold("gradients", [weight.grad for weight in self.trained])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.recorder.hold("bases", self._state(bases=True))
@@ -209,6 +211,16 @@ class _Training:
                 at_once = -(-len(held) // group["update_proj_gap"]) if group["stagger"] else len(held)
                 for weight in sorted(held, key=Tensor.numel)[-at_once:]:
                     self.optimizer.state[weight][RENEWED_STEP] = -1
+
+
+def _take_numbers(optimizer: Optimizer, mode: FakeTensorMode) -> None:
+    """Take their numbers from tables that an optimizer has made already, as bitsandbytes' does; states share them."""
+    rules = [optimizer._rules.rule, optimizer._rules.fallback] if isinstance(optimizer, GaLore) else []
+    for one in [rule._optimizer for rule in rules] or [optimizer]:
+        for table in [value for value in vars(one).values() if isinstance(value, dict)]:
+            for name, value in table.items():
+                if type(value) is Tensor:
+                    table[name] = mode.from_tensor(value)
 
 
 def _as_tensor(given: Tensor | tuple[int, ...], device: str) -> Tensor:
