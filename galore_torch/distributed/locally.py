@@ -60,7 +60,7 @@ class LocalReplicas(Replicas):
             moments = [value for value in one.state.get(INNER, {}).values() if _is_moment(value, shape)]
             flat = torch.cat([part.reshape(-1).to(coordinates.dtype) for part in (coordinates, *moments)])
             dist.all_reduce(flat.div_(dist.get_world_size(self._group)), group=self._group)
-            mean, *means = flat.split([part.numel() for part in (coordinates, *moments)])
+            mean, *means = torch.split(flat, [part.numel() for part in (coordinates, *moments)])
             one.projection.fold(one.weight, mean.view_as(coordinates) - coordinates, one.basis, alpha=1.0, beta=1.0)
             for moment, its_mean in zip(moments, means, strict=True):
                 moment.copy_(its_mean.view_as(moment))

@@ -106,9 +106,10 @@ def by_sft(rank: int, world: int, folder: str) -> Tensor:
 
 
 def test_sft_trains_in_two_processes_as_in_one(pool, tmp_path):
+    """Transformers forms the loss in float32, whatever the model's dtype, of as many tokens as a process has."""
     ours, theirs = pool.run(by_sft, 2, folder=str(tmp_path))
     assert torch.equal(ours, theirs)
-    assert distance(ours, pool.run(by_sft, 1, folder=str(tmp_path))[0]) <= BAR
+    assert distance(ours, pool.run(by_sft, 1, folder=str(tmp_path))[0]) <= torch.finfo(torch.float32).eps
 
 
 def by_accelerate(rank: int, world: int) -> Tensor:
