@@ -121,11 +121,30 @@ def _apollo(groups: Groups, lr: float) -> Any:
     return APOLLOAdamW(_with(groups, scale=1, proj="random", proj_type="std", scale_type="channel"), lr=lr)
 
 
+def _fira(groups: Groups, lr: float) -> Any:
+    return _ours("GaLoreAdamW", _with(groups, residual="fira"), lr)
+
+
+def _momentum(groups: Groups, lr: float, **size: Any) -> Any:
+    return _ours(
+        "GaLore",
+        _with(groups, residual="full", moments="rotate", scale=0.2, **size),
+        lr,
+        optimizer_class=torch.optim.SGD,
+        momentum=0.9,
+        nesterov=True,
+        fused=True,
+    )
+
+
 BUILDERS: dict[str, Callable[[Groups, float], Any]] = {
     "AdamW": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True),
     "AdamW8bit": _adamw8bit,
     "GaLoreAdamW": partial(_ours, "GaLoreAdamW"),
     "GaLoreAdamW8bit": partial(_ours, "GaLoreAdamW8bit"),
+    "GaLore, Fira": _fira,
+    "GaLore, columns": partial(_momentum, normalize="columns"),
+    "GaLore, blocks": partial(_momentum, normalize="blocks"),
     "galore-torch-1.0": _galore_1,
     "apollo-torch-1.0.3": _apollo,
 }
@@ -158,6 +177,9 @@ OPTIMIZERS: dict[str, Method] = {
     "galore, INT8 weights": Method(weight_bits=8),
     "galore-1.0": METHODS["galore-1.0"],
     "apollo-1.0.3": Method(optimizer="apollo-torch-1.0.3"),
+    "galore, Fira's residual": Method(optimizer="GaLore, Fira"),
+    "momentum and residual, columns": Method(optimizer="GaLore, columns"),
+    "momentum and residual, blocks": Method(optimizer="GaLore, blocks"),
 }
 """Those whose step alone is measured, on gradients that are there already."""
 
