@@ -34,6 +34,7 @@ def run(path, said):
     runpy.run_path(str(path), run_name="__main__")
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_its_loss_falls(path, tmp_path):
     said = tmp_path / "said"

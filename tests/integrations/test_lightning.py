@@ -156,6 +156,7 @@ def test_clipping_what_the_backward_has_applied_is_told(tmp_path):
         trainer(tmp_path, gradient_clip_val=1e-6).fit(Learner("full", "backward"), batches())
 
 
+@pytest.mark.learning
 def test_a_module_is_fitted_twice(tmp_path):
     learner = Learner("fused", "step")
     for _ in range(2):

@@ -144,6 +144,7 @@ def test_inside_the_backward_it_is_what_it_is_at_the_step(residual):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("size", KEYS["normalize"].choices)
 @pytest.mark.parametrize("gradients", ["fused", "projected", "full"])
 def test_without_a_residual_projected_gradients_are_enough(gradients, size):
@@ -159,7 +160,7 @@ def test_without_a_residual_projected_gradients_are_enough(gradients, size):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss))
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.5 * losses[0]  # 0.00 to 0.13 of it, over sizes and three seeds
 
 
 class WritesIntoGradients(torch.optim.SGD):
