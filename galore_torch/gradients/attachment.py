@@ -62,7 +62,7 @@ class Attachment:
 def attach(
     model: nn.Module,
     optimizer: GaLore,
-    gradients: Gradients = DEFAULT_GRADIENTS,
+    gradients: Gradients | None = None,
     update: Update = DEFAULT_UPDATE,
     *,
     grad_dtype: torch.dtype | None = None,
@@ -81,7 +81,8 @@ def attach(
         gradients: `full`: as autograd makes them. `projected`: each is projected the moment it is complete, and freed;
             projected gradients accumulate over micro-batches. `fused`: linear layers compute the projected gradient in
             their own backward; the full one is formed only where a basis is renewed. The first basis of a weight is
-            found from the first micro-batch, layer by layer.
+            found from the first micro-batch, layer by layer. None: "full" where the optimizer keeps a residual, which
+            needs it, else "fused".
         update: `step`: `optimizer.step()` applies them. `backward`: each weight is updated the moment its gradient is
             complete, and the gradient is gone; `step()` then only closes the step. No accumulation, clipping or loss
             scaling then.
@@ -109,8 +110,9 @@ def attach(
         ...     type(model[0].weight.grad).__name__
         'ProjectedGradient'
     """
-    check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits, average_every=average_every)
     _check(model, optimizer)
+    gradients = gradients or _default_gradients(optimizer)
+    check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits, average_every=average_every)
     projected = _projected_weights(model, optimizer)
     if gradients != "full":
         _refuse_residuals(optimizer, f"gradients={gradients!r}")
@@ -149,9 +151,17 @@ def attach(
     return attachment
 
 
+def _default_gradients(optimizer: GaLore) -> Gradients:
+    return "full" if any(map(_keeps_residual, optimizer.param_groups)) else DEFAULT_GRADIENTS
+
+
+def _keeps_residual(group: dict[str, Any]) -> bool:
+    return is_projected(group) and group["residual"] is not None
+
+
 def _refuse_residuals(optimizer: GaLore, because: str) -> None:
     for group in optimizer.param_groups:
-        if is_projected(group) and group["residual"] is not None:
+        if _keeps_residual(group):
             raise ValueError(
                 f"residual is {group['residual']!r}, which needs the full gradient, and {because} keeps projected ones "
                 'alone; use gradients="full" with update="step" or, in one process, "backward", or residual=None'

@@ -62,7 +62,7 @@ class GaLoreFactory:
         *,
         rank: int,
         optimizer: Callable[..., GaLore] = GaLoreAdamW,
-        gradients: Gradients = DEFAULT_GRADIENTS,
+        gradients: Gradients | None = None,
         update: Update = DEFAULT_UPDATE,
         group_weight_decay: float | None = None,
         **arguments: Any,
@@ -77,7 +77,7 @@ class GaLoreFactory:
             model: where it will be trained.
             rank: rank of the projection.
             optimizer: a recipe, or `GaLore`, which takes `optimizer_class` among the arguments.
-            gradients: how they are formed; see `attach`.
+            gradients: how they are formed; see `attach`, which chooses when None.
             update: when they are applied; see `attach`.
             group_weight_decay: decay of matrices alone; see `param_groups`' `weight_decay`.
             **arguments: all others of `param_groups` (`target_modules`, `others_lr`, `summary` and the keys of the
@@ -94,7 +94,7 @@ class GaLoreFactory:
         if trainer is not None:
             _report_ignored(trainer, arguments)
             check_modes(
-                gradients,
+                gradients or DEFAULT_GRADIENTS,
                 update,
                 gradient_accumulation_steps=trainer.args.gradient_accumulation_steps,
                 max_grad_norm=trainer.args.max_grad_norm or 0.0,
@@ -112,7 +112,8 @@ class GaLoreFactory:
                 raise ValueError(
                     f"{name}={value!r}: GaLoreFactory takes no argument named so; {did_you_mean(name, names)}"
                 )
-        of_groups = {name: arguments.pop(name) for name in _OF_GROUPS & arguments.keys()}
+        of_groups = {name: arguments[name] for name in _OF_GROUPS & arguments.keys()}
+        arguments = {name: value for name, value in arguments.items() if name not in _OF_GROUPS or name in known}
         of_attach = {name: arguments.pop(name) for name in _OF_ATTACH & arguments.keys()}
         groups = param_groups(model, rank, weight_decay=group_weight_decay, **of_groups)
         outside = {} if trainer is None else _outside(trainer, model)

@@ -2,7 +2,14 @@
 
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.recipes import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit
+from galore_torch.optim.recipes import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreMuon,
+    GaLoreSGD,
+    QGaLoreAdamW8bit,
+)
 from galore_torch.optim.state_size import state_bytes
 from galore_torch.optim.subspaces import Subspace
 
@@ -11,6 +18,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GaLoreMuon",
     "GaLoreSGD",
     "ProjectedGradient",
     "QGaLoreAdamW8bit",

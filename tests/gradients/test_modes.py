@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from galore_torch import GaLoreAdamW, GaLoreMuon, ProjectedGradient, param_groups
 from galore_torch.gradients import attach
 from galore_torch.integrations.transformers import GaLoreFactory
 from galore_torch.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, GRAD_BITS, GRADIENTS, UPDATES, check_modes
@@ -16,8 +17,37 @@ IN_BACKWARD = [("full", "backward"), ("fused", "backward")]
 @pytest.mark.parametrize("function", [attach, GaLoreFactory.__call__], ids=["attach", "factory"])
 def test_the_defaults_are_the_same_everywhere(function):
     declared = inspect.signature(function).parameters
-    assert declared["gradients"].default == DEFAULT_GRADIENTS == "fused"
+    assert declared["gradients"].default is None  # chosen by the optimizer: see the next test
+    assert DEFAULT_GRADIENTS == "fused"
     assert declared["update"].default == DEFAULT_UPDATE == "step"
+
+
+@pytest.mark.parametrize("through", ["attach", "factory"])
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "chosen"),
+    [
+        (GaLoreAdamW, {}, "fused"),
+        (GaLoreAdamW, {"residual": "fira"}, "full"),
+        (GaLoreMuon, {}, "full"),
+        (GaLoreMuon, {"residual": None}, "fused"),
+    ],
+)
+def test_gradients_are_full_by_default_where_a_residual_needs_them(recipe, arguments, chosen, through):
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(8, 16)})
+    if through == "factory":
+        GaLoreFactory()(model, rank=2, lr=0.01, optimizer=recipe, **arguments)
+    else:
+        of_recipe = arguments if recipe is GaLoreMuon else {}
+        attach(model, recipe(param_groups(model, rank=2, **arguments), lr=0.01, **of_recipe))
+    model["mlp"](torch.randn(3, 8)).sum().backward()
+    assert isinstance(model["mlp"].weight.grad, ProjectedGradient) is (chosen == "fused")
+
+
+def test_never_formed_gradients_and_a_residual_exclude_each_other():
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(8, 16)})
+    optimizer = GaLoreMuon(param_groups(model, rank=2), lr=0.01)
+    with pytest.raises(ValueError, match=r"residual is 'full'.*residual=None"):
+        attach(model, optimizer, "fused")
 
 
 @pytest.mark.parametrize("mode", [*FREE, *IN_BACKWARD])

@@ -9,7 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit
+from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreMuon, GaLoreSGD, QGaLoreAdamW8bit
 
 RECIPES: dict[str, Callable[..., GaLore]] = {
     "GaLoreAdamW": functools.partial(GaLoreAdamW, lr=0.05, weight_decay=0.1, amsgrad=True),
@@ -18,6 +18,7 @@ RECIPES: dict[str, Callable[..., GaLore]] = {
     "QGaLoreAdamW8bit": functools.partial(QGaLoreAdamW8bit, lr=0.05, weight_decay=0.1, min_8bit_size=16),
     "GaLoreAdafactor": functools.partial(GaLoreAdafactor, lr=0.05, scale_parameter=True),
     "GaLoreAdafactor relative": functools.partial(GaLoreAdafactor, weight_decay=0.1),
+    "GaLoreMuon": functools.partial(GaLoreMuon, lr=0.05, weight_decay=0.1),
     "GaLoreSGD": functools.partial(GaLoreSGD, lr=0.05, momentum=0.9, weight_decay=0.1),
     "GaLore Muon": functools.partial(
         GaLore, optimizer_class=torch.optim.Muon, fallback_class=torch.optim.AdamW, lr=0.05, weight_decay=0.1

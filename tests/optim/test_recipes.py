@@ -12,13 +12,13 @@ import transformers
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD
+from galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreMuon, GaLoreSGD
 from galore_torch.projection import DECOMPOSITIONS
 from tests.optim.small import assert_same, distance, gradient, groups, mixed, refusing, tensors_in, walk, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:rank .* saves no memory")
 
-CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, GaLoreSGD]
+CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, GaLoreMuon, GaLoreSGD]
 SHAPES = ((24, 16), (16, 24), (16,))
 LR = 0.05
 

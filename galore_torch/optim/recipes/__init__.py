@@ -8,6 +8,7 @@ from galore_torch.optim.recipes import declared as declared
 from galore_torch.optim.recipes.adafactor import GaLoreAdafactor
 from galore_torch.optim.recipes.adamw import GaLoreAdamW
 from galore_torch.optim.recipes.eight_bit import GaLoreAdamW8bit, QGaLoreAdamW8bit
+from galore_torch.optim.recipes.muon import GaLoreMuon
 from galore_torch.optim.recipes.sgd import GaLoreSGD
 
-__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreSGD", "QGaLoreAdamW8bit"]
+__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreMuon", "GaLoreSGD", "QGaLoreAdamW8bit"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from galore_torch.extras import install
-from galore_torch.group_keys import PROJECTED_DEFAULTS
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.moments import MOMENTS_OF, Moment
+from galore_torch.optim.recipes.unsaid import where_unsaid
 from galore_torch.optim.rule import Traits
 
 _BLOCK = 256
@@ -207,13 +207,8 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
         return {**super().__getstate__(), "_where_unsaid": self._where_unsaid}
 
     def _translated(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys of a projected group that it does not say, or says in Q-GaLore's words.
-
-        A value that is `GaLore`'s own default counts as not given: `param_groups` writes these out.
-        """
-        values = {
-            key: value for key, value in self._where_unsaid.items() if group.get(key) in (None, PROJECTED_DEFAULTS[key])
-        }
+        """The keys of a projected group that it does not say, or says in Q-GaLore's words."""
+        values = where_unsaid(group, self._where_unsaid)
         if "quant" in group and not group["quant"]:
             values["basis_bits"] = 16
         elif "quant_n_bit" in group:

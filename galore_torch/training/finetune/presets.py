@@ -27,18 +27,19 @@ BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What a preset sets besides for one task."""
 
+# Those of Muon's sizes of update are AdamW's, by convention (arXiv 2502.16982).
 # The paper's lie between 1e-5 and 3e-5, by task. LoRA, whose product begins at zero, wants more.
-_GLUE_LR = {PROJECTED: 2e-5, FULL_RANK: 2e-5, "lora": 5e-4, "relora": 5e-4}
+_GLUE_LR = {PROJECTED: 2e-5, FULL_RANK: 2e-5, "galore-muon": 2e-5, "lora": 5e-4, "relora": 5e-4}
 
 # Of rank 8 and scale 2, GaLore wanted five times AdamW's on a small encoder; docs/results.md has the figures.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "glue-rank4": _GLUE_LR,
     "glue-rank8": _GLUE_LR,
-    "classify": {PROJECTED: 5e-4, FULL_RANK: 1e-4, "lora": 1e-3, "relora": 1e-3},
-    "sft": {PROJECTED: 1e-4, FULL_RANK: 2e-5, "lora": 2e-4, "relora": 2e-4},
-    "dpo": {PROJECTED: 3e-5, FULL_RANK: 5e-6, "lora": 5e-5, "relora": 5e-5},
-    "reward": {PROJECTED: 1e-4, FULL_RANK: 2e-5, "lora": 2e-4, "relora": 2e-4},
-    "grpo": {PROJECTED: 6e-6, FULL_RANK: 1e-6, "lora": 1e-5, "relora": 1e-5},
+    "classify": {PROJECTED: 5e-4, FULL_RANK: 1e-4, "galore-muon": 1e-4, "lora": 1e-3, "relora": 1e-3},
+    "sft": {PROJECTED: 1e-4, FULL_RANK: 2e-5, "galore-muon": 2e-5, "lora": 2e-4, "relora": 2e-4},
+    "dpo": {PROJECTED: 3e-5, FULL_RANK: 5e-6, "galore-muon": 5e-6, "lora": 5e-5, "relora": 5e-5},
+    "reward": {PROJECTED: 1e-4, FULL_RANK: 2e-5, "galore-muon": 2e-5, "lora": 2e-4, "relora": 2e-4},
+    "grpo": {PROJECTED: 6e-6, FULL_RANK: 1e-6, "galore-muon": 1e-6, "lora": 1e-5, "relora": 1e-5},
 }
 """Peak learning rates of each preset, for optimizers that project, for those that do not, and for adapters by name."""
 

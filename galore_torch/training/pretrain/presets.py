@@ -58,13 +58,15 @@ BY_OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
 """What a preset sets besides, for optimizers that project, for those that do not, and for one by its name."""
 
 _BASELINES_LR = {FULL_RANK: {"lr": 0.001}, "low-rank": {"lr": 0.001}, "lora": {"lr": 0.005}, "relora": {"lr": 0.005}}
-_PAPER_LR = {PROJECTED: {"lr": 0.01}, **_BASELINES_LR}
+_MUON_LR = {"galore-muon": {"lr": 0.008, "others_lr": 0.01}}  # of llama-tiny, and what others have with the rest
+_PAPER_LR = {PROJECTED: {"lr": 0.01}, **_MUON_LR, **_BASELINES_LR}
 
 LEARNING_RATES: dict[str, dict[str, dict[str, float]]] = {
     # Tuned at the demo's length, ReLoRA's after LoRA's; docs/decisions.md has the table.
     "llama-tiny": {
         PROJECTED: {"lr": 0.01, "others_lr": 0.04},
         FULL_RANK: {"lr": 0.001, "others_lr": 0.04},
+        "galore-muon": {"lr": 0.008, "others_lr": 0.04},
         "low-rank": {"lr": 0.001, "others_lr": 0.04},
         "lora": {"lr": 0.0025, "others_lr": 0.04},
         "relora": {"lr": 0.00125, "others_lr": 0.04},
@@ -73,11 +75,12 @@ LEARNING_RATES: dict[str, dict[str, dict[str, float]]] = {
     "llama-130m": _PAPER_LR,
     "llama-350m": _PAPER_LR,
     "llama-1b": _PAPER_LR,
-    "llama-7b": {PROJECTED: {"lr": 0.005}, **_BASELINES_LR},
+    "llama-7b": {PROJECTED: {"lr": 0.005}, **_MUON_LR, **_BASELINES_LR},
     # Between those that were best for SmolLM2-135M on docstrings and half of them; docs/results.md has the figures.
     CONTINUED: {
         PROJECTED: {"lr": 6e-4, "others_lr": 1e-4},
         FULL_RANK: {"lr": 1e-4},
+        "galore-muon": {"lr": 1e-4},  # AdamW's, by convention (arXiv 2502.16982)
         "low-rank": {"lr": 1e-3},
         "lora": {"lr": 5e-4},
         "relora": {"lr": 5e-4},

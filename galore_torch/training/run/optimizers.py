@@ -18,7 +18,13 @@ from torch.optim import Optimizer
 import galore_torch
 from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.optim.groups import projection_in
-from galore_torch.training.settings.optimizer import MATRICES, OptimizerConfig, has_effect, is_projected
+from galore_torch.training.settings.optimizer import (
+    MATRICES,
+    OptimizerConfig,
+    has_effect,
+    is_of_fixed_size,
+    is_projected,
+)
 
 Groups = list[dict[str, Any]]
 
@@ -46,6 +52,12 @@ def _few_bits(config: OptimizerConfig) -> dict[str, Any]:
     return {"basis_bits": config.basis_bits, "cos_threshold": config.cos_threshold}
 
 
+def _muon(config: OptimizerConfig) -> dict[str, Any]:
+    # Said to the optimizer too, as its bits are to one of few bits.
+    names = ("scale", "residual", "residual_scale", "moments", "normalize")
+    return {name: getattr(config, name) for name in names}
+
+
 def _adamw8bit(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
     from bitsandbytes.optim.adamw import AdamW8bit
 
@@ -64,6 +76,9 @@ _BUILDERS: dict[str, Callable[[Groups, OptimizerConfig, int], Optimizer]] = {
     "qgalore-adamw8bit": lambda g, c, seed: galore_torch.QGaLoreAdamW8bit(g, **_adam(c), **_few_bits(c), seed=seed),
     "galore-adafactor": lambda g, c, seed: galore_torch.GaLoreAdafactor(
         g, **_factored(c), **_state_dtype(c), seed=seed
+    ),
+    "galore-muon": lambda g, c, seed: galore_torch.GaLoreMuon(
+        g, momentum=c.beta1, **_adam(c), **_muon(c), **_state_dtype(c), seed=seed
     ),
     "galore-sgd": lambda g, c, seed: galore_torch.GaLoreSGD(g, **_sgd(c), **_state_dtype(c), seed=seed),
     "adamw": lambda g, c, _: torch.optim.AdamW(g, **_adam(c), fused=True),
@@ -122,7 +137,7 @@ def _matrices_first(groups: Groups, config: OptimizerConfig) -> Groups:
 
 def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
     """What the state of an optimizer that `build` made will take at least, before it has any."""
-    if not has_effect("beta2", config.optim):  # one moment or a factored one
+    if not has_effect("beta2", config.optim) or is_of_fixed_size(config.optim):  # one moment or a factored one
         return 0
     least = 0
     for group in optimizer.param_groups:

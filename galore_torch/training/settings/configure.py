@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from galore_torch.training.settings.config import TrainConfig, from_values, read_file
 from galore_torch.training.settings.methods import over_file, refuse_without_effect
-from galore_torch.training.settings.optimizer import is_projected, own_defaults
+from galore_torch.training.settings.optimizer import is_of_fixed_size, is_projected, own_defaults
 
 PROJECTED, FULL_RANK = "projected", "full rank"
 
@@ -30,7 +30,7 @@ class PresetTable(Generic[C]):
         presets: settings of each by name; what one leaves out has the setting's own default.
         default: the preset of settings by name, where nobody names one.
         besides: what a preset sets besides, by the optimizer's name, the adapter's and all other settings.
-        rates: peak learning rates of a preset, for what trains.
+        rates: peak learning rates of a preset, for what trains, and for optimizers of updates of fixed size by name.
     """
 
     config: type[C]
@@ -64,7 +64,7 @@ class PresetTable(Generic[C]):
             raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(self.presets)}.")
         start = {**self.presets[preset], **chosen}
         optim, adapter = str(start.get("optim", "galore-adamw")), str(start.get("adapter", "none"))
-        trains = what_trains(optim, adapter)
+        trains = optim if adapter == "none" and is_of_fixed_size(optim) else what_trains(optim, adapter)
         rates = {} if "lr" in chosen else self.rates[preset].get(trains, {})
         config = from_values(
             self.config,

@@ -10,7 +10,7 @@ from galore_torch.group_keys import KEYS, BasisBits, Decomposition, Layout, Mome
 from galore_torch.training.settings.fields import DType, field_names, group_setting, require_defaults, setting, settings
 
 Optim = Literal[
-    "galore-adamw", "galore-adamw8bit", "qgalore-adamw8bit", "galore-adafactor", "galore-sgd",
+    "galore-adamw", "galore-adamw8bit", "qgalore-adamw8bit", "galore-adafactor", "galore-muon", "galore-sgd",
     "adamw", "adamw8bit", "adafactor", "sgd",
 ]  # fmt: skip
 NAMES: tuple[str, ...] = get_args(Optim)
@@ -28,12 +28,15 @@ class Kind:
         projected: whether its groups carry the projection's keys.
         settings: those that have an effect on it, of those that have none on some.
         prunable: whether its state is plain numbers, one for each of the weight's, so that some can be set to zero.
+        fixed_size: whether a learning rate alone says how far matrices move, so that rates of others do not suit it;
+            of matrices it keeps one momentum.
         defaults: settings by name that are its own where nobody says otherwise.
     """
 
     projected: bool
     settings: frozenset[str] = frozenset()
     prunable: bool = False
+    fixed_size: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -50,6 +53,19 @@ KINDS: dict[str, Kind] = {
         projected=True, settings=_ADAM | _PROJECTED, defaults={"basis_bits": 4, "cos_threshold": 0.4}
     ),
     "galore-adafactor": Kind(projected=True, settings=_STATE, defaults={"state_dtype": "float32"}),
+    "galore-muon": Kind(
+        projected=True,
+        settings=_ADAM | _STATE,
+        fixed_size=True,
+        defaults={
+            "gradients": "full",
+            "scale": 0.2,
+            "residual": "full",
+            "residual_scale": 10.0,
+            "moments": "rotate",
+            "normalize": "orthogonal",
+        },
+    ),
     "galore-sgd": Kind(projected=True, settings=_MOMENTUM | _STATE),
     "adamw": Kind(projected=False, settings=_ADAM, prunable=True),
     "adamw8bit": Kind(projected=False, settings=_ADAM),
@@ -78,7 +94,7 @@ def optimizers_with(name: str) -> list[str]:
     """The optimizers that a setting has an effect on.
 
     >>> optimizers_with("state_dtype")
-    ['galore-adamw', 'galore-adafactor', 'galore-sgd']
+    ['galore-adamw', 'galore-adafactor', 'galore-muon', 'galore-sgd']
     """
     return [optim for optim in NAMES if has_effect(name, optim)]
 
@@ -86,6 +102,11 @@ def optimizers_with(name: str) -> list[str]:
 def is_projected(optim: str) -> bool:
     """Whether the optimizer of this name projects; False for a name that is not known."""
     return optim in KINDS and KINDS[optim].projected
+
+
+def is_of_fixed_size(optim: str) -> bool:
+    """Whether the updates of the optimizer of this name have a fixed size; False for a name that is not known."""
+    return optim in KINDS and KINDS[optim].fixed_size
 
 
 def own_defaults(optim: str) -> Mapping[str, Any]:
@@ -115,7 +136,7 @@ class OptimizerConfig:
     )
     rank: int = group_setting("rank", default=128)
     update_proj_gap: int = group_setting("update_proj_gap")
-    scale: float = group_setting("scale")
+    scale: float = group_setting("scale", default_help="0.25 or by preset; galore-muon: 0.2")
     proj_type: ProjType = group_setting("proj_type")
     decomposition: Decomposition = group_setting("decomposition")
     stagger: bool = group_setting("stagger")
@@ -127,10 +148,10 @@ class OptimizerConfig:
     )
     gamma_proj: float = group_setting("gamma_proj")
     queue_size: int = group_setting("queue_size")
-    residual: Residual | None = group_setting("residual", default_help="dropped")
-    residual_scale: float = group_setting("residual_scale")
-    moments: Moments = group_setting("moments")
-    normalize: Normalize | None = group_setting("normalize", default_help="as it is")
+    residual: Residual | None = group_setting("residual", default_help="dropped; galore-muon: full")
+    residual_scale: float = group_setting("residual_scale", default_help="1; galore-muon: 10")
+    moments: Moments = group_setting("moments", default_help="keep; galore-muon: rotate")
+    normalize: Normalize | None = group_setting("normalize", default_help="as it is; galore-muon: orthogonal")
     beta1: float = setting(0.9, "Decay of the first moment (momentum, for SGD) per step.", ge=0, lt=1)
     beta2: float = setting(0.999, "Decay of the second moment per step.", ge=0, lt=1)
     eps: float = setting(1e-8, "Added to the root of the second moment.", gt=0)
@@ -152,7 +173,7 @@ class OptimizerConfig:
     gradients: Literal["full", "projected", "fused"] = setting(
         "full",
         "How gradients are formed (galore- optimizers only): full, projected at once, or fused (never formed).",
-        default_help="fused; full with a full-rank optimizer",
+        default_help="fused; full with a full-rank optimizer and with galore-muon",
     )
     update: Literal["step", "backward"] = setting(
         "step",

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from galore_torch import GaLore
 from galore_torch.optim import state_bytes
 from galore_torch.training.run.optimizers import TrainerOptimizer, build
-from galore_torch.training.settings.optimizer import KINDS, NAMES, OptimizerConfig, is_projected
+from galore_torch.training.settings.optimizer import KINDS, NAMES, OptimizerConfig, is_projected, own_defaults
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_groups_are_matrices_then_others_and_hold_every_weight_once(model, name)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
     lr = 0.3 if "sgd" in name else 0.01
-    config = OptimizerConfig(optim=name, rank=4, update_proj_gap=5, lr=lr)
+    config = OptimizerConfig(optim=name, rank=4, update_proj_gap=5, lr=lr, **own_defaults(name))
     optimizer = build(model, config, seed=0)
     assert isinstance(optimizer, GaLore) is is_projected(name)
     tokens = torch.arange(64).repeat(2, 1)
@@ -56,7 +56,8 @@ def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     if is_projected(name):
-        full = build(model, OptimizerConfig(optim=name.removeprefix("galore-"), lr=lr), seed=0)
+        plain = "adamw" if "muon" in name else name.removeprefix("galore-")
+        full = build(model, OptimizerConfig(optim=plain, lr=lr), seed=0)
         model(input_ids=tokens, labels=tokens).loss.backward()
         full.step()
         if "adafactor" not in name and "sgd" not in name:  # whose full state is smaller than a basis here
