@@ -65,7 +65,7 @@ class _Piece:
     outlives: bool = False  # whether it is there at that forward's end
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records memory while it is entered.
 
     Args:
@@ -74,7 +74,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, vocabulary: int = 0, tokens: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._vocabulary, self._tokens = vocabulary, tokens
         self._alive: dict[int, tuple[_Piece, Any]] = {}
         self._events: list[tuple[_Piece, int] | str] = []

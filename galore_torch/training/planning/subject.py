@@ -19,12 +19,13 @@ from galore_torch.memory import Job
 from galore_torch.messages import nearest
 from galore_torch.training.baselines.layers import adapt
 from galore_torch.training.pretrain.config import PretrainConfig
-from galore_torch.training.pretrain.model import llama_sizes, recompute_activations
+from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.run import optimizers
+from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.units import sentence
 from galore_torch.training.settings.methods import has_effect
-from galore_torch.training.settings.optimizer import is_projected
+from galore_torch.training.settings.optimizer import MATRICES, is_projected
 
 _LIKE = "llama-60m"  # the preset whose recipe a model gets that is none
 _OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}
@@ -120,14 +121,14 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None) -> Subject:
         ValueError: when there is no such model, or it has no head that gives a loss.
     """
     if name in PRESETS:
-        config = configure(name, **given, **({"dtype": dtype} if dtype else {}))
+        config = configure(name, **{**given, "dtype": dtype})
         built = _without_weights(transformers.LlamaForCausalLM, llama_sizes(config, vocab_size=config.data.vocab))
         return Subject(
             name=name,
             model=_cast(built, config.model.dtype),
             preset=name,
             given=given,
-            target_modules=optimizers.MATRICES,
+            target_modules=MATRICES,
         )
     sizes = _configuration(name)
     built = _cast(_without_weights(_kind(name, sizes), sizes), dtype or "bfloat16")
