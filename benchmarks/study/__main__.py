@@ -2,7 +2,7 @@
 
     python -m benchmarks.study --prepare tokens.pt                  # once: the text, tokenized by `galore pretrain`
     python -m benchmarks.study tokens.pt --device cuda --workers 6 --streams 4 --budget 200 --out study.jsonl
-    python -m benchmarks.study --table study.jsonl [--plot study.png]
+    python -m benchmarks.study --table study.jsonl [--plot rates.png] [--curves curves.png]
 
 Rates of the layers' matrices and of embeddings, head and norms are searched apart, in doublings, until the best pair is
 surrounded by worse ones; then the best pair, and later the second, is trained with two more seeds. The order is that
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.study import training
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import wanted
-from benchmarks.study.results import plot, print_tables
+from benchmarks.study.results import plot, plot_curves, print_tables
 from benchmarks.study.training import Job
 
 Line = dict[str, Any]
@@ -95,7 +95,8 @@ def parser() -> argparse.ArgumentParser:
     add("text", type=Path, nargs="?", help="the prepared text")
     add("--prepare", type=Path, metavar="FILE", help="write the prepared text, and nothing more")
     add("--table", type=Path, metavar="FILE", help="print the tables of a study's lines, and nothing more")
-    add("--plot", type=Path, metavar="PNG", help="draw them too")
+    add("--plot", type=Path, metavar="PNG", help="draw perplexities over rates too")
+    add("--curves", type=Path, metavar="PNG", help="draw losses over tokens too")
     add("--only", help="methods, with commas between: all by default that may share a process")
     add("--device", choices=["cuda", "cpu"], default="cpu", help="where to train (cpu)")
     add("--workers", type=int, default=1, help="processes (1)")
@@ -125,6 +126,8 @@ def main(arguments: list[str] | None = None) -> list[Line]:
     print_tables({job_of(line): line for line in lines})
     if given.plot:
         plot({job_of(line): line for line in lines}, given.plot)
+    if given.curves:
+        plot_curves({job_of(line): line for line in lines}, given.curves)
     return lines
 
 

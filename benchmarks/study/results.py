@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import at_seed_0, means
+from benchmarks.study.plan import FIRST, LONG, LONGER, SEEDS, at_seed_0, means
 from benchmarks.study.training import Job
 
 Lines = Mapping[Job, Mapping[str, Any]]
@@ -62,12 +63,12 @@ def print_tables(lines: Lines) -> None:
 
 
 def plot(lines: Lines, picture: Path) -> None:
-    """Draw perplexity against the rate of the matrices, as a factor on each method's best."""
+    """Draw perplexity against the rate of the matrices, as a factor on each method's best, at seed 0."""
     from galore_torch.training.run.plots import add_legend, line_style, new_axes
 
     known = {job: float(line["perplexity"]) for job, line in lines.items()}
     figure, axes = new_axes("rate of the matrices, of the best", "perplexity", size=(8, 4.8))
-    for index, name in enumerate(METHODS):
+    for index, name in enumerate((*LONG, *FIRST)):
         found = at_seed_0(known, name)
         best = next(iter(found), None)
         if best is None or math.isinf(known[best]):
@@ -75,6 +76,27 @@ def plot(lines: Lines, picture: Path) -> None:
         points = sorted((job.lr / best.lr, value) for job, value in found.items() if job.others_lr == best.others_lr)
         axes.plot(*zip(*points, strict=True), label=name, **line_style(index, len(points)))
     axes.set_xscale("log", base=2)
-    axes.set_ylim(top=2 * min(value for value in known.values()))
+    axes.set_ylim(top=1.6 * min(known.values()))
     add_legend(figure)
-    figure.savefig(picture, dpi=150)
+    figure.savefig(picture, dpi=100)
+
+
+def plot_curves(lines: Lines, picture: Path) -> None:
+    """Draw the training losses of each method at its best rates: the longest trainings of all seeds, their mean."""
+    from galore_torch.training.run.plots import add_legend, count_by, line_style, new_axes
+
+    known = {job: float(line["perplexity"]) for job, line in lines.items()}
+    figure, axes = new_axes("", "training loss, mean of the seeds", size=(8, 4.8))
+    for index, name in enumerate(LONG):
+        of_length = (means(known, name, steps) for steps in (LONGER, Job.steps))
+        best = next((job for found in of_length for job in found), None)
+        if best is None:
+            continue
+        curves = [lines[replace(best, seed=seed)]["curve"] for seed in SEEDS]
+        tokens = best.steps * best.tokens
+        along = [tokens * (point + 0.5) / len(curves[0]) for point in range(len(curves[0]))]
+        axes.plot(along, list(map(mean, zip(*curves, strict=True))), label=name, **line_style(index))
+    axes.set_ylim(top=5.0)
+    count_by(axes, "tokens")
+    add_legend(figure)
+    figure.savefig(picture, dpi=100)

@@ -115,9 +115,10 @@ def test_a_study_keeps_its_lines_and_goes_on_from_them(tmp_path, monkeypatch, ca
         assert len(out.read_text().splitlines()) == count
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert {study.job_of(line) for line in lines} == set(jobs)
-    study.main(["--table", str(out), "--plot", str(tmp_path / "rates.png")])
+    pictures = tmp_path / "rates.png", tmp_path / "curves.png"
+    study.main(["--table", str(out), "--plot", str(pictures[0]), "--curves", str(pictures[1])])
     assert "| AdamW | 0.001 / 0.01 |" in capsys.readouterr().out
-    assert (tmp_path / "rates.png").stat().st_size > 1000
+    assert all(picture.stat().st_size > 1000 for picture in pictures)
 
 
 def test_rates_rise_and_fall():
