@@ -27,7 +27,8 @@ def planned_peak(job: Job, trainer: Trainer, console: Console) -> int | None:
         Bytes, as `galore_torch.training.run.machine.peak_memory_bytes` will count them; None for a run of several
         processes, or one that cannot be planned.
     """
-    if processes.count() > 1:
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()  # of a stream they may not be known
+    if processes.count() > 1 or "input_ids" not in columns:  # pairs and prompts, which the trainer makes sequences of
         return None
     settings, schedule, micro_batch = job.config.optimizer, job.config.schedule, job.config.micro_batch
     rows = [trainer.train_dataset[row] for row in range(min(_ROWS, len(trainer.train_dataset)))]  # type: ignore[index, arg-type]
