@@ -94,6 +94,12 @@ def test_predictions_name_the_row_and_what_was_expected(staged, pairs, tmp_path)
         assert (found["input"], found["expected"]) == (row["prompt"], row["chosen"])
 
 
+@pytest.mark.usefixtures("planned")
+@pytest.mark.parametrize("task", ["dpo", "reward", "grpo"])
+def test_a_stage_is_made_ready_where_its_memory_is_to_be_planned(task, staged, tmp_path):
+    assert new_run(Finetuning, staged(task), tmp_path / "run").checkpoint is None
+
+
 def test_a_rule_rewards_the_last_number():
     assert rewards(["3 or 4", "it is 4.0", "-4", ""], answer=["4"] * 4) == [1.0, 1.0, 0.0, 0.0]
     assert rewards([[{"role": "assistant", "content": "Paris"}]], answer=["paris"]) == [1.0]
