@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import FIRST, LONG, LONGER, SEEDS, at_seed_0, means
+from benchmarks.study.plan import FIRST, LONG, SEEDS, at_seed_0, means
 from benchmarks.study.training import Job
 
 Lines = Mapping[Job, Mapping[str, Any]]
@@ -33,6 +33,8 @@ def rows(lines: Lines, steps: int, tokens: int) -> list[list[str]]:
             lower = sum(ours < theirs for ours, theirs in zip(values, base, strict=False))
             shown = f"{mean(values):.2f} ± {stdev(values):.2f}"
             over_seeds = [shown, f"{mean(values) / mean(base):.3f}", f"{lower} of {len(values)}"]
+            if math.isnan(mean(base)):
+                over_seeds[1:3] = ["", ""]
         sizes = "{:.2f} + {:.2f}".format(*(size / 1e6 for size in lines[job]["state_bytes"]))
         rates = f"{job.lr:.3g} / {job.others_lr:.3g}"
         made.append([method.about, rates, *over_seeds[:3], f"{value / base_at_0:.3f}", str(len(found)), sizes])
@@ -68,28 +70,29 @@ def plot(lines: Lines, picture: Path) -> None:
 
     known = {job: float(line["perplexity"]) for job, line in lines.items()}
     figure, axes = new_axes("rate of the matrices, of the best", "perplexity", size=(8, 4.8))
+    least = math.inf
     for index, name in enumerate((*LONG, *FIRST)):
         found = at_seed_0(known, name)
         best = next(iter(found), None)
         if best is None or math.isinf(known[best]):
             continue
+        least = min(least, known[best])
         points = sorted((job.lr / best.lr, value) for job, value in found.items() if job.others_lr == best.others_lr)
         axes.plot(*zip(*points, strict=True), label=name, **line_style(index, len(points)))
     axes.set_xscale("log", base=2)
-    axes.set_ylim(top=1.6 * min(known.values()))
+    axes.set_ylim(0.97 * least, 1.5 * least)
     add_legend(figure)
     figure.savefig(picture, dpi=100)
 
 
 def plot_curves(lines: Lines, picture: Path) -> None:
-    """Draw the training losses of each method at its best rates: the longest trainings of all seeds, their mean."""
+    """Draw the training losses of each method at its best rates, the mean of all seeds."""
     from galore_torch.training.run.plots import add_legend, count_by, line_style, new_axes
 
     known = {job: float(line["perplexity"]) for job, line in lines.items()}
     figure, axes = new_axes("", "training loss, mean of the seeds", size=(8, 4.8))
     for index, name in enumerate(LONG):
-        of_length = (means(known, name, steps) for steps in (LONGER, Job.steps))
-        best = next((job for found in of_length for job in found), None)
+        best = next(iter(means(known, name)), None)
         if best is None:
             continue
         curves = [lines[replace(best, seed=seed)]["curve"] for seed in SEEDS]

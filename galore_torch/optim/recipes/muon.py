@@ -32,7 +32,8 @@ class GaLoreMuon(GaLore):
 
     Args:
         params: parameters or groups; those with a `rank` are projected (see `GaLore`).
-        lr: learning rate, of what is not projected too unless its group says another.
+        lr: learning rate, of what is not projected too unless its group says another. 0.008 and 0.08 were best for a
+            LLaMA of 4.2M parameters, 8 times and twice AdamW's.
         momentum: decay of the momentum.
         betas: decay rates of AdamW's two moments.
         eps: added to the root of AdamW's second moment.

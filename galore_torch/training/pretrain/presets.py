@@ -66,7 +66,7 @@ LEARNING_RATES: dict[str, dict[str, dict[str, float]]] = {
     "llama-tiny": {
         PROJECTED: {"lr": 0.01, "others_lr": 0.04},
         FULL_RANK: {"lr": 0.001, "others_lr": 0.04},
-        "galore-muon": {"lr": 0.008, "others_lr": 0.04},
+        "galore-muon": {"lr": 0.008, "others_lr": 0.08},  # docs/study.md
         "low-rank": {"lr": 0.001, "others_lr": 0.04},
         "lora": {"lr": 0.0025, "others_lr": 0.04},
         "relora": {"lr": 0.00125, "others_lr": 0.04},
