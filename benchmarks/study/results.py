@@ -80,7 +80,8 @@ def plot(lines: Lines, picture: Path) -> None:
         points = sorted((job.lr / best.lr, value) for job, value in found.items() if job.others_lr == best.others_lr)
         axes.plot(*zip(*points, strict=True), label=name, **line_style(index, len(points)))
     axes.set_xscale("log", base=2)
-    axes.set_ylim(0.97 * least, 1.5 * least)
+    if math.isfinite(least):
+        axes.set_ylim(0.97 * least, 1.5 * least)
     add_legend(figure)
     figure.savefig(picture, dpi=100)
 
