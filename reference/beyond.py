@@ -48,7 +48,7 @@ class Beyond:
         elif self.normalize == "orthogonal":
             U = max(U.shape) ** 0.5 * orthogonal(U)
         elif self.normalize == "blocks":
-            U = torch.cat([max(block.shape) ** 0.5 * orthogonal(block) for block in U.split(self.rank)])
+            U = torch.cat([max(block.shape) ** 0.5 * orthogonal(block) for block in torch.split(U, self.rank)])
         if self.normalize == "columns":  # of all outputs, for one input
             U = U * U.shape[0] ** 0.5 / linalg.vector_norm(U, dim=0)
         self.W *= 1 - self.lr * self.weight_decay
@@ -101,7 +101,8 @@ class Beyond:
         norm = float(S.norm())
         limited = min(norm, GROWTH * self.norm) if self.norm else norm
         self.norm = limited
-        return S * (limited / norm)
+        limited_update: Tensor = S * (limited / norm)
+        return limited_update
 
     def renew(self, P: Tensor) -> None:
         """Put a new basis in the old one's place, and carry the moments over."""

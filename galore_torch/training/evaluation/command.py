@@ -73,7 +73,7 @@ def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
         given: settings of the data by name, which override the run's.
     """
     folder, data = RunFolder(local_path("model", model)), given.get("data")
-    length = {"seq": given["max_length"]} if "max_length" in given else {}
+    length: dict[str, Any] = {"seq": given["max_length"]} if "max_length" in given else {}
     if not folder.config.is_file():
         if data is None:
             raise ValueError(f"data = None, and model = {model!r} is no run that has its own; give --data.")

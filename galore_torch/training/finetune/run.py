@@ -97,11 +97,13 @@ class Finetuning(Job):
 
     def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
         """That of the kind."""
-        return self.kind.trainer(args, **more)
+        trainer: Trainer = self.kind.trainer(args, **more)
+        return trainer
 
     def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Those of the kind."""
-        return self.kind.scores(metrics)
+        scores: dict[str, Any] = self.kind.scores(metrics)
+        return scores
 
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The task and its scores."""
@@ -109,4 +111,5 @@ class Finetuning(Job):
 
     def predictions(self, trainer: Trainer) -> list[dict[str, Any]]:
         """Those of the kind."""
-        return self.kind.predictions(trainer)
+        predictions: list[dict[str, Any]] = self.kind.predictions(trainer)
+        return predictions

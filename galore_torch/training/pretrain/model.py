@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from galore_torch.lowbit import quantize_weights
-from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.pretrain.config import SIZES, PretrainConfig
 from galore_torch.training.run.base_model import load_base, recompute_activations
 from galore_torch.training.run.units import sentence
 from galore_torch.training.settings.optimizer import MATRICES
@@ -53,7 +53,7 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, cons
             made = _quantizer(config) if quantized else lambda _: None
             model, quantized = fresh_llama(architecture, dtype, made), False
         else:
-            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)  # type: ignore[no-untyped-call]
     if quantized:
         stochastic = config.optimizer.weight_rounding == "stochastic"
         quantize_weights(model, MATRICES, stochastic_rounding=stochastic, seed=schedule.seed)
@@ -70,12 +70,10 @@ def llama_sizes(config: PretrainConfig, **tokens: Any) -> LlamaConfig:
         config: its sizes.
         tokens: ``vocab_size``, and ids of special tokens.
     """
-    sizes = config.model
+    named = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes: dict[str, Any] = {name: getattr(config.model, size) for name, size in zip(named, SIZES, strict=True)}
     return LlamaConfig(
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
+        **sizes,
         max_position_embeddings=max(1024, config.data.seq),
         use_cache=False,
         **tokens,

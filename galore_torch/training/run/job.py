@@ -120,7 +120,7 @@ def make_trainer(
         )
     if args.n_gpu > 1:
         args._n_gpu = 1  # DataParallel would multiply the batch
-    factory = (optimizers.TrainerOptimizer, {"optimizer": optimizer, "config": settings})
+    factory: Any = (optimizers.TrainerOptimizer, {"optimizer": optimizer, "config": settings})
     trainer = sharded.adopt(job.trainer(args, callbacks=list(callbacks)))
     trainer.optimizer_cls_and_kwargs = factory  # not all of TRL's trainers take it
     if processes.count() > 1:  # whole batches alone, so that none is filled up with rows that count twice

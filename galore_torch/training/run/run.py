@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from galore_torch.integrations.callback import GaLoreCallback, figures_of, galore_in, renewals_of
 from galore_torch.optim import state_bytes

@@ -71,7 +71,7 @@ def prepare_text(
 
 def _told(config: DataConfig, files: LocalFiles, corpus: sources.Corpus) -> str:
     """What was read and what was not."""
-    read, held_out = (len(part) for part in (corpus.train, corpus.held_out))  # type: ignore[arg-type]
+    read, held_out = (len(part) for part in (corpus.train, corpus.held_out))
     names = [path.name for path in files.left_out]
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     left = f"; left out, as empty or no text: {', '.join(names[:3])}{more}" if names else ""
