@@ -90,4 +90,4 @@ def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
             return from_values(FinetuneConfig, {**values, **others, **given, "model": model}), data is not None
     kept = {key: values[key] for key in _OF_TEXT if key in values}
     named = {key: given[key] for key in ("data", "text_column") if key in given}
-    return configure_text(CONTINUED, model=model, **{**kept, **named, **length}), data is not None
+    return configure_text(CONTINUED, model=model, **(kept | named | length)), data is not None
