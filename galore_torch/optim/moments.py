@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.optim.norms import exact
-from galore_torch.optim.rule import InnerParam, Rule
+from galore_torch.optim.rule import InnerParam, Rule, on_cpu
 from galore_torch.optim.state_keys import INNER, RENEWALS, RENEWED_STEP, STEP
 from galore_torch.projection import Basis, Projection, multiply_mode
 
@@ -127,7 +127,7 @@ def require_moments(rule: Rule, group: Mapping[str, Any]) -> None:
     if group.get("moments") != "rotate":
         return
     state: dict[str, Any] = {}
-    tried = rule.again()
+    tried, group = rule.on_cpu(), on_cpu(group)
     for _ in range(2):
         param = InnerParam(tensor=torch.zeros(4, 3), grad=torch.ones(4, 3), state=state, group=group)
         tried.step([param])

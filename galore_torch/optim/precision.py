@@ -96,7 +96,8 @@ def _too_large_in_float16(rule: Rule) -> float:
     grad = 1e-4 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     lengths = []
     for dtype in (torch.float16, torch.float32):
-        trial, moved, state, group = rule.again(), torch.zeros(64, 64), dict[str, Any](), dict(rule.defaults)
+        trial, moved, state = rule.on_cpu(), torch.zeros(64, 64), dict[str, Any]()
+        group = dict(trial.defaults)
         for _ in range(3):
             tensor = torch.zeros(64, 64, dtype=dtype)
             params = InnerParam(tensor=tensor, grad=grad.to(dtype), state=state, group=group)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from galore_torch.optim.rule import DECLARED, Decay, InnerParam, Rule, Traits
+from galore_torch.optim.rule import DECLARED, Decay, InnerParam, Rule, Traits, on_cpu
 
 STEPS = 30
 """RAdam shows what it is after five, averages of the weight after as many, preconditioners after ten."""
@@ -68,8 +68,7 @@ def traits_of(
     declared = DECLARED.get(f"{optimizer.__module__}.{optimizer.__qualname__}")
     if declared is not None:
         return declared
-    # The few numbers of the probe are on the CPU, and so must be a learning rate that is a tensor on a GPU.
-    arguments = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    arguments = on_cpu(arguments)
     try:
         # A class is hashable whatever its instances are.
         return _probed(optimizer, frozenset(arguments.items()), on_coordinates)  # type: ignore[arg-type]

@@ -41,7 +41,8 @@ def _is_proportional(rule: Rule) -> bool:
 def _moved(rule: Rule, rate: float) -> torch.Tensor:
     """How far some gradients move coordinates at a rate."""
     generator = torch.Generator().manual_seed(0)
-    group, tried, state = {**rule.defaults, "lr": rate}, rule.again(), dict[str, object]()
+    tried, state = rule.on_cpu(), dict[str, object]()
+    group = {**tried.defaults, "lr": rate}
     moved = torch.zeros(8, 4)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -181,6 +181,10 @@ class Rule:
         """The same rule as it is in another process: with nothing that the optimizer noted in itself."""
         return Rule(self._class, self._arguments, self._dimensions)
 
+    def on_cpu(self) -> Rule:
+        """The same, to be tried on tensors of the CPU: there is where tensors among the arguments are, too."""
+        return Rule(self._class, on_cpu(self._arguments), self._dimensions)
+
     def setting(self, name: str, group: Mapping[str, Any]) -> Any:
         """A setting of the optimizer by its name, wherever it keeps it; False where it has none of this name.
 
@@ -260,12 +264,8 @@ class Rule:
         Returns:
             Another group.
         """
-        given = {**self._template, **group}
-        values = {
-            key: _as_template(value, self._template.get(key))
-            for key, value in given.items()
-            if key not in _OF_PARAMETERS
-        }
+        made, given = self._template, {**self._template, **group}
+        values = {key: _as_template(value, made.get(key)) for key, value in given.items() if key not in _OF_PARAMETERS}
         return {**values, "params": []}
 
     def _forget(self) -> None:
@@ -276,6 +276,18 @@ class Rule:
 
 _OF_PARAMETERS = ("params", "param_names")
 """Keys of a group that hold its parameters, of which a rule may get some."""
+
+
+def on_cpu(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters for a trial on tensors of the CPU, where a learning rate in a tensor of a GPU has no place.
+
+    Args:
+        values: by name.
+
+    Returns:
+        Another dictionary.
+    """
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in values.items()}
 
 
 def _noted(group: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:

@@ -290,7 +290,8 @@ def _sampled(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
         uniform = torch.special.ndtr(_drawn(squares.unsqueeze(-1), 1, wanted.seed, number)).squeeze(-1)
         keys = squares.clamp_min(0).log() / 2 - (-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
         places = keys.topk(rank).indices.sort(descending=True).values
-        found[side] = vectors_dd.gather(-1, places.unsqueeze(-2).expand(*vectors_dd.shape[:-1], rank))
+        drawn_dr = vectors_dd.gather(-1, places.unsqueeze(-2).expand(*vectors_dd.shape[:-1], rank))
+        found[side] = orthonormal(drawn_dr)  # a GPU leaves their lengths 1e-5 from 1
     return found
 
 

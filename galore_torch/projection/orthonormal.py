@@ -23,7 +23,7 @@ from galore_torch.projection import devices
 SHIFTS = (1e-4, 1e-5, 2e-7)
 """On the diagonal of each round's Gram matrix, for float32. The last is as large as what rounding makes of it."""
 
-LR_ROUNDS = 5
+LR_ROUNDS = 6
 """Of the Cholesky LR iteration. docs/decisions.md has what they leave of the energy."""
 
 

@@ -68,8 +68,8 @@ def param_groups(
         >>> [(group["param_names"], group.get("rank")) for group in param_groups(model, rank=4, target_modules=["mlp"])]
         [(['mlp.weight'], 4), (['mlp.bias', 'head.weight', 'head.bias'], None)]
     """
-    require_matrices(model)
     layouts = _layouts(model, keys.get("layout"))
+    require_matrices(model)
     keys = {name: checked_key(name, value) for name, value in {"rank": rank, **PROJECTED_DEFAULTS, **keys}.items()}
     weight_decay, others_lr = plain(weight_decay), plain(others_lr)
     _check_choices(weight_decay, others_lr, project_adapters=project_adapters, summary=summary)

@@ -41,7 +41,8 @@ def test_between_renewals_nothing_of_a_weights_size_is_allocated(proj_type):
     for step in range(1, GAP + 2):
         due, allocated = full_sizes(model, optimizer, step)
         assert allocated == due  # a layer that renews forms its gradient, the others form none
-        assert 0 < due <= 3  # so each step shows both
+        # So each step shows both. On a GPU those whose three tokens tell less than a basis stay due for a step more.
+        assert 0 < due < len(projected_weights(optimizer))
         full_sizes(model, optimizer, step)  # a second micro-batch adds to what is there
         optimizer.step()
         optimizer.zero_grad()

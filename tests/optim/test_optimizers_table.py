@@ -7,6 +7,7 @@ from tests.optim.served_optimizers import LIBRARIES, PAGE, section
 QUICK = ("optimi", "prodigyopt", "schedulefree")
 
 
+@pytest.mark.of_cpu("the page is of the versions of constraints.txt, on a CPU")
 @pytest.mark.parametrize(
     "library", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in LIBRARIES]
 )
