@@ -22,12 +22,17 @@ def public() -> Iterator[str]:
                 continue
             yield f"{scope}.{name}{signature(value)}"
             for member, own in sorted(vars(value).items() if inspect.isclass(value) else ()):
-                if member.startswith("_"):
+                if member.startswith("_") or not defined_in(value, own):
                     continue
                 if isinstance(own, property):
                     yield f"{scope}.{name}.{member}: {own.fget.__annotations__['return']}"
                 elif isinstance(own, (classmethod, staticmethod)) or inspect.isfunction(own):
                     yield f"{scope}.{name}.{member}{signature(getattr(value, member))}"
+
+
+def defined_in(owner, member) -> bool:
+    """Whether a class has a member of its own: torch puts a wrapper of the inherited `step` into each class in use."""
+    return getattr(member, "__qualname__", owner.__qualname__).startswith(owner.__qualname__)
 
 
 def signature(of) -> str:

@@ -39,22 +39,26 @@ def seconds_by_part(parts: Mapping[str, Call], device: str = "cpu") -> dict[str,
 class Calls:
     """What the calls of a function come to."""
 
-    seconds, count = 0.0, 0
+    seconds, count, running = 0.0, 0, 0
 
 
 @contextmanager
-def timed_calls(owner: Any, name: str) -> Iterator[Calls]:
-    """Time the calls of a class's method or a module's function, whoever makes them."""
+def timed_calls(owner: Any, name: str, within: Calls | None = None) -> Iterator[Calls]:
+    """Time the calls of a class's method or a module's function, whoever makes them: all, or those within others."""
     calls, original = Calls(), getattr(owner, name)
 
     @functools.wraps(original)
     def timed(*args: Any, **kwargs: Any) -> Any:
+        if within is not None and not within.running:
+            return original(*args, **kwargs)
+        calls.running += 1
         start_s = time.perf_counter()
         try:
             return original(*args, **kwargs)
         finally:
             calls.seconds += time.perf_counter() - start_s
             calls.count += 1
+            calls.running -= 1
 
     with mock.patch.object(owner, name, timed):
         yield calls

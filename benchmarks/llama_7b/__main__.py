@@ -45,7 +45,7 @@ from galore_torch.training.pretrain.model import fresh_llama
 from galore_torch.training.run.base_model import recompute_activations
 
 APPLYING = (GaLore, "_apply")
-INSIDE = {"renewal_s": (TrainedWeight, "renew"), "inner_s": (Rule, "step"), "fold_s": (chunks, "fold")}
+INSIDE = {"renewal_s": (TrainedWeight, "renew"), "inner_s": (Rule, "step"), "fold_s": (chunks, "fold_all")}
 """What is timed of applying gradients, by the methods and functions that do it."""
 SLICE_ELEMENTS = 2**22
 """What bitsandbytes gets at a time: on a CPU it copies all that it is given into float32."""
@@ -123,7 +123,8 @@ class Watched(Trained):
         """
         self._largest_bytes = 0
         with ExitStack() as stack:
-            applying, *inside = (stack.enter_context(timed_calls(*place)) for place in (APPLYING, *INSIDE.values()))
+            applying = stack.enter_context(timed_calls(*APPLYING))
+            inside = [stack.enter_context(timed_calls(*place, within=applying)) for place in INSIDE.values()]
             step_s = super().step()["step_s"]
         return {
             **self._forward,

@@ -86,12 +86,27 @@ def step_chunk(
     versions = [grad._version for grad in grads]
     params = [inner_params(*given) for given in zip(chunk, grads, coordinates, strict=True)]
     wrote = chunk[0].rule.step([part for _, parts in params for part in parts])
-    groups = {id(one.inner_group): one for one in chunk}
-    for key, one in groups.items():
+    for key, one in {id(one.inner_group): one for one in chunk}.items():
         written.note(one.group, wrote[key])
-    factors = {key: common_factors(one) for key, one in groups.items()}
-    for one, grad, version, (tensor, parts) in zip(chunk, grads, versions, params, strict=True):
+    for one, (_, parts) in zip(chunk, params, strict=True):
         keep_inner_state(one, parts)
+    fold_all(chunk, grads, versions, [tensor for tensor, _ in params])
+
+
+def fold_all(
+    chunk: Sequence[TrainedWeight], grads: Sequence[Tensor], versions: Sequence[int], moved: Sequence[Tensor]
+) -> None:
+    """Puts what the optimizer inside has moved back into the weights.
+
+    Args:
+        chunk: weights of one rule.
+        grads: what the optimizer inside got as their gradients.
+        versions: of those, before it moved anything.
+        moved: coordinates, or the weights themselves where they are not projected.
+    """
+    groups = {id(one.inner_group): one for one in chunk}
+    factors = {key: common_factors(one) for key, one in groups.items()}
+    for one, grad, version, tensor in zip(chunk, grads, versions, moved, strict=True):
         common = factors[id(one.inner_group)]
         if not one.through_coordinates:
             one.given_back(tensor)

@@ -65,6 +65,8 @@ def _make_all(
         folder = RunFolder(out / run.folder)
         # Its process ends when a comparison is killed, and needs a moment for that.
         folder.wait_until_free(_waiting(console, folder.root))
+        if final_record(run, out) is not None:
+            continue  # or had so little left that it ended by itself
         error_file(folder.root).unlink(missing_ok=True)
         if console.is_terminal:
             console.rule(f"{run.label} ({number} of {len(todo)})", align="left")
