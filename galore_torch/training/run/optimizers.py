@@ -55,7 +55,7 @@ def _few_bits(config: OptimizerConfig) -> dict[str, Any]:
 def _muon(config: OptimizerConfig) -> dict[str, Any]:
     # Said to the optimizer too, as its bits are to one of few bits.
     names = ("scale", "residual", "residual_scale", "moments", "normalize")
-    return {name: getattr(config, name) for name in names}
+    return {name: config.group_keys[name] for name in names}
 
 
 def _adamw8bit(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:

@@ -148,7 +148,9 @@ class OptimizerConfig:
     )
     gamma_proj: float = group_setting("gamma_proj")
     queue_size: int = group_setting("queue_size")
-    residual: Residual | None = group_setting("residual", default_help="dropped; galore-muon: full")
+    residual: Residual | Literal["none"] = group_setting(
+        "residual", default="none", default_help="none, dropped; galore-muon: full"
+    )
     residual_scale: float = group_setting("residual_scale", default_help="1; galore-muon: 10")
     moments: Moments = group_setting("moments", default_help="keep; galore-muon: rotate")
     normalize: Normalize | None = group_setting("normalize", default_help="as it is; galore-muon: orthogonal")
@@ -194,10 +196,18 @@ class OptimizerConfig:
         idle = [name for name in field_names(OptimizerConfig) if not has_effect(name, self.optim)]
         needs = {name: f"one of {', '.join(optimizers_with(name))}" for name in idle if name not in _SHARED}
         require_defaults(self, f"optim = {self.optim!r}", needs)
+        if self.residual != "none" and self.gradients != "full" and is_projected(self.optim):
+            raise ValueError(
+                f"gradients = {self.gradients!r} keeps projected gradients alone, and residual = {self.residual!r} "
+                "needs the full ones; give gradients = 'full', or residual = 'none'."
+            )
         if self.weight_bits == 16 and self.weight_rounding == "nearest":
             raise ValueError("weight_rounding = 'nearest' has no effect with weight_bits = 16; give weight_bits = 8.")
 
     @property
     def group_keys(self) -> dict[str, Any]:
         """What a projected parameter group gets, by the names of `galore_torch.group_keys.KEYS`."""
-        return {name: getattr(self, name) for name in KEYS}
+        # "none" is how a flag and a file of settings say None against an optimizer that has a residual of its own.
+        return {name: getattr(self, name) for name in KEYS} | {
+            "residual": None if self.residual == "none" else self.residual
+        }

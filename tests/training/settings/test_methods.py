@@ -88,6 +88,17 @@ def test_a_configuration_by_a_method_survives_its_toml(method, tmp_path):
     assert configure(file=file) == config
 
 
+@pytest.mark.parametrize("gradients", ["projected", "fused"])
+def test_gradients_that_are_never_whole_want_a_method_without_its_residual(gradients, tmp_path):
+    with pytest.raises(ValueError, match=f"gradients = '{gradients}'.*residual = 'full'.*residual = 'none'"):
+        configure("llama-tiny", method="galore-muon", gradients=gradients)
+    config = configure("llama-tiny", method="galore-muon", gradients=gradients, residual="none")
+    assert config.optimizer.group_keys["residual"] is None
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    assert configure(file=file) == config
+
+
 def test_flags_override_a_method_and_a_method_overrides_the_file(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(configure("llama-tiny", method="galore-per-layer", rank=16).to_toml(), encoding="utf-8")
