@@ -25,7 +25,9 @@ def test_choices_are_those_that_are_served():
 
 @pytest.mark.parametrize("name", KEYS)
 def test_every_key_is_a_setting_with_its_choices_and_its_default(name):
-    assert choices_of(get_type_hints(OptimizerConfig)[name]) == (() if name == "stagger" else KEYS[name].choices)
+    served = () if name == "stagger" else KEYS[name].choices
+    served += ("none",) if name == "residual" else ()  # None as a flag says it, against a recipe's own
+    assert choices_of(get_type_hints(OptimizerConfig)[name]) == served
     if name != "rank":
         assert getattr(OptimizerConfig(), name) == PROJECTED_DEFAULTS[name]
 

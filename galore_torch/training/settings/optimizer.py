@@ -148,8 +148,8 @@ class OptimizerConfig:
     )
     gamma_proj: float = group_setting("gamma_proj")
     queue_size: int = group_setting("queue_size")
-    residual: Residual | Literal["none"] = group_setting(
-        "residual", default="none", default_help="none, dropped; galore-muon: full"
+    residual: Residual | Literal["none"] | None = group_setting(
+        "residual", default_help="none, dropped; galore-muon: full"
     )
     residual_scale: float = group_setting("residual_scale", default_help="1; galore-muon: 10")
     moments: Moments = group_setting("moments", default_help="keep; galore-muon: rotate")
@@ -196,7 +196,7 @@ class OptimizerConfig:
         idle = [name for name in field_names(OptimizerConfig) if not has_effect(name, self.optim)]
         needs = {name: f"one of {', '.join(optimizers_with(name))}" for name in idle if name not in _SHARED}
         require_defaults(self, f"optim = {self.optim!r}", needs)
-        if self.residual != "none" and self.gradients != "full" and is_projected(self.optim):
+        if self.residual not in (None, "none") and self.gradients != "full" and is_projected(self.optim):
             raise ValueError(
                 f"gradients = {self.gradients!r} keeps projected gradients alone, and residual = {self.residual!r} "
                 "needs the full ones; give gradients = 'full', or residual = 'none'."

@@ -32,8 +32,9 @@ OTHER = {  # than by default and than any method's own
 }  # fmt: skip
 GROUP_KEYS = (*KEYS, "lr", "weight_decay")
 ELSEWHERE = {"data", "subset", "text_column", "tokenizer", "eval_tokens", "cache", "report_to", "adapter", "optim"}
-ELSEWHERE |= {"model", "gguf_file", "config_of"}
-"""What the text is, which the digest tells; and which models, trackers, adapters and optimizers there are, by name."""
+ELSEWHERE |= {"model", "gguf_file", "config_of", "parallel"}
+"""What the text is, which the digest tells; which models, trackers, adapters and optimizers there are, by name; and
+what several processes do (`test_processes`)."""
 
 
 @pytest.fixture
@@ -58,9 +59,10 @@ def of_optimizer(run, attached) -> dict[str, object]:
         assert optimizer._settings["seed"] == run.config.schedule.seed
         dtype = optimizer._settings["state_dtype"]
         found["state_dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
-    if "betas" in matrices:
-        found["beta1"], found["beta2"] = matrices["betas"]
-        found["eps"] = matrices["eps"]
+    for group in (others, matrices):
+        if "betas" in group:
+            found["beta1"], found["beta2"] = group["betas"]
+            found["eps"] = group["eps"]
     if "momentum" in matrices:
         found["beta1"] = matrices["momentum"]
     quantized = [weight for weight in matrices["params"] if isinstance(weight, QuantizedWeight)]
