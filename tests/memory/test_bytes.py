@@ -95,6 +95,13 @@ def test_of_every_form_of_gradients(gradients, bits, tmp_path):
     assert {kind: held[kind] for kind in HELD} == allocated(planned, job, "galore")
 
 
+PRESETS = [
+    *((preset, method) for preset in ("llama-tiny", "llama-60m") for method in ("full", "galore", "qgalore")),
+    *((preset, method) for preset in ("llama-130m", "llama-350m") for method in ("full", "galore")),
+]
+"""In few bits a real step of a large model takes minutes on a CPU."""
+
+
 @pytest.mark.parametrize("method", ["full", "galore"])
 @pytest.mark.parametrize("architecture", [name for name in SMALL if name != "llama"])
 @pytest.mark.broad
@@ -106,8 +113,7 @@ def test_of_every_architecture(architecture, method, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "galore", "qgalore"])
-@pytest.mark.parametrize("preset", ["llama-tiny", "llama-60m", "llama-130m", "llama-350m"])
+@pytest.mark.parametrize(("preset", "method"), PRESETS)
 def test_of_presets(preset, method):
     planned = subject(preset, {"micro_batch": 1, "batch": 1, "seq": 8}, None)
     job = planned.job(method)
