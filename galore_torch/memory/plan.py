@@ -77,7 +77,7 @@ def plan(job: Job, *, exact: bool = False) -> MemoryPlan:
         >>> batch = {"input_ids": (4, 32), "labels": (4, 32)}
         >>> planned = plan(Job(model=model, optimizer=lambda m: GaLoreAdamW(param_groups(m, rank=8)), batch=batch))
         >>> planned.held["weights"], planned.held["gradients"], planned.held["bases"]
-        (459840, 459776, 28672)
+        (460160, 460032, 28672)
     """
     count = len(alike_blocks(job.model))
     if exact or count <= FEW[-1]:
