@@ -10,6 +10,11 @@ import torch.distributed as dist
 _NUMBERS = itertools.count()
 
 
+def is_one_of_several() -> bool:
+    """Whether this process shares the work with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Agreement:
     """That an optimizer has the same seed in every process, asked once: their bases are to be the same."""
 
@@ -26,13 +31,11 @@ class Agreement:
         Raises:
             ValueError: another process has another seed.
         """
-        if self._is_reached or not dist.is_available() or not dist.is_initialized():
+        if self._is_reached or not is_one_of_several():
             return
-        store = dist.distributed_c10d._get_default_store() if dist.get_world_size() > 1 else None
-        first = str(seed)
-        if store is not None:
-            with contextlib.suppress(RuntimeError, NotImplementedError):  # a kind of store that cannot
-                first = store.compare_set(f"galore_torch/seed/{self._number}", "", first).decode()
+        store, first = dist.distributed_c10d._get_default_store(), str(seed)
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # a kind of store that cannot
+            first = store.compare_set(f"galore_torch/seed/{self._number}", "", first).decode()
         if first != str(seed):
             raise ValueError(
                 f"seed is {seed} in the process of rank {dist.get_rank()}, and {first} in another: their bases would "

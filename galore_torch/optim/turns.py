@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from galore_torch.lowbit import is_same_basis
+from galore_torch.optim.agreement import is_one_of_several
 from galore_torch.optim.outcomes import Outcomes
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import GAP, LACKING, RENEWALS, RENEWED_STEP, STEP
@@ -92,7 +92,7 @@ class Turns:
             and not self.projection.is_tucker
             and group["decomposition"] != "svd"
             and group.get("moments") != "reset"
-            and not _is_one_of_several()
+            and not is_one_of_several()
         )
 
     def adapt_gap(self, mean_overlap: float, renewals: int) -> None:
@@ -106,8 +106,3 @@ class Turns:
         if renewals >= group["queue_size"]:
             limits = {"least": group["update_proj_gap"], "threshold": group["cos_threshold"]}
             self.state[GAP] = adapt_gap(self.gap, mean_overlap, factor=group["gamma_proj"], **limits)
-
-
-def _is_one_of_several() -> bool:
-    """Whether this process shares the work with others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -22,6 +22,14 @@ def as_started_by_torchrun(rank: int, world: int) -> None:
     os.environ.update({name: str(value) for name, value in given.items()}, ACCELERATE_USE_CPU="1")
 
 
+def arguments_of(folder: str, world: int) -> dict[str, Any]:
+    """What every Trainer is given here."""
+    return {
+        "output_dir": folder, "use_cpu": True, "ddp_backend": "gloo", "report_to": "none", "disable_tqdm": True,
+        "save_strategy": "no", "max_steps": STEPS, "learning_rate": 0.01, "per_device_train_batch_size": 4 // world,
+    }  # fmt: skip
+
+
 def by_trainer(rank: int, world: int, folder: str, gradients: str, accumulation: int) -> tuple[Tensor, str]:
     from accelerate.state import AcceleratorState, PartialState
     from transformers import Trainer, TrainingArguments
@@ -32,16 +40,8 @@ def by_trainer(rank: int, world: int, folder: str, gradients: str, accumulation:
     as_started_by_torchrun(rank, world)
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = TrainingArguments(
-        output_dir=folder,
-        use_cpu=True,
-        ddp_backend="gloo",
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        max_steps=STEPS,
-        learning_rate=0.01,
+        **arguments_of(folder, world),
         max_grad_norm=0.5,
-        per_device_train_batch_size=4 // world,
         gradient_accumulation_steps=accumulation,
     )
     given = {"rank": 8, "update_proj_gap": 4, "gradients": gradients}
@@ -80,17 +80,9 @@ def by_sft(rank: int, world: int, folder: str) -> Tensor:
     AcceleratorState._reset_state(reset_partial_state=True)
     warnings.simplefilter("ignore")
     arguments = SFTConfig(
-        output_dir=folder,
-        use_cpu=True,
+        **arguments_of(folder, world),
         bf16=False,
-        ddp_backend="gloo",
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        max_steps=STEPS,
-        learning_rate=0.01,
         max_length=SEQUENCE,
-        per_device_train_batch_size=4 // world,
     )
     trainer = SFTTrainer(
         model=mistral().double(),

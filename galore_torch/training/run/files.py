@@ -53,6 +53,11 @@ def local_path(field: str, name: str) -> Path:
         raise ValueError(f"{field} = {name[:80]!r} cannot be a path: {error.strerror}; give another.") from error
 
 
+def is_written_as_path(name: str) -> bool:
+    """Whether a name can only be meant as a path: no name on the Hub begins like that."""
+    return name.startswith((".", "/", "~"))
+
+
 def model_of_run(field: str, name: str) -> str:
     """The folder of the finished model, where a setting names the folder of a run; else the name as it is.
 

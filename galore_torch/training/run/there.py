@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from galore_torch.training.run.files import local_path
+from galore_torch.training.run.files import is_written_as_path, local_path
 
 
 def require_model(field: str, name: str, file: str = "config.json") -> None:
@@ -16,7 +16,7 @@ def require_model(field: str, name: str, file: str = "config.json") -> None:
             raise ValueError(f"{wrong}the folder has no {file}; give a folder that a model was saved in.")
     elif path.is_file():
         raise ValueError(f"{wrong}it is a file; give the folder that it is in.")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif is_written_as_path(name) or name.count("/") > 1:
         raise ValueError(f"{wrong}there is no such folder, and no name on the Hub is like that; give one that exists.")
     else:
         require_on_hub(field, name, "model")

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from galore_torch.training.run.files import local_path
+from galore_torch.training.run.files import is_written_as_path, local_path
 from galore_torch.training.run.manifest import digest_of_file
 from galore_torch.training.run.there import require_on_hub
 from galore_torch.training.text.config import DataConfig
@@ -57,7 +57,7 @@ def local_files(config: DataConfig) -> LocalFiles | None:
     else:
         path = local_path("data", config.data)
         if not path.exists():
-            if config.data.startswith((".", "/", "~")) or config.data.endswith(tuple(chain(*_SUFFIXES.values()))):
+            if is_written_as_path(config.data) or config.data.endswith(tuple(chain(*_SUFFIXES.values()))):
                 raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
             return None
         return _of_one_kind(path, config)

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.run.files import local_path
+from galore_torch.training.run.files import is_written_as_path, local_path
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 """What Datasets calls a file of rows, by the ending of its name."""
@@ -32,7 +32,7 @@ def is_hub_name(name: str) -> bool:
     """Whether a name can only be one of the Hub's: no file has it, and none is meant."""
     path = Path(name)
     is_file = path.suffix and not path.suffix[1:].isdigit()
-    return not path.exists() and not is_file and not name.startswith((".", "/", "~")) and name.count("/") <= 1
+    return not path.exists() and not is_file and not is_written_as_path(name) and name.count("/") <= 1
 
 
 def require_rows(field: str, name: str) -> str:
