@@ -193,7 +193,9 @@ def notes(comparison: Comparison) -> list[str]:
                 found.append(f"{method}: its best {name}, {lr:g}, is the {which} tried; a better one may lie beyond.")
         if len(best.ends) < comparison.seeds:
             found.append(f"{method}: {len(best.ends)} of {comparison.seeds} seeds have ended at {best.run.lr:g}.")
-    if len({end.digest for end in comparison.ends if end.final and end.digest}) > 1:
+    texts = {end.digest for end in comparison.ends if end.final and end.digest}
+    streams = {(end.run.seed, end.final.get("stream")) for end in comparison.ends if end.final}  # in a seed's order
+    if len(texts) > 1 or len(streams) > len({seed for seed, _ in streams}):
         found.append("The data changed between the runs: they have not seen the same. Compare anew in another folder.")
     return found
 

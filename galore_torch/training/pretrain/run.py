@@ -62,7 +62,7 @@ class Pretraining(Job):
         self.config, self.data, self.target_modules = config, config.data.data, MATRICES
         own = None if start is None else load_tokenizer(config.model)
         self.text = prepare_text(config.data, console, batch=schedule.batch, seed=schedule.seed, tokenizer=own)
-        self.tokenizer, self.digest = self.text.tokenizer, self.text.digest
+        self.tokenizer, self.digest, self.stream = self.text.tokenizer, self.text.digest, self.text.stream
         set_seed(schedule.seed)
         self.model = build_model(config, self.tokenizer, console)
         if start is not None:

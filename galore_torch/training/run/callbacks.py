@@ -96,7 +96,9 @@ class Recorder(TrainerCallback):
         for path in (self._folder.metrics, self._folder.subspaces):
             if path.exists():
                 sync(path)
-        self._saved = self._folder.checkpoints.complete(state.global_step, before=self._saved)
+        step, stream = state.global_step, self._job.stream
+        digest = None if stream is None else stream.digest(step)
+        self._saved = self._folder.checkpoints.complete(step, before=self._saved, stream=digest)
         self._since = time.perf_counter()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

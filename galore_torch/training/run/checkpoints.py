@@ -2,7 +2,8 @@
 
 checkpoints/
   checkpoint-N/     the state after step N, as Transformers' Trainer writes it, and manifest.json: size and SHA-256 of
-                    each of its files. The last `KEPT` are kept.
+                    each of its files. Of a run on a stream it has stream.sha256 too: the digest of all tokens that were
+                    trained on until then. The last `KEPT` are kept.
   tmp/              what is being written or removed
 
 The Trainer writes into ``tmp``. When all is there the manifest is written, everything is synced to the disk, and one
@@ -22,6 +23,8 @@ from galore_torch.training.run.manifest import damage, write_manifest
 
 KEPT = 2
 """Checkpoints that a run keeps: the newest, and the one before it in case that the newest gets damaged."""
+
+_STREAM = "stream.sha256"
 
 
 class Checkpoints:
@@ -63,10 +66,15 @@ class Checkpoints:
             )
         return None
 
-    def complete(self, step: int, before: Path | None) -> Path:
-        """Make a checkpoint of what the Trainer has written after a step, and remove all older than the one before."""
+    def complete(self, step: int, before: Path | None, stream: str | None = None) -> Path:
+        """Make a checkpoint of what the Trainer has written after a step, and remove all older than the one before.
+
+        The digest of what of a ``stream`` was trained on until then is kept in it.
+        """
         target = self.root / f"checkpoint-{step}"
         written = self.tmp / target.name
+        if stream is not None:
+            (written / _STREAM).write_text(stream, encoding="utf-8")
         for path in written.rglob("*"):
             sync(path)
         write_manifest(written)
@@ -90,6 +98,12 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)  # noqa: PTH105
         shutil.rmtree(aside)
+
+
+def stream_digest(checkpoint: Path | None) -> str | None:
+    """What a checkpoint tells of a stream; None if there is none, or its run is on none."""
+    path = None if checkpoint is None else checkpoint / _STREAM
+    return path.read_text(encoding="utf-8") if path is not None and path.exists() else None
 
 
 def step_of(checkpoint: Path) -> int:

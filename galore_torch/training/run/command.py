@@ -16,7 +16,7 @@ from rich.markup import escape
 from galore_torch.training.run import processes, records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.disk import failed_write
-from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.folder import OtherDataError, RunFolder
 from galore_torch.training.run.signals import exit_status, stoppable
 from galore_torch.training.run.units import duration, megabytes
 
@@ -74,7 +74,8 @@ def reported_errors(command: str, left: Callable[[], str] | None = None) -> Iter
 def explain(error: Exception, *, at_work: bool = False) -> str | None:
     """What an error says that a user can do something about; None for any other error.
 
-    Of a command that was at work, all that was asked for had been found right: only its failed writes are the user's.
+    Of a command that was at work, all that was asked for had been found right: only its failed writes are the user's,
+    and a stream that tells late what it is.
     """
     failed = failed_write(error)
     file = error if isinstance(error, OSError) and error.filename is not None else None
@@ -82,7 +83,7 @@ def explain(error: Exception, *, at_work: bool = False) -> str | None:
         failed = f"{file.strerror}: {file.filename}"
     if failed is not None:
         return f"a file could not be written: {failed}. {_ROOM}"
-    if not at_work and isinstance(error, (ValueError, ImportError)):
+    if isinstance(error, OtherDataError) or (not at_work and isinstance(error, (ValueError, ImportError))):
         return " ".join(map(str.strip, str(error).splitlines()))
     if not at_work and file is not None:
         return f"{file.filename!r} cannot be used: {file.strerror}. Allow it, or give another path."

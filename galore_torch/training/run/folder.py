@@ -2,7 +2,8 @@
 
 runs/NAME/
   config.toml     every setting, as resolved
-  text.sha256     digests of the text and of config.toml: a resumed run must find the same
+  text.sha256     digests of the text and of config.toml: a resumed run must find the same. Text that is streamed
+                  is digested as it is read, see `galore_torch.training.run.stream`
   changes.jsonl   settings that a resumption has changed, a line each: from which step, and by name old and new value
   metrics.jsonl   one record a step and an evaluation, and a last one of the whole run
   subspaces.jsonl one record a renewal of a weight's basis, if the optimizer projects
@@ -38,6 +39,10 @@ from galore_torch.training.run.signals import deferred
 
 CHANGEABLE = ("steps", "epochs", "eval_every", "save_every", "micro_batch", "gradient_checkpointing", "report_to")
 """Settings that may be given with ``--resume``: how long, what is recorded, and what bounds memory."""
+
+
+class OtherDataError(ValueError):
+    """What a resumed run is to be trained on is not what it was trained on until now."""
 
 
 class _Hold(NamedTuple):
@@ -228,7 +233,7 @@ class RunFolder:
     def require_text(self, digest: str, data: str) -> None:
         """Refuse to resume with another text than the run was started on, by their digests."""
         if self.text_digest() != digest:
-            raise ValueError(
+            raise OtherDataError(
                 f"data = {data!r} has changed since the run in {str(self.root)!r} was started; "
                 "restore the text, or start over with another --out."
             )

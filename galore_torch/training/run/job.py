@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from galore_torch.training.run import optimizers, processes, sharded
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.stream import Stream
 from galore_torch.training.settings.config import from_values, read_file
 
 
@@ -30,7 +31,8 @@ class Job(ABC):
     tokenizer: PreTrainedTokenizerBase
     target_modules: str | Sequence[str]  # which modules hold the matrices, by the rules of `galore_torch.param_groups`
     data: str  # the name of what it is trained on
-    digest: str  # changes with any token or row of that
+    digest: str  # changes with any token or row of that, but for those of a stream
+    stream: Stream | None = None  # of which the tokens are known once they are read
     units_per_step: int  # tokens or examples
     announcement: str  # what is about to be trained, in Rich's markup
 

@@ -159,7 +159,7 @@ class _Followed(RunFolder):
 class _FollowedCheckpoints(Checkpoints):
     """Checkpoints that another process completes."""
 
-    def complete(self, step: int, before: Path | None) -> Path:  # noqa: ARG002
+    def complete(self, step: int, before: Path | None, stream: str | None = None) -> Path:  # noqa: ARG002
         """Nothing: the first process does."""
         return self.root / f"checkpoint-{step}"
 

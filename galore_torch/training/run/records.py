@@ -9,7 +9,8 @@ Of ``metrics.jsonl`` there are three kinds:
 | the end | final (true) and the figures of the whole run, see `galore_torch.training.run.run.RunResult` |
 
 A fine-tuning counts examples in the place of tokens, has its task's scores in the place of perplexity and, where its
-length is told in epochs, ``epoch``, how many have passed, in the records of steps.
+length is told in epochs, ``epoch``, how many have passed, in the records of steps. The end of a run on a stream has
+``stream`` too: the SHA-256 of all tokens that it was trained on.
 
 ``seconds`` is time spent in training steps since the start, over all resumptions, without evaluations and saves.
 
@@ -45,7 +46,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "eval_loss": ("step", "seconds"),
     "loss": ("step", "seconds", "lr"),
 }
-_TEXTS = frozenset({"weight", "optimizer", "adapter", "task"})
+_TEXTS = frozenset({"weight", "optimizer", "adapter", "task", "stream"})
 
 
 def read(path: Path) -> list[Record]:

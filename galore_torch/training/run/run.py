@@ -19,7 +19,7 @@ from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
 from galore_torch.training.run import machine, optimizers, processes, records, sharded
 from galore_torch.training.run.callbacks import EndAfterLastStep, NoStepLeftError, Recorder, SaveOnSignal
-from galore_torch.training.run.checkpoints import KEPT, step_of
+from galore_torch.training.run.checkpoints import KEPT, step_of, stream_digest
 from galore_torch.training.run.disk import require_space
 from galore_torch.training.run.files import sync
 from galore_torch.training.run.folder import RunFolder
@@ -102,6 +102,8 @@ class Run:
         if resumed:
             folder.require_text(job.digest, job.data)
             self.checkpoint = _newest_checkpoint(folder, console)
+            if job.stream is not None and self.checkpoint is not None:
+                job.stream.go_on_from(self.checkpoint)
         else:
             folder.create(config, job.digest)
         self._recorder = Recorder(folder, job)
@@ -201,7 +203,8 @@ class Run:
         for path in (*self.folder.model.rglob("*"), self.folder.model):
             sync(path)
         record = {name: value for name, value in asdict(result).items() if name not in _NOT_RECORDED}
-        records.append(self.folder.metrics, {"final": True, **record})
+        stream = stream_digest(self.folder.checkpoints.newest())
+        records.append(self.folder.metrics, {"final": True, **record, **({"stream": stream} if stream else {})})
 
 
 def new_run(

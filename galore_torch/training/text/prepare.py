@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from galore_torch.training.run.files import local_path
+from galore_torch.training.run.stream import Stream
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.caches import kept
 from galore_torch.training.text.config import DataConfig
@@ -27,20 +28,25 @@ _ROWS_AT_ONCE = 1000
 class Text:
     """Packed sequences to train on and for the evaluation, and the tokenizer that cut them."""
 
-    train: sources.Documents
+    train: datasets.Dataset | Stream
     held_out: datasets.Dataset
     tokenizer: PreTrainedTokenizerBase
 
     @property
     def digest(self) -> str:
-        """A digest of every token that is trained or judged on, and of the tokenizer's entries."""
+        """A digest of every token that is trained or judged on, but for a stream's, and of the tokenizer's entries."""
         digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         for part in (self.train, self.held_out):
-            if isinstance(part, datasets.Dataset):  # of a stream only what has been seen can be known
+            if isinstance(part, datasets.Dataset):
                 digest.update(f"{len(part)} sequences".encode())
                 for rows in part.with_format("numpy").iter(_ROWS_AT_ONCE):
                     digest.update(rows["input_ids"].astype("<i8").tobytes())
         return digest.hexdigest()
+
+    @property
+    def stream(self) -> Stream | None:
+        """What it is trained on, if that is a stream, which tells its digest as it is read."""
+        return self.train if isinstance(self.train, Stream) else None
 
 
 def prepare_text(
@@ -66,6 +72,8 @@ def prepare_text(
             raise ValueError(f"tokenizer = {name!r} has no end-of-text token to end documents with; choose another.")
         with console.status("Packing documents into sequences"):
             train, held_out = packing.sequences(corpus, tokenizer, config, batch)
+    if corpus.streamed:
+        train = Stream(train, batch=batch, data=config.data)
     return Text(train=train, held_out=held_out, tokenizer=tokenizer)
 
 
@@ -86,6 +94,6 @@ def cache_folder(config: DataConfig) -> Path:
 
 def amount(text: Text, config: DataConfig) -> str:
     """How much there is to train on, for people."""
-    if not isinstance(text.train, datasets.Dataset):
+    if isinstance(text.train, Stream):
         return "streamed"
     return f"{len(text.train) * config.seq:,} tokens"

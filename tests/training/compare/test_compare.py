@@ -215,6 +215,11 @@ def test_what_a_reader_must_know_is_told(given):
     one, *others = [dataclasses.replace(each, digest="a") for each in ended]
     assert notes(compare(PRETRAIN, [one, *others])) == []
     assert "have not seen the same" in notes(compare(PRETRAIN, [dataclasses.replace(one, digest="b"), *others]))[0]
+    on_streams = [dataclasses.replace(end, final={**end.final, "stream": f"{end.run.seed}"}) for end in [one, *others]]
+    assert notes(compare(PRETRAIN, on_streams)) == []  # which follow the seed
+    run = plan(given, methods=("galore",), seeds=(1,))[0]
+    other = dataclasses.replace(on_streams[1], run=run, final={**on_streams[1].final, "stream": "2"})
+    assert "have not seen the same" in notes(compare(PRETRAIN, [*on_streams, other]))[-1]
     unfinished = [dataclasses.replace(one, final=None), *others]
     assert notes(compare(PRETRAIN, unfinished)) == ["full: 1 of 2 seeds have ended at 0.01."]
     none = compare(PRETRAIN, [RunEnd(run, None, "no") for run in runs])
