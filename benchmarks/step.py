@@ -19,14 +19,12 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import command, peers
-from benchmarks.common.bars import Bar, judged
-from benchmarks.common.memory import MIB
+from benchmarks.common.measuring import MIB
 from benchmarks.common.methods import OPTIMIZERS
 from benchmarks.common.optimizer_step import RARELY, OptimizerStep
-from benchmarks.common.report import Report, Sheet, bar_sheet
-from benchmarks.common.rounds import WARM_UP, Advance, RunFigures, interleaved, one_by_one
+from benchmarks.common.report import Bar, Report, Sheet, bar_sheet, judged
+from benchmarks.common.rounds import WARM_UP, Advance, RunFigures, Worker, interleaved, one_by_one
 from benchmarks.common.sizes import LLAMA
-from benchmarks.common.worker import Worker
 
 OURS, GALORE, APOLLO, ADAMW, FLOOR = "galore", "galore-1.0", "apollo-1.0.3", "full", "physical floor"
 STEPPED = (OURS, GALORE, APOLLO, ADAMW, FLOOR)

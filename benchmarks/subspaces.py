@@ -21,8 +21,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.common.bars import limits
-from benchmarks.common.report import Sheet
+from benchmarks.common.report import Sheet, limits
 from galore_torch.projection import decompositions
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Wanted
 from galore_torch.training.pretrain.presets import configure

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.common.timing import seconds_of
+from benchmarks.common.measuring import seconds_of
 from benchmarks.common.training import Training
 
 

@@ -8,6 +8,7 @@ place of ours.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,6 @@ from torch.optim import Optimizer
 
 from benchmarks.common.peers import PEERS, Peer
 from benchmarks.common.sizes import Llama
-
-Groups = list[dict[str, Any]]
 
 LEARNING_RATE = 1e-4  # gradients or tokens are random: nothing is to be learned, and nothing may overflow
 REFERENCE = "full"  # what the others are compared with
@@ -59,31 +58,32 @@ class Method:
 
         Rank and gap are those of `size`; keywords are `lr`, and `stagger`: whether our layers take turns to renew.
         """
-        keys: dict[str, Any] = {"rank": size.rank, "update_proj_gap": size.gap} if self.projects else {}
+        where, own, arguments = BUILDERS[self.optimizer]
+        keys: dict[str, Any] = {"rank": size.rank, "update_proj_gap": size.gap, **own} if self.projects else {}
         if self.ours:
             keys |= {"stagger": keywords.get("stagger", True), "basis_bits": self.basis_bits}
         groups = [{"params": list(projected), **keys}, {"params": list(others)}]
-        return BUILDERS[self.optimizer]([one for one in groups if one["params"]], keywords.get("lr", LEARNING_RATE))
+        lr = keywords.get("lr", LEARNING_RATE)
+        return resolve_name(where)([one for one in groups if one["params"]], lr=lr, **arguments)
 
-    def build_over(self, model: nn.Module, size: Llama, **keywords: Any) -> Any:
-        """Return the optimizer over all of a model; it projects linear layers of attention and MLP, as the paper."""
+    def set_up(self, model: nn.Module, size: Llama, **keywords: Any) -> tuple[Any, Callable[[], None]]:
+        """Build the optimizer over a model, attach what is to be attached, and return it and what ends a step.
+
+        It projects linear layers of attention and MLP, as the paper.
+        """
         linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         parts: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, weight in model.named_parameters():
             parts[name in linear and ("attn" in name or "mlp" in name)].append(weight)
-        return self.build(parts[True], parts[False], size, **keywords)
-
-    def set_up(self, model: nn.Module, size: Llama, **keywords: Any) -> tuple[Any, Callable[[], None]]:
-        """Build the optimizer over a model, attach what is to be attached, and return it and what ends a step."""
-        whole = self.build_over(model, size, **keywords)
+        whole = self.build(parts[True], parts[False], size, **keywords)
         if self.ours:
             from galore_torch import attach
 
             attach(model, whole, self.gradients, self.update)
         elif self.update == "backward":
-            for group in whole.param_groups:  # one optimizer each, as the README of galore-torch 1.0 has it
-                for weight in group["params"]:
-                    own = self.build(*(([weight], []) if "rank" in group else ([], [weight])), size, **keywords)
+            for projected, weights in parts.items():  # one optimizer each, as the README of galore-torch 1.0 has it
+                for weight in weights:
+                    own = self.build(*(([weight], []) if projected else ([], [weight])), size, **keywords)
                     weight.register_post_accumulate_grad_hook(lambda _, own=own: _step(own))
             return whole, lambda: None
         return whole, partial(_step, whole)
@@ -94,61 +94,26 @@ def _step(optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def _ours(recipe: str, groups: Groups, lr: float, **keywords: Any) -> Any:
-    import galore_torch
+_MOMENTUM: dict[str, Any] = {"residual": "full", "moments": "rotate", "scale": 0.2}
+_SGD: dict[str, Any] = {"optimizer_class": torch.optim.SGD, "momentum": 0.9, "nesterov": True, "fused": True}
+_OF_APOLLO: dict[str, Any] = {"scale": 1, "proj": "random", "proj_type": "std", "scale_type": "channel"}
 
-    return getattr(galore_torch, recipe)(groups, lr=lr, **keywords)
-
-
-def _adamw8bit(groups: Groups, lr: float) -> Any:
-    from bitsandbytes.optim.adamw import AdamW8bit
-
-    return AdamW8bit(groups, lr=lr)  # type: ignore[no-untyped-call]
-
-
-def _with(groups: Groups, **own: Any) -> Groups:
-    """The groups, the projected ones with keys of their own."""
-    return [{**group, **own} if "rank" in group else group for group in groups]
-
-
-def _galore_1(groups: Groups, lr: float) -> Any:
-    return _ours("GaLoreAdamW", _with(groups, scale=0.25, proj_type="std"), lr, no_deprecation_warning=True)
-
-
-def _apollo(groups: Groups, lr: float) -> Any:
-    from apollo_torch import APOLLOAdamW
-
-    return APOLLOAdamW(_with(groups, scale=1, proj="random", proj_type="std", scale_type="channel"), lr=lr)
-
-
-def _fira(groups: Groups, lr: float) -> Any:
-    return _ours("GaLoreAdamW", _with(groups, residual="fira"), lr)
-
-
-def _momentum(groups: Groups, lr: float, **size: Any) -> Any:
-    return _ours(
-        "GaLore",
-        _with(groups, residual="full", moments="rotate", scale=0.2, **size),
-        lr,
-        optimizer_class=torch.optim.SGD,
-        momentum=0.9,
-        nesterov=True,
-        fused=True,
-    )
-
-
-BUILDERS: dict[str, Callable[[Groups, float], Any]] = {
-    "AdamW": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True),
-    "AdamW8bit": _adamw8bit,
-    "GaLoreAdamW": partial(_ours, "GaLoreAdamW"),
-    "GaLoreAdamW8bit": partial(_ours, "GaLoreAdamW8bit"),
-    "GaLore, Fira": _fira,
-    "GaLore, columns": partial(_momentum, normalize="columns"),
-    "GaLore, blocks": partial(_momentum, normalize="blocks"),
-    "galore-torch-1.0": _galore_1,
-    "apollo-torch-1.0.3": _apollo,
+BUILDERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "AdamW": ("torch.optim:AdamW", {}, {"fused": True}),
+    "AdamW8bit": ("bitsandbytes.optim.adamw:AdamW8bit", {}, {}),
+    "GaLoreAdamW": ("galore_torch:GaLoreAdamW", {}, {}),
+    "GaLoreAdamW8bit": ("galore_torch:GaLoreAdamW8bit", {}, {}),
+    "GaLore, Fira": ("galore_torch:GaLoreAdamW", {"residual": "fira"}, {}),
+    "GaLore, columns": ("galore_torch:GaLore", {**_MOMENTUM, "normalize": "columns"}, _SGD),
+    "GaLore, blocks": ("galore_torch:GaLore", {**_MOMENTUM, "normalize": "blocks"}, _SGD),
+    "galore-torch-1.0": (
+        "galore_torch:GaLoreAdamW",
+        {"scale": 0.25, "proj_type": "std"},
+        {"no_deprecation_warning": True},
+    ),
+    "apollo-torch-1.0.3": ("apollo_torch:APOLLOAdamW", _OF_APOLLO, {}),
 }
-"""What makes each optimizer of groups. The published ones have the defaults of their READMEs."""
+"""Each optimizer's class, keys of its projected weights, and arguments. The published have their READMEs' defaults."""
 
 METHODS: dict[str, Method] = {
     REFERENCE: Method(optimizer="AdamW"),

@@ -15,11 +15,20 @@ from torch import Tensor
 
 from benchmarks.common import peers
 from benchmarks.common.floor import Bare, weights_with_gradients
-from benchmarks.common.memory import GIB, Footprint, clear, held_bytes, tensors_alive
+from benchmarks.common.measuring import (
+    GIB,
+    Call,
+    Footprint,
+    clear,
+    held_bytes,
+    seconds_by_part,
+    seconds_of,
+    step_figures,
+    tensors_alive,
+)
 from benchmarks.common.methods import Method
+from benchmarks.common.rounds import Commands, Worker
 from benchmarks.common.sizes import Llama
-from benchmarks.common.timing import Call, seconds_by_part, seconds_of, step_figures
-from benchmarks.common.worker import Commands, Worker
 
 RARELY = 10**9
 """Steps between renewals where none is wanted."""
@@ -46,9 +55,9 @@ class OptimizerStep:
             name: What messages call it.
             folder: Where the published package lies; by default where `peers` installs it.
         """
-        peer = self.method.peer if self.method else None
-        environment = peers.importing_from(folder) if folder else peers.environment(peer)
-        return Worker(name, replace(self).commands, environment)  # nothing is made yet
+        if folder is None and self.method and self.method.peer:
+            folder = peers.installed(self.method.peer)
+        return Worker(name, replace(self).commands, folder)  # nothing is made yet
 
     def commands(self) -> Commands:
         """Return what such a process serves."""

@@ -29,11 +29,6 @@ class Peer:
         """The entry of the path that a child process imports the peer from; a stamp in it says that it is complete."""
         return ROOT / ".peers" / self.name
 
-    @property
-    def is_installed(self) -> bool:
-        """Whether the installation was completed."""
-        return (self.folder / STAMP).exists()
-
 
 GALORE_1 = Peer(name="galore-torch-1.0", requirement="galore-torch==1.0")
 APOLLO = Peer(name="apollo-torch-1.0.3", requirement="apollo-torch==1.0.3")
@@ -46,7 +41,7 @@ def install(peer: Peer) -> None:
     Raises:
         RuntimeError: pip could not install it; nothing half-installed stays behind.
     """
-    if peer.is_installed:
+    if (peer.folder / STAMP).exists():
         return
     shutil.rmtree(peer.folder, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(peer.folder)]
@@ -58,22 +53,23 @@ def install(peer: Peer) -> None:
     (peer.folder / STAMP).touch()
 
 
-def environment(peer: Peer | None) -> dict[str, str]:
-    """Return the environment of a child process in which `peer` is imported in place of ours (None: ours).
-
-    Run it as a script (`python folder/script.py`): `-m` would put the checkout before the peer.
+def installed(peer: Peer) -> Path:
+    """Return the folder that `peer` lies in.
 
     Raises:
         RuntimeError: the peer is not installed.
     """
-    if peer is not None and not peer.is_installed:
+    if not (peer.folder / STAMP).exists():
         raise RuntimeError(f"{peer.name} is not installed in {peer.folder}: run `make setup`")
-    return importing_from(None if peer is None else peer.folder)
+    return peer.folder
 
 
-def importing_from(folder: Path | None) -> dict[str, str]:
-    """Return the environment of a child process that looks for modules in a folder, and then in the checkout."""
-    path = [*([str(folder)] if folder else []), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+def environment(peer: Peer) -> dict[str, str]:
+    """Return the environment of a child process in which `peer`, which must be installed, is imported in place of ours.
+
+    Run it as a script (`python folder/script.py`): `-m` would put the checkout before the peer.
+    """
+    path = [str(installed(peer)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 

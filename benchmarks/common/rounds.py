@@ -1,21 +1,88 @@
-"""Processes that step in turn, so that what else the machine does falls on all of them alike; or one by one."""
+"""Processes of a benchmark's own, which step in turn, so that what else the machine does falls on all alike; or alone.
 
+Each builds what it is asked for, and answers commands until it is ended. All that are wanted are alive at once, and
+each may import a published package in place of ours.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
+from typing import Any
 
-from benchmarks.common.memory import available_bytes
-from benchmarks.common.timing import in_turn
-from benchmarks.common.worker import Worker
+from benchmarks.common.measuring import available_bytes, in_turn
+
+Commands = Mapping[str, Callable[[], Mapping[str, Any]]]
+"""What each command of a process calls."""
 
 Advance = Callable[[str], None]
 """Called with a few words before each step."""
 
+WARM_UP = 1  # ordinary steps that nobody counts
+
+
+class Worker:
+    """One process, which serves commands; a context manager that ends it.
+
+    Args:
+        name: What messages call it.
+        make: What makes the commands in the process, where it is unpickled.
+        folder: The process looks there first for modules, if it is told.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Commands], folder: Path | None = None) -> None:
+        self.name = name
+        self._log = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 - closed with the process
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, folder, self._log.name), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, command: str, within_s: float | None = None) -> dict[str, Any]:
+        """Return the answer to a command.
+
+        Raises:
+            RuntimeError: the process has died, or was killed as its time was up; the message ends with its last words.
+        """
+        try:
+            self._pipe.send(command)
+            if not self._pipe.poll(within_s):
+                self._process.kill()
+            answer: dict[str, Any] = self._pipe.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"{self.name} died while asked for {command!r}:\n{self._log.read()[-2000:]}") from None
+        return answer
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        self._log.close()
+
+
+def _serve(pipe: Connection, make: Callable[[], Commands], folder: Path | None, log: str) -> None:
+    with Path(log).open("w") as words:
+        for standard in (1, 2):  # whatever a library prints is no part of the benchmark's report
+            os.dup2(words.fileno(), standard)
+    if folder is not None:
+        sys.path.insert(0, str(folder))
+    commands = make()
+    while True:
+        pipe.send(commands[pipe.recv()]())
+
+
 Starts = Mapping[str, Callable[[], Worker]]
 """What starts each process, by its name; it answers "step" and "kept"."""
-
-WARM_UP = 1  # ordinary steps that nobody counts
 
 
 @dataclass(kw_only=True)

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import bf16_products, peers
-from benchmarks.common.memory import GIB, Footprint, clear, give_back_at_once, held_bytes, stored_bytes, tensors_alive
+from benchmarks.common.measuring import (
+    GIB,
+    Footprint,
+    clear,
+    give_back_at_once,
+    held_bytes,
+    seconds_of,
+    step_figures,
+    stored_bytes,
+    tensors_alive,
+)
 from benchmarks.common.methods import LEARNING_RATE, Method
+from benchmarks.common.rounds import Commands, Worker
 from benchmarks.common.sizes import REHEARSAL, Llama
-from benchmarks.common.timing import seconds_of, step_figures
-from benchmarks.common.worker import Commands, Worker
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -79,7 +88,7 @@ class Training:
 
     def start(self) -> Worker:
         """Start a process of its own, which answers "step" and "kept"."""
-        return Worker(self.name, self.commands, peers.environment(self.method.peer))
+        return Worker(self.name, self.commands, peers.installed(self.method.peer) if self.method.peer else None)
 
     def commands(self) -> Commands:
         """Return what such a process serves."""

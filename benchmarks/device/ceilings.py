@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from benchmarks.common.timing import timed
+from benchmarks.common.measuring import timed
 from benchmarks.device.session import Figures, Session
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.bars import limits
+from benchmarks.common.report import limits
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.small_net import MODES, Make, Mode, Net, batches, build, flat, train
 from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit

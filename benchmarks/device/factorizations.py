@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.common.memory import clear
-from benchmarks.common.timing import timed
+from benchmarks.common.measuring import clear, timed
 from benchmarks.device.session import Figures, Session
 from benchmarks.device.waiting import waits
 from galore_torch.projection import find_bases

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common.memory import clear
+from benchmarks.common.measuring import clear
 from benchmarks.common.methods import METHODS, OPTIMIZERS, REFERENCE
 from benchmarks.common.optimizer_step import RARELY, OptimizerStep
 from benchmarks.common.sizes import Llama

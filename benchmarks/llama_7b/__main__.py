@@ -30,11 +30,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common import command
 from benchmarks.common.floor import Bare, weights_with_gradients
-from benchmarks.common.memory import GIB, Footprint, give_back_at_once, stored_bytes
+from benchmarks.common.measuring import (
+    GIB,
+    Call,
+    Footprint,
+    give_back_at_once,
+    seconds_by_part,
+    stored_bytes,
+    timed_calls,
+)
 from benchmarks.common.methods import BUILDERS, LEARNING_RATE, METHODS
 from benchmarks.common.report import Report
 from benchmarks.common.sizes import LLAMA, Llama
-from benchmarks.common.timing import Call, seconds_by_part, timed_calls
 from benchmarks.common.training import Trained, Training
 from benchmarks.llama_7b.report import ORDINARY, Outcome, report, state_of
 from galore_torch import GaLore, quantize_weights

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common.bars import Bar, judged
-from benchmarks.common.memory import GIB, stored_bytes
-from benchmarks.common.report import Report, Sheet
+from benchmarks.common.measuring import GIB, stored_bytes
+from benchmarks.common.report import Bar, Report, Sheet, judged
 from benchmarks.common.training import Training
 from galore_torch.optim import state_bytes
 

@@ -6,16 +6,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.common import bars, peers
-from benchmarks.common.memory import held_bytes, tensors_alive
+from benchmarks.common import peers, report
+from benchmarks.common.measuring import held_bytes, in_turn, seconds_by_part, tensors_alive
 from benchmarks.common.methods import METHODS, OPTIMIZERS, Method
 from benchmarks.common.optimizer_step import OptimizerStep, floor, weights_with_gradients
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import Report, bar_sheet, draw
-from benchmarks.common.rounds import RunFigures
+from benchmarks.common.rounds import RunFigures, Worker
 from benchmarks.common.sizes import LLAMA, Llama
-from benchmarks.common.timing import in_turn, seconds_by_part
-from benchmarks.common.worker import Worker
 from benchmarks.step import ADAMW, FLOOR, GALORE, OURS, STEPPED, StepTimings
 from galore_torch.training.pretrain.presets import CONTINUED, PRESETS, configure
 from galore_torch.training.settings.methods import method_settings
@@ -86,14 +84,14 @@ def test_a_worker_that_dies_is_told_with_its_last_words():
 
 
 def test_a_worker_whose_time_is_up_is_ended():
-    worker = Worker("one", CASE.commands, peers.environment(None))
+    worker = Worker("one", CASE.commands)
     with worker, pytest.raises(RuntimeError, match="one died"):
         worker.ask("step", within_s=0.01)
 
 
 def test_bars_belong_to_their_cases():
-    assert bars.limits("mlp_block", {"hidden": 1}) == {}
-    assert bars.limits("correctness") == {"one basis": 1e-9, "renewing": 1e-6, "float32": 1e-2, "few bits": 0.5}
+    assert report.limits("mlp_block", {"hidden": 1}) == {}
+    assert report.limits("correctness") == {"one basis": 1e-9, "renewing": 1e-6, "float32": 1e-2, "few bits": 0.5}
     assert set(STEPPED) - {FLOOR} <= set(OPTIMIZERS)
 
 

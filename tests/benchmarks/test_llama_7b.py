@@ -7,11 +7,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from benchmarks.common.memory import GIB
+from benchmarks.common.measuring import GIB, timed_calls
 from benchmarks.common.methods import METHODS
 from benchmarks.common.report import draw
 from benchmarks.common.sizes import LLAMA, Llama
-from benchmarks.common.timing import timed_calls
 from benchmarks.common.training import Training
 from benchmarks.llama_7b import __main__ as command
 from benchmarks.llama_7b import report

@@ -9,16 +9,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import steps as command
 from benchmarks.common import rounds as rounds_module
 from benchmarks.common.floor import Demand, Speeds, demand
-from benchmarks.common.memory import Footprint, stored_bytes
+from benchmarks.common.measuring import Footprint, stored_bytes
 from benchmarks.common.methods import METHODS, REFERENCE, SIXTEEN_BIT
 from benchmarks.common.report import Report, draw
 from benchmarks.common.rounds import RunFigures, interleaved, one_by_one
 from benchmarks.common.sizes import Llama
 from benchmarks.common.training import Trained, Training
-from benchmarks.steps import __main__ as command
-from benchmarks.steps import mlp_block, report
 
 MIB = 2**20
 OURS = [name for name, method in METHODS.items() if method.peer is None]
@@ -195,43 +194,46 @@ def results() -> dict[str, RunFigures]:
 
 def test_bars_are_kept_and_missed(results):
     training = asked("speed")[0]
-    speed = report.bars(results, training, "speed")
+    speed = command.bars(results, training, "speed")
     assert [bar.value for bar in speed] == pytest.approx([1 / 1.15, 1 / 0.95, 1 / 0.95, 1.0])
     assert [bar.at_most for bar in speed] == pytest.approx([1 / 1.15, 1 / 0.95, 1 / 0.95, 1.0])
     results["galore/fused"].steps["step_s"] = [2.01] * 3
-    assert not report.bars(results, training, "speed")[0].kept
+    assert not command.bars(results, training, "speed")[0].kept
     training = asked("memory")[0]
-    peaks = report.bars(results, training, "memory")
+    peaks = command.bars(results, training, "memory")
     assert [bar.value for bar in peaks] == pytest.approx([0.4, 0.4, 0.6, 1.0])
     assert all(bar.kept for bar in peaks)
     results["galore/fused"].first["peak_bytes"] = 61 * MIB
-    assert not report.bars(results, training, "memory")[2].kept
-    assert report.bars(results, TINY, "speed") == report.bars(results, TINY, "memory") == []
+    assert not command.bars(results, training, "memory")[2].kept
+    assert command.bars(results, TINY, "speed") == command.bars(results, TINY, "memory") == []
 
 
 def test_the_tables_fit_a_terminal_and_the_kinds_add_up(results, tmp_path):
     shown = {name: results[name] for name in SIXTEEN_BIT}
     terminal = Console(width=80, file=StringIO())
-    terminal.print(report.time_sheet(shown, TINY, dict.fromkeys(shown, 1.0)).table())
-    terminal.print(report.memory_sheet(results, TINY).table())
+    terminal.print(command.time_sheet(shown, TINY, dict.fromkeys(shown, 1.0)).table())
+    terminal.print(command.memory_sheet(results, TINY).table())
     text = terminal.file.getvalue()
     assert all(name in text for name in METHODS)
     assert "…" not in text
-    assert sum(report.kinds_bytes(results[REFERENCE]).values()) == 100 * MIB
-    sheets = [report.time_sheet(shown, TINY, dict.fromkeys(shown, 1.0)), report.memory_sheet(shown, TINY)]
+    assert sum(command.kinds_bytes(results[REFERENCE]).values()) == 100 * MIB
+    sheets = [command.time_sheet(shown, TINY, dict.fromkeys(shown, 1.0)), command.memory_sheet(shown, TINY)]
     assert sheets[0].rows["galore/fused"][f"of {REFERENCE}"] == pytest.approx(1.15)
     draw(Report(title="", sheets=sheets), tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_renewal_is_spread_over_its_gap():
-    assert report.over_a_gap_s(imagined(2.0, 1), 200) == pytest.approx((199 * 2 + 20) / 200)
+    assert command.over_a_gap_s(imagined(2.0, 1), 200) == pytest.approx((199 * 2 + 20) / 200)
 
 
 def test_the_mlp_block_is_measured_both_ways():
-    seconds = mlp_block.measure(SMALL, 2, lambda: None)
+    small, seven_b = command.MLP_SIZES.values()
+    seconds = command.measure_mlp(SMALL, 2, lambda: None)
     assert {kind: len(times) for kind, times in seconds.items()} == {"plain": 2, "fused": 2}
-    (kept,) = mlp_block.report(mlp_block.LLAMA_7B, {"plain": [1.0], "fused": [0.87]}).bars
-    (missed,) = mlp_block.report(mlp_block.LLAMA_7B, {"plain": [1.0], "fused": [0.89]}).bars
+    told = command.mlp_report(seven_b, {"plain": [1.0], "fused": [0.87]})
+    assert told.sheets[0].rows["fused"]["by arithmetic"] == pytest.approx(0.78, abs=0.005)
+    (kept,) = told.bars
+    (missed,) = command.mlp_report(seven_b, {"plain": [1.0], "fused": [0.89]}).bars
     assert (kept.kept, missed.kept) == (True, False)
-    assert mlp_block.report(mlp_block.SMALL, seconds).bars == []
+    assert command.mlp_report(small, seconds).bars == []

@@ -1,1 +1,0 @@
-"""How fast whole training steps of a LLaMA are, and in how much memory: `python -m benchmarks.steps`."""
