@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from galore_torch.training.compare.results import LOSS, Comparison, Score, Summary
+from galore_torch.training.compare.results import Comparison, Summary
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.plots import add_legend, count_by, known, line_style, new_axes, smooth
@@ -19,78 +20,70 @@ _POINTS = 200  # of a drawn curve, at most
 _TICKS = 6  # learning rates that an axis names one by one, at most
 _BINS = 40  # of a drawn mean over renewals, at most
 
+Curves = tuple[Sequence[float], Sequence[Sequence[float]]]
+"""What is along, and what is up for each seed."""
+
 
 def _thinned(values: Sequence[float]) -> list[float]:
     """At most `_POINTS` values, each the mean of its neighbours."""
     size = math.ceil(len(values) / _POINTS)
-    return [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
+    return [fmean(values[at : at + size]) for at in range(0, len(values), size)]
 
 
 def _mean(seeds: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(values) / len(values) for values in zip(*seeds, strict=True)]
+    return list(map(fmean, zip(*seeds, strict=True)))
 
 
-def _band(axes: Axes, index: int, method: str, along: list[float], seeds: list[list[float]]) -> None:
-    """A method's mean over the seeds, and a band from the least to the greatest of them."""
-    style = line_style(index, len(along))
-    axes.plot(along, _mean(seeds), label=method, **style)
-    if len(seeds) > 1:
-        low, high = ([limit(at) for at in zip(*seeds, strict=True)] for limit in (min, max))
-        axes.fill_between(along, low, high, color=style["color"], alpha=0.2, linewidth=0)
+def _draw(figure: Figure, axes: Axes, drawn: Mapping[str, Curves]) -> Figure:
+    """By method the mean over the seeds, and a band from the least to the greatest of them."""
+    for index, (method, (along, seeds)) in enumerate(drawn.items()):
+        style = line_style(index, len(along))
+        axes.plot(along, _mean(seeds), label=method, **style)
+        if len(seeds) > 1:
+            low, high = (list(map(limit, *seeds)) for limit in (min, max))
+            axes.fill_between(along, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    add_legend(figure)
+    return figure
 
 
-def _histories(summary: Summary, out: Path, field: str) -> list[list[Record]]:
-    """Of each seed, the records that have a field, as long as the shortest of them."""
-    seeds = [
-        [record for record in records.read(RunFolder(out / end.run.folder).metrics) if field in record]
-        for end in summary.ends
-    ]
-    seeds = [[record for record in history if not record.get("final")] for history in seeds]
+def _histories(best: Summary, out: Path, field: str) -> list[list[Record]]:
+    """Of each seed, the records of steps that have a field, as long as the shortest of them."""
+    runs = [records.read(RunFolder(out / end.run.folder).metrics) for end in best.ends]
+    seeds = [[record for record in run if field in record and not record.get("final")] for run in runs]
     return [history[: min(map(len, seeds))] for history in seeds]
-
-
-def _loss_label(score: Score) -> str:
-    return "loss" if score.more_is_better else "loss (nats per token)"
-
-
-def _held_out_label(score: Score) -> str:
-    return f"held-out {score.name if score.more_is_better else _loss_label(score)}"
 
 
 def losses(comparison: Comparison, out: Path, by: str) -> Figure:
     """Training losses of each method at its best, smoothed, by the tokens or examples seen or by seconds."""
-    figure, axes = new_axes("seconds of training", _loss_label(comparison.score))
-    top = -math.inf
-    for index, (method, best) in enumerate(comparison.best.items()):
+    figure, axes = new_axes("seconds of training", comparison.score.loss)
+    drawn: dict[str, Curves] = {}
+    for method, best in comparison.best.items():
         seeds = _histories(best, out, "loss")
         along = _mean([_thinned([record[by] for record in steps]) for steps in seeds])
-        drawn = [smooth(_thinned(known(record["loss"] for record in steps))) for steps in seeds]
-        _band(axes, index, method, along, drawn)
-        mean = _mean(drawn)
-        top = max([top, *filter(math.isfinite, mean[len(mean) // 20 :])])
-    if math.isfinite(top):  # the first steps' losses would take up half of the figure
-        axes.set_ylim(top=top + 0.02 * (top - axes.get_ylim()[0]))
+        drawn[method] = along, [smooth(_thinned(known(record["loss"] for record in steps))) for steps in seeds]
+    _draw(figure, axes, drawn)
+    means = [list(line.get_ydata()) for line in axes.lines]
+    late = [loss for mean in means for loss in mean[len(mean) // 20 :] if math.isfinite(loss)]
+    if late:  # the first steps' losses would take up half of the figure
+        axes.set_ylim(top=max(late) + 0.02 * (max(late) - axes.get_ylim()[0]))
     axes.set_xlim(left=0)
     if by != "seconds":
         count_by(axes, by)
-    add_legend(figure)
     return figure
 
 
 def held_out(comparison: Comparison, out: Path) -> Figure | None:
     """What decides which learning rate is best, at each evaluation; None if no run has several."""
-    score, unit = comparison.score, comparison.job.unit
-    field = score.name if score.more_is_better else LOSS
-    figure, axes = new_axes("", _held_out_label(score))
-    several = False
-    for index, (method, best) in enumerate(comparison.best.items()):
+    unit, field = comparison.job.unit, comparison.score.field
+    figure, axes = new_axes("", f"held-out {comparison.score.decisive}")
+    drawn: dict[str, Curves] = {}
+    for method, best in comparison.best.items():
         seeds = _histories(best, out, field)
-        along = [float(record[unit]) for record in seeds[0]]
-        _band(axes, index, method, along, [known(record[field] for record in history) for history in seeds])
-        several |= len(along) > 1
+        along = [record[unit] for record in seeds[0]]
+        drawn[method] = along, [known(record[field] for record in history) for history in seeds]
     count_by(axes, unit)
-    add_legend(figure)
-    return figure if several else None
+    _draw(figure, axes, drawn)
+    return figure if any(len(along) > 1 for along, _ in drawn.values()) else None
 
 
 def sensitivity(comparison: Comparison) -> Figure | None:
@@ -99,23 +92,20 @@ def sensitivity(comparison: Comparison) -> Figure | None:
     Returns:
         The figure, or None if no method has several learning rates.
     """
-    figure, axes = new_axes("learning rate", _held_out_label(comparison.score))
+    figure, axes = new_axes("learning rate", f"held-out {comparison.score.decisive}")
     better = max if comparison.score.more_is_better else min
-    found: dict[str, dict[float, float]] = {}
-    for index, (method, summaries) in enumerate(comparison.tried.items()):
-        found[method] = {}
+    found: dict[str, dict[float, float]] = {method: {} for method in comparison.tried}
+    for method, summaries in comparison.tried.items():
         for each in summaries:
-            value = comparison.decisive(each)
+            value, lr = comparison.decisive(each), each.run.lr
             if math.isfinite(value):
-                found[method][each.run.lr] = better(value, found[method].get(each.run.lr, value))
-        points = sorted(found[method].items())
-        axes.plot(*zip(*points, strict=True), label=method, **line_style(index, len(points)))
+                found[method][lr] = better(value, found[method].get(lr, value))
+    _draw(figure, axes, {method: (sorted(by), [[by[lr] for lr in sorted(by)]]) for method, by in found.items()})
     axes.set_xscale("log")
     tried = sorted({each.run.lr for summaries in comparison.tried.values() for each in summaries})
     if len(tried) <= _TICKS:
         axes.set_xticks(tried, [f"{lr:g}" for lr in tried])
         axes.xaxis.minorticks_off()
-    add_legend(figure)
     return figure if any(len(by_lr) > 1 for by_lr in found.values()) else None
 
 
@@ -126,17 +116,17 @@ def subspaces(comparison: Comparison, out: Path, field: str) -> Figure | None:
         The figure, or None if no method has renewed a basis.
     """
     figure, axes = new_axes("step", "overlap" if field == "overlap" else "captured energy")
-    for index, (method, best) in enumerate(comparison.best.items()):
+    drawn: dict[str, Curves] = {}
+    for method, best in comparison.best.items():
         found = [record for end in best.ends for record in records.read(RunFolder(out / end.run.folder).subspaces)]
         renewals = [(record["step"], record[field]) for record in found if record[field] is not None]
         if renewals:
-            gap = best.run.config.optimizer.update_proj_gap
-            width = max(gap, math.ceil(max(renewals)[0] / _BINS))
+            width = max(best.run.config.optimizer.update_proj_gap, math.ceil(max(renewals)[0] / _BINS))
             bins: dict[int, list[tuple[int, float]]] = {}
             for step, value in renewals:
                 bins.setdefault((step - 1) // width, []).append((step, value))
-            points = [_mean(bins[number]) for number in sorted(bins)]
-            axes.plot(*zip(*points, strict=True), label=method, **line_style(index, len(points)))
+            steps, values = zip(*(_mean(bins[number]) for number in sorted(bins)), strict=True)
+            drawn[method] = steps, [values]
     axes.set_ylim(0, 1)
-    add_legend(figure)
-    return figure if axes.lines else None
+    _draw(figure, axes, drawn)
+    return figure if drawn else None

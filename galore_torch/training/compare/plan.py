@@ -86,14 +86,10 @@ def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str])
     """
     own: dict[str, dict[str, Any]] = {method: {} for method in methods}
     sections = sections_of(job.presets.config)
-    refused = {
-        **{
-            name: f"runs with another {name} cannot be compared; give it for all"
-            for name in {*field_names(*(sections[section] for section in _SHARED))} - _NOT_SHARED
-        },
-        **{name: f"{name} has an option of its own; give {option}" for name, option in OF_RUNS.items()},
-        **dict.fromkeys(OF_METHODS, _CHOOSE),
-    }
+    shared = {*field_names(*(sections[section] for section in _SHARED))} - _NOT_SHARED
+    refused = {name: f"runs with another {name} cannot be compared; give it for all" for name in shared}
+    refused |= {name: f"{name} has an option of its own; give {option}" for name, option in OF_RUNS.items()}
+    refused |= dict.fromkeys(OF_METHODS, _CHOOSE)
     for text in given:
         target, _, value = text.partition("=")
         method, _, name = target.partition(":")
@@ -173,11 +169,9 @@ def _hint(
     """What to add to an error about a setting for all runs that suits another method: that it can be that one's own."""
     name = error.partition(" ")[0]
     for method, settings in methods.items() if name in given else ():
-        try:
+        with suppress(ValueError):
             job.presets.configure(preset, None, None, {**settings, **given})
-        except ValueError:
-            continue
-        return f" For one method alone, give it by --set {method}:{name}={given[name]}."
+            return f" For one method alone, give it by --set {method}:{name}={given[name]}."
     return ""
 
 

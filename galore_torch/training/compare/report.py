@@ -99,19 +99,16 @@ def _table(page: Page, comparison: Comparison) -> None:
         caption=f"{name} on held-out {job.held_out}; memory of the optimizer's state and of the whole process; "
         "parameters that are trained",
     )
-    for note in notes(comparison):
-        page.text(note)
-    for end in comparison.ends:
-        if end.final is None:
-            page.text(f"{end.run.label}: {end.error or 'not finished'}")
+    unfinished = (f"{end.run.label}: {end.error or 'not finished'}" for end in comparison.ends if end.final is None)
+    for text in (*notes(comparison), *unfinished):
+        page.text(text)
 
 
 def _figures(page: Page, comparison: Comparison, out: Path) -> None:
     job, score = comparison.job, comparison.score
     seeds = "; bands span the seeds" if comparison.seeds > 1 else ""
     judged = f"{score.name if score.more_is_better else 'loss'} on held-out {job.held_out}".capitalize()
-    overlap, captured = (figures.subspaces(comparison, out, field) for field in ("overlap", "captured"))
-    for heading, drawn in {
+    sections = {
         "Curves": {
             f"Training loss by {job.unit} seen, smoothed{seeds}.": figures.losses(comparison, out, job.unit),
             "The same by seconds spent in training steps.": figures.losses(comparison, out, "seconds"),
@@ -119,12 +116,17 @@ def _figures(page: Page, comparison: Comparison, out: Path) -> None:
         },
         "Learning rates": {f"{judged} by learning rate; mean over the seeds.": figures.sensitivity(comparison)},
         "Subspaces": {
-            "Overlap with the basis before: 1 the same subspace, 0 as random ones; means over weights.": overlap,
-            "Share of the gradient's energy that the old basis still held at a renewal; more is better.": captured,
+            "Overlap with the basis before: 1 the same subspace, 0 as random ones; means over weights.": (
+                figures.subspaces(comparison, out, "overlap")
+            ),
+            "Share of the gradient's energy that the old basis still held at a renewal; more is better.": (
+                figures.subspaces(comparison, out, "captured")
+            ),
         },
-    }.items():
-        if any(drawn.values()):
+    }
+    for heading, drawn in sections.items():
+        found = {caption: figure for caption, figure in drawn.items() if figure is not None}
+        if found:
             page.heading(heading)
-        for caption, figure in drawn.items():
-            if figure is not None:
-                page.figure(figure, caption)
+        for caption, figure in found.items():
+            page.figure(figure, caption)

@@ -15,9 +15,6 @@ from galore_torch.training.compare.plan import PlannedRun
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 
-LOSS = "eval_loss"
-"""The field of a final record that decides which learning rate is best where no score of a task does."""
-
 _FULL_RANK = ("full", "full-per-layer")
 
 
@@ -31,6 +28,21 @@ class Score:
     def more_is_better(self) -> bool:
         """Whether it is a task's score."""
         return self.name != "perplexity"
+
+    @property
+    def field(self) -> str:
+        """The field of a record that decides which learning rate is best."""
+        return self.name if self.more_is_better else "eval_loss"
+
+    @property
+    def loss(self) -> str:
+        """The loss, for an axis."""
+        return "loss" if self.more_is_better else "loss (nats per token)"
+
+    @property
+    def decisive(self) -> str:
+        """What decides which learning rate is best, for an axis."""
+        return self.name if self.more_is_better else self.loss
 
     @property
     def beside_full(self) -> str:
@@ -157,19 +169,18 @@ def compare(job: ComparedJob, ends: list[RunEnd]) -> Comparison:
     Best is the mean over the seeds of a task's score, at equal scores the loss; without such a score, the loss alone.
     """
     groups: dict[str, dict[tuple[float, float], list[RunEnd]]] = {}
-    names = [""]
+    score = Score("")
     for end in ends:
         if end.final is not None:
-            names = list(job.scores(end.final))
+            score = Score(next(iter(job.scores(end.final))))
             groups.setdefault(end.run.method, {}).setdefault((end.run.lr, end.run.others_lr), []).append(end)
-    score = Score(names[0])
 
     def summarize(ends: list[RunEnd]) -> Summary:
         finals = [end.final for end in ends if end.final is not None]
-        losses = [_finite(final.get(LOSS)) for final in finals]
         scores = [_finite(job.scores(final).get(score.name)) for final in finals]
         spread = statistics.stdev(scores) if len(scores) > 1 and math.isfinite(sum(scores)) else None
-        return Summary(ends, statistics.fmean(losses), statistics.fmean(scores), spread)
+        loss = statistics.fmean(_finite(final.get("eval_loss")) for final in finals)
+        return Summary(ends, loss, statistics.fmean(scores), spread)
 
     def order(summary: Summary) -> tuple[float, float, float]:
         least = -summary.score if math.isfinite(summary.score) else math.inf
@@ -211,12 +222,11 @@ def rows(comparison: Comparison) -> list[list[str]]:
             cells.append([method, "", "failed" if failed else "unfinished", *[""] * 5])
             continue
         row = best[method]
-        lr, others_lr = f"{row.run.lr:g}", f"{row.run.others_lr:g}"
+        rates = "/".join(dict.fromkeys((f"{row.run.lr:g}", f"{row.run.others_lr:g}")))
         pace = statistics.fmean(row.values(f"{comparison.job.unit}_per_second"))
         megabytes = [max(row.values(field)) / 1e6 for field in ("state_bytes", "peak_memory_bytes")]
         scored = [shown(score.name, row.score, row.spread), score.beside(row.score, full)]
         trained = f"{max(row.values('trained_parameters')):,}"
-        rates = lr if others_lr == lr else f"{lr}/{others_lr}"
         cells.append([method, rates, *scored, *map(_short, (pace, *megabytes)), trained])
     return cells
 
@@ -239,14 +249,14 @@ def table(comparison: Comparison) -> Table:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Everything for ``results.json``."""
-    of_run = ("method", "lr", "others_lr", "seed")
     return {
         "job": comparison.job.name,
         "score": comparison.score.name or None,
         "best": {name: {"lr": best.run.lr, "others_lr": best.run.others_lr} for name, best in comparison.best.items()},
         "notes": notes(comparison),
         "runs": [
-            {"folder": str(end.run.folder), **{name: getattr(end.run, name) for name in of_run}}
+            {"folder": str(end.run.folder)}
+            | {name: getattr(end.run, name) for name in ("method", "lr", "others_lr", "seed")}
             | {"final": end.final, "error": end.error}
             for end in comparison.ends
         ],

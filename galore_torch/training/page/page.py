@@ -1,6 +1,7 @@
 """One page of HTML that stands alone: text, tables and figures, light or dark as the reader's screen is.
 
 Nothing is fetched: style and figures are inside. A table or a figure that is wider than a phone scrolls in its own box.
+``page.html`` is the template: of what it is given, only a figure's SVG is not escaped.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+from jinja2 import Environment, FileSystemLoader
 
-from galore_torch.training.page.template import TEMPLATE
 from galore_torch.training.run.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SVG = "http://www.w3.org/2000/svg"
-_LINK = "{http://www.w3.org/1999/xlink}href"
-_BLACK = "#000000"
+_XLINK = "http://www.w3.org/1999/xlink"
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
 
 
 class Page:
@@ -35,23 +38,25 @@ class Page:
     def __init__(self, title: str, lead: str = "") -> None:
         self.title, self.lead = title, lead
         self._blocks: list[dict[str, Any]] = []
-        self._figures = 0
+
+    def _add(self, kind: str, **content: Any) -> None:
+        self._blocks.append({"kind": kind, **content})
 
     def heading(self, text: str) -> None:
         """Begin a section."""
-        self._blocks.append({"kind": "heading", "text": text})
+        self._add("heading", text=text)
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
-        self._blocks.append({"kind": "text", "text": text})
+        self._add("text", text=text)
 
     def code(self, text: str) -> None:
         """Add lines as they are, in a type of one width."""
-        self._blocks.append({"kind": "code", "text": text})
+        self._add("code", text=text)
 
     def facts(self, facts: Mapping[str, object]) -> None:
         """Add names with their values, one a line."""
-        self._blocks.append({"kind": "facts", "facts": {name: str(value) for name, value in facts.items()}})
+        self._add("facts", facts=facts)
 
     def table(
         self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "", words: int = 1
@@ -67,70 +72,51 @@ class Page:
         Raises:
             ValueError: when a row has more or fewer cells than there are columns.
         """
-        cells = [[str(cell) for cell in row] for row in rows]
-        for row in cells:
+        rows = list(rows)
+        for row in rows:
             if len(row) != len(columns):
                 wanted = f"{len(columns)} columns; give one for each of {', '.join(columns)}."
                 raise ValueError(f"row = {row!r} has {len(row)} cells for {wanted}")
-        block = {"kind": "table", "columns": list(columns), "rows": cells, "caption": caption, "words": words}
-        self._blocks.append(block)
+        self._add("table", columns=columns, rows=rows, caption=caption, words=words)
 
     def figure(self, figure: Figure, caption: str) -> None:
         """Add a figure, best made by `galore_torch.training.run.plots.new_axes`, and below it what can be seen.
 
         What it draws in black takes the color of the page's text.
         """
-        self._figures += 1
-        svg = inline_svg(figure, f"figure{self._figures}", caption)
-        self._blocks.append({"kind": "figure", "svg": svg, "caption": caption})
+        self._add("figure", svg=_inline_svg(figure, f"figure{len(self._blocks)}", caption), caption=caption)
 
     def render(self) -> str:
         """The page as HTML."""
-        from jinja2 import Environment  # comes with torch
-
-        template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
-        return template.render(title=self.title, lead=self.lead, blocks=self._blocks)
+        return _TEMPLATES.get_template("page.html").render(title=self.title, lead=self.lead, blocks=self._blocks)
 
     def write(self, path: Path) -> None:
         """Write the page, whole or not at all."""
         write_whole(path, self.render())
 
 
-def inline_svg(figure: Figure, name: str, label: str) -> str:
-    """A figure as an ``<svg>`` element to stand inside a page.
+def _inline_svg(figure: Figure, name: str, label: str) -> str:
+    """A figure as an ``<svg>`` element inside a page, the same text for the same figure.
 
-    Args:
-        figure: of matplotlib; black becomes the color of the surrounding text, its background is taken away.
-        name: what all of its ids begin with; two figures of a page need two names.
-        label: what a screen reader says.
-
-    Returns:
-        The element, the same text for the same figure.
+    Its ids begin with a name of its own, a screen reader says the label, and black is the color of the text around it.
     """
     drawn = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = ElementTree.fromstring(drawn.getvalue())
-    for parent in list(svg.iter()):
-        for child in list(parent):  # matplotlib's style sheet would style the whole page
-            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
-                parent.remove(child)
+    for tag in ("metadata", "style"):  # matplotlib's style sheet would style the whole page
+        for parent in svg.findall(f".//{{{_SVG}}}{tag}/.."):
+            parent.remove(parent.find(f"{{{_SVG}}}{tag}"))
     for element in svg.iter():
-        for key, value in list(element.attrib.items()):
-            element.set(key, _attribute(key, value, name))
+        for key, value in element.attrib.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == f"{{{_XLINK}}}href":
+                value = value.replace("#", f"#{name}-", 1)
+            element.set(key, value.replace("url(#", f"url(#{name}-").replace("#000000", "currentColor"))
     for size in ("width", "height"):
-        svg.attrib.pop(size, None)
-    svg.set("role", "img")
-    svg.set("aria-label", label)
+        del svg.attrib[size]
+    svg.attrib |= {"role": "img", "aria-label": label}
     ElementTree.register_namespace("", _SVG)
-    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    ElementTree.register_namespace("xlink", _XLINK)
     return ElementTree.tostring(svg, encoding="unicode")
-
-
-def _attribute(key: str, value: str, name: str) -> str:
-    """An attribute's value with ids under the figure's name and black as the text's color."""
-    if key == "id":
-        return f"{name}-{value}"
-    if key == _LINK:
-        return value.replace("#", f"#{name}-", 1)
-    return value.replace("url(#", f"url(#{name}-").replace(_BLACK, "currentColor")
