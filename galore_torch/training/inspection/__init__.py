@@ -6,9 +6,8 @@
 | `jobs` | what is inspected: a run's own job, or the job that a model with data would be |
 | `observer` | the steps that are made, and the snapshots of gradients on the way |
 | `history` | the gradients of one weight, and what earlier ones' bases hold of them |
-| `modules` | the figures of modules that play the same part in every layer, together |
-| `recommend` | which rank and which gap they suggest |
+| `modules` | the figures of modules that play the same part in every layer, and the rank and gap that they suggest |
 | `result` | all figures, as JSON has them |
-| `plots`, `report` | plots, table and page |
+| `report` | plots, table and page |
 | `command` | from flags to screen and folder |
 """

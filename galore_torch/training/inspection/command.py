@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json as json_format
 import shlex
 import sys
@@ -18,10 +17,10 @@ from galore_torch.training.inspection.config import InspectConfig, ModelDataConf
 from galore_torch.training.run.command import reported_errors
 from galore_torch.training.run.files import require_empty, write_folder
 from galore_torch.training.run.signals import deferred, stoppable
+from galore_torch.training.settings.fields import field_names
 
 if TYPE_CHECKING:
     from galore_torch.training.inspection.jobs import InspectedJob
-    from galore_torch.training.inspection.result import Inspection
 
 EPILOG = """[bold]Examples[/]
 
@@ -95,42 +94,38 @@ def inspect(
             write_folder(files, folder)
             left = f"Stopped after the end: {folder} is written."
         if json:
-            print(json_format.dumps(found.as_json()))
+            print(json_format.dumps(found))
             return
         console.print(report.table(found))
-        for text in report.texts(found):
-            console.print(text, highlight=False, markup=False)
-        line = f"report {folder}/report.html  figures {folder}/inspection.json"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        for text in (*report.texts(found), f"report {folder}/report.html  figures {folder}/inspection.json"):
+            console.print(text, highlight=False, markup=False, soft_wrap=text.startswith("report "))
 
 
 def _require_one_subject(
     run: Path | None, model: str | None, data: str | None, given: dict[str, Any], config: InspectConfig, *, fresh: bool
 ) -> None:
-    of_model = ["data", *(field.name for field in dataclasses.fields(ModelDataConfig))]
+    of_model = ["data", *field_names(ModelDataConfig)]
     also = ", ".join(name for name in of_model if {"data": data, **given}.get(name) is not None)
-    lr, is_run = config.snapshots.lr, run is not None
+    lr, needs_data, subject = config.snapshots.lr, config.data.task not in GLUE, f"run = {str(run)!r}"
     wrong = {
         "run = None and model = None leave nothing to inspect; give --run, or --model with --data.": not (run or model),
-        f"model = {model!r} and run = {str(run)!r} are two things to inspect; give one of them.": is_run and model,
-        f"run = {str(run)!r} has its own {also}; leave that out, or give --model.": is_run and also,
-        f"lr = {lr} and --fresh, which goes by the run's own schedule; leave out one.": is_run and fresh and lr,
+        f"model = {model!r} and {subject} are two things to inspect; give one of them.": run and model,
+        f"{subject} has its own {also}; leave that out, or give --model.": run and also,
+        f"lr = {lr} and --fresh, which goes by the run's own schedule; leave out one.": run and fresh and lr,
         f"fresh = True is for a run, whose first weights are known; leave it out with model = {model!r}.": (
-            fresh and not is_run
+            fresh and not run
         ),
-        f"data = None leaves model = {model!r} without gradients; give --data FILE.": (
-            not is_run and data is None and config.data.task not in GLUE
-        ),
+        f"data = None leaves model = {model!r} without gradients; give --data FILE.": not (run or data) and needs_data,
     }
     for message, applies in wrong.items():
         if applies:
             raise ValueError(message)
 
 
-def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) -> Inspection:
+def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) -> dict[str, Any]:
     """Make the steps. An error on the way is a fault of ours, not of what was asked for: it has its traceback."""
     from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
-    from galore_torch.training.inspection.result import Inspection
+    from galore_torch.training.inspection.result import figures
     from galore_torch.training.run.progress import StepProgress
 
     progress = StepProgress(console, steps=config.snapshots.last)
@@ -143,5 +138,5 @@ def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) 
             trainer.train()
         finally:
             progress.stop()
-        with reported_errors(_COMMAND):
-            return Inspection(observer)
+    with reported_errors(_COMMAND):
+        return figures(observer)

@@ -13,7 +13,7 @@ all together, and a rank is a rank of each. Shape suffixes: k the shorter side.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,26 +26,16 @@ SHARES = (0.5, 0.9, 0.99)  # of the energy, whose ranks are reported
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSnapshot:
-    """One gradient of one weight.
+    """One gradient of one weight."""
 
-    Attributes:
-        step: of the optimizer that it was for, from 1.
-        stable_rank: ||G||_F^2 / ||G||_2^2.
-        ranks: that hold each of `SHARES` of its energy.
-        own: share of its energy in its own strongest directions, as many as the rank is.
-        captured: the same in those of the gradient at the snapshot before; None where there was none.
-        overlap: of these two bases, corrected for chance; None where there was none.
-    """
-
-    step: int
-    stable_rank: float
-    ranks: tuple[int, ...]
-    own: float
-    captured: float | None
-    overlap: float | None
+    step: int  # of the optimizer that it was for, from 1
+    stable_rank: float  # ||G||_F^2 / ||G||_2^2
+    ranks: tuple[int, ...]  # that hold each of `SHARES` of its energy
+    own: float  # share of its energy in its own strongest directions, as many as the rank is
+    captured: float | None  # the same in those of the gradient at the snapshot before; None where there was none
+    overlap: float | None  # of these two bases, corrected for chance; None where there was none
 
 
-@dataclass
 class GradientHistory:
     """The snapshots of one weight's gradients, and what earlier gradients' bases held of them.
 
@@ -56,6 +46,7 @@ class GradientHistory:
         ages: of bases that are judged, in snapshots, from 1 to this.
 
     Attributes:
+        side: length of the shorter side, k.
         snapshots: of the gradients so far.
         skipped: steps whose gradient was missing, zero or not finite.
         held: sum over the snapshots of the share of the energy in the gradient's own first 1 to k directions, (k,).
@@ -66,24 +57,16 @@ class GradientHistory:
         overlap: sums of the overlap of the old bases with the gradients' own, (ages,).
     """
 
-    name: str
-    shape: tuple[int, ...]
-    rank: int
-    ages: int
-    snapshots: list[GradientSnapshot] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.rank = min(self.rank, self.side)
+    def __init__(self, name: str, shape: tuple[int, ...], rank: int, ages: int) -> None:
+        self.name, self.shape, self.ages = name, shape, ages
+        self.side = min(shape[-2:])
+        self.rank = min(rank, self.side)
+        self.snapshots: list[GradientSnapshot] = []
+        self.skipped: list[int] = []
         self.held = torch.zeros(self.side, dtype=torch.float64)
-        self.captured, self.by_youngest = torch.zeros(2, self.ages, self.side, dtype=torch.float64)
-        self.pairs, self.overlap = torch.zeros(2, self.ages, dtype=torch.float64)
-        self._bases: deque[tuple[Tensor, Tensor] | None] = deque(maxlen=self.ages)
-
-    @property
-    def side(self) -> int:
-        """Length of the shorter side, k."""
-        return min(self.shape[-2:])
+        self.captured, self.by_youngest = torch.zeros(2, ages, self.side, dtype=torch.float64)
+        self.pairs, self.overlap = torch.zeros(2, ages, dtype=torch.float64)
+        self._bases: deque[tuple[Tensor, Tensor] | None] = deque(maxlen=ages)
 
     def add(self, step: int, grad: Tensor | None) -> None:
         """Take a snapshot of a gradient, which is not changed and not kept.

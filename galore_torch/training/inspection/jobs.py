@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from galore_torch.training.finetune import presets
+from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.inspection.config import PLAIN_TEXT, InspectConfig, SnapshotConfig
 from galore_torch.training.pretrain.config import PretrainConfig
@@ -20,7 +21,8 @@ from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
-from galore_torch.training.settings.config import from_values, read_toml
+from galore_torch.training.settings.config import from_values, read_toml, sections_of
+from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.optimizer import OptimizerConfig, is_projected
 
 _LEAST_RATE = 0.1  # of the peak: where a schedule has ended at 0, gradients would differ by their batches alone
@@ -31,23 +33,14 @@ _PLAIN_NUMBERS: dict[str, Any] = {"grad_bits": 16, "weight_bits": 16, "weight_ro
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedJob:
-    """A job that is about to train, on a copy of its model. Nothing of a run folder is changed by it.
+    """A job that is about to train, on a copy of its model. Nothing of a run folder is changed by it."""
 
-    Attributes:
-        job: with its data and its model.
-        title: what it is, in words.
-        origin: where its weights come from, by name, for the page.
-        is_fresh: whether it makes the first steps of a run, by the run's own schedule.
-        remarks: what the reader must know, a sentence each.
-        renewals: what a run recorded of its own; see `galore_torch.training.run.records`.
-    """
-
-    job: Job
-    title: str
-    origin: dict[str, Any]
-    is_fresh: bool = False
-    remarks: list[str] = field(default_factory=list)
-    renewals: list[records.Record] = field(default_factory=list)
+    job: Job  # with its data and its model
+    title: str  # what it is, in words
+    origin: dict[str, Any]  # where its weights come from, by name, for the page
+    is_fresh: bool = False  # whether it makes the first steps of a run, by the run's own schedule
+    remarks: list[str] = field(default_factory=list)  # what the reader must know, a sentence each
+    renewals: list[records.Record] = field(default_factory=list)  # what a run recorded of its own
 
     @property
     def facts(self) -> dict[str, str]:
@@ -132,35 +125,19 @@ def job_of_model(model: str, data: str | None, config: InspectConfig, console: C
     """
     given = {name: value for name, value in dataclasses.asdict(config.data).items() if value is not None}
     task, cache, snapshots = given.pop("task"), given.pop("cache", None), config.snapshots
-    recipe = presets.configure(
-        model=model,
-        data=data,
-        task="sft" if task == PLAIN_TEXT else task,
-        rank=snapshots.rank,
-        lr=snapshots.lr,
-        steps=snapshots.steps,
-        **_FULL_GRADIENTS,
-        **({"max_length": _TEXT_LENGTH} if task == PLAIN_TEXT else {}) | given,
-    )
-    length, schedule = recipe.data.max_length, recipe.schedule
-    job: Job
-    if task == PLAIN_TEXT:
-        packed = {
-            "model": model,
-            "gguf_file": recipe.model.gguf_file,
-            "dtype": recipe.model.dtype,
-            "data": data,
-            "text_column": recipe.data.text_column,
-            "seq": length,
-            "eval_tokens": length,
-            "cache": cache,
-            "batch": schedule.batch,
-            "micro_batch": recipe.micro_batch,
-            "seed": schedule.seed,
-            **dataclasses.asdict(recipe.optimizer),
-        }
-        job = Pretraining(from_values(PretrainConfig, packed), console)
-    else:
-        job = Finetuning.load(recipe, console)
+    is_text = task == PLAIN_TEXT
+    given |= {"task": "sft", "max_length": given.get("max_length", _TEXT_LENGTH)} if is_text else {"task": task}
+    own = {name: getattr(snapshots, name) for name in ("rank", "lr", "steps")}
+    recipe = presets.configure(model=model, data=data, **own, **_FULL_GRADIENTS, **given)
+    job: Job = Pretraining(_on_text(recipe, cache), console) if is_text else Finetuning.load(recipe, console)
     job.target_modules = recipe.target_modules
     return InspectedJob(job=job, title=f"{model} on {data or task}", origin={"model": model})
+
+
+def _on_text(recipe: FinetuneConfig, cache: str | None) -> PretrainConfig:
+    """The settings of a recipe for rows, for packed text."""
+    known = field_names(*sections_of(PretrainConfig).values())
+    length, sections = recipe.data.max_length, dataclasses.asdict(recipe).values()
+    given = {name: value for section in sections for name, value in section.items() if name in known}
+    given |= {"micro_batch": recipe.micro_batch, "seq": length, "eval_tokens": length, "cache": cache}
+    return from_values(PretrainConfig, {name: value for name, value in given.items() if value is not None})

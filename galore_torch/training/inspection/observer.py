@@ -9,7 +9,6 @@ import re
 import warnings
 from typing import Any
 
-import torch
 from rich.markup import escape
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -36,23 +35,19 @@ class GradientObserver(TrainerCallback):
         weights: those that are observed, by name.
         histories: of their gradients, one a weight.
         losses: of the steps.
+        announcement: what is about to be done, and the memory that it takes besides the training's; in Rich's markup.
     """
 
     def __init__(self, inspected: InspectedJob, config: InspectConfig) -> None:
-        self.inspected, self.config = inspected, config
-        self.weights = _weights(inspected.job, config.snapshots.target_modules)
-        self.rank = int(config.snapshots.rank or inspected.job.config.optimizer.rank)
-        each, ages = self.weights.items(), len(config.snapshots.ages)
+        self.inspected, self.config, snapshots = inspected, config, config.snapshots
+        self.weights = _weights(inspected.job, snapshots.target_modules)
+        self.rank = int(snapshots.rank or inspected.job.config.optimizer.rank)
+        each, ages = self.weights.items(), len(snapshots.ages)
         self.histories = [GradientHistory(name, tuple(weight.shape), self.rank, ages) for name, weight in each]
         self.losses: list[float] = []
-
-    @property
-    def announcement(self) -> str:
-        """What is about to be done, and the memory that it takes besides the training's; in Rich's markup."""
-        snapshots = self.config.snapshots
-        kept = sum(4 * one.ages * one.side**2 * torch.Size(one.shape[:-2]).numel() for one in self.histories)
-        return (
-            f"[bold]{escape(self.inspected.title)}[/]: {len(self.histories)} weights, {snapshots.count} snapshots, one "
+        kept = sum(4 * ages * one.side**2 * math.prod(one.shape[:-2]) for one in self.histories)
+        self.announcement = (
+            f"[bold]{escape(inspected.title)}[/]: {len(each)} weights, {snapshots.count} snapshots, one "
             f"every {snapshots.every} steps; their bases take {megabytes(kept)}"
         )
 
@@ -83,23 +78,19 @@ def observed_trainer(observer: GradientObserver, folder: str, *callbacks: Traine
         folder: which the Trainer may write into.
         callbacks: further ones.
     """
-    job, snapshots = observer.inspected.job, observer.config.snapshots
-    own: dict[str, Any] = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
-    own = {} if observer.inspected.is_fresh else {**own, "max_steps": snapshots.steps}
-    trainer = make_trainer(
-        job,
-        folder,
-        optimizers.build(job.model, job.config.optimizer, job.config.schedule.seed, job.target_modules),
-        callbacks=[observer, *callbacks],
-        **{**own, "eval_strategy": "no", "save_strategy": "no"},
-    )
+    job, steps = observer.inspected.job, observer.config.snapshots.steps
+    own: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no"}
+    if not observer.inspected.is_fresh:
+        own |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0, "max_steps": steps}
+    optimizer = optimizers.build(job.model, job.config.optimizer, job.config.schedule.seed, job.target_modules)
+    trainer = make_trainer(job, folder, optimizer, callbacks=[observer, *callbacks], **own)
     args, available = trainer.args, trainer.args.max_steps
     if available <= 0:
         batches = len(trainer.get_train_dataloader())
         available = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-    if available < snapshots.steps:
+    if available < steps:
         raise ValueError(
-            f"steps = {snapshots.steps} is beyond the {available} steps that the run makes in all; give at most that."
+            f"steps = {steps} is beyond the {available} steps that the run makes in all; give at most that."
         )
     return trainer
 
@@ -116,5 +107,9 @@ def _weights(job: Job, target_modules: str | None) -> dict[str, Tensor]:
     except ValueError as error:
         field = "model" if target_modules is None else f"target_modules = {target_modules!r}"
         raise ValueError(f"{field}: {error}.") from error
-    projected = (zip(one["param_names"], one["params"], strict=True) for one in groups if "rank" in one)
-    return {name: weight for group in projected for name, weight in group}
+    return {
+        name: weight
+        for group in groups
+        if "rank" in group
+        for name, weight in zip(group["param_names"], group["params"], strict=True)
+    }

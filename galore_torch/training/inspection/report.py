@@ -1,62 +1,91 @@
-"""What an inspection shows and leaves behind: its table, ``report.html``, ``inspection.json`` and the plots."""
+"""What an inspection shows and leaves behind, of its `figures`: table, ``report.html``, JSON file and plots."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 
-from galore_torch.training.inspection.plots import HEADINGS, plots
-from galore_torch.training.inspection.result import Inspection
 from galore_torch.training.page.page import Page
 from galore_torch.training.run.machine import versions
+from galore_torch.training.run.plots import GRAY, add_legend, line_style, new_axes
+
+Found = Mapping[str, Any]
+"""What `galore_torch.training.inspection.result.figures` gives."""
+
+Line = tuple[Sequence[float], Sequence[float]]
+
+_HEADINGS = {"spectra": "Energy by rank", "ages": "Bases as they age", "stable_rank": "Stable rank", "run": "The run"}
+_CAPTIONS = {
+    "spectra": "Share of a gradient's energy in its own strongest directions (solid), and in those of the gradient "
+    "{first} steps earlier (dotted), by the share of all directions that a rank is; means over weights and snapshots.",
+    "ages": "Share of a gradient's energy that a basis of rank {rank} captures, by the age of the basis. At age 0 the "
+    "basis is the gradient's own and so holds its noise too; the level line is what a random basis captures.",
+    "overlap": "Overlap of a basis of rank {rank} with the later gradient's own, by its age: 1 the same subspace, 0 as "
+    "random ones.",
+    "stable_rank": "Stable rank of the gradients by step, mean over the layers: 1 if one direction holds all.",
+    "layers": "Stable rank of the gradients by layer, mean over the steps.",
+    "run": "What the run itself recorded at its renewals: share of the gradient that the old basis still captured "
+    "(solid), and overlap of the new basis with the old (dotted).",
+}
 
 
-def rows(found: Inspection) -> Iterator[dict[str, str]]:
+def rows(found: Found) -> Iterator[dict[str, str]]:
     """A row of the table for each group of modules: what stands under each heading."""
-    for name, group in found.modules.items():
-        at, first, recommended = group.rank - 1, found.config.snapshots.ages[0], found.recommended[name]
-        captured = {age: f"{float(curve[at]):.0%}" for age, curve in group.captured.items()}
+    for name, own in found["modules"].items():
+        advice, captured = own["recommended"], {age: f"{share:.0%}" for age, share in own["captured"].items()}
+        overlap = own["overlap"].get(str(found["ages"][0]))
         yield {
             "module": name,
-            "shape": "x".join(map(str, group.shape)),
-            "stable": f"{group.stable_rank:.1f}",
-            "50/90/99 %": "/".join(map(str, group.ranks)),
-            "own": f"{float(group.held[at]):.0%}",
-            **{f"+{age}": captured.get(age, "-") for age in _ages(found)},
-            "overlap": f"{group.overlap[first]:.2f}" if first in group.overlap else "-",
-            "rank": "full" if recommended.rank == len(group.held) else str(recommended.rank or "-"),
-            "gap": f"{'>=' if recommended.at_least else ''}{recommended.gap or '-'}",
+            "shape": "x".join(map(str, own["shape"])),
+            "stable": f"{own['stable_rank']:.1f}",
+            "50/90/99 %": "/".join(map(str, own["rank_that_holds"].values())),
+            "own": f"{own['own']:.0%}",
+            **{f"+{age}": captured.get(str(age), "-") for age in _ages(found)},
+            "overlap": "-" if overlap is None else f"{overlap:.2f}",
+            "rank": "full" if advice["rank"] == _side(own) else str(advice["rank"] or "-"),
+            "gap": f"{'>=' if advice['at_least'] else ''}{advice['gap'] or '-'}",
         }
 
 
-def _ages(found: Inspection) -> list[int]:
+def _ages(found: Found) -> list[int]:
     """The ages that have a column: the least and the greatest."""
-    return sorted({found.config.snapshots.ages[0], found.config.snapshots.ages[-1]})
+    return sorted({found["ages"][0], found["ages"][-1]})
 
 
-def texts(found: Inspection) -> list[str]:
+def _side(own: Found) -> int:
+    return min(own["shape"][-2:])
+
+
+def texts(found: Found) -> list[str]:
     """What the table's columns are, how rank and gap were found and which suit all modules, and notes."""
-    for_all, own, ages = found.recommended_for_all, found.config.recommendation, _ages(found)
+    for_all, own, ages = found["recommended"], found["settings"]["recommendation"], _ages(found)
     legend = (
         "stable: the stable rank. 50/90/99 %: the rank that holds so much of the energy. "
-        f"own: what rank {found.rank} holds of its own gradient; {' and '.join(f'+{age}' for age in ages)}: of the "
+        f"own: what rank {found['rank']} holds of its own gradient; {' and '.join(f'+{age}' for age in ages)}: of the "
         f"gradient so many steps later. overlap: of two bases {ages[0]} steps apart, 0 as of random ones."
     )
     rule = (
-        f"rank: the least multiple of {own.rank_multiple} that captures {own.capture_share:.0%} of the gradient "
-        f"{ages[0]} steps later. gap: the longest after which bases of that rank still capture {own.keep_share:.0%} "
+        f"rank: the least multiple of {own['rank_multiple']} that captures {own['capture_share']:.0%} of the gradient "
+        f"{ages[0]} steps later. gap: the longest after which bases of that rank still capture {own['keep_share']:.0%} "
         f"of what {ages[0]} steps old ones do. Rules of thumb."
     )
-    gap = "" if for_all.gap is None else f", gap {'at least ' if for_all.at_least else ''}{for_all.gap}"
-    rule += "" if for_all.rank is None else f" One for all modules: rank {for_all.rank}{gap}."
-    return [legend, rule, *found.notes]
+    if for_all["rank"] is not None:
+        least = "at least " if for_all["gap_is_at_least"] else ""
+        gap = "" if for_all["gap"] is None else f", gap {least}{for_all['gap']}"
+        rule += f" One for all modules: rank {for_all['rank']}{gap}."
+    return [legend, rule, *found["notes"]]
 
 
-def table(found: Inspection) -> Table:
+def table(found: Found) -> Table:
     """The table for a terminal of 80 columns."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for place, heading in enumerate(next(rows(found))):
@@ -66,28 +95,117 @@ def table(found: Inspection) -> Table:
     return made
 
 
-def files(found: Inspection, command: str) -> dict[str, bytes]:
+def files(found: Found, command: str) -> dict[str, bytes]:
     """All files of an inspection, by name; the page says the command by which they were made."""
-    snapshots, weights = found.config.snapshots, sum(len(group.histories) for group in found.modules.values())
-    page = Page(
-        "Gradients and their subspaces",
-        f"{found.inspected.title}: {snapshots.count} snapshots of the gradients of {weights} weights, one every "
-        f"{snapshots.every} steps.",
-    )
+    steps, every = (found["settings"]["snapshots"][name] for name in ("steps", "every"))
+    lead = f"{found['subject']}: snapshots of the gradients of {len(found['weights'])} weights, one every {every} steps"
+    page = Page("Gradients and their subspaces", f"{lead} of {steps}.")
     page.table(list(next(rows(found))), [list(row.values()) for row in rows(found)])
     for text in texts(found):
         page.text(text)
-    made = {"inspection.json": (json.dumps(found.as_json(), indent=1) + "\n").encode()}
-    for name, (figure, caption) in plots(found).items():
-        if name in HEADINGS:
-            page.heading(HEADINGS[name])
+    made = {"inspection.json": (json.dumps(found, indent=1) + "\n").encode()}
+    for name, figure in _plots(found).items():
+        if name in _HEADINGS:
+            page.heading(_HEADINGS[name])
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
         made[f"{name}.png"] = png.getvalue()
-        page.figure(figure, caption)
+        page.figure(figure, _CAPTIONS[name].format(first=found["ages"][0], rank=found["rank"]))
     page.heading("How it was made")
     page.code(command)
-    page.facts({**found.inspected.facts, "losses": f"{found.losses[0]:.3f} to {found.losses[-1]:.3f}"})
+    page.facts({**found["facts"], "losses": f"{found['losses'][0]:.3f} to {found['losses'][-1]:.3f}"})
     page.facts(versions())
     made["report.html"] = page.render().encode()
     return made
+
+
+def _plots(found: Found) -> dict[str, Figure]:
+    """All plots, in the order of the page, by the name of the file without its suffix."""
+    chance = {own["rank"] / _side(own) for own in found["modules"].values()}
+    share, energy, age = (0, 1.01), "share of the energy", "age of the basis, in steps"
+
+    def lines(line: Callable[[Found], Line]) -> dict[str, Line]:
+        return {name: line(own) for name, own in found["modules"].items()}
+
+    def spectrum(own: Found, shares: Sequence[float]) -> Line:
+        return [0, *(rank / _side(own) for rank in own["by_rank"]["rank"])], [0, *shares]
+
+    def later(own: Found) -> Line:
+        captured = own["by_rank"]["captured"].get(str(found["ages"][0]))
+        return spectrum(own, captured) if captured else ([], [])
+
+    def by_age(shares: Mapping[str, float]) -> Line:
+        return list(map(int, shares)), list(shares.values())
+
+    def renewals(figure: str) -> dict[str, Line]:
+        return lines(lambda own: ([one["step"] for one in own["run"]], [one[figure] for one in own["run"]]))
+
+    drawn = {
+        "spectra": _draw(
+            ("rank, as a share of the shorter side", energy),
+            lines(lambda own: spectrum(own, own["by_rank"]["own"])),
+            dotted=lines(later),
+            upright=chance,
+            xlim=(0, 1),
+            ylim=share,
+        ),
+        "ages": _draw(
+            (age, f"{energy} captured"),
+            lines(lambda own: by_age({"0": own["own"], **own["captured"]})),
+            level=chance,
+            ylim=share,
+        ),
+        "overlap": _draw((age, "overlap"), lines(lambda own: by_age(own["overlap"])), level=[0], ylim=(None, None)),
+        "stable_rank": _draw(("step", "stable rank"), _stable_ranks(found, lambda _, step: step), xlim=None),
+        "layers": _draw(("layer", "stable rank"), _stable_ranks(found, lambda weight, _: _layer(weight)), xlim=None),
+    }
+    if any(own["run"] for own in found["modules"].values()):
+        labels = ("step of the run", "captured; overlap")
+        drawn["run"] = _draw(labels, renewals("captured"), dotted=renewals("overlap"), ylim=share)
+    return drawn
+
+
+def _draw(
+    labels: tuple[str, str],
+    lines: Mapping[str, Line],
+    *,
+    dotted: Mapping[str, Line] | None = None,
+    level: Iterable[float] = (),
+    upright: Iterable[float] = (),
+    xlim: tuple[float, float | None] | None = (0, None),
+    ylim: tuple[float | None, float | None] = (0, None),
+) -> Figure:
+    """Lines by name, dotted ones of the same color, level and upright ones; whole numbers along what has no limit."""
+    figure, axes = new_axes(*labels)
+    for index, (name, line) in enumerate(lines.items()):
+        style = line_style(index, len(line[0]))
+        axes.plot(*line, label=name, **style)
+        if dotted:
+            axes.plot(*dotted[name], **{**style, "linestyle": ":", "linewidth": 1})
+    for value in level:
+        axes.axhline(value, color=GRAY, linewidth=0.8)
+    for value in upright:
+        axes.axvline(value, color=GRAY, linewidth=0.8)
+    axes.set_ylim(*ylim)
+    if xlim is None:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.set_xlim(*xlim)
+    add_legend(figure)
+    return figure
+
+
+def _stable_ranks(found: Found, along: Callable[[str, int], int | None]) -> dict[str, Line]:
+    """The means of the stable ranks of each group's gradients, along something that a weight's name or step says."""
+    values: dict[str, dict[int, list[float]]] = {name: {} for name in found["modules"]}
+    for weight, own in found["weights"].items():
+        for snapshot in own["snapshots"]:
+            place = along(weight, snapshot["step"])
+            if place is not None:
+                values[own["module"]].setdefault(place, []).append(snapshot["stable_rank"])
+    return {name: (sorted(by), [fmean(by[at]) for at in sorted(by)]) for name, by in values.items()}
+
+
+def _layer(weight: str) -> int | None:
+    number = re.search(r"\.(\d+)\.", weight)
+    return int(number[1]) if number else None

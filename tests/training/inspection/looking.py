@@ -8,10 +8,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
+from galore_torch.training.inspection import result
 from galore_torch.training.inspection.config import configure
 from galore_torch.training.inspection.jobs import job_of_model, job_of_run
 from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
-from galore_torch.training.inspection.result import Inspection
 
 SHORT = ["--steps", "6", "--every", "2"]
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -29,7 +29,7 @@ def figures(inspected_job, config):
     observer = GradientObserver(inspected_job, config)
     with tempfile.TemporaryDirectory() as scratch:
         observed_trainer(observer, scratch).train()
-    return Inspection(observer).as_json()
+    return result.figures(observer)
 
 
 def of_run(folder, *, fresh=False, **given):
