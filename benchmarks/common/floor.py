@@ -4,15 +4,20 @@ Shape suffixes as everywhere: m x n is a weight, r the rank. Operations are mult
 pair of entries that meet in a product.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.common.measuring import seconds_of
+from benchmarks.common.measuring import Call, seconds_by_part, seconds_of
+from benchmarks.common.methods import OPTIMIZERS
+from benchmarks.common.sizes import Llama
 from benchmarks.common.training import Training
+
+SLICE_ELEMENTS = 2**22
+"""What bitsandbytes gets at a time: on a CPU it copies all that it is given into float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,3 +136,60 @@ class Bare:
 
 def _factors(weight: Tensor, basis: Tensor, coordinate: Tensor) -> tuple[Tensor, Tensor]:
     return (coordinate, basis.mT) if weight.shape[0] >= weight.shape[1] else (basis, coordinate)
+
+
+def layered_floor_s(
+    case: Training, ids: Tensor, rounds: int, advance: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Return the seconds of a step's floor by part, medians of so many rounds after one that nobody counts.
+
+    One layer's are timed, and counted as often as there are layers. Some `ids`, (1, tokens), go through; `advance` is
+    called after each round.
+    """
+    size, layers = case.size, case.size.layers
+    bare = Bare(weights_with_gradients(size.weights[:7], torch.bfloat16), size.rank, case.tokens)
+    parts: dict[str, Call] = {
+        **_pass("no layer", replace(size, layers=0), ids),
+        **_pass("one layer", replace(size, layers=1), ids),
+        "project": bare.project_fused if case.method.gradients == "fused" else bare.project,
+        "fold": bare.fold,
+        "inner": _adamw_step(size, [coordinate.numel() for coordinate in bare.coordinates]),
+        "embeddings": _adamw_step(size, [size.vocabulary * size.hidden]),
+    }
+    taken = []
+    for _ in range(1 + rounds):
+        taken.append(seconds_by_part(parts))
+        advance()
+    one = {name: median(seconds[name] for seconds in taken[1:]) for name in taken[0]}
+    passes = {
+        way: one[f"no layer, {way}"] + layers * max(0.0, one[f"one layer, {way}"] - one[f"no layer, {way}"])
+        for way in ("forward_s", "backward_s")
+    }
+    inner_s = layers * one["inner_s"] + 2 * one["embeddings_s"]
+    return {**passes, "inner_s": inner_s, "fold_s": layers * one["fold_s"], "other_s": layers * one["project_s"]}
+
+
+def _pass(name: str, size: Llama, ids: Tensor) -> dict[str, Call]:
+    """A forward, and a backward that drops every gradient."""
+    model = size.model(torch.bfloat16)
+    losses: list[Tensor] = []
+
+    def drop(weight: Tensor) -> None:
+        weight.grad = None
+
+    for weight in model.parameters():
+        weight.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+    return {
+        f"{name}, forward": lambda: losses.append(model(input_ids=ids, labels=ids).loss),
+        f"{name}, backward": lambda: losses.pop().backward(),  # type: ignore[no-untyped-call]
+    }
+
+
+def _adamw_step(size: Llama, elements: list[int]) -> Call:
+    """A step of bitsandbytes' AdamW on tensors of these many elements, in slices."""
+    wholes = [torch.zeros(number, dtype=torch.bfloat16) for number in elements]
+    parameters = [nn.Parameter(part) for whole in wholes for part in torch.split(whole, SLICE_ELEMENTS)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    step: Call = OPTIMIZERS["adam8bit"].build([], parameters, size).step
+    return step

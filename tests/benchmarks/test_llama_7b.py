@@ -7,15 +7,14 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from benchmarks import llama_7b as command
+from benchmarks.common.floor import layered_floor_s
 from benchmarks.common.measuring import GIB, timed_calls
 from benchmarks.common.methods import METHODS
 from benchmarks.common.report import draw
 from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.common.training import Training
-from benchmarks.llama_7b import __main__ as command
-from benchmarks.llama_7b import report
-from benchmarks.llama_7b.__main__ import Watched, real_text
-from benchmarks.llama_7b.report import HELD, PARTS, Outcome, state_of
+from benchmarks.llama_7b import PARTS, Outcome, Watched, real_text, state_of
 
 NAME = "galore-8bit-per-layer/fused"
 EIGHT = replace(METHODS[NAME], basis_bits=8)
@@ -56,7 +55,7 @@ def test_steps_are_taken_and_every_figure_has_its_place(changes):
     assert sum(outcome.kinds_bytes().values()) == outcome.highest["peak_bytes"]
     (bases, basis_codes), (moments, moment_codes) = outcome.state.values()
     assert bases + moments > basis_codes + moment_codes > basis_codes
-    assert report.bars(outcome) == []
+    assert outcome.bars() == []
     assert min(outcome.floor_s.values()) > 0
 
 
@@ -101,7 +100,7 @@ def test_the_calls_of_a_method_are_timed_for_a_while():
 @pytest.mark.parametrize("gradients", ["full", "fused"])
 def test_the_floor_is_timed_in_rounds_after_one_that_does_not_count(gradients):
     counted = []
-    seconds = command.floor_s(changed(TINY, gradients=gradients), 2, lambda: counted.append(1))
+    seconds = layered_floor_s(changed(TINY, gradients=gradients), real_text(48), 2, lambda: counted.append(1))
     assert len(counted) == 3
     assert min(seconds.values()) > 0
 
@@ -133,32 +132,32 @@ def outcome() -> Outcome:
 
 
 def test_bars_are_kept_and_missed_and_belong_to_their_cases(outcome):
-    kept = report.bars(outcome)
+    kept = outcome.bars()
     assert [round(bar.value, 3) for bar in kept] == [20.5, 1.3, 15.0, 0.349, 0.212, 0.178]
     assert all(bar.kept for bar in kept)
     slower = [outcome.steps[0], *[{**outcome.steps[1], "forward_s": 31.0, "peak_bytes": round(20.6 * GIB)}] * 2]
-    assert [bar.kept for bar in report.bars(replace(outcome, steps=slower))][:3] == [False, False, True]
+    assert [bar.kept for bar in replace(outcome, steps=slower).bars()][:3] == [False, False, True]
     least = replace(outcome, case=changed(SEVEN_B, basis_bits=4, weight_bits=8, recomputes=True))
-    assert [bar.at_most for bar in report.bars(least)] == [13.0, 15.0, 0.35, 0.215]
+    assert [bar.at_most for bar in least.bars()] == [13.0, 15.0, 0.35, 0.215]
     for other in ({"layers": 2}, {"rank": 512}, {"sequence": 128}, {"gradients": "full"}):
-        assert report.bars(replace(outcome, case=changed(SEVEN_B, **other))) == []
+        assert replace(outcome, case=changed(SEVEN_B, **other)).bars() == []
 
 
 def test_the_state_of_seven_billion_is_that_of_the_paper(outcome):
     states = outcome.states_bytes()
     (adamw, _), (sixteen, _), _, (held, codes) = states.values()
     assert (round(adamw / 1e9, 2), round(sixteen / 1e9, 2)) == (26.95, 9.40)
-    assert list(states)[-1] == HELD.format(8)
+    assert list(states)[-1] == "8-bit moments, 8-bit bases, held"
     assert held > codes
 
 
 def test_the_tables_fit_a_terminal(outcome, tmp_path):
     console = Console(width=80, file=StringIO())
-    console.print(*(sheet.table() for sheet in report.sheets(outcome)))
+    console.print(*(sheet.table() for sheet in outcome.report().sheets))
     text = console.file.getvalue()
     assert "…" not in text
     assert all(words in text for words in ("82.2%", "the whole process", "1.30 of the floor"))
-    draw(report.report(outcome), tmp_path / "steps.png")
+    draw(outcome.report(), tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -16,46 +16,55 @@ AdamW on coordinates and embeddings. One layer's are timed, and counted as often
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common import command
-from benchmarks.common.floor import Bare, weights_with_gradients
+from benchmarks.common.floor import layered_floor_s
 from benchmarks.common.measuring import (
     GIB,
-    Call,
     Footprint,
     give_back_at_once,
-    seconds_by_part,
     stored_bytes,
     timed_calls,
 )
-from benchmarks.common.methods import BUILDERS, LEARNING_RATE, METHODS
-from benchmarks.common.report import Report
-from benchmarks.common.sizes import LLAMA, Llama
+from benchmarks.common.methods import METHODS
+from benchmarks.common.report import Bar, Report, Sheet, judged
+from benchmarks.common.sizes import LLAMA
 from benchmarks.common.training import Trained, Training
-from benchmarks.llama_7b.report import ORDINARY, Outcome, report, state_of
 from galore_torch import GaLore, quantize_weights
-from galore_torch.optim import chunks
+from galore_torch.optim import chunks, state_bytes
 from galore_torch.optim.rule import Rule
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.training.pretrain.model import fresh_llama
 from galore_torch.training.run.base_model import recompute_activations
 
+GB = 1e9
+PARTS = {
+    "forward_s": ("forward", "forward"),
+    "backward_s": ("backward", "backward"),  # without what follows
+    "renewal_s": ("renewal", ""),  # finding new bases
+    "inner_s": ("inside", "the optimizer inside"),  # on coordinates, embeddings, head and norms
+    "fold_s": ("back", "projecting back into the weights"),
+    "other_s": ("other", "projecting, if not in the backward"),  # and checks, and reading bases in few bits
+}
+"""The parts of a step: what tables of steps call them, and those of an ordinary step, which renews nothing."""
+ORDINARY = {part: words for part, (_, words) in PARTS.items() if words}
 APPLYING = (GaLore, "_apply")
 INSIDE = {"renewal_s": (TrainedWeight, "renew"), "inner_s": (Rule, "step"), "fold_s": (chunks, "fold_all")}
 """What is timed of applying gradients, by the methods and functions that do it."""
-SLICE_ELEMENTS = 2**22
-"""What bitsandbytes gets at a time: on a CPU it copies all that it is given into float32."""
 
 
 def real_text(tokens: int) -> Tensor:
@@ -71,12 +80,7 @@ def real_text(tokens: int) -> Tensor:
 
 
 class Watched(Trained):
-    """A model under training whose steps are taken apart.
-
-    Args:
-        case: What is trained, and how.
-        advance: Called as each layer is made and, in a step, as each gradient is complete.
-    """
+    """A model under training whose steps are taken apart; `advance` is called for each layer made and each gradient."""
 
     def __init__(self, case: Training, advance: Callable[[], None] = lambda: None) -> None:
         self._advance = advance
@@ -124,9 +128,9 @@ class Watched(Trained):
         """Take one step.
 
         Returns:
-            `loss`, before the step, in nats per token; seconds of its parts, see `report.PARTS`; `renewed`, how many
-            bases were found; `peak_bytes`, the most memory that the process took; `activation_bytes`, by how much the
-            forward let it grow; and `gradient_bytes`, the largest gradient that there was at a time.
+            `loss`, before the step, in nats per token; seconds of its `PARTS`; `renewed`, how many bases were found;
+            `peak_bytes`, the most memory that the process took; `activation_bytes`, by how much the forward let it
+            grow; and `gradient_bytes`, the largest gradient that there was at a time.
         """
         self._largest_bytes = 0
         with ExitStack() as stack:
@@ -144,58 +148,131 @@ class Watched(Trained):
         }
 
 
-def floor_s(case: Training, rounds: int, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Return the seconds of the floor by part of a step, medians of so many rounds after one that nobody counts.
-
-    `advance` is called after each round.
-    """
-    size, layers, seconds = case.size, case.size.layers, dict[str, list[float]]()
-    bare = Bare(weights_with_gradients(size.weights[:7], torch.bfloat16), size.rank, case.tokens)
-    parts: dict[str, Call] = {
-        **_pass("no layer", replace(size, layers=0)),
-        **_pass("one layer", replace(size, layers=1)),
-        "project": bare.project_fused if case.method.gradients == "fused" else bare.project,
-        "fold": bare.fold,
-        "inner": _adamw_step([coordinate.numel() for coordinate in bare.coordinates]),
-        "embeddings": _adamw_step([size.vocabulary * size.hidden]),
-    }
-    for _ in range(1 + rounds):
-        for name, value in seconds_by_part(parts).items():
-            seconds.setdefault(name, []).append(value)
-        advance()
-    one = {name: median(values[1:]) for name, values in seconds.items()}
-    passes = {
-        way: one[f"no layer, {way}"] + layers * max(0.0, one[f"one layer, {way}"] - one[f"no layer, {way}"])
-        for way in ("forward_s", "backward_s")
-    }
-    inner_s = layers * one["inner_s"] + 2 * one["embeddings_s"]
-    return {**passes, "inner_s": inner_s, "fold_s": layers * one["fold_s"], "other_s": layers * one["project_s"]}
-
-
-def _pass(name: str, size: Llama) -> dict[str, Call]:
-    """A forward, and a backward that drops every gradient."""
-    model, ids = size.model(torch.bfloat16), real_text(size.sequence)
-    losses: list[Tensor] = []
-
-    def drop(weight: Tensor) -> None:
-        weight.grad = None
-
-    for weight in model.parameters():
-        weight.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+def state_of(optimizer: Optimizer) -> dict[str, tuple[int, int]]:
+    """Return the bytes of an optimizer's "bases" and "moments" from its real tensors: with scales, and codes alone."""
+    weights = list(optimizer.state.values())
+    bases, inner = ([_tensors(one.get(key)) for one in weights] for key in ("basis", "inner"))
+    bases_bytes = sum(map(stored_bytes, bases))
     return {
-        f"{name}, forward": lambda: losses.append(model(input_ids=ids, labels=ids).loss),
-        f"{name}, backward": lambda: losses.pop().backward(),  # type: ignore[no-untyped-call]
+        "bases": (bases_bytes, sum(map(_codes_bytes, bases))),
+        "moments": (state_bytes(optimizer) - bases_bytes, sum(map(_codes_bytes, inner))),
     }
 
 
-def _adamw_step(sizes: list[int]) -> Call:
-    """A step of bitsandbytes' AdamW on tensors of these many elements, in slices."""
-    wholes = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
-    parameters = [nn.Parameter(part) for whole in wholes for part in torch.split(whole, SLICE_ELEMENTS)]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    step: Call = BUILDERS["AdamW8bit"]([{"params": parameters}], LEARNING_RATE).step
-    return step
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _codes_bytes(tensors: list[Tensor]) -> int:
+    """The bytes of one weight's codes; of all its numbers where it has no codes."""
+    return stored_bytes([tensor for tensor in tensors if tensor.dtype in (torch.uint8, torch.int8)] or tensors)
+
+
+@dataclass
+class Outcome:
+    """All that was measured."""
+
+    case: Training  # what ran
+    building: Mapping[str, float]  # of the model: its seconds, highest_bytes of the process, and base_bytes before it
+    steps: list[dict[str, float]]  # in order; the first finds every basis
+    weight_bytes: int  # of the model
+    state: Mapping[str, tuple[int, int]]  # of the optimizer after the last step, see `state_of`
+    floor_s: Mapping[str, float] | None = None  # seconds that no ordinary step can do without, by part
+
+    @property
+    def highest(self) -> Mapping[str, float]:
+        """The step that took the most memory."""
+        return max(self.steps, key=lambda step: step["peak_bytes"])
+
+    def ordinary_s(self) -> dict[str, float]:
+        """Return the seconds of an ordinary step by part: medians of the steps after the first."""
+        return {part: median(step[part] for step in self.steps[1:] or self.steps) for part in ORDINARY}
+
+    @property
+    def over_floor(self) -> float:
+        """An ordinary step over its floor, where that was timed."""
+        return sum(self.ordinary_s().values()) / sum((self.floor_s or {}).values())
+
+    def kinds_bytes(self) -> dict[str, float]:
+        """Return what the peak consists of."""
+        kinds = {
+            "weights": self.weight_bytes,
+            **{kind: held for kind, (held, _) in self.state.items()},
+            "activations": self.highest["activation_bytes"],
+            "largest gradient": self.highest["gradient_bytes"],
+            "the process itself": self.building["base_bytes"],
+        }
+        return {**kinds, "the rest": self.highest["peak_bytes"] - sum(kinds.values())}
+
+    def states_bytes(self) -> dict[str, tuple[int, int]]:
+        """Return the optimizer state by method, AdamW's first: with scales, and codes alone."""
+        size = self.case.size
+        adamw = 2 * 2 * (sum(m * n for m, n in size.weights) + size.other_elements)
+        sixteen = 2 * (size.state_elements() + 2 * size.other_elements)
+        (bases, basis_codes), (moments, moment_codes) = self.state["bases"], self.state["moments"]
+        return {
+            "AdamW, BF16": (adamw, adamw),
+            "GaLore, BF16 (by shapes)": (sixteen, sixteen),
+            "8-bit moments, BF16 bases": (moments + 2 * size.basis_elements, moment_codes + 2 * size.basis_elements),
+            f"8-bit moments, {self.case.method.basis_bits}-bit bases, held": (
+                moments + bases,
+                moment_codes + basis_codes,
+            ),
+        }
+
+    def bars(self) -> list[Bar]:
+        """Return the figures that have bars in this case."""
+        states = self.states_bytes()
+        (adamw, _), *_ = states.values()
+        figures = {f"state of {name} / AdamW's": held / adamw for name, (held, _) in states.items()}
+        figures["first renewal of all layers, min"] = self.steps[0]["renewal_s"] / 60
+        if len(self.steps) >= 3:
+            figures["peak of the process, GiB"] = max(self.building["highest_bytes"], self.highest["peak_bytes"]) / GIB
+        if self.floor_s and len(self.steps) > 1:
+            figures["ordinary step / the floor"] = self.over_floor
+        return judged("llama_7b", self.case.case(), figures)
+
+    def report(self) -> Report:
+        """Return all as tables that fit 80 columns: the steps, memory, the optimizer's state, and the floor."""
+        method, building = self.case.method, self.building
+        title = (
+            f"{self.case.title}, {method.weight_bits}-bit weights, {method.basis_bits}-bit bases, "
+            f"{method.gradients} gradients{', recomputing activations' * method.recomputes}"
+        )
+        steps: dict[str, dict[str, Any]] = {}
+        for number, step in enumerate(self.steps, 1):
+            seconds = {f"{words}, s": step[part] for part, (words, _) in PARTS.items()}
+            last = {"all, s": sum(seconds.values()), "GiB": step["peak_bytes"] / GIB}
+            steps[f"step {number}"] = {"loss": f"{step['loss']:.4f}", **seconds, **last}
+        caption = (
+            "Inside: the optimizer on coordinates; back: projecting them into the weights. GiB: the peak of the "
+            f"process in the step. Making the weights took {building['seconds']:.0f} s and "
+            f"{building['highest_bytes'] / GIB:.2f} GiB."
+        )
+        memory = {**self.kinds_bytes(), "the whole process": self.highest["peak_bytes"]}
+        kinds = {kind: {"GiB": nbytes / GIB} for kind, nbytes in memory.items()}
+        (adamw, _), *_ = self.states_bytes().values()
+        state = {
+            name: {
+                f"{of}{what}": figure
+                for of, nbytes in (("", held), ("codes alone, ", codes))
+                for what, figure in (("GB", nbytes / GB), ("smaller", f"{1 - nbytes / adamw:.1%}"))
+            }
+            for name, (held, codes) in self.states_bytes().items()
+        }
+        drawn = [f"{words}, s" for words, _ in PARTS.values()]
+        sheets = [
+            Sheet(title=title, rows=steps, caption=caption, drawn=drawn, unit="seconds"),
+            Sheet(title="Memory at the peak", rows=kinds, last=1, drawn=("GiB",), unit="memory of the process, GiB"),
+            Sheet(title="Optimizer state", rows=state),
+        ]
+        if self.floor_s:
+            both = {"ours": self.ordinary_s(), "floor": self.floor_s}
+            rows = {words: {who: of[part] for who, of in both.items()} for part, words in ORDINARY.items()}
+            rows["all"] = {who: sum(seconds.values()) for who, seconds in both.items()}
+            caption = f"Ours is {self.over_floor:.2f} of the floor, in which all is in bfloat16."
+            sheets.append(Sheet(title="An ordinary step, seconds", rows=rows, caption=caption, last=1))
+        return Report(title=title, record=asdict(self), sheets=sheets, bars=self.bars())
 
 
 def measure(case: Training, steps: int, floor_rounds: int, messages: Console) -> Outcome:
@@ -219,7 +296,7 @@ def measure(case: Training, steps: int, floor_rounds: int, messages: Console) ->
         gc.collect()
         if floor_rounds:
             phases.begin("timing the floor", 1 + floor_rounds)
-            outcome.floor_s = floor_s(case, floor_rounds, phases.count)
+            outcome.floor_s = layered_floor_s(case, real_text(case.tokens), floor_rounds, phases.count)
     return outcome
 
 
@@ -237,7 +314,7 @@ def run(given: argparse.Namespace, messages: Console) -> Report:
         learning_rate=given.learning_rate,
         threads=given.threads,
     )
-    return report(measure(case, given.steps, given.floor_rounds, messages))
+    return measure(case, given.steps, given.floor_rounds, messages).report()
 
 
 def main(arguments: list[str] | None = None) -> None:
