@@ -7,7 +7,7 @@ VENV   := .venv
 python := $(VENV)/bin/python
 # Stamps: set-up runs again only when what it installs from has changed.
 installed := $(VENV)/.installed
-peer      := .peers/galore-torch-1.0/.installed
+peers     := $(patsubst %,.peers/%/.installed,galore-torch-1.0 apollo-torch-1.0.3)
 
 # One thread a test process: two processes on two cores are faster than one process with two threads.
 test test-fast: export OMP_NUM_THREADS = 1
@@ -17,15 +17,15 @@ test test-fast: export OMP_NUM_THREADS = 1
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(installed) $(peer)  ## make .venv and install what was tested (constraints.txt)
+setup: $(installed) $(peers)  ## make .venv and install what was tested (constraints.txt)
 
 demo: $(installed)  ## the main job: pre-train a tiny LLaMA with GaLore and with AdamW, and compare
 	$(VENV)/bin/galore compare pretrain --preset llama-tiny --method galore --method full --out runs/demo $(ARGS)
 
-test: $(installed) $(peer)  ## the whole test suite
+test: $(installed) $(peers)  ## the whole test suite
 	$(python) -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
 
-test-fast: $(installed) $(peer)  ## the test suite without what takes more than a few seconds
+test-fast: $(installed) $(peers)  ## the test suite without what takes more than a few seconds
 	$(python) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 check: $(installed)  ## lint, format and types
@@ -55,6 +55,7 @@ $(installed): pyproject.toml constraints.txt
 	$(python) -m pip install -c constraints.txt -e ".[all,dev]"
 	@touch $@
 
-# galore-torch 1.0, whose trajectories ours must equal, lies in a folder of its own: both are imported as galore_torch.
-$(peer): | $(installed)
-	$(python) -m benchmarks.common.peers galore-torch-1.0
+# galore-torch 1.0 and apollo-torch, whose trajectories ours must equal, lie in folders of their own: the first is
+# imported as galore_torch, as ours is.
+$(peers): .peers/%/.installed: | $(installed)
+	$(python) -m benchmarks.common.peers $*

@@ -13,8 +13,6 @@ from benchmarks.study.methods import METHODS, Scaled
 from benchmarks.study.plan import BATCHES, FIRST, LONG, LONGER, SEEDS, THEN, at_seed_0, means, wanted
 from benchmarks.study.training import Job, rate, rehearsal, train
 
-PUBLISHED = {"alice": "pytorch_optimizer", "fira-published": "pytorch_optimizer", "others-8bit": "bitsandbytes"}
-
 
 def perplexity(job: Job) -> float:
     """A bowl whose bottom lies one doubling of both rates away from where each search starts."""
@@ -82,8 +80,6 @@ def test_a_method_that_always_fails_is_left_alone():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(name):
-    if name in PUBLISHED:
-        pytest.importorskip(PUBLISHED[name])
     job = Job(method=name, lr=METHODS[name].lr, others_lr=0.01, steps=4, tokens=64)
     *steps, result = train(job, *rehearsal("cpu"), "cpu", 0)
     assert steps == [{}] * 4

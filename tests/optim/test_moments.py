@@ -38,7 +38,6 @@ def test_rotated_moments_are_those_of_the_new_basis():
 
 @pytest.mark.parametrize("slices", [False, True])
 def test_moments_in_eight_bits_are_rotated_through_their_codes(slices, monkeypatch):
-    pytest.importorskip("bitsandbytes")
     if slices:
         monkeypatch.setattr(eight_bit, "_SLICE_ELEMENTS", 4096)
     ends = []

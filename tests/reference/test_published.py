@@ -1,9 +1,12 @@
 """Residuals beside published implementations of them, from the same basis: pytorch_optimizer's and apollo-torch's."""
 
+import importlib
 import sys
 
 import pytest
+import pytorch_optimizer
 import torch
+from pytorch_optimizer.optimizer import racs
 
 from benchmarks.common.peers import APOLLO
 from galore_torch import GaLoreAdamW
@@ -53,7 +56,6 @@ def with_bias_correction(step: int) -> float:
 
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 def test_fira_is_that_of_pytorch_optimizer_without_a_scale(shape):
-    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
     problem, weight, other = twins(shape, torch.float32)  # in which theirs finds bases
     group = {"params": [other], "rank": RANK, "update_proj_gap": NEVER, "scale": 1.0, "projection_type": "std"}
     theirs = pytorch_optimizer.Fira([group], lr=LR, betas=BETAS, eps=NEGLIGIBLE_EPS)
@@ -65,7 +67,6 @@ def test_fira_is_that_of_pytorch_optimizer_without_a_scale(shape):
 
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 def test_alice_is_that_of_pytorch_optimizer_in_the_leading_subspace(shape, monkeypatch):
-    racs = pytest.importorskip("pytorch_optimizer.optimizer.racs")
     monkeypatch.setattr(racs.Alice, "switch", lambda _, q, *given: torch.linalg.eigh(q).eigenvectors[:, -RANK:])
     problem, weight, other = twins(shape)
     choices = {"alpha": 0.3, "alpha_c": 0.4, "rank": RANK, "leading_basis": RANK, "update_interval": NEVER}
@@ -79,7 +80,8 @@ def test_alice_is_that_of_pytorch_optimizer_in_the_leading_subspace(shape, monke
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 def test_apollo_is_that_of_apollo_torch(shape, monkeypatch):
     monkeypatch.syspath_prepend(APOLLO.folder)
-    apollo_torch = pytest.importorskip("apollo_torch")
+    assert APOLLO.is_installed, "run `make setup`"
+    apollo_torch = importlib.import_module("apollo_torch")
     problem, weight, other = twins(shape, torch.float32)
     group = {
         "params": [other],

@@ -28,6 +28,7 @@ def two() -> dict:
 
 
 def test_json_holds_every_kind_of_every_method(two):
+    assert list(two["methods"]) == ["full", "galore"]
     for one in two["methods"].values():
         assert set(one["held"]) == set(one["peak"]) == set(KINDS)
         assert one["peak_bytes"] == sum(one["peak"].values()) > one["held"]["weights"] > 0

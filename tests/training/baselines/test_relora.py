@@ -80,6 +80,7 @@ def test_the_smallest_numbers_of_the_adapters_state_are_gone_and_nothing_else(mo
         weight: {name: value.clone() for name, value in state.items()} for weight, state in optimizer.state.items()
     }
     restart(model, optimizer, share)
+    assert adapters < {id(weight) for weight in optimizer.state}
     for weight, state in optimizer.state.items():
         for name, value in state.items():
             old = before[weight][name]

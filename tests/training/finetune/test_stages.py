@@ -85,11 +85,13 @@ def test_predictions_name_the_row_and_what_was_expected(staged, pairs, tmp_path)
     new_run(Finetuning, staged("reward", steps=1), tmp_path / "reward").train()
     new_run(Finetuning, staged("dpo", steps=1), tmp_path / "dpo").train()
     rows = [json.loads(line) for line in Path(pairs).read_text(encoding="utf-8").splitlines()]
-    for found in said(tmp_path / "reward"):
+    told = {task: said(tmp_path / task) for task in ("reward", "dpo")}
+    assert [len({found["row"] for found in each}) for each in told.values()] == [5, 2]  # two are answered
+    for found in told["reward"]:
         row = rows[found["row"] - 1]
         assert (found["prompt"], found["chosen"]) == (row["prompt"], row["chosen"])
         assert {"reward_chosen", "reward_rejected"} < found.keys()
-    for found in said(tmp_path / "dpo"):
+    for found in told["dpo"]:
         row = rows[found["row"] - 1]
         assert (found["input"], found["expected"]) == (row["prompt"], row["chosen"])
 

@@ -167,6 +167,7 @@ def test_weights_that_are_broken_are_refused(run, texts, cache, tmp_path):
 def test_weights_that_stand_still_tell_the_noise_of_the_batch(run):
     """At a learning rate of next to nothing gradients differ by their batches alone, and no basis grows old."""
     still = of_run(run, lr=1e-12, steps=16, every=2)
+    assert still["modules"].keys() == set(MODULES)
     for group in still["modules"].values():
         assert group["captured"]["2"] < group["own"]
         assert group["captured"]["12"] == pytest.approx(group["captured"]["2"], abs=0.15)
