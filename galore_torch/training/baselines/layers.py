@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 NAME = "default"
 """What PEFT calls the one adapter of a layer."""
 
-_HEADS = {
-    "SEQ_CLS": frozenset({"classifier", "score"}),
-    "TOKEN_CLS": frozenset({"classifier", "score"}),
-    "QUESTION_ANS": frozenset({"qa_outputs"}),
-}
+_HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
 """What Transformers calls the part of a model that is new when it is trained for a task, by PEFT's name of the task."""
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,6 +35,9 @@ class LowRankLinear(nn.Sequential):
 
     A and B are drawn from the normal distribution, so that their product spreads as that layer's matrix did.
     """
+
+    A: nn.Linear
+    B: nn.Linear
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         weight = linear.weight
@@ -56,13 +55,9 @@ class LowRankLinear(nn.Sequential):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain linear layer that computes the same, with the bias itself."""
-        A, B = self.A, self.B
-        assert isinstance(A, nn.Linear)
-        assert isinstance(B, nn.Linear)
-        product = B.weight.float() @ A.weight.float()
-        plain = nn.Linear(A.in_features, B.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(product.to(B.weight.dtype))
-        plain.bias = B.bias
+        product = self.B.weight.float() @ self.A.weight.float()
+        plain = nn.Linear(*product.shape[::-1], bias=False, device="meta")
+        plain.weight, plain.bias = nn.Parameter(product.to(self.B.weight.dtype)), self.B.bias
         return plain
 
 
@@ -89,18 +84,20 @@ def adapt(
     """
     if config.adapter == "none":
         return model
-    targets = find_targets(model, target_modules, _suits_lora if "lora" in config.adapter else _suits, "adapted")
+    kinds = (nn.Linear, Conv1D) if "lora" in config.adapter else nn.Linear
+
+    def suits(module: nn.Module, attribute: str, weight: Tensor) -> bool:
+        return isinstance(module, kinds) and attribute == "weight" and weight.is_floating_point()
+
+    targets = find_targets(model, target_modules, suits, "adapted")
     rank = _checked_rank(config, targets)
     if config.adapter != "low-rank":
         _inject_lora(model, config, rank, targets, task_type)
         return model
     if task_type is not None:
         raise ValueError("adapter = 'low-rank' discards the pretrained weights; give lora, or train one from scratch.")
-    for name in targets:
-        place = name.removesuffix(".weight")
-        linear = model.get_submodule(place)
-        assert isinstance(linear, nn.Linear)
-        model.set_submodule(place, LowRankLinear(linear, rank))
+    for place in [name.removesuffix(".weight") for name in targets]:
+        model.set_submodule(place, LowRankLinear(model.get_submodule(place), rank))  # type: ignore[arg-type]
     return model
 
 
@@ -137,14 +134,6 @@ def merge(layer: Any) -> None:
     weight.copy_(weight.float() + layer.get_delta_weight(NAME).float())
 
 
-def _suits(module: nn.Module, attribute: str, weight: Tensor) -> bool:
-    return isinstance(module, nn.Linear) and attribute == "weight" and weight.is_floating_point()
-
-
-def _suits_lora(module: nn.Module, attribute: str, weight: Tensor) -> bool:
-    return _suits(module, attribute, weight) or (isinstance(module, Conv1D) and attribute == "weight")
-
-
 def _checked_rank(config: AdapterConfig, targets: dict[str, Tensor]) -> int:
     rank = config.adapter_rank
     if rank is None:
@@ -170,7 +159,7 @@ def _inject_lora(
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
         and name not in targets
-        and (task_type is None or not _HEADS.get(task_type, frozenset()).isdisjoint(name.split(".")))
+        and (task_type is None or _HEADS.get(task_type, set()) & {*name.split(".")})
     ]
     places = [name.removesuffix(".weight") for name in targets]
     inject_adapter_in_model(

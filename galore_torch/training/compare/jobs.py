@@ -38,38 +38,24 @@ class Amount:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedJob:
-    """A command of ``galore`` whose runs can be compared.
+    """A command of ``galore`` whose runs can be compared."""
 
-    Attributes:
-        name: of the command.
-        presets: by which every configuration is made.
-        help_preset: the preset whose values ``--help`` shows.
-        methods: what is compared by default.
-        load: imports what the runs are of, with Transformers.
-        prepare: reads and caches the data for all runs, if that takes long; takes a configuration and a console.
-        unit: what its records count: tokens or examples.
-        held_out: what it is evaluated on, in a word.
-        libraries: whose versions a report names, beside torch's and Transformers'.
-        amount: how much a run with a configuration sees.
-        scores: a final record's scores by name, the main one first.
-    """
-
-    name: str
-    presets: PresetTable[Any]
-    help_preset: str
-    methods: tuple[str, ...]
-    load: Callable[[], type[Job]]
-    prepare: Callable[[Any, Console], None] | None = None
-    unit: str
-    held_out: str
-    libraries: tuple[str, ...]
-    amount: Callable[[Any], Amount]
-    scores: Callable[[Record], Mapping[str, Any]]
+    name: str  # of the command
+    presets: PresetTable[Any]  # by which every configuration is made
+    help_preset: str  # the preset whose values ``--help`` shows
+    methods: tuple[str, ...]  # what is compared by default
+    load: Callable[[], type[Job]]  # imports what the runs are of, with Transformers
+    prepare: Callable[[Any, Console], None] | None = None  # reads and caches the data for all runs, if that takes long
+    unit: str  # what its records count: tokens or examples
+    held_out: str  # what it is evaluated on, in a word
+    libraries: tuple[str, ...]  # whose versions a report names, beside torch's and Transformers'
+    amount: Callable[[Any], Amount]  # how much a run with a configuration sees
+    scores: Callable[[Record], Mapping[str, Any]]  # a final record's scores by name, the main one first
 
 
 def _rows(config: Any) -> Amount:
-    steps, schedule = config.schedule.steps, config.schedule
-    return Amount(schedule.epochs, "epochs") if steps is None else Amount(steps * schedule.batch, "examples")
+    length = config.schedule
+    return Amount(length.steps * length.batch, "examples") if length.steps else Amount(length.epochs, "epochs")
 
 
 PRETRAIN = ComparedJob(

@@ -106,24 +106,13 @@ def read_end(run: PlannedRun, out: Path) -> RunEnd:
 
 @dataclass(frozen=True)
 class Summary:
-    """A method at one pair of learning rates, over its seeds.
+    """A method at one pair of learning rates, over its seeds."""
 
-    Attributes:
-        ends: of its finished runs.
-        loss: mean held-out loss; infinite if a run's is not finite.
-        score: mean of the score; infinite if a run's is not finite.
-        spread: its standard deviation over the seeds; None for one seed.
-    """
-
-    ends: list[RunEnd]
-    loss: float
-    score: float
-    spread: float | None
-
-    @property
-    def run(self) -> PlannedRun:
-        """One of them: method and learning rates are those of all."""
-        return self.ends[0].run
+    run: PlannedRun  # one of them: method and learning rates are those of all
+    ends: list[RunEnd]  # of its finished runs
+    loss: float  # mean held-out loss; infinite if a run's is not finite
+    score: float  # mean of the score; infinite if a run's is not finite
+    spread: float | None  # its standard deviation over the seeds; None for one seed
 
     def values(self, field: str) -> list[Any]:
         """A field of the final records, by seed."""
@@ -132,21 +121,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs with how they are judged.
+    """All runs with how they are judged."""
 
-    Attributes:
-        job: what they are of.
-        ends: of every planned run.
-        score: by what methods are compared; nameless until a run has ended.
-        tried: by method, what came of its learning rates; those without a finished run are left out.
-        best: by method, the best of them.
-    """
-
-    job: ComparedJob
-    ends: list[RunEnd]
-    score: Score
-    tried: dict[str, list[Summary]]
-    best: dict[str, Summary]
+    job: ComparedJob  # what they are of
+    ends: list[RunEnd]  # of every planned run
+    score: Score  # by what methods are compared; nameless until a run has ended
+    tried: dict[str, list[Summary]]  # by method, what came of its learning rates, of which a run is finished
+    best: dict[str, Summary]  # by method, the best of them
 
     @property
     def methods(self) -> list[str]:
@@ -180,7 +161,7 @@ def compare(job: ComparedJob, ends: list[RunEnd]) -> Comparison:
         scores = [_finite(job.scores(final).get(score.name)) for final in finals]
         spread = statistics.stdev(scores) if len(scores) > 1 and math.isfinite(sum(scores)) else None
         loss = statistics.fmean(_finite(final.get("eval_loss")) for final in finals)
-        return Summary(ends, loss, statistics.fmean(scores), spread)
+        return Summary(ends[0].run, ends, loss, statistics.fmean(scores), spread)
 
     def order(summary: Summary) -> tuple[float, float, float]:
         least = -summary.score if math.isfinite(summary.score) else math.inf

@@ -104,9 +104,10 @@ def _inline_svg(figure: Figure, name: str, label: str) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = ElementTree.fromstring(drawn.getvalue())
-    for tag in ("metadata", "style"):  # matplotlib's style sheet would style the whole page
-        for parent in svg.findall(f".//{{{_SVG}}}{tag}/.."):
-            parent.remove(parent.find(f"{{{_SVG}}}{tag}"))
+    for parent in list(svg.iter()):
+        for child in list(parent):  # matplotlib's style sheet would style the whole page
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
+                parent.remove(child)
     for element in svg.iter():
         for key, value in element.attrib.items():
             if key == "id":

@@ -12,10 +12,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from galore_torch.training.compare.figures import sensitivity
 from galore_torch.training.compare.jobs import FINETUNE, PRETRAIN, Amount
 from galore_torch.training.compare.plan import keep_plan, make_plan, rates_by_method, require_same_plan
-from galore_torch.training.compare.report import apart_and_shared, in_lines
+from galore_torch.training.compare.report import apart_and_shared, in_lines, sensitivity
 from galore_torch.training.compare.results import RunEnd, as_json, compare, notes, rows, table
 from galore_torch.training.run import records
 from tests.architecture import ROOT
