@@ -37,10 +37,38 @@ def pytest_configure(config: pytest.Config) -> None:
     tests.device.chosen = config.getoption("--device")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks as slow what a few cases stand for; leaves out, on another device, what is of the CPU by design."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Marks as slow what a few cases stand for, leaves out what is not of the device, and puts what is slow first."""
     _mark_slow_all_but_a_few(items)
+    _leave_out_what_is_not_of_the_device(config, items)
+    yield  # while `-m` and `-k` choose
+    items[:] = _slow_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _slow_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """The order in which several workers end at the same time: each begins with a part of what is slow.
+
+    The first tests of the list are those of the first worker, as many the second's, and so on; who is done takes from
+    the ends of the others'. The slow ones of a file stay together, for they share what is made once for all of them;
+    where they are few, they are the longest. Cases of a test marked `broad` take no time each.
+    """
+    slow: dict[Path, list[pytest.Item]] = defaultdict(list)
+    quick = []
+    for item in items:
+        is_slow = item.get_closest_marker("slow") is not None and item.get_closest_marker("broad") is None
+        (slow[item.path] if is_slow else quick).append(item)
+    shares: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for of_file in sorted(slow.values(), key=len):
+        min(shares, key=len).extend(of_file)
+    for number, share in enumerate(shares, start=1):
+        missing = max(0, len(items) * number // workers - sum(map(len, shares[:number])))
+        share += quick[:missing]
+        del quick[:missing]
+    return [*(test for share in shares for test in share), *quick]
+
+
+def _leave_out_what_is_not_of_the_device(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--device") == "cpu":
         return
     for item in items:
