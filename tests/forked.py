@@ -32,7 +32,7 @@ class Server:
 
     def __init__(self, *modules: str) -> None:
         self._server = forkserver.ForkServer()
-        self._server.set_forkserver_preload(list(modules))
+        self._server.set_forkserver_preload([*modules, "tests.frozen"])
 
     def start(self, target: Callable[..., Any], *args: Any, daemon: bool = False) -> BaseProcess:
         """Start a process that calls a function of a module."""
@@ -63,8 +63,12 @@ TORCH = Server(
 )  # fmt: skip
 """Of those that need torch alone; with what DDP imports when it is made."""
 
-TRAINING = Server("galore_torch.cli", "galore_torch.training.pretrain.run", "galore_torch.training.finetune.run")
-"""Of those that train by the command line."""
+TRAINING = Server(
+    "galore_torch.cli", "galore_torch.training.pretrain.run", "galore_torch.training.finetune.run",
+    "torch.distributed.fsdp", "torch.distributed.run", "scipy.io", "matplotlib.backends.backend_agg",
+    "tests.training.unplanned",
+)  # fmt: skip
+"""Of those that train by the command line; with what they import on their way."""
 
 
 class Galore:

@@ -1,7 +1,10 @@
 """`galore` as torchrun starts it, with a process that is lost.
 
-LOSES = "RANK:STEP" kills that process after that step, in the first start. LOSES = "SEED*COUNT" kills a process in each
-of the first starts: which one, after which step and how long after it is drawn.
+    launched.py SAID LOSES ARGUMENTS
+
+runs `galore ARGUMENTS` and writes to the file SAID. LOSES = "RANK:STEP" kills that process after that step, in the
+first start. LOSES = "SEED*COUNT" kills a process in each of the first starts: which one, after which step and how long
+after it is drawn. LOSES = "none" kills none.
 """
 
 import os
@@ -11,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from galore_torch.cli import main
 from galore_torch.training.run.callbacks import Recorder
+from tests.forked import begin
 
 LAST = 8  # step of the runs
 
@@ -38,6 +43,8 @@ def after_step(step: int, lose: Callable[[float], None]) -> None:
 
 
 def lose(given: str, rank: int, world: int, start: int) -> None:
+    if given == "none":
+        return
     if "*" not in given:
         lost, step = map(int, given.split(":"))
         if (lost, start) == (rank, 0):
@@ -51,7 +58,13 @@ def lose(given: str, rank: int, world: int, start: int) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("LOSES"):
-        start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-        lose(os.environ["LOSES"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), start)
-    sys.exit(main())
+    said, loses = sys.argv.pop(1), sys.argv.pop(1)
+    begin([Path(said), Path(said)])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    numbers = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+    lose(loses, *numbers)
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise  # a function that torchrun calls, as it does here, has to return

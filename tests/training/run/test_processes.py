@@ -10,9 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import run
 
 from galore_torch.training.run import processes, records
 from galore_torch.training.run.folder import RunFolder
+from tests.forked import TRAINING, begin
+from tests.waiting import DEADLINE
 
 LAUNCHED = Path(__file__).with_name("launched.py")
 BAR = 1e-5  # float32: other sums of the same numbers
@@ -50,14 +53,43 @@ def test_what_several_processes_cannot_run_is_refused(world, given, in_processes
 # By torchrun ---------------------------------------------------------------------------------------------------------
 
 
-def launch(folder: Path, *given: str, world: int = 2, restarts: int = 0, loses: str | None = None) -> str:
-    """Run `galore pretrain` in so many processes, and return what it printed; an error if it failed."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", f"--max-restarts={restarts}"]
-    command = [sys.executable, "-m", *launcher, str(LAUNCHED), "pretrain", *given, "--out", str(folder)]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd()), "LOSES": loses or ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300 * (1 + restarts), check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+def launch(
+    folder: Path, *given: str, world: int = 2, restarts: int = 0, loses: str = "none", forks: bool = True
+) -> tuple[int, str]:
+    """Run `galore pretrain` in so many processes that torchrun starts.
+
+    Args:
+        folder: of the run.
+        *given: the command's other arguments.
+        world: how many processes.
+        restarts: how often they are started anew where one is lost.
+        loses: which is, as `launched.py` says.
+        forks: whether torchrun and the processes that it starts are forked, with all that they import; as a user
+            starts them otherwise.
+
+    Returns:
+        The exit status, and what was printed.
+    """
+    said = folder.with_name(f"{folder.name}.said")
+    said.unlink(missing_ok=True)
+    arguments = ["--standalone", f"--nproc-per-node={world}", f"--max-restarts={restarts}"]
+    command = [str(LAUNCHED), str(said), loses, "pretrain", *given, "--out", str(folder)]
+    if forks:
+        process = TRAINING.start(be_torchrun, [*arguments, "--run-path", "--start-method=forkserver", *command], said)
+        process.join(DEADLINE)
+        assert process.exitcode is not None, "the deadline has passed"
+        return process.exitcode, said.read_text(encoding="utf-8")
+    torchrun = Path(sys.executable).with_name("torchrun")
+    env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [torchrun, *arguments, *command], env=env, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    return done.returncode, said.read_text(encoding="utf-8") + done.stderr
+
+
+def be_torchrun(arguments: list[str], said: Path) -> None:
+    begin([said, said])
+    run.main(arguments)
 
 
 def losses(folder: Path) -> list[float]:
@@ -65,33 +97,50 @@ def losses(folder: Path) -> list[float]:
     return [record.get("loss", record.get("eval_loss")) for record in found]
 
 
+def ended(folder: Path, *given: str, **how: Any) -> str:
+    """What a run printed that ended well."""
+    status, printed = launch(folder, *given, **how)
+    assert status == 0, printed
+    return printed
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return tmp_path_factory.mktemp("settings") / "config.toml"
+def config(tiny, tmp_path_factory):
+    """The settings of the runs, in a file."""
+    path = tmp_path_factory.mktemp("settings") / "config.toml"
+    path.write_text(tiny(save_every=3, steps=8, batch=8, micro_batch=None).to_toml(), encoding="utf-8")
+    return str(path)
 
 
-@pytest.fixture
-def alone(tiny, tmp_path, config):
-    """The losses of one process, and the settings in a file."""
-    made = tiny(save_every=3, steps=8, batch=8, micro_batch=None)
-    config.write_text(made.to_toml(), encoding="utf-8")
-    launch(tmp_path / "alone", "--config", str(config), world=1)
-    return losses(tmp_path / "alone")
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    ended(folder, "--config", config, world=1)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, config, tmp_path, parallel):
-    printed = launch(tmp_path / "two", "--config", str(config), "--parallel", parallel)
-    assert losses(tmp_path / "two") == pytest.approx(alone, rel=BAR)
+    printed = ended(tmp_path / "two", "--config", config, "--parallel", parallel)
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=BAR)
     assert printed.count("perplexity") == 3  # of two evaluations and at the end, by the first process alone
     for rank in (0, 1):
         folder = tmp_path / f"lost-{rank}"
-        launch(folder, "--config", str(config), "--parallel", parallel, restarts=1, loses=f"{rank}:5")
-        assert losses(folder) == pytest.approx(alone, rel=BAR)
-        assert sorted(path.name for path in folder.iterdir()) == sorted(
-            path.name for path in (tmp_path / "two").iterdir()
-        )
+        ended(folder, "--config", config, "--parallel", parallel, restarts=1, loses=f"{rank}:5")
+        assert losses(folder) == pytest.approx(losses(alone), rel=BAR)
+        assert names(folder) == names(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_it_is_so_as_a_user_starts_it(alone, config, tmp_path):
+    ended(tmp_path / "lost", "--config", config, "--parallel", "fsdp", restarts=1, loses="1:5", forks=False)
+    assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
 
 
 @pytest.mark.slow
@@ -99,12 +148,10 @@ def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, confi
 def test_a_run_of_two_goes_on_in_one_and_again_in_two(alone, config, tmp_path, parallel):
     """Each step's batch is the same, in as many parts as there are processes."""
     folder = tmp_path / "two"
-    with pytest.raises(AssertionError):
-        launch(folder, "--config", str(config), "--parallel", parallel, loses="0:5")
-    with pytest.raises(AssertionError):
-        launch(folder, "--resume", world=1, loses="0:7")
-    launch(folder, "--resume")
-    assert losses(folder) == pytest.approx(alone, rel=BAR)
+    assert launch(folder, "--config", config, "--parallel", parallel, loses="0:5")[0] == 1
+    assert launch(folder, "--resume", world=1, loses="0:7")[0] == 1
+    ended(folder, "--resume")
+    assert losses(folder) == pytest.approx(losses(alone), rel=BAR)
 
 
 @pytest.mark.slow
@@ -112,5 +159,5 @@ def test_a_run_of_two_goes_on_in_one_and_again_in_two(alone, config, tmp_path, p
 def test_a_run_of_which_processes_are_killed_at_any_moment_ends_as_if_none_was(alone, config, tmp_path, parallel):
     """KILLS=20 has twenty of them."""
     kills = int(os.environ.get("KILLS", "2"))
-    launch(tmp_path / "lost", "--config", str(config), "--parallel", parallel, restarts=kills, loses=f"{kills}*{kills}")
-    assert losses(tmp_path / "lost") == pytest.approx(alone, rel=BAR)
+    ended(tmp_path / "lost", "--config", config, "--parallel", parallel, restarts=kills, loses=f"{kills}*{kills}")
+    assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
