@@ -3,6 +3,6 @@
 from galore_torch.memory.plan import MemoryPlan, plan
 from galore_torch.memory.recorder import KINDS, stored_bytes, stored_in
 from galore_torch.memory.rehearsal import Job
-from galore_torch.memory.sizes import parse_bytes, readable
+from galore_torch.units import parse_bytes, readable
 
 __all__ = ["KINDS", "Job", "MemoryPlan", "parse_bytes", "plan", "readable", "stored_bytes", "stored_in"]

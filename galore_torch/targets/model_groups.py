@@ -19,6 +19,7 @@ from galore_torch.optim.arguments import check_hyperparameters
 from galore_torch.optim.groups import check_group, is_projected, is_trainable, projection_in
 from galore_torch.targets.adapters import leave_out_adapters
 from galore_torch.targets.flattened import require_matrices
+from galore_torch.units import readable
 from galore_torch.values import is_number, plain
 
 
@@ -144,16 +145,8 @@ def summarize(groups: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'parameters':<20}{'tensors':>8}{'elements':>16}{'GaLore state':>14}{'AdamW state':>14}{'saved':>8}"]
     for kind, tensors, elements, ours, plain in rows:
         saved = f"{1 - ours / plain:.1%}" if plain else "-"
-        lines.append(f"{kind:<20}{tensors:>8}{elements:>16,}{_readable(ours):>14}{_readable(plain):>14}{saved:>8}")
+        lines.append(f"{kind:<20}{tensors:>8}{elements:>16,}{readable(ours):>14}{readable(plain):>14}{saved:>8}")
     return "\n".join(lines)
-
-
-def _readable(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if size >= 1024:
-            size, unit = size / 1024, larger
-    return f"{size:.1f} {unit}"
 
 
 def _print_left(model: nn.Module, suits: Suits, targets: Mapping[str, Tensor]) -> None:

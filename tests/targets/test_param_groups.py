@@ -261,7 +261,7 @@ def printed_bytes(text, row, column):
     """The number of bytes in a cell of the summary, and the most by which its rounding can be off."""
     cells = re.split(r"\s{2,}", next(line for line in text.splitlines() if line.startswith(row)))
     number, unit = cells[column].split()
-    factor = 1024 ** ("B", "KiB", "MiB", "GiB").index(unit)
+    factor = 1000 ** ("B", "kB", "MB", "GB").index(unit)
     return float(number) * factor, 0.051 * factor if factor > 1 else 0
 
 

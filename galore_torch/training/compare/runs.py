@@ -18,7 +18,7 @@ from galore_torch.training.run.command import explain
 from galore_torch.training.run.files import take_back, write_whole
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.signals import Stop
-from galore_torch.training.run.units import duration
+from galore_torch.units import duration
 
 _PREPARE_LOG = "prepare.log"
 
@@ -122,7 +122,7 @@ def _waiting(console: Console, folder: Path) -> Callable[[str], None]:
 
 def print_line(console: Console, line: str) -> None:
     """Print a line as it is, however long."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.out(line, highlight=False)
 
 
 def _log_of(folder: Path) -> Path:

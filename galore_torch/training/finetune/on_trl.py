@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run.base_model import load_base
-from galore_torch.training.run.units import sentence
 from galore_torch.training.text.rows import in_rows, missing_column
+from galore_torch.units import sentence
 
 
 class OnTRL:

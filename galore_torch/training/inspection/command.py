@@ -78,9 +78,10 @@ def inspect(
             require_empty(folder)
             with console.status("Loading Transformers"):
                 from galore_torch.training.inspection import jobs, report
-                from galore_torch.training.run.machine import ignore_accelerate, require_one_process
+                from galore_torch.training.run.machine import ignore_accelerate
+                from galore_torch.training.run.processes import require_one
                 from galore_torch.training.run.progress import quiet
-            require_one_process()
+            require_one()
             ignore_accelerate(console)
             quiet(console)
             if run is None:

@@ -20,7 +20,7 @@ from galore_torch.training.inspection.jobs import InspectedJob
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.job import Job, make_trainer
 from galore_torch.training.run.signals import stop_if_asked
-from galore_torch.training.run.units import megabytes
+from galore_torch.units import readable
 
 
 class GradientObserver(TrainerCallback):
@@ -48,7 +48,7 @@ class GradientObserver(TrainerCallback):
         kept = sum(4 * ages * one.side**2 * math.prod(one.shape[:-2]) for one in self.histories)
         self.announcement = (
             f"[bold]{escape(inspected.title)}[/]: {len(each)} weights, {snapshots.count} snapshots, one "
-            f"every {snapshots.every} steps; their bases take {megabytes(kept)}"
+            f"every {snapshots.every} steps; their bases take {readable(kept)}"
         )
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

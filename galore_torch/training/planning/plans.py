@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from galore_torch.memory import KINDS, MemoryPlan, plan, readable
+from galore_torch.memory import KINDS, MemoryPlan, plan
 from galore_torch.training.planning.subject import Subject
 from galore_torch.training.settings.methods import METHODS
+from galore_torch.units import readable
 
 MB, GB = 1e6, 1e9
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from galore_torch.memory import KINDS, MemoryPlan, readable
+from galore_torch.memory import KINDS, MemoryPlan
 from galore_torch.training.page.page import Page
 from galore_torch.training.planning.plans import GB, HEADINGS, LEGEND, MB, cells, notes
 from galore_torch.training.planning.subject import Subject
 from galore_torch.training.run.plots import COLORS, GRAY, new_axes
+from galore_torch.units import readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

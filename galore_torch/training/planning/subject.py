@@ -23,9 +23,9 @@ from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.base_model import recompute_activations
-from galore_torch.training.run.units import sentence
 from galore_torch.training.settings.methods import has_effect
 from galore_torch.training.settings.optimizer import MATRICES, is_projected
+from galore_torch.units import sentence
 
 _LIKE = "llama-60m"  # the preset whose recipe a model gets that is none
 _OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}

@@ -121,4 +121,4 @@ def prepare_only(settings: PretrainConfig, console: Console) -> None:
     schedule = settings.schedule
     text = prepare_text(settings.data, console, batch=schedule.batch, seed=schedule.seed, tokenizer=own)
     line = f"{settings.data.data} is ready: {amount(text, settings.data)}; cached in {cache_folder(settings.data)}"
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.out(line, highlight=False)

@@ -23,9 +23,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from galore_torch.lowbit import quantize_weights
 from galore_torch.training.pretrain.config import SIZES, PretrainConfig
 from galore_torch.training.run.base_model import load_base, recompute_activations
-from galore_torch.training.run.units import sentence
 from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text.tokenizer import entries
+from galore_torch.units import sentence
 
 
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> Any:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from galore_torch.training.run.manifest import MANIFEST, require_whole
-from galore_torch.training.run.units import sentence
+from galore_torch.units import sentence
 
 
 def load_tokenizer(config: Any) -> PreTrainedTokenizerBase:
@@ -71,7 +71,7 @@ def load_base(
     fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if fresh:
         line = f"Some weights of {config.model} are newly initialized, since it has none that fit: {_first(fresh)}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.out(line, highlight=False)
     require_finite("model", config.model, model)
     _fit(config, model, tokenizer, max_length)
     return model, tokenizer

@@ -18,7 +18,7 @@ from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.disk import failed_write
 from galore_torch.training.run.folder import OtherDataError, RunFolder
 from galore_torch.training.run.signals import exit_status, stoppable
-from galore_torch.training.run.units import duration, megabytes
+from galore_torch.units import duration, readable
 
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
@@ -149,7 +149,7 @@ def run_command(
             print(json_format.dumps(dataclasses.asdict(result)))
         elif not json:
             for line in _shown(result, name):
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                console.out(line, highlight=False)
         if not result.finished:
             raise typer.Exit(exit_status())
 
@@ -162,12 +162,12 @@ def _shown(result: RunResult, name: str) -> list[str]:
             f"  {name} --resume --out {result.out}",
         ]
     folder = RunFolder(Path(result.out))
-    planned = "" if result.planned_memory_bytes is None else f" (planned {megabytes(result.planned_memory_bytes)})"
+    planned = "" if result.planned_memory_bytes is None else f" (planned {readable(result.planned_memory_bytes)})"
     names = ("model", "metrics", "plot", "predictions", "events")
     files = {name: getattr(folder, name) for name in names}
     return [
-        f"{result.headline}  optimizer state {megabytes(result.state_bytes)}  "
-        f"peak memory {megabytes(result.peak_memory_bytes)}{planned}  {duration(result.seconds)} of training",
+        f"{result.headline}  optimizer state {readable(result.state_bytes)}  "
+        f"peak memory {readable(result.peak_memory_bytes)}{planned}  {duration(result.seconds)} of training",
         "  ".join(f"{what} {path}" for what, path in files.items() if path.exists()),
         *result.remarks,
     ]

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from galore_torch.training.run.units import megabytes
+from galore_torch.units import readable
 
 _FAILED_WRITES = frozenset(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO") if hasattr(errno, name)
@@ -59,6 +59,6 @@ def require_space(out: Path, needed: int, what: str) -> None:
     free = free_bytes(out)
     if free < needed:
         raise ValueError(
-            f"out = {str(out)!r} is on a disk with {megabytes(free)} free, and the run writes {megabytes(needed)}: "
+            f"out = {str(out)!r} is on a disk with {readable(free)} free, and the run writes {readable(needed)}: "
             f"{what}. Free some space, or choose another --out."
         )

@@ -1,4 +1,4 @@
-"""The machine that a run is on: what a run asks of it (one process, trackers), what it is, and the memory taken."""
+"""The machine that a run is on: what a run asks of it (trackers), what it is, and the memory taken."""
 
 from __future__ import annotations
 
@@ -16,13 +16,6 @@ _ACCELERATE = "ACCELERATE_"
 _OFF = ("", "0", "1", "no", "false")  # what a launcher of one process says of what is not asked for
 
 
-def require_one_process() -> None:
-    """Refuse a launcher of many processes with a ValueError."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ValueError(f"WORLD_SIZE = {processes}: a run is one process; start it without a launcher.")
-
-
 def ignore_accelerate(console: Console) -> None:
     """Take away what Accelerate would read from the environment, and say what of it asked for something.
 
@@ -32,7 +25,7 @@ def ignore_accelerate(console: Console) -> None:
     asking = [f"{name} = {value!r}" for name, value in found.items() if value.lower() not in _OFF]
     if asking:
         line = f"{', '.join(asking)} has no effect: all that decides a run is in its settings."
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.out(line, highlight=False)
 
 
 def trackers(report_to: str) -> list[str]:

@@ -8,9 +8,10 @@ from rich.console import Console
 from transformers import Trainer
 
 from galore_torch.memory import Job as Planned
-from galore_torch.memory import plan, readable
+from galore_torch.memory import plan
 from galore_torch.training.run import optimizers, processes
 from galore_torch.training.run.job import Job
+from galore_torch.units import readable
 
 _ROWS = 1000  # among which the longest are looked for
 
@@ -47,20 +48,14 @@ def planned_peak(job: Job, trainer: Trainer, console: Console) -> int | None:
             )
         )
     except Exception as error:  # of a model or a collator of any kind: a run does not fail for want of a plan
-        console.print(
-            f"The memory of this run cannot be planned: {error}", soft_wrap=True, highlight=False, markup=False
-        )
+        console.out(f"The memory of this run cannot be planned: {error}", highlight=False)
         return None
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     needed = found.peak_bytes - found.held["weights"]  # which are there already
     kinds = ", ".join(f"{readable(count)} {kind}" for kind, count in found.peak.items() if count)
-    console.print(f"planned peak memory {readable(found.peak_bytes)}: {kinds}", soft_wrap=True, highlight=False)
+    console.out(f"planned peak memory {readable(found.peak_bytes)}: {kinds}", highlight=False)
     if needed > free:
-        console.print(
-            f"[bold yellow]It needs {readable(needed)} more than there is now, and {readable(free)} are free.[/] "
-            "galore plan says which methods need less.",
-            soft_wrap=True,
-            highlight=False,
-        )
+        line = f"It needs {readable(needed)} more than there is now, and {readable(free)} are free."
+        console.out(f"{line} galore plan says which methods need less.", style="bold yellow", highlight=False)
     return needed + (torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss)

@@ -7,8 +7,10 @@ the same groups without the projection's keys, so that "matrices" and "others" m
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import galore_torch
 from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.optim.groups import projection_in
 from galore_torch.training.settings.optimizer import (
+    KINDS,
     MATRICES,
     OptimizerConfig,
     has_effect,
@@ -27,66 +30,6 @@ from galore_torch.training.settings.optimizer import (
 )
 
 Groups = list[dict[str, Any]]
-
-
-def _adam(config: OptimizerConfig) -> dict[str, Any]:
-    """What every Adam takes, by the names that torch, bitsandbytes and ours share."""
-    betas = (config.beta1, config.beta2)
-    return {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
-
-
-def _sgd(config: OptimizerConfig) -> dict[str, Any]:
-    return {"lr": config.lr, "momentum": config.beta1, "weight_decay": config.weight_decay}
-
-
-def _factored(config: OptimizerConfig) -> dict[str, Any]:
-    return {"lr": config.lr, "weight_decay": config.weight_decay, "scale_parameter": False, "relative_step": False}
-
-
-def _state_dtype(config: OptimizerConfig) -> dict[str, Any]:
-    return {} if config.state_dtype is None else {"state_dtype": getattr(torch, config.state_dtype)}
-
-
-def _few_bits(config: OptimizerConfig) -> dict[str, Any]:
-    # Said to the optimizer too, for its groups take a value that is GaLore's own default for one that nobody said.
-    return {"basis_bits": config.basis_bits, "cos_threshold": config.cos_threshold}
-
-
-def _muon(config: OptimizerConfig) -> dict[str, Any]:
-    # Said to the optimizer too, as its bits are to one of few bits.
-    names = ("scale", "residual", "residual_scale", "moments", "normalize")
-    return {name: config.group_keys[name] for name in names}
-
-
-def _adamw8bit(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
-    from bitsandbytes.optim.adamw import AdamW8bit
-
-    return AdamW8bit(groups, **_adam(config))  # type: ignore[no-untyped-call]
-
-
-def _adafactor(groups: Groups, config: OptimizerConfig, _seed: int) -> Optimizer:
-    from transformers import Adafactor
-
-    return Adafactor(groups, **_factored(config))  # type: ignore[no-untyped-call]
-
-
-_BUILDERS: dict[str, Callable[[Groups, OptimizerConfig, int], Optimizer]] = {
-    "galore-adamw": lambda g, c, seed: galore_torch.GaLoreAdamW(g, **_adam(c), **_state_dtype(c), seed=seed),
-    "galore-adamw8bit": lambda g, c, seed: galore_torch.GaLoreAdamW8bit(g, **_adam(c), seed=seed),
-    "qgalore-adamw8bit": lambda g, c, seed: galore_torch.QGaLoreAdamW8bit(g, **_adam(c), **_few_bits(c), seed=seed),
-    "galore-adafactor": lambda g, c, seed: galore_torch.GaLoreAdafactor(
-        g, **_factored(c), **_state_dtype(c), seed=seed
-    ),
-    "galore-muon": lambda g, c, seed: galore_torch.GaLoreMuon(
-        g, momentum=c.beta1, **_adam(c), **_muon(c), **_state_dtype(c), seed=seed
-    ),
-    "galore-sgd": lambda g, c, seed: galore_torch.GaLoreSGD(g, **_sgd(c), **_state_dtype(c), seed=seed),
-    "adamw": lambda g, c, _: torch.optim.AdamW(g, **_adam(c), fused=True),
-    "adamw8bit": _adamw8bit,
-    "adafactor": _adafactor,
-    "sgd": lambda g, c, _: torch.optim.SGD(g, **_sgd(c)),
-}
-"""What makes each optimizer from the parameter groups, the settings and the run's seed."""
 
 
 def build(
@@ -122,7 +65,28 @@ def build(
     with warnings.catch_warnings():
         if name != config.optim:
             warnings.filterwarnings("ignore", message="no parameter group has a `rank`")  # as is meant here
-        return _BUILDERS[name](_matrices_first(groups, config), config, seed)
+        make = pkgutil.resolve_name(KINDS[name].made_by)
+        return make(_matrices_first(groups, config), **_arguments(make, name, config, seed))  # type: ignore[no-any-return]
+
+
+def _arguments(make: Any, name: str, config: OptimizerConfig, seed: int) -> dict[str, Any]:
+    """What the settings say of the arguments that an optimizer has, by the names that all of them share."""
+    known = set(inspect.signature(make).parameters)
+    if not has_effect("eps", name):
+        known -= {"eps"}  # an Adafactor's is another
+    state_dtype = {} if config.state_dtype is None else {"state_dtype": getattr(torch, config.state_dtype)}
+    found = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "betas": (config.beta1, config.beta2),
+        "momentum": config.beta1,
+        "eps": config.eps,
+        "seed": seed,
+        **state_dtype,
+        # Of groups that have a key as GaLore does by default, an optimizer with a default of its own thinks it unsaid.
+        **config.group_keys,
+    }
+    return {key: value for key, value in found.items() if key in known} | dict(KINDS[name].arguments)
 
 
 def _matrices_first(groups: Groups, config: OptimizerConfig) -> Groups:

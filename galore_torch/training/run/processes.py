@@ -36,6 +36,12 @@ def was_restarted() -> bool:
     return count() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def require_one() -> None:
+    """Refuse a launcher of many processes with a ValueError."""
+    if count() > 1:
+        raise ValueError(f"WORLD_SIZE = {count()}: this job runs in one process; start it without a launcher.")
+
+
 def require_served(config: Any, *, in_processes: bool) -> int:
     """Check that a job can run in as many processes as there are.
 
@@ -54,7 +60,7 @@ def require_served(config: Any, *, in_processes: bool) -> int:
     if world == 1:
         return micro_batch
     if not in_processes:
-        raise ValueError(f"WORLD_SIZE = {world}: this job runs in one process; start it without a launcher.")
+        require_one()
     if config.adapter.adapter != "none":
         raise ValueError(f"adapter = {config.adapter.adapter!r} runs in one process; start it without a launcher.")
     if schedule.batch % (micro_batch * world):
@@ -140,20 +146,10 @@ class _Followed(RunFolder):
             setattr(self, name, elsewhere / path.name)
         self.checkpoints = _FollowedCheckpoints(self.checkpoints.root)
 
-    def hold(self, *, began: bool = False, made: bool = False) -> None:
-        """Nothing: the first process does."""
+    def _left(self, *_: Any, **__: Any) -> None:
+        """Nothing: the first process does it, and may have begun."""
 
-    def release(self) -> None:
-        """Nothing."""
-
-    def require_new(self) -> None:
-        """Nothing: the first process may have begun."""
-
-    def create(self, config: Any, digest: str) -> None:
-        """Nothing."""
-
-    def abandon(self) -> None:
-        """Nothing."""
+    hold = release = require_new = create = abandon = _left
 
 
 class _FollowedCheckpoints(Checkpoints):

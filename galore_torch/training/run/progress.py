@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from galore_torch.optim import state_bytes
 from galore_torch.training.run.callbacks import Recorder
-from galore_torch.training.run.units import duration, megabytes
+from galore_torch.units import duration, readable
 
 PLAIN_LINES = 20
 """How many lines show a run where there is no terminal."""
@@ -65,7 +65,7 @@ class StepProgress(TrainerCallback):
         text = f"loss {logs['loss']:.3f}"
         if recorder is not None:
             pace = f"{recorder.step[f'{recorder.unit}_per_second']:,.0f} {_PACES[recorder.unit]}"
-            state_size = megabytes(state_bytes(kwargs["optimizer"]))
+            state_size = readable(state_bytes(kwargs["optimizer"]))
             text += f"  lr {logs['learning_rate']:.1e}  {pace}  state {state_size}"
         self._bar.update(self._task, completed=step, description=text)
         total, left = self._steps or state.max_steps, self._bar.tasks[self._task].time_remaining

@@ -29,8 +29,8 @@ from galore_torch.training.run.memory import planned_peak
 from galore_torch.training.run.plots import plot_losses
 from galore_torch.training.run.progress import StepProgress, quiet
 from galore_torch.training.run.signals import deferred, was_asked
-from galore_torch.training.run.units import megabytes
 from galore_torch.training.settings.config import from_values
+from galore_torch.units import readable
 
 _NOT_RECORDED = ("out", "finished", "checkpoint")
 
@@ -289,7 +289,7 @@ def _record_changes(folder: RunFolder, before: Any, now: Any, checkpoint: Path |
     for name, value in changed.items():
         also = "; the learning rate goes on by the schedule of the new length" if name in ("steps", "epochs") else ""
         line = f"From step {step:,} on {name} = {value}, not {old[name]}{also}."
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.out(line, highlight=False)
 
 
 def _require_room(folder: RunFolder, job: Job, optimizer: torch.optim.Optimizer) -> None:
@@ -299,7 +299,7 @@ def _require_room(folder: RunFolder, job: Job, optimizer: torch.optim.Optimizer)
     checkpoint = weights + optimizers.least_state_bytes(optimizer, job.config.optimizer)
     there = len(folder.checkpoints.newest_first())
     needed = weights + max(1, KEPT + 1 - there) * checkpoint  # one more while it is written
-    what = f"checkpoints of {megabytes(checkpoint)} each and the model of {megabytes(weights)}"
+    what = f"checkpoints of {readable(checkpoint)} each and the model of {readable(weights)}"
     require_space(folder.root, needed, what)
 
 
@@ -318,5 +318,5 @@ def _newest_checkpoint(folder: RunFolder, console: Console) -> Path | None:
         if console.quiet:
             warnings.warn(line, stacklevel=4)  # at the call of resumed_run
         else:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            console.out(line, highlight=False)
     return found

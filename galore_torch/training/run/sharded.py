@@ -7,6 +7,7 @@ them, sharded or not.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +108,8 @@ class ShardedTraining(Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = self.optimizer
-        self.optimizer = _Saved(tree_map(_whole, optimizer.state_dict()))
+        state = tree_map(_whole, optimizer.state_dict())  # by all processes, of which one saves
+        self.optimizer = SimpleNamespace(state_dict=lambda: state)
         try:
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
@@ -119,16 +121,6 @@ class ShardedTraining(Base):
             for name, value in state.items():  # GaLore's are cut already, and those of other optimizers whole
                 if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == weight.shape:
                     state[name] = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
-
-
-class _Saved:
-    """An optimizer whose state has been put together."""
-
-    def __init__(self, state: Any) -> None:
-        self._state = state
-
-    def state_dict(self) -> Any:
-        return self._state
 
 
 def _whole(value: Any) -> Any:

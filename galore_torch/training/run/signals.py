@@ -108,7 +108,7 @@ def stoppable(left: Callable[[], str]) -> Iterator[None]:
             if not stopped or isinstance(error, typer.Exit):
                 raise
             with handled_by(signal.SIG_IGN):
-                Console(stderr=True).print(left(), highlight=False, soft_wrap=True, markup=False)
+                Console(stderr=True).out(left(), highlight=False)
             raise typer.Exit(exit_status()) from None
         finally:
             _Asked.now = False

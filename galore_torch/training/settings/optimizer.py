@@ -25,18 +25,22 @@ class Kind:
     """What a name that ``--optim`` takes stands for.
 
     Attributes:
+        made_by: its class, as `pkgutil.resolve_name` reads it: no library is imported before it is needed.
         projected: whether its groups carry the projection's keys.
         settings: those that have an effect on it, of those that have none on some.
         prunable: whether its state is plain numbers, one for each of the weight's, so that some can be set to zero.
         fixed_size: whether a learning rate alone says how far matrices move, so that rates of others do not suit it;
             of matrices it keeps one momentum.
+        arguments: of its class, that no setting has.
         defaults: settings by name that are its own where nobody says otherwise.
     """
 
+    made_by: str
     projected: bool
     settings: frozenset[str] = frozenset()
     prunable: bool = False
     fixed_size: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -44,33 +48,38 @@ _ADAM = frozenset({"beta1", "beta2", "eps"})
 _MOMENTUM = frozenset({"beta1"})
 _PROJECTED = frozenset(KEYS) | {"gradients", "grad_bits", "weight_bits", "weight_rounding"}
 _PROJECTED_DEFAULTS = {"gradients": "fused"}  # as `attach` has it
-_STATE = _PROJECTED | {"state_dtype"}
+_STATE = frozenset({"state_dtype"})
 
+
+def _galore(name: str, settings: frozenset[str], **other: Any) -> Kind:
+    own = {**_PROJECTED_DEFAULTS, **other.pop("defaults", {})}
+    return Kind(made_by=f"galore_torch:{name}", projected=True, settings=_PROJECTED | settings, defaults=own, **other)
+
+
+def _full_rank(name: str, settings: frozenset[str] = frozenset(), **other: Any) -> Kind:
+    return Kind(made_by=name, projected=False, settings=settings, **other)
+
+
+_UNSCALED = {"scale_parameter": False, "relative_step": False}  # an Adafactor by the learning rate alone
+_MUON = {
+    "gradients": "full",
+    "scale": 0.2,
+    "residual": "full",
+    "residual_scale": 10.0,
+    "moments": "rotate",
+    "normalize": "orthogonal",
+}
 KINDS: dict[str, Kind] = {
-    "galore-adamw": Kind(projected=True, settings=_ADAM | _STATE),
-    "galore-adamw8bit": Kind(projected=True, settings=_ADAM | _PROJECTED),
-    "qgalore-adamw8bit": Kind(
-        projected=True, settings=_ADAM | _PROJECTED, defaults={"basis_bits": 4, "cos_threshold": 0.4}
-    ),
-    "galore-adafactor": Kind(projected=True, settings=_STATE, defaults={"state_dtype": "float32"}),
-    "galore-muon": Kind(
-        projected=True,
-        settings=_ADAM | _STATE,
-        fixed_size=True,
-        defaults={
-            "gradients": "full",
-            "scale": 0.2,
-            "residual": "full",
-            "residual_scale": 10.0,
-            "moments": "rotate",
-            "normalize": "orthogonal",
-        },
-    ),
-    "galore-sgd": Kind(projected=True, settings=_MOMENTUM | _STATE),
-    "adamw": Kind(projected=False, settings=_ADAM, prunable=True),
-    "adamw8bit": Kind(projected=False, settings=_ADAM),
-    "adafactor": Kind(projected=False),
-    "sgd": Kind(projected=False, settings=_MOMENTUM, prunable=True),
+    "galore-adamw": _galore("GaLoreAdamW", _ADAM | _STATE),
+    "galore-adamw8bit": _galore("GaLoreAdamW8bit", _ADAM),
+    "qgalore-adamw8bit": _galore("QGaLoreAdamW8bit", _ADAM, defaults={"basis_bits": 4, "cos_threshold": 0.4}),
+    "galore-adafactor": _galore("GaLoreAdafactor", _STATE, arguments=_UNSCALED, defaults={"state_dtype": "float32"}),
+    "galore-muon": _galore("GaLoreMuon", _ADAM | _STATE, fixed_size=True, defaults=_MUON),
+    "galore-sgd": _galore("GaLoreSGD", _MOMENTUM | _STATE),
+    "adamw": _full_rank("torch.optim:AdamW", _ADAM, prunable=True, arguments={"fused": True}),
+    "adamw8bit": _full_rank("bitsandbytes.optim:AdamW8bit", _ADAM),
+    "adafactor": _full_rank("transformers:Adafactor", arguments=_UNSCALED),
+    "sgd": _full_rank("torch.optim:SGD", _MOMENTUM, prunable=True),
 }
 """Every optimizer by the name that ``--optim`` takes; `galore_torch.training.run.optimizers` builds them."""
 
@@ -115,8 +124,7 @@ def own_defaults(optim: str) -> Mapping[str, Any]:
     >>> own_defaults("qgalore-adamw8bit")["basis_bits"]
     4
     """
-    kind = KINDS.get(optim)
-    return {**(_PROJECTED_DEFAULTS if kind.projected else {}), **kind.defaults} if kind else {}
+    return KINDS[optim].defaults if optim in KINDS else {}
 
 
 @settings

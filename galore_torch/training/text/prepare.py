@@ -64,7 +64,7 @@ def prepare_text(
         with console.status("Reading the text"):
             corpus = sources.load(config, seed, cache, files)
         if files is not None:
-            console.print(_told(config, files, corpus), soft_wrap=True, highlight=False, markup=False)
+            console.out(_told(config, files, corpus), highlight=False)
         with console.status("Preparing the tokenizer"):
             tokenizer = tokenizer or tokenizer_for(corpus, config, cache)
         if tokenizer.eos_token_id is None:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeAlias
 import datasets
 
 from galore_torch.training.run.disk import raise_failed_write
-from galore_torch.training.run.units import sentence
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import LocalFiles, decode, local_files
 from galore_torch.training.text.tables import read_table
+from galore_torch.units import sentence
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
 """Rows with a column ``text``, one document each."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from galore_torch.training.run.units import sentence
 from galore_torch.training.text.caches import kept
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.sources import Corpus
+from galore_torch.units import sentence
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends every document; the one special token of a tokenizer trained here."""

@@ -1,8 +1,9 @@
-"""Sizes of memory as people write them: ``24GB``."""
+"""How bytes, seconds and errors are written for people, and read: ``24GB``."""
 
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -41,3 +42,18 @@ def readable(count: float) -> str:
         if size >= factor:
             return f"{count / factor:,.{digits}f} {unit}"
     return f"{count:.0f} B" if count else "0"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    Example:
+        >>> duration(3725.4)
+        '1:02:05'
+    """
+    return str(timedelta(seconds=round(seconds)))
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, ended by one full stop."""
+    return f"{str(error).strip().rstrip('.')}."
