@@ -155,8 +155,8 @@ def test_a_run_is_shown_as_plain_lines_and_its_folder_is_refused_afterwards(tiny
     out = str(tmp_path / "run")
     done = CliRunner().invoke(build_app(), [*tiny, "--steps", "6", "--out", out])
     assert done.exit_code == 0, done.output
-    assert re.search(r"step 1/6  loss \d\.\d+  lr \S+  [\d,]+ tok/s  state [\d.]+ MB\n", done.output)
-    assert re.search(r"step 6/6  loss .* MB  0:00:00 left\n", done.output)
+    assert re.search(r"step 1/6  loss \d\.\d+  lr \S+  [\d,]+ tok/s  state [\d.]+ [kMG]B\n", done.output)
+    assert re.search(r"step 6/6  loss .* [kMG]B  0:00:00 left\n", done.output)
     assert "perplexity" in done.output
     assert f"model {out}/model" in done.output.replace("\n", "")
     assert "\x1b" not in done.output

@@ -71,7 +71,7 @@ def planned() -> None:
 def _quickly_begun(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the plan of a run's memory where no test looks: it takes as long as to train a small model."""
     if "planned" not in request.fixturenames:
-        monkeypatch.setattr("galore_torch.training.run.run.planned_peak", lambda *_: None)
+        monkeypatch.setattr("galore_torch.training.run.machine.planned_peak", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

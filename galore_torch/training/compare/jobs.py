@@ -14,7 +14,7 @@ from galore_torch.training.finetune import presets as finetune_presets
 from galore_torch.training.pretrain import command as pretrain
 from galore_torch.training.pretrain import presets as pretrain_presets
 from galore_torch.training.run.records import Record
-from galore_torch.training.settings.configure import PresetTable
+from galore_torch.training.settings.config import PresetTable
 
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job

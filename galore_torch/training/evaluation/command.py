@@ -14,8 +14,8 @@ from galore_torch.training.finetune.presets import configure as configure_rows
 from galore_torch.training.pretrain.presets import CONTINUED
 from galore_torch.training.pretrain.presets import configure as configure_text
 from galore_torch.training.run.command import PANEL, Json, reported_errors
-from galore_torch.training.run.files import local_path, model_of_run
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.names import local_path, model_of_run
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import from_values, read_toml
 from galore_torch.training.settings.flags import given_settings

@@ -18,8 +18,8 @@ from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.run import records
 from galore_torch.training.run.base_model import load_base
+from galore_torch.training.run.callbacks import quiet
 from galore_torch.training.run.job import make_trainer
-from galore_torch.training.run.progress import quiet
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.prepare import cache_folder
 from galore_torch.training.text.rows import missing_column

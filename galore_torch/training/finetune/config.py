@@ -3,8 +3,7 @@
 from typing import ClassVar, Literal
 
 from galore_torch.training.finetune.tasks import ARITHMETIC, GLUE, ON_TRL, TaskName
-from galore_torch.training.run.files import model_of_run
-from galore_torch.training.run.there import require_model, require_on_hub
+from galore_torch.training.run.names import model_of_run, require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES

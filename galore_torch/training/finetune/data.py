@@ -16,7 +16,7 @@ from galore_torch.training.finetune.config import RowsConfig
 from galore_torch.training.finetune.forms import arithmetic, in_columns
 from galore_torch.training.finetune.tasks import ARITHMETIC, GLUE
 from galore_torch.training.run.disk import raise_failed_write
-from galore_torch.training.run.files import local_path
+from galore_torch.training.run.names import local_path
 from galore_torch.training.text.rows import in_rows, is_hub_name, missing_column, require_rows
 from galore_torch.training.text.tables import read_table
 from galore_torch.units import sentence

@@ -6,7 +6,7 @@ from typing import Any
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.tasks import GLUE, ON_TRL
-from galore_torch.training.settings.configure import FULL_RANK, PROJECTED, PresetTable
+from galore_torch.training.settings.config import FULL_RANK, PROJECTED, PresetTable
 
 _ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
 _CAUSAL = {"rank": 64, "scale": 1.0, "epochs": 1.0, "batch": 8, "max_length": 512, "warmup": 0.1}
@@ -61,7 +61,7 @@ PRESET_TABLE = PresetTable(
 def configure(
     preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
 ) -> FinetuneConfig:
-    """The configuration of a fine-tuning; see `galore_torch.training.settings.configure.PresetTable.configure`.
+    """The configuration of a fine-tuning; see `galore_torch.training.settings.config.PresetTable.configure`.
 
     >>> config = configure(task="cola", method="lora")
     >>> config.schedule.batch, config.optimizer.lr, config.adapter.adapter_rank

@@ -78,9 +78,9 @@ def inspect(
             require_empty(folder)
             with console.status("Loading Transformers"):
                 from galore_torch.training.inspection import jobs, report
+                from galore_torch.training.run.callbacks import quiet
                 from galore_torch.training.run.machine import ignore_accelerate
                 from galore_torch.training.run.processes import require_one
-                from galore_torch.training.run.progress import quiet
             require_one()
             ignore_accelerate(console)
             quiet(console)
@@ -127,7 +127,7 @@ def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) 
     """Make the steps. An error on the way is a fault of ours, not of what was asked for: it has its traceback."""
     from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
     from galore_torch.training.inspection.result import figures
-    from galore_torch.training.run.progress import StepProgress
+    from galore_torch.training.run.callbacks import StepProgress
 
     progress = StepProgress(console, steps=config.snapshots.last)
     with tempfile.TemporaryDirectory(prefix="galore-inspect-") as scratch:

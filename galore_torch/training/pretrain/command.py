@@ -114,7 +114,7 @@ def prepare_only(settings: PretrainConfig, console: Console) -> None:
     """Read, tokenize and cache the text, and say where it is."""
     with console.status("Loading Transformers"):
         from galore_torch.training.run.base_model import load_tokenizer
-        from galore_torch.training.run.progress import quiet
+        from galore_torch.training.run.callbacks import quiet
         from galore_torch.training.text.prepare import amount, cache_folder, prepare_text
     quiet(console)
     own = None if settings.model.model is None else load_tokenizer(settings.model)

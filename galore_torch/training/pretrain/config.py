@@ -2,8 +2,7 @@
 
 from typing import ClassVar
 
-from galore_torch.training.run.files import model_of_run
-from galore_torch.training.run.there import require_model
+from galore_torch.training.run.names import model_of_run, require_model
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, Parallel, require_defaults, setting, settings
 from galore_torch.training.text.config import DataConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.training.pretrain.config import SIZES, PretrainConfig
-from galore_torch.training.settings.configure import FULL_RANK, PROJECTED, PresetTable, what_trains
+from galore_torch.training.settings.config import FULL_RANK, PROJECTED, PresetTable, what_trains
 
 DEFAULT_PRESET = "llama-tiny"
 CONTINUED = "continued"
@@ -112,7 +112,7 @@ PRESET_TABLE = PresetTable(
 def configure(
     preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
 ) -> PretrainConfig:
-    """The configuration of a pre-training; see `galore_torch.training.settings.configure.PresetTable.configure`.
+    """The configuration of a pre-training; see `galore_torch.training.settings.config.PresetTable.configure`.
 
     >>> configure("llama-60m", steps=500).optimizer.lr
     0.01

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from galore_torch.training.run.manifest import MANIFEST, require_whole
+from galore_torch.training.run.files import MANIFEST, require_whole
 from galore_torch.units import sentence
 
 

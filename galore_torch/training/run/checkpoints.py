@@ -18,8 +18,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from galore_torch.training.run.files import sync
-from galore_torch.training.run.manifest import damage, write_manifest
+from galore_torch.training.run.files import damage, sync, write_manifest
 
 KEPT = 2
 """Checkpoints that a run keeps: the newest, and the one before it in case that the newest gets damaged."""

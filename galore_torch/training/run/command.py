@@ -133,15 +133,15 @@ def run_command(
                 resume = processes.was_restarted() and RunFolder(found).config.exists()
                 if not resume:
                     processes.run_folder(found).require_new()
-            folder = RunFolder(found)
+            folder = processes.run_folder(found)
             with console.status("Loading Transformers"):
                 from galore_torch.training.run.run import new_run, resumed_run
 
                 job = load()
             run = (
-                resumed_run(job, found, console=console, changes=changes)
+                resumed_run(job, folder, console=console, changes=changes)
                 if resume
-                else new_run(job, settings, found, console=console)
+                else new_run(job, settings, folder, console=console)
             )
         with reported_errors(name, lambda: _failed(run.folder, name)):
             result: RunResult = run.train()

@@ -1,7 +1,12 @@
-"""Files that are there whole or not at all, whatever stops the process that writes them, and one process at a time."""
+"""Files that are there whole or not at all, whatever stops the process that writes them, and one process at a time.
+
+``manifest.json`` has size and SHA-256 of each file of a folder, by which later damage is told from what was written.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import socket
@@ -12,6 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+MANIFEST = "manifest.json"
+
+_CHUNK = 1 << 20  # bytes
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -37,41 +46,6 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def local_path(field: str, name: str) -> Path:
-    """The path that a setting names: as it stands if that exists, else with ``~`` as the home folder.
-
-    A ValueError says that no path can have that name.
-    """
-    path = Path(name)
-    try:
-        return path if path.exists() else path.expanduser()
-    except RuntimeError:  # nobody has such a home
-        return path
-    except OSError as error:  # too long, for example
-        raise ValueError(f"{field} = {name[:80]!r} cannot be a path: {error.strerror}; give another.") from error
-
-
-def is_written_as_path(name: str) -> bool:
-    """Whether a name can only be meant as a path: no name on the Hub begins like that."""
-    return name.startswith((".", "/", "~"))
-
-
-def model_of_run(field: str, name: str) -> str:
-    """The folder of the finished model, where a setting names the folder of a run; else the name as it is.
-
-    A ValueError says that the run has none yet.
-    """
-    run = local_path(field, name)
-    if not (run / "config.toml").is_file():
-        return name
-    if not (run / "model" / "config.json").is_file():
-        raise ValueError(
-            f"{field} = {name!r} is a run that has no finished model yet; finish it with --resume --out {name}, or "
-            "give the folder of one of its checkpoints."
-        )
-    return str(run / "model")
 
 
 def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
@@ -101,6 +75,75 @@ def write_folder(files: Mapping[str, bytes], out: Path) -> None:
         os.replace(unfinished, out)  # noqa: PTH105 - onto an empty folder, too
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write down size and digest of each file of a folder."""
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest_of_file(folder / name)}
+        for name in sorted(files_in(folder))
+    }
+    write_whole(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def files_in(folder: Path) -> set[str]:
+    """All files by their names from the folder on, but locks and the manifest."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
+def listed(folder: Path) -> set[str]:
+    """The files that the manifest names; an OSError or a ValueError says that there is none that can be read."""
+    return {name for name, _, _ in _entries(folder)}
+
+
+def _entries(folder: Path) -> list[tuple[str, int, str]]:
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return [(str(name), int(each["bytes"]), str(each["sha256"])) for name, each in files.items()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is not a manifest") from error
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the first file that is not as the manifest says; None if all is as it was written."""
+    try:
+        known = _entries(folder)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    for name, size, digest in known:
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+            if digest_of_file(path) != digest:
+                return f"{name} is not as it was written: its SHA-256 has changed"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:  # the second: no name of a file
+            return f"{name!r} cannot be read ({error})"
+    return None
+
+
+def require_whole(field: str, name: str, folder: Path) -> None:
+    """Refuse, with a ValueError, a folder that is not as its manifest says, which a setting has named."""
+    wrong = damage(folder)
+    if wrong is not None:
+        raise ValueError(
+            f"{field} = {name!r}: {folder} is damaged: {wrong}. Restore it from a copy; if you have changed it "
+            f"yourself, remove {folder / MANIFEST}."
+        )
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of what is in a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class Lock:

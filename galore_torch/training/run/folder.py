@@ -29,12 +29,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
-from galore_torch.training.run.files import Lock, being_written, take_back, write_whole
-from galore_torch.training.run.manifest import require_whole
+from galore_torch.training.run.files import Lock, being_written, require_whole, take_back, write_whole
 from galore_torch.training.run.signals import deferred
 
 CHANGEABLE = ("steps", "epochs", "eval_every", "save_every", "micro_batch", "gradient_checkpointing", "report_to")
@@ -45,17 +44,12 @@ class OtherDataError(ValueError):
     """What a resumed run is to be trained on is not what it was trained on until now."""
 
 
-class _Hold(NamedTuple):
-    lock: Lock
-    began: bool  # the run was begun by this process
-    made: bool  # the folder was
-
-
-_holds: dict[Path, _Hold] = {}  # of each folder that this process works in, or has worked in
-
-
 class RunFolder:
-    """The paths of a run, below ``root``, as the module describes them."""
+    """The paths of a run, below ``root``, as the module describes them.
+
+    Attributes:
+        was_begun_here: whether the run was begun by this object.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -70,37 +64,27 @@ class RunFolder:
         self.plot = root / "loss.png"
         self.events = root / "events"
         self._lock = Lock(root / "run.lock")
-
-    @property
-    def _hold(self) -> _Hold | None:
-        return _holds.get(self.root.resolve())
+        self.was_begun_here = self._made = False
 
     def hold(self, *, began: bool = False, made: bool = False) -> None:
-        """Take the folder for this process alone, or refuse one in which another process or run is at work.
+        """Take the folder for this object alone, or refuse one in which another process or run is at work.
 
-        It is held until `release` or the end of the process, which may take back what it ``began`` and ``made``.
+        It is held until `release` or the end of the process; `abandon` takes back what it ``began`` and ``made``.
         """
-        hold = self._hold
-        if (hold is not None and hold.lock.is_held) or not self._lock.acquire():
+        if self._lock.is_held or not self._lock.acquire():
             holder = self._lock.holder()
             raise self._refused(f"is in use by {holder}; wait for its end, or choose another --out.")
-        _holds[self.root.resolve()] = _Hold(self._lock, began, made)
+        self.was_begun_here, self._made = began, made
 
     def release(self) -> None:
         """Let others work in it."""
-        if self._hold is not None:
-            self._hold.lock.release()
+        self._lock.release()
 
     def wait_until_free(self, waiting: Callable[[str], None]) -> None:
         """Wait for whoever works in it; ``waiting`` is called with the holder before a wait."""
         if self.root.is_dir():
             self._lock.acquire(waiting=waiting)
             self._lock.release()
-
-    @property
-    def was_begun_here(self) -> bool:
-        """Whether this process has begun the run."""
-        return self._hold is not None and self._hold.began
 
     def require_new(self) -> None:
         """Refuse a folder that already holds something, other than a start that was killed leaves."""
@@ -136,19 +120,18 @@ class RunFolder:
                 raise
 
     def abandon(self) -> None:
-        """Take back what this process has made of a run that it began, unless there is a checkpoint; let others work.
+        """Take back what this object has made of a run that it began, unless there is a checkpoint; let others work.
 
         What others have put into the folder stays.
         """
-        hold = self._hold
-        if hold is None or not hold.lock.is_held:
+        if not self._lock.is_held:
             return
-        unsaved = hold.began and self.checkpoints.newest() is None
+        unsaved = self.was_begun_here and self.checkpoints.newest() is None
         if unsaved:
             self.checkpoints.clear()
             take_back([self.config, self.text, self.changes, self.metrics, self.subspaces], [self.checkpoints.root])
-        hold.lock.release(remove=unsaved)
-        if unsaved and hold.made:
+        self._lock.release(remove=unsaved)
+        if unsaved and self._made:
             take_back([], [self.root])
 
     @contextmanager

@@ -127,8 +127,10 @@ def require_same_text(digest: str) -> None:
         raise ValueError("the processes have read different data; give all of them the same files.")
 
 
-def run_folder(root: Path) -> RunFolder:
-    """The run folder as this process uses it."""
+def run_folder(root: Path | RunFolder) -> RunFolder:
+    """The run folder as this process uses it; one that was made by this stays as it is."""
+    if isinstance(root, RunFolder):
+        return root
     return RunFolder(root) if is_first() else _Followed(root)
 
 

@@ -18,16 +18,20 @@ from galore_torch.optim import state_bytes
 from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
 from galore_torch.training.run import machine, optimizers, processes, records, sharded
-from galore_torch.training.run.callbacks import EndAfterLastStep, NoStepLeftError, Recorder, SaveOnSignal
+from galore_torch.training.run.callbacks import (
+    EndAfterLastStep,
+    NoStepLeftError,
+    Recorder,
+    SaveOnSignal,
+    StepProgress,
+    quiet,
+)
 from galore_torch.training.run.checkpoints import KEPT, step_of, stream_digest
 from galore_torch.training.run.disk import require_space
-from galore_torch.training.run.files import sync
+from galore_torch.training.run.files import sync, write_manifest
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job, make_trainer
-from galore_torch.training.run.manifest import write_manifest
-from galore_torch.training.run.memory import planned_peak
 from galore_torch.training.run.plots import plot_losses
-from galore_torch.training.run.progress import StepProgress, quiet
 from galore_torch.training.run.signals import deferred, was_asked
 from galore_torch.training.settings.config import from_values
 from galore_torch.units import readable
@@ -122,7 +126,7 @@ class Run:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(folder.events)  # else they lie, and go, with a checkpoint that is written
         processes.require_same_text(job.digest)
-        self._planned = planned_peak(job, self.trainer, console)
+        self._planned = machine.planned_peak(job, self.trainer, console)
         if before is not None and processes.is_first():
             _record_changes(folder, before, config, self.checkpoint, console)
 
@@ -208,7 +212,12 @@ class Run:
 
 
 def new_run(
-    job: type[Job], config: Any, out: Path, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
+    job: type[Job],
+    config: Any,
+    out: Path | RunFolder,
+    *,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Prepare a run in a new folder.
 
@@ -233,7 +242,7 @@ def new_run(
 
 def resumed_run(
     job: type[Job],
-    out: Path,
+    out: Path | RunFolder,
     *,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),

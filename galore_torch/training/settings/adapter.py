@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-from galore_torch.training.settings.fields import field_names, require_defaults, setting, settings
+from galore_torch.training.settings.fields import require_defaults, setting, settings
 
 Adapter = Literal["none", "low-rank", "lora", "relora"]
 
@@ -39,22 +39,17 @@ class AdapterConfig:
     )
 
     def __post_init__(self) -> None:
-        needs = {
-            name: "adapter = "
-            + " or ".join(repr(adapter) for adapter in get_args(Adapter) if has_effect(name, adapter))
-            for name in field_names(AdapterConfig)
-            if not has_effect(name, self.adapter)
-        }
+        idle = {name: adapters for name, adapters in _ADAPTERS_WITH.items() if self.adapter not in adapters}
+        needs = {name: f"adapter = {' or '.join(map(repr, adapters))}" for name, adapters in idle.items()}
         require_defaults(self, f"adapter = {self.adapter!r}", needs)
 
 
-_LORA = {"adapter", "adapter_rank", "adapter_alpha", "adapter_dropout"}
-_EFFECTIVE: dict[str, set[str]] = {
-    "none": {"adapter"},
-    "low-rank": {"adapter", "adapter_rank"},
-    "lora": _LORA,
-    "relora": _LORA | {"restart_every", "restart_warmup", "restart_prune"},
+_ADAPTERS_WITH: dict[str, tuple[str, ...]] = {
+    "adapter_rank": ("low-rank", "lora", "relora"),
+    **dict.fromkeys(("adapter_alpha", "adapter_dropout"), ("lora", "relora")),
+    **dict.fromkeys(("restart_every", "restart_warmup", "restart_prune"), ("relora",)),
 }
+"""What each setting has an effect with, if not with every adapter."""
 
 
 def has_effect(name: str, adapter: str) -> bool:
@@ -63,7 +58,7 @@ def has_effect(name: str, adapter: str) -> bool:
     >>> has_effect("adapter_rank", "low-rank"), has_effect("adapter_alpha", "low-rank")
     (True, False)
     """
-    return name in _EFFECTIVE[adapter]
+    return name not in _ADAPTERS_WITH or adapter in _ADAPTERS_WITH[name]
 
 
 def resolved(config: AdapterConfig, *, rank: int, steps: int) -> AdapterConfig:

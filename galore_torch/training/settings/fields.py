@@ -112,11 +112,6 @@ def field_names(*kinds: type) -> list[str]:
     return [field.name for kind in kinds for field in dataclasses.fields(kind)]
 
 
-def defaults_of(kind: type) -> dict[str, Any]:
-    """The settings' own defaults by name."""
-    return {name: field.default for name, field in kind.__pydantic_fields__.items()}  # type: ignore[attr-defined]
-
-
 def require_defaults(config: Any, condition: str, needs: Mapping[str, str]) -> None:
     """Refuse settings of a section that are not as by default though they have no effect.
 
@@ -128,10 +123,9 @@ def require_defaults(config: Any, condition: str, needs: Mapping[str, str]) -> N
     Raises:
         ValueError: with the setting, its value and the remedy.
     """
-    defaults = defaults_of(type(config))
     for name, need in needs.items():
         value = getattr(config, name)
-        if value != defaults[name]:
+        if value != config.__pydantic_fields__[name].default:
             raise ValueError(f"{name} = {value!r} has no effect with {condition}; leave it out, or choose {need}.")
 
 

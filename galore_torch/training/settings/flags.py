@@ -57,20 +57,13 @@ def _flags(section: str, config: Any, name: str, presets: Presets, help_preset: 
     """A setting's flag; that of a boolean has another one that says no, in a row of its own: names may be long."""
     kind = plain_type(typing.get_type_hints(config)[name])
     flag, field = name.replace("_", "-"), config.__pydantic_fields__[name]
-    help = field.description + _default(name, field, presets, help_preset)
-    flags = [_parameter(section, name, f"--{flag}", kind, help)]
-    return flags + (
-        [_parameter(section, _NO + name, f"--no-{flag}", kind, f"Turns --{flag} off.")] if kind is bool else []
-    )
-
-
-def _parameter(section: str, name: str, flag: str, kind: type, help: str) -> inspect.Parameter:
-    option = typer.Option(
-        flag, help=help, rich_help_panel=section.capitalize(), show_default=False, metavar=_METAVARS[kind]
-    )
+    rows = [(name, f"--{flag}", field.description + _default(name, field, presets, help_preset))]
+    rows += [(_NO + name, f"--no-{flag}", f"Turns --{flag} off.")] if kind is bool else []
+    shown: dict[str, Any] = {"rich_help_panel": section.capitalize(), "show_default": False, "metavar": _METAVARS[kind]}
     # One of these types or None: typer reads it, no type checker does.
-    annotation: Any = Annotated[kind | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    options: Any = [(name, Annotated[kind | None, typer.Option(flag, help=help, **shown)]) for name, flag, help in rows]
+    only = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(name, only, default=None, annotation=annotation) for name, annotation in options]
 
 
 def _default(name: str, field: Any, presets: Presets, preset: str) -> str:

@@ -9,67 +9,52 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from galore_torch.training.settings import adapter as of_adapter
 from galore_torch.training.settings import optimizer as of_optimizer
-from galore_torch.training.settings.adapter import AdapterConfig
+from galore_torch.training.settings.adapter import Adapter, AdapterConfig
 from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.optimizer import OptimizerConfig, own_defaults
 
 # Said by every method, for a file may say otherwise.
 _AS_USUAL: dict[str, Any] = {"adapter": "none", "gradients": "full", "update": "step", "weight_bits": 16}
-_PER_LAYER: dict[str, Any] = {**_AS_USUAL, "update": "backward", "max_grad_norm": 0.0}  # nothing is left to clip
 
-
-def _galore(name: str) -> dict[str, Any]:
-    return {"optim": name, **own_defaults(name)}
-
-
-_FEW_BITS: dict[str, Any] = {**_galore("qgalore-adamw8bit"), "weight_bits": 8}
+# Of each the optimizer, whose own defaults it has; what it is, in a line, and where it comes from.
+_AT_THE_STEP = {
+    "full": ("adamw", "every weight by AdamW (GaLore, arXiv 2403.03507, table 2)"),
+    "adam8bit": ("adamw8bit", "full, with AdamW's state in 8 bits (arXiv 2403.03507, table 3; 2110.02861)"),
+    "adafactor": ("adafactor", "full, by Adafactor (arXiv 2403.03507, figure 3; 1804.04235)"),
+    "low-rank": ("adamw", "matrices W = B A of low rank, by AdamW (arXiv 2403.03507, table 2)"),
+    "lora": ("adamw", "frozen matrices plus trained B A (arXiv 2106.09685; 2403.03507, table 2)"),
+    "relora": ("adamw", "lora that is merged and begun again (arXiv 2307.05695; 2403.03507, table 2)"),
+    "galore": ("galore-adamw", "every weight by AdamW, in subspaces of low rank (arXiv 2403.03507, table 2)"),
+    "galore-8bit": ("galore-adamw8bit", "galore, with its state in 8 bits (arXiv 2403.03507, table 3)"),
+    "galore-adafactor": ("galore-adafactor", "galore, by Adafactor (arXiv 2403.03507, figure 3)"),
+    "galore-muon": ("galore-muon", "galore with one momentum, orthogonalized with the whole gradient (docs: study)"),
+    "qgalore": ("qgalore-adamw8bit", "galore-8bit with INT8 weights, INT4 bases and lazy renewal (arXiv 2407.08296)"),
+}
+_FURTHER = {name: {"adapter": name} for name in get_args(Adapter)} | {"qgalore": {"weight_bits": 8}}
+# Which are also done inside the backward, and where that comes from.
+_PER_LAYER = dict.fromkeys(("full", "adam8bit", "galore", "galore-8bit", "qgalore"), "")
+_PER_LAYER |= {"full": " (arXiv 2306.09782)", "galore": " (arXiv 2403.03507, section 4.3)"}
 
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {**_AS_USUAL, "optim": "adamw"},
-    "adam8bit": {**_AS_USUAL, "optim": "adamw8bit"},
-    "adafactor": {**_AS_USUAL, "optim": "adafactor"},
-    "low-rank": {**_AS_USUAL, "optim": "adamw", "adapter": "low-rank"},
-    "lora": {**_AS_USUAL, "optim": "adamw", "adapter": "lora"},
-    "relora": {**_AS_USUAL, "optim": "adamw", "adapter": "relora"},
-    "galore": {**_AS_USUAL, **_galore("galore-adamw")},
-    "galore-8bit": {**_AS_USUAL, **_galore("galore-adamw8bit")},
-    "galore-adafactor": {**_AS_USUAL, **_galore("galore-adafactor")},
-    "galore-muon": {**_AS_USUAL, **_galore("galore-muon")},
-    "qgalore": {**_AS_USUAL, **_FEW_BITS},
-    "full-per-layer": {**_PER_LAYER, "optim": "adamw"},
-    "adam8bit-per-layer": {**_PER_LAYER, "optim": "adamw8bit"},
-    "galore-per-layer": {**_PER_LAYER, **_galore("galore-adamw")},
-    "galore-8bit-per-layer": {**_PER_LAYER, **_galore("galore-adamw8bit")},
-    "qgalore-per-layer": {**_PER_LAYER, **_FEW_BITS},
+    name: {**_AS_USUAL, "optim": optim, **own_defaults(optim), **_FURTHER.get(name, {})}
+    for name, (optim, _) in _AT_THE_STEP.items()
 }
 """Settings of each method by its name."""
 
+HELP: dict[str, str] = {name: line for name, (_, line) in _AT_THE_STEP.items()}
+"""What each method is, in a line, and where it comes from."""
+
+for _name, _source in _PER_LAYER.items():
+    # Nothing is left to clip.
+    METHODS[f"{_name}-per-layer"] = {**METHODS[_name], "update": "backward", "max_grad_norm": 0.0}
+    HELP[f"{_name}-per-layer"] = f"{_name}, each weight moved inside the backward{_source}"
+
 TUNING = tuple(name for name, settings in METHODS.items() if settings["adapter"] != "low-rank")
 """Those that keep what a model has learnt, so that it can be fine-tuned by them."""
-
-HELP: dict[str, str] = {
-    "full": "every weight by AdamW (GaLore, arXiv 2403.03507, table 2)",
-    "adam8bit": "full, with AdamW's state in 8 bits (arXiv 2403.03507, table 3; 2110.02861)",
-    "adafactor": "full, by Adafactor (arXiv 2403.03507, figure 3; 1804.04235)",
-    "low-rank": "matrices W = B A of low rank, by AdamW (arXiv 2403.03507, table 2)",
-    "lora": "frozen matrices plus trained B A (arXiv 2106.09685; 2403.03507, table 2)",
-    "relora": "lora that is merged and begun again (arXiv 2307.05695; 2403.03507, table 2)",
-    "galore": "every weight by AdamW, in subspaces of low rank (arXiv 2403.03507, table 2)",
-    "galore-8bit": "galore, with its state in 8 bits (arXiv 2403.03507, table 3)",
-    "galore-adafactor": "galore, by Adafactor (arXiv 2403.03507, figure 3)",
-    "galore-muon": "galore with one momentum, orthogonalized with the whole gradient (docs: study)",
-    "qgalore": "galore-8bit with INT8 weights, INT4 bases and lazy renewal (arXiv 2407.08296)",
-    "full-per-layer": "full, each weight moved inside the backward (arXiv 2306.09782)",
-    "adam8bit-per-layer": "adam8bit, each weight moved inside the backward",
-    "galore-per-layer": "galore, each weight moved inside the backward (arXiv 2403.03507, section 4.3)",
-    "galore-8bit-per-layer": "galore-8bit, each weight moved inside the backward",
-    "qgalore-per-layer": "qgalore, each weight moved inside the backward",
-}
-"""What each method is, in a line, and where it comes from."""
 
 
 def method_settings(method: str | None) -> dict[str, Any]:

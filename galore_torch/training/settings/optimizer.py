@@ -20,47 +20,37 @@ MATRICES = r".+\.\d+\..+"
 they are called. By the rules of `galore_torch.param_groups`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Kind:
     """What a name that ``--optim`` takes stands for.
 
     Attributes:
         made_by: its class, as `pkgutil.resolve_name` reads it: no library is imported before it is needed.
-        projected: whether its groups carry the projection's keys.
-        settings: those that have an effect on it, of those that have none on some.
+        settings: those that have an effect on it, of those that have none on some; beside the projection's.
+        arguments: of its class, that no setting has.
         prunable: whether its state is plain numbers, one for each of the weight's, so that some can be set to zero.
         fixed_size: whether a learning rate alone says how far matrices move, so that rates of others do not suit it;
             of matrices it keeps one momentum.
-        arguments: of its class, that no setting has.
         defaults: settings by name that are its own where nobody says otherwise.
     """
 
     made_by: str
-    projected: bool
     settings: frozenset[str] = frozenset()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     prunable: bool = False
     fixed_size: bool = False
-    arguments: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def projected(self) -> bool:
+        """Whether its groups carry the projection's keys."""
+        return self.made_by.startswith("galore_torch:")
 
-_ADAM = frozenset({"beta1", "beta2", "eps"})
-_MOMENTUM = frozenset({"beta1"})
+
+_MOMENTUM, _ADAM, _STATE = frozenset({"beta1"}), frozenset({"beta1", "beta2", "eps"}), frozenset({"state_dtype"})
 _PROJECTED = frozenset(KEYS) | {"gradients", "grad_bits", "weight_bits", "weight_rounding"}
 _PROJECTED_DEFAULTS = {"gradients": "fused"}  # as `attach` has it
-_STATE = frozenset({"state_dtype"})
-
-
-def _galore(name: str, settings: frozenset[str], **other: Any) -> Kind:
-    own = {**_PROJECTED_DEFAULTS, **other.pop("defaults", {})}
-    return Kind(made_by=f"galore_torch:{name}", projected=True, settings=_PROJECTED | settings, defaults=own, **other)
-
-
-def _full_rank(name: str, settings: frozenset[str] = frozenset(), **other: Any) -> Kind:
-    return Kind(made_by=name, projected=False, settings=settings, **other)
-
-
-_UNSCALED = {"scale_parameter": False, "relative_step": False}  # an Adafactor by the learning rate alone
+_FEW_BITS = {"basis_bits": 4, "cos_threshold": 0.4}
 _MUON = {
     "gradients": "full",
     "scale": 0.2,
@@ -69,21 +59,23 @@ _MUON = {
     "moments": "rotate",
     "normalize": "orthogonal",
 }
+_UNSCALED = {"scale_parameter": False, "relative_step": False}  # an Adafactor by the learning rate alone
+
 KINDS: dict[str, Kind] = {
-    "galore-adamw": _galore("GaLoreAdamW", _ADAM | _STATE),
-    "galore-adamw8bit": _galore("GaLoreAdamW8bit", _ADAM),
-    "qgalore-adamw8bit": _galore("QGaLoreAdamW8bit", _ADAM, defaults={"basis_bits": 4, "cos_threshold": 0.4}),
-    "galore-adafactor": _galore("GaLoreAdafactor", _STATE, arguments=_UNSCALED, defaults={"state_dtype": "float32"}),
-    "galore-muon": _galore("GaLoreMuon", _ADAM | _STATE, fixed_size=True, defaults=_MUON),
-    "galore-sgd": _galore("GaLoreSGD", _MOMENTUM | _STATE),
-    "adamw": _full_rank("torch.optim:AdamW", _ADAM, prunable=True, arguments={"fused": True}),
-    "adamw8bit": _full_rank("bitsandbytes.optim:AdamW8bit", _ADAM),
-    "adafactor": _full_rank("transformers:Adafactor", arguments=_UNSCALED),
-    "sgd": _full_rank("torch.optim:SGD", _MOMENTUM, prunable=True),
+    "galore-adamw": Kind("galore_torch:GaLoreAdamW", _ADAM | _STATE),
+    "galore-adamw8bit": Kind("galore_torch:GaLoreAdamW8bit", _ADAM),
+    "qgalore-adamw8bit": Kind("galore_torch:QGaLoreAdamW8bit", _ADAM, defaults=_FEW_BITS),
+    "galore-adafactor": Kind(
+        "galore_torch:GaLoreAdafactor", _STATE, arguments=_UNSCALED, defaults={"state_dtype": "float32"}
+    ),
+    "galore-muon": Kind("galore_torch:GaLoreMuon", _ADAM | _STATE, fixed_size=True, defaults=_MUON),
+    "galore-sgd": Kind("galore_torch:GaLoreSGD", _MOMENTUM | _STATE),
+    "adamw": Kind("torch.optim:AdamW", _ADAM, arguments={"fused": True}, prunable=True),
+    "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", _ADAM),
+    "adafactor": Kind("transformers:Adafactor", arguments=_UNSCALED),
+    "sgd": Kind("torch.optim:SGD", _MOMENTUM, prunable=True),
 }
 """Every optimizer by the name that ``--optim`` takes; `galore_torch.training.run.optimizers` builds them."""
-
-_OF_SOME = frozenset().union(*(kind.settings for kind in KINDS.values()))
 
 # Without an effect, these are let pass: presets and runs that are compared share them.
 _SHARED = {"rank", "update_proj_gap", "scale", "proj_type", "decomposition", "stagger", "gamma_proj", "queue_size"}
@@ -96,7 +88,9 @@ def has_effect(name: str, optim: str) -> bool:
     >>> has_effect("beta1", "galore-sgd"), has_effect("beta2", "galore-sgd"), has_effect("rank", "adamw")
     (True, False, False)
     """
-    return name not in _OF_SOME or name in KINDS[optim].settings
+    if name in _PROJECTED:
+        return is_projected(optim)
+    return name not in _ADAM | _STATE or name in KINDS[optim].settings
 
 
 def optimizers_with(name: str) -> list[str]:
@@ -124,7 +118,8 @@ def own_defaults(optim: str) -> Mapping[str, Any]:
     >>> own_defaults("qgalore-adamw8bit")["basis_bits"]
     4
     """
-    return KINDS[optim].defaults if optim in KINDS else {}
+    kind = KINDS.get(optim)
+    return {**(_PROJECTED_DEFAULTS if kind.projected else {}), **kind.defaults} if kind else {}
 
 
 @settings

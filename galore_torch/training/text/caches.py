@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from galore_torch.training.run.manifest import damage, files_in, listed, write_manifest
+from galore_torch.training.run.files import damage, files_in, listed, write_manifest
 
 
 @contextmanager

@@ -15,9 +15,8 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from galore_torch.training.run.files import is_written_as_path, local_path
-from galore_torch.training.run.manifest import digest_of_file
-from galore_torch.training.run.there import require_on_hub
+from galore_torch.training.run.files import digest_of_file
+from galore_torch.training.run.names import is_written_as_path, local_path, require_on_hub
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.rows import first_rows, missing_column
 

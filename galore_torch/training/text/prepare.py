@@ -13,7 +13,7 @@ import datasets
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from galore_torch.training.run.files import local_path
+from galore_torch.training.run.names import local_path
 from galore_torch.training.run.stream import Stream
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.caches import kept

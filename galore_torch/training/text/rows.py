@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.run.files import is_written_as_path, local_path
+from galore_torch.training.run.names import is_written_as_path, local_path
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 """What Datasets calls a file of rows, by the ending of its name."""

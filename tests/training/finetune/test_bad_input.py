@@ -13,7 +13,7 @@ from galore_torch.cli import build_app
 from galore_torch.training.finetune import tasks
 from galore_torch.training.finetune.presets import configure
 from galore_torch.training.finetune.run import Finetuning
-from galore_torch.training.run.manifest import write_manifest
+from galore_torch.training.run.files import write_manifest
 from galore_torch.training.run.run import new_run
 from tests.training.finetune.conftest import sentences
 

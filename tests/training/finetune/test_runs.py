@@ -163,7 +163,7 @@ def test_a_run_from_flags_is_shown_and_told(encoder, labelled, tmp_path):
     out = tmp_path / "run"
     done = CliRunner().invoke(build_app(), ["finetune", *flags, "--method", "galore", "--out", str(out)])
     assert done.exit_code == 0, done.output
-    assert re.search(r"step 1/6  loss \d\.\d+  lr \S+  [\d,]+ examples/s  state [\d.]+ MB\n", done.output)
+    assert re.search(r"step 1/6  loss \d\.\d+  lr \S+  [\d,]+ examples/s  state [\d.]+ [kMG]B\n", done.output)
     assert re.search(r"accuracy 0\.\d{4}, matthews -?0\.\d{4} on held-out rows", done.output)
     assert f"predictions {out}/predictions.jsonl" in done.output.replace("\n", "")
     told = CliRunner().invoke(build_app(), ["finetune", *flags, "--out", str(tmp_path / "other"), "--json"])

@@ -75,7 +75,7 @@ def filled_at_random(number: int, settings: Path, disk: Path, whole: bytes) -> s
     (disk / "filler").unlink(missing_ok=True)
     assert "Traceback" not in said
     if status:
-        assert "could not be written" in said or "MB free" in said, said
+        assert "could not be written" in said or "B free" in said, said
         assert "ree some space" in said
         if out.exists():
             assert f"--resume --out {out}" in said

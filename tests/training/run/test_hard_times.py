@@ -97,7 +97,7 @@ def test_a_disk_that_will_be_full_is_refused_before_anything_is_written(settings
     monkeypatch.setattr(disk, "free_bytes", lambda _: 100_000)
     status, said = galore("pretrain", "--config", settings, "--out", tmp_path / "run")
     assert status == 2
-    assert "0.1 MB free" in said
+    assert "100.0 kB free" in said
     assert "choose another --out" in said
     assert not (tmp_path / "run").exists()
 

@@ -27,7 +27,7 @@ def test_a_model_that_cannot_be_planned_is_trained_all_the_same(tiny, tmp_path, 
     def broken(*_):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("galore_torch.training.run.memory.plan", broken)
+    monkeypatch.setattr("galore_torch.training.run.machine.plan", broken)
     said = io.StringIO()
     result = new_run(Pretraining, tiny(steps=1), tmp_path / "run", console=Console(file=said, width=300)).train()
     assert "cannot be planned: no such thing" in said.getvalue()

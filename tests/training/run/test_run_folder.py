@@ -10,11 +10,10 @@ import pytest
 from transformers import TrainerCallback
 
 from galore_torch.training.pretrain.run import Pretraining
-from galore_torch.training.run import manifest, records
+from galore_torch.training.run import files, records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
-from galore_torch.training.run.files import Lock
+from galore_torch.training.run.files import MANIFEST, Lock, damage, write_manifest
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.manifest import MANIFEST, damage, write_manifest
 from galore_torch.training.run.run import new_run, resumed_run
 
 HOLD = """
@@ -261,7 +260,7 @@ def test_a_lock_is_waited_for(tmp_path):
 
 
 def test_the_digests_of_a_large_file_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "_CHUNK", 7)
+    monkeypatch.setattr(files, "_CHUNK", 7)
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "weights").write_bytes(bytes(range(100)))

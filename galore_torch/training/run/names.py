@@ -1,11 +1,44 @@
-"""Is what a setting names there? Asked before any library that takes seconds is imported, and the Hub asked once."""
+"""What a setting names: is it there? Asked before libraries that take seconds are imported, and the Hub asked once."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from galore_torch.training.run.files import is_written_as_path, local_path
+
+def local_path(field: str, name: str) -> Path:
+    """The path that a setting names: as it stands if that exists, else with ``~`` as the home folder.
+
+    A ValueError says that no path can have that name.
+    """
+    path = Path(name)
+    try:
+        return path if path.exists() else path.expanduser()
+    except RuntimeError:  # nobody has such a home
+        return path
+    except OSError as error:  # too long, for example
+        raise ValueError(f"{field} = {name[:80]!r} cannot be a path: {error.strerror}; give another.") from error
+
+
+def is_written_as_path(name: str) -> bool:
+    """Whether a name can only be meant as a path: no name on the Hub begins like that."""
+    return name.startswith((".", "/", "~"))
+
+
+def model_of_run(field: str, name: str) -> str:
+    """The folder of the finished model, where a setting names the folder of a run; else the name as it is.
+
+    A ValueError says that the run has none yet.
+    """
+    run = local_path(field, name)
+    if not (run / "config.toml").is_file():
+        return name
+    if not (run / "model" / "config.json").is_file():
+        raise ValueError(
+            f"{field} = {name!r} is a run that has no finished model yet; finish it with --resume --out {name}, or "
+            "give the folder of one of its checkpoints."
+        )
+    return str(run / "model")
 
 
 def require_model(field: str, name: str, file: str = "config.json") -> None:
