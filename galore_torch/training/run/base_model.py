@@ -54,6 +54,9 @@ def load_base(
         ImportError: when a GGUF file needs a library that is missing.
     """
     tokenizer = load_tokenizer(config)
+    packed = getattr(transformers, "GgufConfig", None)
+    if config.gguf_file and packed is not None:  # newer versions keep its weights packed, and untrainable
+        more["quantization_config"] = packed(dequantize=True)
     try:
         model, info = kind.from_pretrained(
             config.model,
@@ -61,7 +64,6 @@ def load_base(
             ignore_mismatched_sizes=True,  # a head for other labels is made anew
             output_loading_info=True,
             **_gguf(config),
-            **(_unpacked() if config.gguf_file else {}),
             **more,
         )
     except _UNREADABLE as error:
@@ -72,7 +74,7 @@ def load_base(
     if fresh:
         line = f"Some weights of {config.model} are newly initialized, since it has none that fit: {_first(fresh)}"
         console.out(line, highlight=False)
-    require_finite("model", config.model, model)
+    _require_finite(config.model, model)
     _fit(config, model, tokenizer, max_length)
     return model, tokenizer
 
@@ -109,24 +111,17 @@ def recompute_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def require_finite(field: str, name: str, model: nn.Module) -> None:
-    """Refuse, with a ValueError, a model that a setting has named and whose weights are not all finite."""
+def _require_finite(name: str, model: nn.Module) -> None:
     broken = [one for one, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise ValueError(
-            f"{field} = {name!r} has weights that are not finite: {_first(broken)}. Its training has failed, or its "
+            f"model = {name!r} has weights that are not finite: {_first(broken)}. Its training has failed, or its "
             "files are damaged; give another copy or an earlier checkpoint of it."
         )
 
 
 def _first(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _unpacked() -> dict[str, Any]:
-    """How Transformers is told to unpack a GGUF file's weights: newer versions keep them packed, and untrainable."""
-    packed = getattr(transformers, "GgufConfig", None)
-    return {} if packed is None else {"quantization_config": packed(dequantize=True)}
 
 
 def _fit(config: Any, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from galore_torch.units import readable
-
 _FAILED_WRITES = frozenset(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO") if hasattr(errno, name)
 )
@@ -52,13 +50,3 @@ def free_bytes(path: Path) -> int:
     """What is free on the disk that a path is on, or would be."""
     there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     return shutil.disk_usage(there).free
-
-
-def require_space(out: Path, needed: int, what: str) -> None:
-    """Refuse, with a ValueError, a folder on whose disk fewer bytes are free than are needed for what is said."""
-    free = free_bytes(out)
-    if free < needed:
-        raise ValueError(
-            f"out = {str(out)!r} is on a disk with {readable(free)} free, and the run writes {readable(needed)}: "
-            f"{what}. Free some space, or choose another --out."
-        )

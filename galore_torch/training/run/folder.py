@@ -170,12 +170,11 @@ class RunFolder:
         records.read(self.subspaces)  # which is read again once the training begins
         return changes
 
-    def record_changes(self, step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Write down which settings have other values from a step on; a run that had ended has not ended any more."""
+    def record_changes(self, step: int, changed: Mapping[str, Any]) -> None:
+        """Write down settings' old and new values from a step on; a run that had ended has not ended any more."""
         if records.final(self.metrics) is not None:
             records.keep_until(self.metrics, step, final=False)
-        lines = {name: [before[name], value] for name, value in now.items()}
-        records.append(self.changes, {"step": step, **lines})
+        records.append(self.changes, {"step": step, **changed})
 
     def changed(self) -> dict[str, Any]:
         """The settings that resumptions have changed, by name, as they are now."""

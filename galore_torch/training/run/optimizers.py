@@ -103,13 +103,12 @@ def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
     """What the state of an optimizer that `build` made will take at least, before it has any."""
     if not has_effect("beta2", config.optim) or is_of_fixed_size(config.optim):  # one moment or a factored one
         return 0
-    least = 0
-    for group in optimizer.param_groups:
-        whole = {**PROJECTED_DEFAULTS, **group}
-        for weight in group["params"]:
-            numbers = projection_in(whole, weight).state_elements if "rank" in group else 2 * weight.numel()
-            least += numbers * (1 if "8bit" in config.optim else weight.element_size())
-    return least
+    groups = [{**PROJECTED_DEFAULTS, **group} for group in optimizer.param_groups]
+    return sum(
+        projection_in(group, weight).state_elements * (1 if "8bit" in config.optim else weight.element_size())
+        for group in groups
+        for weight in group["params"]
+    )
 
 
 class TrainerOptimizer:

@@ -17,7 +17,7 @@ from galore_torch.integrations.callback import GaLoreCallback, figures_of, galor
 from galore_torch.optim import state_bytes
 from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
-from galore_torch.training.run import machine, optimizers, processes, records, sharded
+from galore_torch.training.run import disk, machine, optimizers, processes, records, sharded
 from galore_torch.training.run.callbacks import (
     EndAfterLastStep,
     NoStepLeftError,
@@ -27,7 +27,6 @@ from galore_torch.training.run.callbacks import (
     quiet,
 )
 from galore_torch.training.run.checkpoints import KEPT, step_of, stream_digest
-from galore_torch.training.run.disk import require_space
 from galore_torch.training.run.files import sync, write_manifest
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job, make_trainer
@@ -292,12 +291,12 @@ def _by_name(config: Any) -> dict[str, Any]:
 def _record_changes(folder: RunFolder, before: Any, now: Any, checkpoint: Path | None, console: Console) -> None:
     """Write down and print what is otherwise from here on."""
     old, new = _by_name(before), _by_name(now)
-    changed = {name: value for name, value in new.items() if value != old[name]}
+    changed = {name: [old[name], value] for name, value in new.items() if value != old[name]}
     step = 0 if checkpoint is None else step_of(checkpoint)
-    folder.record_changes(step, old, changed)
-    for name, value in changed.items():
+    folder.record_changes(step, changed)
+    for name, (was, value) in changed.items():
         also = "; the learning rate goes on by the schedule of the new length" if name in ("steps", "epochs") else ""
-        line = f"From step {step:,} on {name} = {value}, not {old[name]}{also}."
+        line = f"From step {step:,} on {name} = {value}, not {was}{also}."
         console.out(line, highlight=False)
 
 
@@ -308,8 +307,13 @@ def _require_room(folder: RunFolder, job: Job, optimizer: torch.optim.Optimizer)
     checkpoint = weights + optimizers.least_state_bytes(optimizer, job.config.optimizer)
     there = len(folder.checkpoints.newest_first())
     needed = weights + max(1, KEPT + 1 - there) * checkpoint  # one more while it is written
-    what = f"checkpoints of {readable(checkpoint)} each and the model of {readable(weights)}"
-    require_space(folder.root, needed, what)
+    free = disk.free_bytes(folder.root)
+    if free < needed:
+        raise ValueError(
+            f"out = {str(folder.root)!r} is on a disk with {readable(free)} free, and the run writes "
+            f"{readable(needed)}: checkpoints of {readable(checkpoint)} each and the model of {readable(weights)}. "
+            "Free some space, or choose another --out."
+        )
 
 
 def _newest_checkpoint(folder: RunFolder, console: Console) -> Path | None:

@@ -63,8 +63,9 @@ def settings(kind: type[T]) -> type[T]:
             initialize(self, **given)
         except pydantic.ValidationError as error:
             raise ValueError(_sentence(checked, error)) from None
-        for name, value in given.items():
-            _require_unicode(name, value)
+        for name, value in given.items():  # bytes of the command line that no file of settings can hold
+            if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+                raise ValueError(f"{name} = {value!r} is no valid UTF-8; rename what it names.")
 
     checked.__init__ = initialized
     section: type[T] = checked
@@ -96,15 +97,6 @@ def _sentence(kind: Any, error: pydantic.ValidationError) -> str:
         return f"{name} = {value!r} is out of range; it must be {_BOUNDS[bound]} {context[bound]}."
     wanted = plain_type(hint).__name__
     return f"{name} = {value!r} is a {type(value).__name__}; give {'an' if wanted == 'int' else 'a'} {wanted}."
-
-
-def _require_unicode(name: str, value: Any) -> None:
-    """Refuse bytes of the command line or of a file's name that no file of settings can hold."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} = {value!r} is no valid UTF-8; rename what it names.") from error
 
 
 def field_names(*kinds: type) -> list[str]:
