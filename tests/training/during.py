@@ -1,11 +1,14 @@
-"""What happens to a run in the course of one of its steps: Ctrl-C, a crash."""
+"""What happens to a run in the course of one of its steps: Ctrl-C, a crash; and how far it is."""
 
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from galore_torch.training.run import records
 
 
 class During(TrainerCallback):
@@ -25,3 +28,8 @@ def ctrl_c() -> None:
 
 def crash() -> None:
     raise RuntimeError("the machine went down")
+
+
+def last_record(metrics: Path) -> dict[str, Any] | None:
+    """The newest whole record of a run, which may be writing another one."""
+    return next(reversed(records.read(metrics)), None)

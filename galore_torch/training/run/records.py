@@ -37,8 +37,6 @@ from galore_torch.training.run.files import write_whole
 
 Record = dict[str, Any]
 
-_TAIL = 8192  # bytes; more than two records
-
 # What a record has besides, by the field that tells its kind.
 _KINDS: dict[str, tuple[str, ...]] = {
     "final": ("step", "state_bytes", "peak_memory_bytes", "trained_parameters", "seconds"),
@@ -87,17 +85,6 @@ def _record(line: bytes) -> Record | None:
 def final(path: Path) -> Record | None:
     """The record of the whole run, if it has ended."""
     return next((record for record in read(path) if record.get("final")), None)
-
-
-def last(path: Path) -> Record | None:
-    """The newest whole record of a run, found without reading the others; None if there is none."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL))
-        lines = file.read().splitlines(keepends=True)
-    whole = (_record(line) for line in reversed(lines) if line.endswith(b"\n"))
-    return next((record for record in whole if record is not None), None)
 
 
 def append(path: Path, record: Record) -> None:

@@ -22,9 +22,6 @@ from rich.console import Console
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a command to stop."""
 
-STOPPED = tuple(128 + number for number in SIGNALS)
-"""Exit statuses of a command that a signal stopped, as shells have them: 130 after Ctrl-C, 143 after SIGTERM."""
-
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -49,7 +46,7 @@ def heard(number: int) -> None:
 
 
 def exit_status() -> int:
-    """The exit status of this command after the signal that stopped it: one of `STOPPED`."""
+    """The exit status of this command after the signal that stopped it, as shells have it: 130 after Ctrl-C, 143."""
     return 128 + _Asked.by
 
 

@@ -19,6 +19,7 @@ from galore_torch.training.compare.results import RunEnd, as_json, compare, note
 from galore_torch.training.run import records
 from tests.architecture import ROOT
 from tests.forked import Galore, galore
+from tests.training.during import last_record
 from tests.waiting import wait_for
 
 
@@ -250,7 +251,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
     out = tmp_path / "parts"
     metrics = out / "galore/lr-0.01/seed-0/metrics.jsonl"
     killed = Galore(*flags(given, out))
-    wait_for(lambda: (records.last(metrics) or {"step": 0})["step"] >= 3, killed)
+    wait_for(lambda: (last_record(metrics) or {"step": 0})["step"] >= 3, killed)
     killed.kill_with_children()
     again = galore(*flags(given, out), "--json")
     assert again.returncode == 0, again.stderr

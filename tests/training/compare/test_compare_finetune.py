@@ -15,6 +15,7 @@ from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
 from galore_torch.training.run.run import new_run, resumed_run
 from tests.forked import Galore, galore
+from tests.training.during import last_record
 from tests.waiting import wait_for
 
 WORDS = ("good", "fine", "bad", "poor", "film", "book", "it", "is", "was", "the", "a", "not", "very")
@@ -72,7 +73,7 @@ def test_a_stopped_and_a_killed_comparison_go_on_to_the_same_result(given, whole
     out = tmp_path / "parts"
 
     def step(method):
-        return (records.last(out / method / RATE / "seed-0/metrics.jsonl") or {"step": 0})["step"]
+        return (last_record(out / method / RATE / "seed-0/metrics.jsonl") or {"step": 0})["step"]
 
     stopped = Galore(*compare(given, out))
     wait_for(lambda: step("full") >= 7, stopped)

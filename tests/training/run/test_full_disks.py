@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from galore_torch.cli import build_app
 from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
-from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run
+from tests.training.during import last_record
 
 MEGABYTES = 48
 RUNS = 3
@@ -60,7 +60,7 @@ def filled_at_random(number: int, settings: Path, disk: Path, whole: bytes) -> s
     def filler() -> None:
         # Before the first record: while the text is read; then after the record of some step.
         while not ended.wait(0.002):
-            newest = records.last(out / "metrics.jsonl")
+            newest = last_record(out / "metrics.jsonl")
             if (disk / "cache").exists() and (newest["step"] if newest else -1) >= step:
                 fill(disk, left)
                 return

@@ -11,6 +11,7 @@ from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.signals import deferred, stop_if_asked, stoppable
+from tests.training.during import last_record
 from tests.training.signalled import MOMENTS, signalled
 
 
@@ -71,7 +72,7 @@ def test_a_real_run_leaves_a_state_or_nothing(moment, number, tiny, tmp_path):
     assert ended.returncode == 128 + number, said
     assert re.search(r"[Ss]topped", said)
     if moment == "step":
-        assert 5 <= step_of(folder.checkpoints.newest()) == records.last(folder.metrics)["step"] < 10
+        assert 5 <= step_of(folder.checkpoints.newest()) == last_record(folder.metrics)["step"] < 10
         assert f"resume with:\n  galore pretrain --resume --out {out}" in said
     else:
         assert not out.exists()

@@ -13,6 +13,7 @@ import pytest
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from tests.forked import Galore, galore
+from tests.training.during import last_record
 from tests.training.finetune import conftest as tuning
 from tests.waiting import DEADLINE
 
@@ -29,7 +30,7 @@ def ended(*arguments):
 
 
 def step_of(folder):
-    return (records.last(folder.metrics) or {"step": 0})["step"]
+    return (last_record(folder.metrics) or {"step": 0})["step"]
 
 
 def is_writing(folder):

@@ -34,7 +34,6 @@ def test_a_damaged_line_is_told_with_the_remedy(line, tmp_path):
     path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged in line 2.*Restore.*remove that line"):
         records.read(path)
-    assert records.last(path) == step_record(2, 1.0)
 
 
 def test_records_come_back_and_later_ones_are_dropped(tmp_path):
