@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,27 +17,27 @@ __all__ = ["shard_placement"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from galore_torch.distributed.placement import shard_placement
+    return _in("cut", name)
 
-    return shard_placement
+
+def _in(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 def _join(model: Any, optimizer: Any, weights: Mapping[str, Any], dtype: Any, applies: bool, average_every: int) -> Any:
     if any(map(is_sharded, weights.values())):
-        from galore_torch.distributed.unsharded import ShardTraffic
-
         if average_every != 1:
             raise ValueError(f"average_every is {average_every}, and the model is sharded; use 1, or DDP")
-        return ShardTraffic(model, optimizer, weights, applies)
-    from galore_torch.distributed.ddp import join
+        return _in("fsdp", "ShardTraffic")(model, optimizer, weights, applies)
+    import torch.distributed as dist
 
-    return join(model, optimizer, weights, dtype, applies, average_every)
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    return _in("ddp", "ReplicaTraffic")(model, optimizer, weights, dtype, applies, average_every)
 
 
 def _shard(*given: Any) -> Any:
-    from galore_torch.distributed.sharded import shard
-
-    return shard(*given)
+    return _in("sharded", "shard")(*given)
 
 
 JOIN[:], SHARD[:] = [_join], [_shard]

@@ -1,4 +1,4 @@
-"""Which part of a sharded weight this process holds, and what follows for its projected gradient and its basis.
+"""How weights are cut under FSDP2: `shard_placement` says how, and `Cut` what follows for projected gradient and basis.
 
 A weight is cut along one axis. Where this axis is projected (left basis, rows cut) each process' projected gradient is
 a part of a sum, and coordinates are whole in all of them; where it is not (right basis, rows cut) projected gradient
@@ -7,15 +7,57 @@ and coordinates are cut as the weight is, and nothing is sent. Shape suffixes: d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from galore_torch.projection import Basis, Mode, Projection
+from galore_torch.group_keys import PROJECTED_DEFAULTS
+from galore_torch.optim.groups import is_projected, projection_in
+from galore_torch.projection import Basis, Projection
+from galore_torch.targets import param_groups
+
+
+def shard_placement(model: nn.Module, world_size: int, **settings: Any) -> Callable[[nn.Parameter], Shard | None]:
+    """A `shard_placement_fn` that cuts each projected weight along an axis that is not projected.
+
+    Projected gradients, coordinates and the optimizer's state are then cut as the weight is. `fully_shard` cuts along
+    another axis than the first only evenly; a weight for which that does not come out even is cut along its first, and
+    an ordinary step sums its projected gradient over processes (rank x columns numbers).
+
+    Args:
+        model: the model, before it is sharded.
+        world_size: of how many processes each weight is cut into.
+        **settings: those of `param_groups`, as they will be given to it.
+
+    Returns:
+        What `fully_shard` takes.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 64))
+        >>> place = shard_placement(model, 2, rank=4, target_modules="all-linear")
+        >>> place(model[0].weight), place(model[1].weight)
+        (Shard(dim=1), None)
+    """
+    axes = {
+        id(weight): _free_axis(projection_in({**PROJECTED_DEFAULTS, **group}, weight), world_size)
+        for group in filter(is_projected, param_groups(model, **settings))
+        for weight in group["params"]
+    }
+    placements = {key: Shard(axis) for key, axis in axes.items() if axis}
+    return lambda weight: placements.get(id(weight))
+
+
+def _free_axis(projection: Projection, world_size: int) -> int:
+    """The first axis that is not projected and can be cut; the first of all where there is none."""
+    shape = projection.shape
+    projected = {mode.axis + len(shape) for mode in projection.modes}
+    free = [axis for axis in range(len(shape)) if axis not in projected and (not axis or shape[axis] % world_size == 0)]
+    return free[0] if free and projection.view_shape == shape else 0
 
 
 @dataclass(frozen=True)
@@ -24,183 +66,123 @@ class Cut:
 
     Attributes:
         mesh: the processes.
+        placements: of the weight, along each dimension of the mesh.
         dimension: of the mesh, along which the weight is cut.
         axis: of the weight, which is cut.
+        size: of the axis, whole.
         start: where this process' part begins.
         length: of it; 0 in a process that has none.
-        size: of the axis, whole.
-        part: how many each process has, but for the last ones.
-        is_whole: whether every process holds all of the weight.
+        whole: how the weight is projected.
     """
 
     mesh: Any
+    placements: tuple[Any, ...]
     dimension: int
     axis: int
+    size: int
     start: int
     length: int
-    size: int
-    part: int
-    is_whole: bool
+    whole: Projection
 
     @classmethod
-    def of(cls, weight: DTensor, name: str) -> Cut:
+    def of(cls, weight: DTensor, projection: Projection, name: str) -> Cut:
         """How a weight is cut.
 
         Args:
             weight: the weight.
+            projection: how it is projected.
             name: what messages call it.
 
         Raises:
-            ValueError: it is cut along more axes than one, or in another way than `fully_shard` does.
+            ValueError: it is cut along more axes than one, or in another way than `fully_shard` does, or along another
+                than its first and flattened.
         """
-        mesh = weight.device_mesh
-        cuts = [(at, placement) for at, placement in enumerate(weight.placements) if not placement.is_replicate()]
-        if len(cuts) > 1 or any(type(placement) is not Shard for _, placement in cuts):
+        mesh, placements = weight.device_mesh, tuple[Any, ...](weight.placements)
+        cuts = [dimension for dimension, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(cuts) > 1 or any(type(placements[dimension]) is not Shard for dimension in cuts):
             raise ValueError(
-                f"{name} has placements {weight.placements}; use weights that are cut along one axis (Shard), as "
-                "fully_shard cuts them, without tensor parallelism"
+                f"{name} has placements {placements}; use weights that are cut along one axis (Shard), as fully_shard "
+                "cuts them, without tensor parallelism"
             )
-        dimension, axis = (cuts[0][0], cuts[0][1].dim) if cuts else (0, 0)  # type: ignore[attr-defined]
-        size = weight.shape[axis]
-        if not cuts:
-            return cls(mesh, dimension, axis, 0, size, size, size, True)
-        part = -(-size // mesh.size(dimension))
-        start = min(size, part * mesh.get_local_rank(dimension))
-        return cls(mesh, dimension, axis, start, min(part, size - start), size, part, False)
+        dimension, axis = (cuts[0], placements[cuts[0]].dim) if cuts else (0, 0)
+        if projection.view_shape != projection.shape and axis != 0:
+            raise ValueError(
+                f"{name} of shape {projection.shape} is flattened (layout='reshape') and cut along axis {axis}; cut it "
+                "along its first"
+            )
+        size, length = weight.shape[axis], weight._local_tensor.shape[axis]
+        start = min(size, -(-size // mesh.size(dimension)) * mesh.get_local_rank(dimension)) if cuts else 0
+        return cls(mesh, placements, dimension, axis, size, start, length, projection)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether every process holds all of the weight."""
+        return all(placement.is_replicate() for placement in self.placements)
+
+    @cached_property
+    def is_contracted(self) -> bool:
+        """Whether the axis that is cut is projected, so that projected gradients are parts of a sum."""
+        return not self.is_whole and any(mode.axis == self._at for mode in self.whole.modes)
 
     @property
-    def group(self) -> dist.ProcessGroup:
+    def _at(self) -> int:
+        return self.axis - len(self.whole.view_shape)
+
+    @property
+    def group(self) -> Any:
         """The processes that hold its parts."""
-        group: dist.ProcessGroup = self.mesh.get_group(self.dimension)
-        return group
+        return self.mesh.get_group(self.dimension)
 
-    def projection(self, whole: Projection) -> Projection:
-        """How this process' part is projected.
+    @property
+    def projection(self) -> Projection:
+        """How this process' part is projected."""
+        shapes = [
+            (*shape[: self.axis], self.length, *shape[self.axis + 1 :])
+            for shape in (self.whole.shape, self.whole.view_shape)
+        ]
+        modes = [replace(mode, size=self.length) if mode.axis == self._at else mode for mode in self.whole.modes]
+        return Projection(*shapes, tuple(modes))
 
-        Args:
-            whole: how the weight is.
-
-        Raises:
-            ValueError: `layout="reshape"` of a weight that is cut along another axis than its first.
-        """
-        if whole.view_shape != whole.shape and self.axis != 0:
-            raise ValueError(
-                f"a weight of shape {whole.shape} is flattened (layout='reshape') and cut along axis {self.axis}; cut "
-                "it along its first"
-            )
-        modes = tuple(
-            Mode(mode.name, mode.axis, self.length, mode.rank) if mode.axis == self._at(whole) else mode
-            for mode in whole.modes
-        )
-        return Projection(self._cut(whole.shape), self._cut(whole.view_shape), modes)
-
-    def is_contracted(self, whole: Projection) -> bool:
-        """Whether the axis that is cut is projected, so that projected gradients are parts of a sum."""
-        return not self.is_whole and any(mode.axis == self._at(whole) for mode in whole.modes)
-
-    def factors(self, whole: Projection, basis: Basis) -> dict[str, Tensor]:
+    def factors(self, basis: Basis) -> dict[str, Tensor]:
         """What of a whole basis this process' part of the weight needs.
 
         Args:
-            whole: how the weight is projected.
             basis: its factors.
         """
-        return {mode.name: self._factor(whole, mode, basis[mode.name]) for mode in whole.modes}
+        is_stacked = not self.whole.is_tucker and self._at < -2
+        factors = {}
+        for mode in self.whole.modes:
+            axis = -2 if mode.axis == self._at else self.axis if is_stacked else None
+            factor = basis[mode.name]
+            factors[mode.name] = factor if axis is None else factor.narrow(axis, self.start, self.length)
+        return factors
 
-    def _factor(self, whole: Projection, mode: Mode, factor: Tensor) -> Tensor:
-        if mode.axis == self._at(whole):
-            return factor.narrow(-2, self.start, self.length)
-        stacked = not whole.is_tucker and self._at(whole) < -2
-        return factor.narrow(self.axis, self.start, self.length) if stacked else factor
+    def wrap(self, part: Tensor) -> DTensor:
+        """A tensor that is cut as the weight is, from this process' part; in equal parts if it is of another size."""
+        axis, length = self.axis, part.shape[self.axis]
+        size = self.size if length == self.length else length * self.mesh.size(self.dimension)
+        whole = torch.empty((*part.shape[:axis], size, *part.shape[axis + 1 :]), device="meta")
+        return DTensor.from_local(
+            part, self.mesh, self.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
 
-    def _at(self, whole: Projection) -> int:
-        return self.axis - len(whole.view_shape)
-
-    def _cut(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (*shape[: self.axis], self.length, *shape[self.axis + 1 :])
-
-    def wrap(self, part: Tensor, shape: tuple[int, ...]) -> DTensor:
-        """A tensor that is cut as the weight is.
-
-        Args:
-            part: this process' part.
-            shape: of all of it.
-        """
-        placements = [Replicate() for _ in range(self.mesh.ndim)]
-        if not self.is_whole:
-            placements[self.dimension] = Shard(self.axis)  # type: ignore[call-overload]
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(part, self.mesh, placements, shape=torch.Size(shape), stride=stride, run_check=False)
-
-    def unwrap(self, tensor: Tensor) -> Tensor:
-        """This process' part of a tensor that is cut as the weight is, or that is whole."""
-        if isinstance(tensor, DTensor):
-            wanted = self.wrap(tensor.to_local(), tuple(tensor.shape)).placements
-            with torch.no_grad():
-                return (
-                    tensor.redistribute(placements=wanted).to_local()
-                    if tensor.placements != wanted
-                    else tensor.to_local()
-                )
-        return self.part_of(tensor)
-
+    @torch.no_grad()
     def part_of(self, tensor: Tensor) -> Tensor:
-        """This process' part of a whole tensor; an equal one, where that is of another size than the weight."""
-        start, length = self.start, self.length
-        if tensor.shape[self.axis] != self.size:
-            length = tensor.shape[self.axis] // dist.get_world_size(self.group)
-            start = length * dist.get_rank(self.group)
-        return tensor.narrow(self.axis, start, length).contiguous()
+        """This process' part, as of the weight, of a tensor that is whole or a DTensor."""
+        placed = tensor if isinstance(tensor, DTensor) else self._placed(tensor, Replicate())
+        return placed.redistribute(placements=self.placements).to_local().contiguous()
 
-    def gather(self, part: Tensor, owner: int) -> Tensor | None:
-        """A tensor from its parts.
+    def reduce(self, tensor: Tensor) -> DTensor:
+        """Begins to add up projected gradients over the processes; what reads the sum waits for it.
 
         Args:
-            part: this process' part of one that is cut as the weight is.
-            owner: the number of the process that gets it.
+            tensor: this process', of all of the weight.
 
         Returns:
-            All of it; None in the other processes.
+            The sum, cut as the weight is, or whole where the projected axis is cut.
         """
-        if self.is_whole:
-            return part
-        padded = self._padded(part)
-        parts = self._room(padded) if dist.get_rank(self.group) == owner else None
-        dist.gather(padded, parts, group_dst=owner, group=self.group)
-        return None if parts is None else self._joined(parts)
+        placements = [Replicate()] * self.mesh.ndim if self.is_contracted else self.placements
+        return self._placed(tensor, Partial()).redistribute(placements=placements, async_op=True)
 
-    def gather_to_all(self, part: Tensor) -> Tensor:
-        """The same in all processes."""
-        if self.is_whole:
-            return part
-        padded = self._padded(part)
-        parts = self._room(padded)
-        dist.all_gather(parts, padded, group=self.group)
-        return self._joined(parts)
-
-    def reduce(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """Begins to add up a tensor over the processes, of which each gets its part.
-
-        Args:
-            tensor: whole, of this process.
-
-        Returns:
-            This process' part of the sum, once what comes with it has been waited for.
-        """
-        whole = tensor.new_zeros((self.part * dist.get_world_size(self.group), *tensor.movedim(self.axis, 0).shape[1:]))
-        whole[: self.size] = tensor.movedim(self.axis, 0)
-        part = tensor.new_empty((self.part, *whole.shape[1:]))
-        handle = dist.reduce_scatter_tensor(part, whole, group=self.group, async_op=True)
-        return part.movedim(0, self.axis).narrow(self.axis, 0, self.length), handle
-
-    def _padded(self, part: Tensor) -> Tensor:
-        """A part of the size of the longest, which collectives want."""
-        padded = part.new_zeros((*part.shape[: self.axis], self.part, *part.shape[self.axis + 1 :]))
-        padded.narrow(self.axis, 0, self.length).copy_(part)
-        return padded
-
-    def _room(self, padded: Tensor) -> list[Tensor]:
-        return [torch.empty_like(padded) for _ in range(dist.get_world_size(self.group))]
-
-    def _joined(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, self.axis).narrow(self.axis, 0, self.size).contiguous()
+    def _placed(self, tensor: Tensor, placement: Any) -> DTensor:
+        return DTensor.from_local(tensor, self.mesh, [placement] * self.mesh.ndim, run_check=False)

@@ -1,16 +1,14 @@
 """Under DDP: it leaves projected weights out, and their gradients are averaged in low rank.
 
-Projected gradients are averaged in buckets from hooks, while the backward goes on, and are in place when `backward()`
-returns. A weight that renews in this step sends its full gradient once; one that has no basis yet gets it at once, from
-the average. The idea of compressing the same way on all processes is PowerSGD's (arXiv 1905.13727); here what is sent
-is what the optimizer needs, and nothing is lost.
-
-Hooks hold the model and the optimizer weakly: see `gradients/hooks.py`.
+Projected gradients are averaged in buckets from hooks, while the backward goes on. A weight that renews in this step
+sends its full gradient once; one that has no basis yet gets it at once, from the average. The idea of compressing the
+same way on all processes is PowerSGD's (arXiv 1905.13727); here it is what the optimizer needs, and nothing is lost.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,121 +18,87 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from galore_torch.distributed.agreement import require_agreement
-from galore_torch.distributed.buckets import Bucket, drop_empty, layout, put
-from galore_torch.distributed.left_out import leave_out, refuse_what_is_averaged_twice, require_left_out
-from galore_torch.distributed.locally import LocalReplicas
-from galore_torch.distributed.owners import Replicas, bases_of
+from galore_torch.distributed.processes import LocalReplicas, Replicas, Together
+from galore_torch.distributed.traffic import Bucket, Traffic
 from galore_torch.gradients.data_parallel import Hook
+from galore_torch.gradients.known_weights import current_backward
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.nonfinite import peaks
 from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.state_keys import RENEWALS, STEP
+from galore_torch.optim.trained_weight import TrainedWeight
 
 BUCKET_BYTES = 25 * 2**20
 """What DDP's buckets hold by default."""
 
-_TRAFFIC: weakref.WeakKeyDictionary[nn.Module, Traffic] = weakref.WeakKeyDictionary()
+_TRAFFIC: weakref.WeakKeyDictionary[nn.Module, ReplicaTraffic] = weakref.WeakKeyDictionary()
 """By the model. Its hooks are plain functions that look here: a copy of it is a plain model."""
 
-_current_backward = torch._C._current_graph_task_id
+
+class _LeftOut(set[str]):
+    """Names that a copy of the model does not take along: it is a plain model, of which DDP averages everything."""
+
+    def __deepcopy__(self, memo: Any) -> set[str]:
+        return set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return set, ()
 
 
-def join(
-    model: nn.Module,
-    optimizer: GaLore,
-    weights: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-    applies: bool,
-    average_every: int = 1,
-) -> Traffic | None:
-    """Prepares a model for DDP.
+class ReplicaTraffic(Traffic):
+    """That of a model inside DDP.
 
     Args:
         model: the model, before it is wrapped.
         optimizer: holds its weights.
-        weights: those whose gradients are projected before `step()`, by name.
+        weights: those whose gradients are projected before `step()`, by name. DDP must have one at least: if these are
+            all that is trained, the smallest stays with it.
         dtype: in which projected gradients accumulate; the weight's when None.
         applies: whether gradients are applied in the backward.
         average_every: steps between two averages of projected weights; 1 averages gradients.
 
-    Returns:
-        Its traffic; None where there is no process group.
+    Attributes:
+        is_on: whether the last forward pass was one of DDP's.
 
     Raises:
         ValueError: the model is wrapped already, and has such weights.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    refuse_what_is_averaged_twice(model, weights)
-    root = model.module if isinstance(model, DistributedDataParallel) else model
-    traffic = Traffic(optimizer, leave_out(root, weights), dtype, applies, average_every)
-    if root not in _TRAFFIC:
-        root.register_forward_pre_hook(_before_forward)
-        root.register_forward_hook(_after_forward)
-    _TRAFFIC[root] = traffic
-    return traffic
-
-
-def _before_forward(module: nn.Module, _: Any) -> None:
-    wrapper = DistributedDataParallel._active_ddp_module
-    if not torch.is_grad_enabled() or _current_backward() != -1:
-        return  # no backward comes of it, or it is one's own
-    traffic = _TRAFFIC.get(module)
-    if wrapper is not None:
-        require_left_out(module, wrapper, () if traffic is None else traffic.weights())
-    if traffic is not None:
-        traffic.enter(wrapper)
-
-
-def _after_forward(module: nn.Module, _: Any, output: Any) -> None:
-    traffic = _TRAFFIC.get(module)
-    if traffic is None or not traffic.is_on or not torch.is_grad_enabled():
-        return
-    for one in tree_leaves(output):
-        if isinstance(one, Tensor) and one.requires_grad:
-            one.register_hook(lambda _, traffic=traffic: traffic.begin(anew=True))  # type: ignore[no-untyped-call]
-
-
-class Traffic:
-    """What one attached model sends and receives. See `gradients/data_parallel.py` for the hooks that it makes.
-
-    Args:
-        optimizer: holds the weights.
-        weights: whose gradients are averaged here.
-        dtype: in which projected gradients accumulate; the weight's when None.
-        applies: whether gradients are applied in the backward.
-        average_every: steps between two averages.
-
-    Attributes:
-        is_on: whether the last forward pass was one of DDP's.
-    """
 
     def __init__(
-        self, optimizer: GaLore, weights: list[Tensor], dtype: torch.dtype | None, applies: bool, average_every: int
+        self,
+        model: nn.Module,
+        optimizer: GaLore,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype | None,
+        applies: bool,
+        average_every: int,
     ) -> None:
+        if weights and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "the model is wrapped in DistributedDataParallel already, which then averages full gradients. Call "
+                "attach(model, optimizer) first and DistributedDataParallel(model) after it, or use attach(..., "
+                'gradients="full", update="step")'
+            )
+        root = model.module if isinstance(model, DistributedDataParallel) else model
+        super().__init__(optimizer, reversed(_leave_out(root, weights)), applies)  # about as the backward goes
         self.is_on = False
-        self._optimizer = weakref.ref(optimizer)
-        self._weights = [weakref.ref(weight) for weight in reversed(weights)]  # about as the backward goes
-        self._dtype, self._applies, self._every = dtype, applies, average_every
-        self._after_step = optimizer.register_step_post_hook(self._close) if average_every > 1 else None
-        self._group: Any = None
+        self._dtype, self._every = dtype, average_every
+        if average_every > 1:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._wrapper: Any = lambda: None
-        self._synchronizes = True
-        self._backward: int | None = None
-        self._buckets: list[Bucket] = []
-        self._of_weight: dict[int, Bucket] = {}
-        self._reduced = self._finished = 0
-
-    def weights(self) -> list[Tensor]:
-        """The weights whose gradients are averaged here."""
-        return [weight for weight in (one() for one in self._weights) if weight is not None]
+        self._together: Any = None
+        self._waiting: deque[Bucket] = deque()
+        self._of_weight: dict[int, tuple[Bucket, TrainedWeight]] = {}
+        if root not in _TRAFFIC:
+            root.register_forward_pre_hook(_before_forward)
+            root.register_forward_hook(_after_forward)
+        _TRAFFIC[root] = self
 
     def remove(self) -> None:
         """Ends it. The model can go on outside DDP, or be wrapped anew."""
-        if self._after_step is not None:
-            self._after_step.remove()
+        super().remove()
         self.enter(None)
         for model in [model for model, one in _TRAFFIC.items() if one is self]:
             del _TRAFFIC[model]
@@ -156,15 +120,16 @@ class Traffic:
         if optimizer is None:
             return
         if wrapper is None:
-            if isinstance(optimizer._processes, Replicas):
+            if optimizer._processes is self._together:
                 optimizer._processes = Alone()
             return
-        if self._wrapper() is not wrapper:
-            self._meet(wrapper, optimizer)
+        if self._together is None or self._wrapper() is not wrapper:
+            self._together = self._meet(wrapper, optimizer)
+            self._wrapper = weakref.ref(wrapper)
         self._synchronizes = wrapper.require_backward_grad_sync
-        optimizer._processes = Replicas(self._group) if self._every == 1 else LocalReplicas(self._group, self._every)
+        optimizer._processes = self._together
 
-    def _meet(self, wrapper: DistributedDataParallel, optimizer: GaLore) -> None:
+    def _meet(self, wrapper: DistributedDataParallel, optimizer: GaLore) -> Together:
         """The first forward pass in a wrapper: all agree, and begin from the first one's weights."""
         if self._weights and (wrapper._join_config.enable or wrapper.mixed_precision is not None):
             raise ValueError(
@@ -173,30 +138,29 @@ class Traffic:
             )
         if self._every > 1 and any(isinstance(weight, QuantizedWeight) for weight in self.weights()):
             raise ValueError(f"average_every is {self._every}, and weights in INT8 cannot be averaged; use 1")
-        if self._group is None:
+        if self._together is None:
             ranks = dist.get_process_group_ranks(wrapper.process_group)
-            self._group = dist.new_group(ranks, use_local_synchronization=True)  # never interleaves with DDP's
-        choices = {"dtype of projected gradients": self._dtype, "update": self._applies, "average_every": self._every}
-        require_agreement(optimizer, choices, self._group)
+            group = dist.new_group(ranks, use_local_synchronization=True)  # never interleaves with DDP's
+        else:
+            group = self._together.group
+        kind = Replicas if self._every == 1 else LocalReplicas
+        together = kind(optimizer, group, dtype=self._dtype, update=self._applies, average_every=self._every)
+        together.require(optimizer._settings["seed"])
         for weight in self.weights():  # DDP leaves these out of its own broadcast
             tensors = (weight.codes, weight.scale) if isinstance(weight, QuantizedWeight) else (weight.data,)
             for tensor in tensors:
-                dist.broadcast(tensor, group_src=0, group=self._group)
-        self._wrapper = weakref.ref(wrapper)
+                dist.broadcast(tensor, group_src=0, group=group)
+        return together
 
     # Backward --------------------------------------------------------------------------------------------------------
 
     def takes(self, weight: Tensor) -> bool:
         """See `data_parallel.Traffic`."""
-        return not self._weights or any(weight is one for one in self.weights())
+        return not self._weights or super().takes(weight)
 
     def arrives(self, local: Hook) -> Hook:
         """See `data_parallel.Traffic`."""
-
-        def arrive(grad: Tensor) -> None:
-            self.begin() if self.is_on else local(grad)
-
-        return arrive
+        return lambda grad: self.begin() if self.is_on else local(grad)
 
     def leaves(self, apply: Hook) -> Hook:
         """See `data_parallel.Traffic`."""
@@ -204,137 +168,156 @@ class Traffic:
 
     def completes(self, form: Hook, apply: Hook | None) -> Hook:
         """See `data_parallel.Traffic`."""
-        self._form, self._apply = form, apply
+        self._form, self._keep = form, apply or form
 
         @torch.no_grad()
         def complete(weight: Tensor) -> None:
             if not self.is_on:
-                (apply or form)(weight)
+                self._keep(weight)
                 return
             self.begin()
             self._complete(weight)
 
         return complete
 
-    @torch.no_grad()
-    def begin(self, *, anew: bool = False) -> None:
-        """The first gradient of a backward pass comes.
-
-        Args:
-            anew: whether it is the model's output's, of which nothing can have come before.
-        """
-        backward = _current_backward()
-        optimizer = self._optimizer()
-        # A re-entrant checkpoint has a pass of its own inside: it belongs to the one around it.
-        if (
-            optimizer is None
-            or not self._weights
-            or self._backward == backward
-            or (self._backward is not None and not anew)
-        ):
-            return
-        if self._applies and not self._synchronizes:
-            raise ValueError("no_sync() accumulates gradients, and update='backward' applies each; use update='step'")
-        self._backward = backward
-        trained = [optimizer._trained_weight(weight) for weight in self.weights() if weight.requires_grad]
-        drop_empty(trained, self._group)
-        self._buckets = layout(
-            trained if self._every == 1 else [one for one in trained if one.needs_renewal],
-            most_bytes=BUCKET_BYTES,
-            most_fills=0 if self._applies else dist.get_world_size(self._group),
-            dtype=self._dtype,
-            only_fills=not self._synchronizes,
-        )
-        self._of_weight = {id(one.weight): bucket for bucket in self._buckets for one in bucket.trained}
-        self._reduced = self._finished = 0
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+    def _plan(self, trained: list[TrainedWeight]) -> None:
+        """Lets weights of one kind share a bucket while it has room: of bytes, or of one basis for each process."""
+        world_size = dist.get_world_size(self._together.group)
+        self._waiting, self._of_weight = deque(), {}
+        kind: Any = None
+        room = 0
+        for one in trained:
+            weight, grad = one.weight, one.weight.grad
+            fills = one.completes_basis and not self._applies and not isinstance(grad, ProjectedGradient)
+            if not fills and (not self._synchronizes or (self._every > 1 and not one.needs_renewal)):
+                continue
+            dtype = torch.promote_types(weight.dtype, self._dtype or weight.dtype)
+            size = 1 if fills else dtype.itemsize * (weight.numel() if one.needs_renewal else one.coordinate_count)
+            if kind != (fills, dtype, weight.device) or size > room:
+                kind, room = (fills, dtype, weight.device), world_size if fills else BUCKET_BYTES
+                self._waiting.append(Bucket(fills, dtype))
+            room -= size
+            self._waiting[-1].add(one)
+            self._of_weight[id(weight)] = self._waiting[-1], one
 
     def _complete(self, weight: Tensor) -> None:
         if weight.grad is not None and weight.grad.requires_grad:
             raise ValueError("create_graph=True is not supported inside DistributedDataParallel; leave it out")
-        bucket = self._of_weight.get(id(weight))
-        if bucket is None:
-            (self._apply or self._form)(weight)  # of micro-batches before the last, or of steps between two averages
+        if id(weight) not in self._of_weight:
+            self._keep(weight)  # of micro-batches before the last, or of steps between two averages
             return
-        if id(weight) not in bucket.waits_for and bucket in self._buckets[: self._reduced]:
+        bucket, one = self._of_weight[id(weight)]
+        if bucket.handle is not None:
             raise ValueError(
                 "a gradient arrives twice in one backward pass, and its first part has been sent already (a weight in "
                 "several re-entrant checkpoints?); use use_reentrant=False"
             )
-        if not bucket.fills:
-            self._form_image(weight)
-        bucket.waits_for.discard(id(weight))
-        while self._reduced < len(self._buckets) and not self._buckets[self._reduced].waits_for:
-            self._reduce_next()
-
-    def _form_image(self, weight: Tensor) -> None:
-        optimizer = self._optimizer()
-        if optimizer and (
-            isinstance(weight.grad, ProjectedGradient) or not optimizer._trained_weight(weight).needs_renewal
-        ):
+        if not bucket.fills and (isinstance(weight.grad, ProjectedGradient) or not one.needs_renewal):
             self._form(weight)
+        bucket.waits_for.discard(id(weight))
+        while self._waiting and not self._waiting[0].waits_for:
+            self._reduce(self._waiting.popleft())
 
-    def _reduce_next(self) -> None:
-        bucket = self._buckets[self._reduced]
-        bucket.reduce(self._group)
-        self._reduced += 1
+    def _reduce(self, bucket: Bucket) -> None:
+        bucket.reduce(self._together.group)
         if bucket.fills:
             self._fill(bucket)
-        if self._applies:  # the one before has had time to arrive
-            self._finish_until(self._reduced - 1)
+        else:
+            self._send(bucket)
 
     def _fill(self, bucket: Bucket) -> None:
         """Finds first bases, or further directions of these, from the average of full gradients."""
         averages = list(bucket.averages())
         local = [one.weight.grad for one, _ in averages]
         found = peaks([average for _, average in averages]).tolist() if averages else []
-        usable = [0 < peak < float("inf") for peak in found]
         for one, average in averages:
             one.weight.grad = average.to(one.weight.dtype)
-        told = [one for (one, _), is_usable in zip(averages, usable, strict=True) if is_usable]
-        processes = optimizer._processes if (optimizer := self._optimizer()) else None
-        if isinstance(processes, Replicas):
-            processes.level(told)
-        bases = iter(bases_of(told, self._group, lambda one, _: one.grad))
-        for (one, average), own, is_usable in zip(averages, local, usable, strict=True):
-            basis = next(bases) if is_usable else None
+        told = [one for (one, _), peak in zip(averages, found, strict=True) if 0 < peak < float("inf")]
+        bases = {id(one): basis for one, basis in zip(told, self._together.bases(told), strict=True)}
+        for (one, average), own in zip(averages, local, strict=True):
             if not self._synchronizes:
                 one.weight.grad = own
+            basis = bases.get(id(one))
             if basis is not None:
                 grad = torch.zeros_like(average) if one.weight.grad is None else one.weight.grad
                 one.weight.grad = ProjectedGradient.of(grad.to(one.weight.dtype), one.projection, basis)
                 self._form(one.weight)
 
-    def _finish_until(self, count: int) -> None:
-        while self._finished < count:
-            bucket = self._buckets[self._finished]
-            self._finished += 1
-            if bucket.fills:
-                continue
-            for one, average in bucket.averages():
-                put(one, average)
-                if self._apply is not None:
-                    self._apply(one.weight)
+    def _take(self, sent: Bucket) -> None:
+        for one, average in sent.averages():
+            grad, weight = one.weight.grad, one.weight
+            if isinstance(grad, ProjectedGradient):
+                grad.projected = average.to(grad.projected.dtype)
+            elif grad is not None or tuple(average.shape) != one.projection.projected_shape or one.needs_renewal:
+                weight.grad = average.to(weight.dtype)
+            else:
+                weight.grad = ProjectedGradient(average, one.projection, one.basis, weight.dtype)
+            if self._applies:
+                self._keep(weight)
 
     @torch.no_grad()
     def _finish(self) -> None:
         """The end of the backward pass: what has no gradient in this process is sent as zeros."""
-        while self._reduced < len(self._buckets):
-            self._reduce_next()
-        self._finish_until(len(self._buckets))
-        if self._every > 1:
-            self._fill_in_zeros()
-        self._backward = None
-        self._buckets, self._of_weight = [], {}
-
-    def _fill_in_zeros(self) -> None:
-        """Lets weights that this process has not used make their step as in the others, which may have."""
-        for weight in self.weights():
-            optimizer = self._optimizer()
-            if weight.requires_grad and weight.grad is None and optimizer is not None:
+        while self._waiting:
+            self._reduce(self._waiting.popleft())
+        super()._finish()
+        self._of_weight = {}  # it holds weights
+        for weight in self.weights() if self._every > 1 else ():
+            if weight.requires_grad and weight.grad is None:  # its step is made as in the others, which may have one
                 weight.grad = torch.zeros_like(weight)
-                (self._apply or self._form)(weight)
+                self._keep(weight)
 
-    def _close(self, optimizer: Any, *_: Any) -> None:
-        if self.is_on and isinstance(optimizer._processes, Replicas):
-            optimizer._processes.close([optimizer._trained_weight(weight) for weight in self.weights()])
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        if self.is_on and isinstance(self._together, LocalReplicas):
+            held = [optimizer._trained_weight(weight) for weight in self.weights()]
+            self._together.average([one for one in held if one.state[RENEWALS] and one.state[STEP] % self._every == 0])
+
+
+def _before_forward(module: nn.Module, _: Any) -> None:
+    wrapper = DistributedDataParallel._active_ddp_module
+    if not torch.is_grad_enabled() or current_backward() != -1:
+        return  # no backward comes of it, or it is one's own
+    traffic = _TRAFFIC.get(module)
+    if wrapper is not None:
+        _require_left_out(wrapper, {id(weight) for weight in (traffic.weights() if traffic else ())})
+    if traffic is not None:
+        traffic.enter(wrapper)
+
+
+def _after_forward(module: nn.Module, _: Any, output: Any) -> None:
+    traffic = _TRAFFIC.get(module)
+    if traffic is None or not traffic.is_on or not torch.is_grad_enabled():
+        return
+    for one in tree_leaves(output):
+        if isinstance(one, Tensor) and one.requires_grad:
+            one.register_hook(lambda _, traffic=traffic: traffic.begin(anew=True))  # type: ignore[no-untyped-call]
+
+
+def _leave_out(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Has DDP leave weights out when it is wrapped around a model; all but the smallest if there are no others."""
+    ours = {id(weight): weight for weight in weights.values()}
+    if ours and not any(weight.requires_grad and id(weight) not in ours for weight in model.parameters()):
+        del ours[min(ours, key=lambda key: ours[key].numel())]
+    names = {name for name, weight in model.named_parameters(remove_duplicate=False) if id(weight) in ours}
+    if names:
+        # DDP also looks for f"{module}.{name}", which begins with a dot for what is the root's own.
+        told = _LeftOut({*names, *(f".{name}" for name in names)})
+        told |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, told)  # type: ignore[no-untyped-call]
+    return list(ours.values())
+
+
+def _require_left_out(wrapper: DistributedDataParallel, ours: set[int]) -> None:
+    """Checks that DDP averages all weights but those that are averaged here, which are told by their identities."""
+    ignored = wrapper.parameters_to_ignore
+    for name, weight in wrapper.module.named_parameters(remove_duplicate=False):
+        if id(weight) in ours and name not in ignored:
+            raise ValueError(
+                f"DistributedDataParallel averages the full gradient of {name}, and attach(...) its projected one. "
+                "Attach the very model that is wrapped, before it is wrapped"
+            )
+        if f".{name}" in ignored and id(weight) not in ours and weight.requires_grad:
+            raise ValueError(
+                f"DistributedDataParallel leaves {name} out, since attach(...) was to average its projected gradient "
+                "and has been removed: the processes would drift apart. Wrap the model anew"
+            )

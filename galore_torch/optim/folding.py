@@ -13,6 +13,7 @@ from galore_torch.lowbit import QuantizedWeight, add_rounded
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.inner_group import moves_at_rate_one
 from galore_torch.optim.normalize import normalized
+from galore_torch.optim.processes import whole
 from galore_torch.optim.residual import residual_of, with_residual
 from galore_torch.optim.rule import UpdateContext
 from galore_torch.optim.state_keys import STEP
@@ -53,9 +54,9 @@ def fold(trained: TrainedWeight, coordinates: Tensor, projected: Tensor) -> None
     alpha: Any = group["scale"] if is_projected(group) else 1.0
     beta: Any = 1.0
     if traits.decay == "decoupled" and group.get("weight_decay", 0) != 0:
-        lr = trained.number(traits.learning_rate(_context(trained))) if traits.learning_rate else group["lr"]
+        lr = whole(traits.learning_rate(_context(trained))) if traits.learning_rate else group["lr"]
         beta = 1 - lr * group["weight_decay"]
-    factor: Any = trained.number(traits.factor(_context(trained))) if traits.factor else 1.0
+    factor: Any = whole(traits.factor(_context(trained))) if traits.factor else 1.0
     if moves_at_rate_one(group):
         update, rate = _in_units(trained, coordinates, projected, factor)
         alpha = alpha * rate

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from galore_torch.optim.processes import local_part
 from galore_torch.optim.state_keys import COMPENSATION
 from galore_torch.projection import Basis, Projection
 
@@ -18,7 +19,7 @@ class ProcessPart:
     if TYPE_CHECKING:
         weight: Tensor
         state: dict[str, Any]
-        projection: Projection
+        local_projection: Projection
 
         @property
         def factors(self) -> Basis: ...  # noqa: D102
@@ -26,23 +27,12 @@ class ProcessPart:
     @property
     def local(self) -> Tensor:
         """What of the weight is in this process: all of it, unless it is sharded."""
-        return self.weight
-
-    @property
-    def local_projection(self) -> Projection:
-        """How that is projected."""
-        return self.projection
+        return local_part(self.weight)
 
     @property
     def local_compensation(self) -> Tensor:
         """What rounding has cut off so far, of `local`'s shape."""
-        kept: Tensor = self.state[COMPENSATION]
-        return kept
-
-    @property
-    def first(self) -> int:
-        """The place of `local`'s first number in the weight, for draws that depend on places."""
-        return 0
+        return local_part(self.state[COMPENSATION])
 
     def lent(self) -> Tensor:
         """The weight as the rule moves it, in place or a copy."""
@@ -55,14 +45,6 @@ class ProcessPart:
             moved: the tensor.
         """
         return moved
-
-    def number(self, found: Any) -> Any:
-        """A number that was found from the weight: of all of it.
-
-        Args:
-            found: a number, or a tensor of no dimensions.
-        """
-        return found
 
     def project(self, tensor: Tensor) -> Tensor:
         """The projection of a tensor of the weight's shape.

@@ -74,3 +74,17 @@ class Alone:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor. Asked without importing what defines it."""
     return hasattr(tensor, "placements")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What of a tensor is in this process: all of it, unless it is a DTensor."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(found: Any) -> Any:
+    """All of a tensor of which this process may have a part; what is no DTensor as it is.
+
+    Args:
+        found: a tensor, or a number.
+    """
+    return found.full_tensor() if is_sharded(found) else found

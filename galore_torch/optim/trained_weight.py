@@ -62,6 +62,8 @@ class TrainedWeight(ProcessPart, Turns):
         inner_group: the same as the rule sees it, in the step that is being made.
         state: its state in the optimizer.
         projection: how it is projected; the identity if it is not.
+        local_projection: how what of it is in this process is projected.
+        first: the place of that one's first number in the weight, for draws that depend on places.
         rule: what moves its coordinates, or itself.
         traits: what is known of the rule.
         through_coordinates: whether the rule moves coordinates, not the weight itself.
@@ -100,10 +102,13 @@ class TrainedWeight(ProcessPart, Turns):
     storage: Storage = field(init=False)
     coordinate_count: int = field(init=False)
     is_plain: bool = field(init=False)
+    local_projection: Projection = field(init=False)
+    first: int = field(init=False, default=0)
     _read: tuple[Any, Basis] = field(init=False, default=(None, {}))
     _factors: Basis | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.local_projection = self.projection
         self.storage = storage_in(self.group)
         self.coordinate_count = torch.Size(self.projection.projected_shape).numel()
         self.is_plain = type(self.weight) in (Tensor, torch.nn.Parameter) and self.rounding == "nearest"

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from galore_torch import attach
 from galore_torch.distributed import shard_placement
 from galore_torch.distributed.cut import Cut
+from galore_torch.projection import Projection
 from tests.distributed.pool import assert_every_process_raises
 from tests.distributed.sharded import UNEVEN, fully_sharded, trained_in_shards
 from tests.distributed.trained import BAR, RANK, batch, distance, llama, loss_of, optimizer_of
@@ -315,7 +316,7 @@ def raise_of(weight: torch.Tensor, placements: Any) -> None:
         device_mesh = None
 
     Placed.placements, Placed.shape = placements, weight.shape
-    Cut.of(Placed(), "a weight")
+    Cut.of(Placed(), Projection.of((4, 4), 2), "a weight")
 
 
 def test_fsdp1_is_refused_by_name(pool):
