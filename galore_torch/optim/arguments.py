@@ -145,19 +145,23 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
     if not is_whole(seed, -(2**63)):
         raise ValueError(f"seed is {seed!r}; use a whole number")
     classes = [one for one in (made["optimizer_class"], made["fallback_class"]) if one is not None]
-    return {**made, "arguments": checked_arguments(classes, made["arguments"])}
+    arguments = made.pop("arguments")
+    return {**made, "arguments": checked_arguments(classes, arguments, beside=made)}
 
 
 def _is_class_of_optimizers(one: Any) -> bool:
     return isinstance(one, type) and issubclass(one, torch.optim.Optimizer)
 
 
-def checked_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def checked_arguments(
+    classes: Sequence[type[torch.optim.Optimizer]], arguments: Mapping[str, Any], beside: Iterable[str]
+) -> dict[str, Any]:
     """The arguments of the optimizers inside, with Python's numbers in place of numpy's.
 
     Args:
         classes: of one optimizer or two; an argument is for those that name it.
         arguments: by name.
+        beside: names of the arguments that `GaLore` itself takes, which a wrong one may have meant.
 
     Returns:
         The arguments.
@@ -172,7 +176,7 @@ def checked_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments:
     for name, value in made.items():
         if name not in known and not takes_any:
             both = " and ".join(one.__name__ for one in classes)
-            raise ValueError(f"{name}={value!r} is no argument of {both}; {did_you_mean(name, known)}")
+            raise ValueError(f"{name}={value!r} is no argument of {both}; {did_you_mean(name, [*known, *beside])}")
     check_hyperparameters(made, known)
     return made
 

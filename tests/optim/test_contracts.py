@@ -155,6 +155,8 @@ def test_wrong_arguments_are_told_at_construction():
     assert "2.0" in refusing(lambda: GaLore(groups(weights((8, 6))), AdamW, betas=(2.0, 0.9)))
     message = refusing(lambda: GaLore(groups(weights((8, 6))), torch.optim.Muon, AdamW, momentun=0.9))
     assert message == "momentun=0.9 is no argument of Muon and AdamW; did you mean momentum?"
+    for wrong, meant in {"optimizer": "optimizer_class", "fallback": "fallback_class", "dtype": "state_dtype"}.items():
+        assert meant in refusing(lambda wrong=wrong: GaLore(groups(weights((8, 6))), SGD, lr=0.1, **{wrong: AdamW}))
 
 
 def test_the_inner_optimizers_defaults_are_ours():
