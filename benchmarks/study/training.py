@@ -59,7 +59,7 @@ def prepare(path: Path) -> None:
     from rich.console import Console
 
     from galore_torch.training.text.config import DataConfig
-    from galore_torch.training.text.prepare import prepare_text
+    from galore_torch.training.text.packing import prepare_text
 
     config = DataConfig(tokenizer="train", vocab=SIZE.vocabulary, seq=SIZE.sequence, eval_tokens=65_536)
     text = prepare_text(config, Console(stderr=True), batch=16, seed=0)

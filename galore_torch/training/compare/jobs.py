@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -63,7 +62,7 @@ PRETRAIN = ComparedJob(
     presets=pretrain_presets.PRESET_TABLE,
     help_preset=pretrain.HELP_PRESET,
     methods=("full", "galore"),
-    load=lambda: import_module("galore_torch.training.pretrain.run").Pretraining,
+    load=pretrain.load,
     prepare=pretrain.prepare_only,
     unit="tokens",
     held_out="text",
@@ -77,7 +76,7 @@ FINETUNE = ComparedJob(
     presets=finetune_presets.PRESET_TABLE,
     help_preset=finetune.HELP_PRESET,
     methods=("full", "galore", "lora"),
-    load=lambda: import_module("galore_torch.training.finetune.run").Finetuning,
+    load=finetune.load,
     unit="examples",
     held_out="rows",
     libraries=("datasets", "trl", "peft"),

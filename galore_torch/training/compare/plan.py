@@ -147,7 +147,7 @@ def make_plan(
             # As settings, not by the method's name: a flag for all, such as a rank, may have no effect on one of them.
             settings = {**by_method[method], **given, **own[method], "seed": seed, "lr": lr, "others_lr": others}
             try:
-                config = job.presets.configure(preset, None, None, settings)
+                config = job.presets.configure(preset, **settings)
             except ValueError as error:
                 raise ValueError(f"{error}{_hint(job, preset, str(error), given, by_method)}") from error
             refuse_without_effect(method, own[method], config.optimizer, config.adapter)
@@ -170,7 +170,7 @@ def _hint(
     name = error.partition(" ")[0]
     for method, settings in methods.items() if name in given else ():
         with suppress(ValueError):
-            job.presets.configure(preset, None, None, {**settings, **given})
+            job.presets.configure(preset, **{**settings, **given})
             return f" For one method alone, give it by --set {method}:{name}={given[name]}."
     return ""
 

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
+from galore_torch.training.finetune.classification import class_names
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load
-from galore_torch.training.finetune.labels import class_names
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.run import records
@@ -21,8 +21,7 @@ from galore_torch.training.run.base_model import load_base
 from galore_torch.training.run.callbacks import quiet
 from galore_torch.training.run.job import make_trainer
 from galore_torch.training.text import packing, sources
-from galore_torch.training.text.prepare import cache_folder
-from galore_torch.training.text.rows import missing_column
+from galore_torch.training.text.files import missing_column
 
 Judgement = tuple[dict[str, float], list[dict[str, Any]]]
 
@@ -46,7 +45,7 @@ def judge(config: Any, console: Console, *, predicting: bool, others: bool) -> J
 
 def _of_text(config: PretrainConfig, console: Console, *, whole: bool) -> dict[str, float]:
     model, tokenizer = load_base(config.model, AutoModelForCausalLM, config.data.seq, console)
-    corpus = sources.load(config.data, 0, cache_folder(config.data))
+    corpus = sources.load(config.data, 0, packing.cache_folder(config.data))
     of_all = whole and not corpus.streamed
     text = datasets.concatenate_datasets([corpus.train, corpus.held_out]) if of_all else corpus.held_out
     packed = packing.pack(text, tokenizer, config.data.seq).take(config.data.eval_tokens // config.data.seq)
@@ -61,7 +60,7 @@ def _of_text(config: PretrainConfig, console: Console, *, whole: bool) -> dict[s
 def _of_rows(config: FinetuneConfig, console: Console, *, predicting: bool) -> Judgement:
     rows, column, unlabelled = load(config.data), config.data.label_column, False
     if config.data.task == "classify" and column not in rows.held_out.column_names:
-        names = class_names(config.model)
+        names = class_names(config.model.model)
         if not (predicting and names):
             raise missing_column("label_column", column, rows.held_out.column_names)
         rows, unlabelled = _with_some_label(rows, column, names[0]), True
@@ -77,5 +76,5 @@ def _of_rows(config: FinetuneConfig, console: Console, *, predicting: bool) -> J
 
 def _with_some_label(rows: Rows, column: str, label: str) -> Rows:
     """Rows as the job wants them; what their label is has no effect on a prediction."""
-    parts = [part.add_column(column, [label] * len(part)) for part, _ in rows.parts]
+    parts = [part.add_column(column, [label] * len(part)) for part in (rows.train, rows.held_out)]
     return dataclasses.replace(rows, train=parts[0], held_out=parts[1])

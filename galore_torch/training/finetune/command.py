@@ -71,10 +71,11 @@ def finetune(
         return settings, f"{settings.data.task}-{method or settings.title}"
 
     options = {"preset": preset, "method": method, "config": config, **given}
-    run_command(_load, "finetune", configured, options, out=out, resume=resume, json=json)
+    run_command(load, "finetune", configured, options, out=out, resume=resume, json=json)
 
 
-def _load() -> type[Job]:
+def load() -> type[Job]:
+    """Import what its runs are of, with Transformers."""
     from galore_torch.training.finetune.run import Finetuning
 
     return Finetuning

@@ -1,13 +1,51 @@
-"""The settings of a fine-tuning. The optimizer's and the adapters' sections are those of a pre-training."""
+"""The settings of a fine-tuning, and its tasks. Sections of optimizer and adapters are those of a pre-training."""
 
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
-from galore_torch.training.finetune.tasks import ARITHMETIC, GLUE, ON_TRL, TaskName
 from galore_torch.training.run.names import model_of_run, require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES
-from galore_torch.training.text.rows import first_rows, in_rows, is_hub_name, missing_column, require_rows
+from galore_torch.training.text.files import first_rows, is_hub_name, missing_column, require_filled, require_rows
+
+TaskName = Literal[
+    "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "classify", "sft", "dpo", "reward", "grpo"
+]
+"""What ``--task`` takes: a task of GLUE, rows of one's own with labels, or a stage of TRL's."""
+
+ON_TRL = ("sft", "dpo", "reward", "grpo")
+"""Those that a trainer of TRL does."""
+
+ARITHMETIC = "arithmetic"
+"""The name of data that are made on the spot, for grpo: sums with their answers."""
+
+TASKS: tuple[str, ...] = get_args(TaskName)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of GLUE (arXiv 1804.07461): columns, the split that is held out, and metrics."""
+
+    columns: tuple[str, ...]  # the text's, and its pair's if there are two
+    metrics: tuple[str, ...]  # of `galore_torch.training.finetune.classification.METRICS`, the main one first
+    held_out: str = "validation"  # the split that is judged
+    numbers: bool = False  # whether labels are numbers to be met, not classes
+
+
+_PAIR = ("sentence1", "sentence2")
+GLUE: dict[str, Task] = {
+    "cola": Task(("sentence",), ("matthews", "accuracy")),
+    "sst2": Task(("sentence",), ("accuracy",)),
+    "mrpc": Task(_PAIR, ("f1", "accuracy")),
+    "stsb": Task(_PAIR, ("pearson", "spearman"), numbers=True),
+    "qqp": Task(("question1", "question2"), ("accuracy", "f1")),
+    "mnli": Task(("premise", "hypothesis"), ("accuracy",), "validation_matched"),
+    "qnli": Task(("question", "sentence"), ("accuracy",)),
+    "rte": Task(_PAIR, ("accuracy",)),
+    "wnli": Task(_PAIR, ("accuracy",)),
+}
+"""Every task of GLUE by the name that ``--task`` takes."""
 
 
 @settings
@@ -166,22 +204,17 @@ class FinetuneConfig(TrainConfig):
 
 
 def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) -> None:
-    if is_hub_name(name):
+    if is_hub_name(field, name):
         require_on_hub(field, name, "dataset")
         return
     require_rows(field, name)
-    needed = {f"text_column = {config.text_column!r} is empty": config.text_column}
-    if labelled:
-        needed[f"label_column = {config.label_column!r} is without a label"] = config.label_column
-    empty: dict[str, list[int]] = {}
-    for number, row in enumerate(first_rows(field, name), 1):
-        for what, column in needed.items() if config.task == "classify" else ():
-            if column not in row and number == 1:
-                raise missing_column(what.partition(" ")[0], column, row)
-            if row.get(column) is None or not str(row[column]).strip():
-                empty.setdefault(what, []).append(number)
-    for what, numbers in empty.items():
-        raise ValueError(f"{what} in {in_rows(numbers)}; leave such rows out.")
+    rows = list(first_rows(field, name))
+    checked = {"text_column": "is empty"} | ({"label_column": "is without a label"} if labelled else {})
+    for of_column, what in checked.items() if config.task == "classify" else ():
+        column = getattr(config, of_column)
+        if rows and column not in rows[0]:
+            raise missing_column(of_column, column, rows[0])
+        require_filled(of_column, column, enumerate((row.get(column) for row in rows), 1), what)
 
 
 SECTIONS = sections_of(FinetuneConfig)

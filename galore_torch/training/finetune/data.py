@@ -1,30 +1,39 @@
-"""Which rows are trained on and which are held out: GLUE's, a data set of the Hub, files of one's own, or sums."""
+"""Which rows are trained on and which are held out: GLUE's, a data set of the Hub, files of one's own, or sums.
+
+Rows in the forms that people have them in become columns as TRL has them:
+
+| form | columns | become |
+| --- | --- | --- |
+| Alpaca | instruction, output, and input or not | prompt, completion |
+| ShareGPT | conversations, of from and value | messages, of role and content |
+| pairs | chosen and rejected, which begin with the prompt | prompt, chosen, rejected |
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from galore_torch.training.finetune.config import RowsConfig
-from galore_torch.training.finetune.forms import arithmetic, in_columns
-from galore_torch.training.finetune.tasks import ARITHMETIC, GLUE
-from galore_torch.training.run.disk import raise_failed_write
+from galore_torch.training.finetune.config import ARITHMETIC, GLUE, RowsConfig
 from galore_torch.training.run.names import local_path
-from galore_torch.training.text.rows import in_rows, is_hub_name, missing_column, require_rows
-from galore_torch.training.text.tables import read_table
+from galore_torch.training.text.files import is_hub_name, missing_column, require_filled, require_rows
+from galore_torch.training.text.sources import read_table
 from galore_torch.units import sentence
 
 _SPLIT = 0  # the seed of which rows of a file are held out
+_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+_SUMS = 2000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Rows:
     """Rows to train on and rows held out."""
 
@@ -33,10 +42,12 @@ class Rows:
     train_rows: Sequence[int]  # the number of each in what it was read from, counted from 1
     held_out_rows: Sequence[int]
 
-    @property
-    def parts(self) -> tuple[tuple[datasets.Dataset, Sequence[int]], ...]:
-        """Both, each with its rows' numbers."""
-        return (self.train, self.train_rows), (self.held_out, self.held_out_rows)
+    def column(self, field: str, name: str) -> Iterator[tuple[int, Any]]:
+        """Number and value of every row in a column; a ValueError says that there is none as a setting names it."""
+        for part, numbers in ((self.train, self.train_rows), (self.held_out, self.held_out_rows)):
+            if name not in part.column_names:
+                raise missing_column(field, name, part.column_names)
+            yield from zip(numbers, part[name], strict=True)
 
     @property
     def digest(self) -> str:
@@ -51,92 +62,90 @@ def load(config: RowsConfig) -> Rows:
     Which of a file's are held out is the same for every seed of a run: all are judged alike.
     """
     if config.task in GLUE:
-        return _glue(config.task)
-    assert config.data is not None
-    train, held_out = _named("data", config.data)
+        parts = _of_hub("task", config.task, "nyu-mll/glue", config.task)
+        train, held_out = parts["train"], parts[GLUE[config.task].held_out]
+    else:
+        train, held_out = _named("data", str(config.data))
     if config.held_out is not None:
         held_out, _ = _named("held_out", config.held_out)
     if held_out is not None:
-        return _whole(train, held_out)
+        return Rows(train, held_out, range(1, len(train) + 1), range(1, len(held_out) + 1))
     if len(train) < 2:
         raise ValueError(f"data = {config.data!r} holds {len(train)} rows; give at least two, one to be held out.")
     size = max(1, round(config.held_out_share * len(train)))
     numbered = datasets.Dataset.from_dict({"row": range(1, len(train) + 1)})
     parts, rows = (each.train_test_split(test_size=size, seed=_SPLIT) for each in (train, numbered))
-    return Rows(
-        train=parts["train"],
-        held_out=parts["test"],
-        train_rows=rows["train"]["row"][:],
-        held_out_rows=rows["test"]["row"][:],
-    )
-
-
-def _whole(train: datasets.Dataset, held_out: datasets.Dataset) -> Rows:
-    numbers = [range(1, len(part) + 1) for part in (train, held_out)]
-    return Rows(train=train, held_out=held_out, train_rows=numbers[0], held_out_rows=numbers[1])
+    return Rows(parts["train"], parts["test"], rows["train"]["row"][:], rows["test"]["row"][:])
 
 
 def _named(field: str, name: str) -> tuple[Any, Any]:
     """The rows that a setting names, in columns as TRL has them; and those that come as held out with them, or None."""
     if name == ARITHMETIC:
-        return arithmetic(), None
-    if not is_hub_name(name):
-        return in_columns(_file(field, name)), None
-    try:
-        parts = datasets.load_dataset(name)
-    except Exception as error:  # the Hub's client raises errors of many kinds
-        raise ValueError(
-            f"{field} = {name!r} is neither a file nor a data set that the Hugging Face Hub gives: {sentence(error)} "
-            "Check the name and the network, or give a CSV, JSON lines or Parquet file."
-        ) from error
+        return _arithmetic(), None
+    if not is_hub_name(field, name):
+        kind, path = require_rows(field, name), local_path(field, name)
+        with tempfile.TemporaryDirectory(prefix="galore-rows-") as scratch:  # for nothing to be read from a cache
+            rows = read_table(field, name, kind, [path], Path(scratch), keep_in_memory=True)
+        if not len(rows):
+            raise ValueError(f"{field} = {name!r} holds no rows; give a file that does.")
+        return _in_columns(rows), None
+    parts = _of_hub(field, name, name)
     if "train" not in parts:
         raise ValueError(f"{field} = {name!r} has no split named train, but {', '.join(parts)}; give files of it.")
     held_out = parts.get("validation", parts.get("test"))
-    return in_columns(parts["train"]), None if held_out is None else in_columns(held_out)
+    return _in_columns(parts["train"]), None if held_out is None else _in_columns(held_out)
 
 
-def _glue(task: str) -> Rows:
+def _of_hub(field: str, value: str, *name: str) -> Any:
     try:
-        parts = datasets.load_dataset("nyu-mll/glue", task)
+        return datasets.load_dataset(*name)
     except Exception as error:  # the Hub's client raises errors of many kinds
         raise ValueError(
-            f"task = {task!r} is not given by the Hugging Face Hub: {sentence(error)} Check the network."
+            f"{field} = {value!r} is not given by the Hugging Face Hub: {sentence(error)} Check the network and the "
+            "name, or give a CSV, JSON lines or Parquet file."
         ) from error
-    return _whole(parts["train"], parts[GLUE[task].held_out])
 
 
-def _file(field: str, name: str) -> Any:
-    kind, path = require_rows(field, name), local_path(field, name)
-    try:
-        with tempfile.TemporaryDirectory(prefix="galore-rows-") as scratch:  # for nothing to be read from a cache
-            rows = read_table(kind, [path], Path(scratch), in_memory=True)
-    except Exception as error:  # pandas, Arrow and Datasets each have their own
-        raise_failed_write(error)
-        raise ValueError(
-            f"{field} = {name!r} holds no rows that can be read as {kind}: {sentence(error.__cause__ or error)} "
-            "Fix the file, or give another."
-        ) from error
-    if not len(rows):
-        raise ValueError(f"{field} = {name!r} holds no rows; give a file that does.")
+def _in_columns(rows: datasets.Dataset) -> Any:
+    """Rows whose columns are those that TRL's trainers read; rows that need none of that are returned as they are."""
+    columns = set(rows.column_names)
+    if {"instruction", "output"} <= columns and not {"prompt", "completion", "messages"} & columns:
+        return rows.map(_asked, remove_columns=sorted({"instruction", "input", "output"} & columns))
+    if "conversations" in columns and "messages" not in columns:
+        return rows.map(_messages, remove_columns=["conversations"])
+    if {"chosen", "rejected"} <= columns and "prompt" not in columns:
+        from trl import extract_prompt
+
+        return rows.map(extract_prompt)
     return rows
 
 
-def require_column(rows: datasets.Dataset, field: str, name: str) -> None:
-    """Refuse, with a ValueError, rows without a column that a setting names."""
-    if name not in rows.column_names:
-        raise missing_column(field, name, rows.column_names)
+def _asked(row: dict[str, Any]) -> dict[str, str]:
+    """A row of Alpaca's, with the blank line between instruction, input and response that its template has."""
+    parts = [str(row.get(name) or "").strip() for name in ("instruction", "input")]
+    return {"prompt": "".join(f"{part}\n\n" for part in parts if part), "completion": str(row["output"] or "")}
+
+
+def _messages(row: dict[str, Any]) -> dict[str, Any]:
+    known = [one for one in row["conversations"] or [] if isinstance(one, dict)]
+    said = [(one.get("from") or one.get("role"), one.get("value") or one.get("content")) for one in known]
+    return {"messages": [{"role": _ROLES.get(str(who), str(who)), "content": what} for who, what in said]}
+
+
+def _arithmetic() -> Any:
+    """Sums and differences of two numbers below a hundred, with their answers: a small task whose reward is a rule."""
+    draw = random.Random(0)
+    pairs = [sorted((draw.randrange(100), draw.randrange(100)), reverse=True) for _ in range(_SUMS)]
+    signs = [draw.choice("+-") for _ in pairs]
+    found = [a + b if sign == "+" else a - b for (a, b), sign in zip(pairs, signs, strict=True)]
+    prompts = [f"{a} {sign} {b} = " for (a, b), sign in zip(pairs, signs, strict=True)]
+    return datasets.Dataset.from_dict({"prompt": prompts, "answer": [str(number) for number in found]})
 
 
 def require_texts(rows: Rows, field: str, name: str) -> None:
     """Refuse, with a ValueError, rows whose column, which a setting names, is missing, empty somewhere, or no text."""
-    empty = []
-    for part, numbers in rows.parts:
-        require_column(part, field, name)
-        for number, text in zip(numbers, part[name], strict=True):
-            if text is None or not str(text).strip():
-                empty.append(number)
-            if isinstance(text, (dict, list)):
-                kind = type(text).__name__
-                raise ValueError(f"{field} = {name!r} holds {kind}s, not text, as in row {number}; choose another.")
-    if empty:
-        raise ValueError(f"{field} = {name!r} is empty in {in_rows(sorted(empty))}; leave such rows out.")
+    for number, text in rows.column(field, name):
+        if isinstance(text, (dict, list)):
+            kind = type(text).__name__
+            raise ValueError(f"{field} = {name!r} holds {kind}s, not text, as in row {number}; choose another.")
+    require_filled(field, name, rows.column(field, name))

@@ -1,46 +1,59 @@
-"""What the fine-tunings on TRL's trainers have in common: columns, model, chat template, trainer and answers."""
+"""Fine-tunings of causal models on TRL's trainers.
+
+Supervised fine-tuning; DPO (arXiv 2305.18290) and reward models (2203.02155) from pairs of a preferred and a rejected
+answer; GRPO (2402.03300) from the rewards of a rule, which compares the end of an answer with the right one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import trl
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from trl.chat_template_utils import get_training_chat_template
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
+from galore_torch.training.run import records
 from galore_torch.training.run.base_model import load_base
-from galore_torch.training.text.rows import in_rows, missing_column
+from galore_torch.training.text.files import in_rows, missing_column
 from galore_torch.units import sentence
 
 
 class OnTRL:
-    """One kind of fine-tuning by a trainer of TRL; a subclass says by which, and what is scored.
+    """One kind of fine-tuning by a trainer of TRL; a subclass says by which, and what is scored."""
 
-    Attributes:
-        task_type: PEFT's name of what the model is trained for.
-        trainer_name: of the trainer in TRL, which has a configuration of the same name.
-        forms: columns of which it takes the first that rows have; those are ``columns``.
-        repeats: how many of a batch are of the same row.
-    """
-
-    task_type = "CAUSAL_LM"
-    trainer_name: ClassVar[str]
-    forms: tuple[tuple[str, ...], ...]
+    trainer_name: ClassVar[str]  # in TRL, which has a configuration of the same name
+    forms: tuple[tuple[str, ...], ...]  # columns of which it takes the first that rows have; those are `columns`
+    answer: ClassVar[int] = -1  # which of those holds what is to be answered
+    metrics: ClassVar[dict[str, str]]  # the Trainer's metrics that are scores, by the scores' names
+    task_type = "CAUSAL_LM"  # PEFT's name of what the model is trained for
     model_class: ClassVar[Any] = AutoModelForCausalLM
     model_settings: ClassVar[dict[str, Any]] = {}
-    repeats = 1
+    cut = 0  # how many rows are longer than a sequence may be
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         self.data = config.data
-        self.columns = _first_form(rows, self.forms)
+        known = set(rows.train.column_names) & set(rows.held_out.column_names)
+        self.columns = next((form for form in self.forms if set(form) <= known), ())
+        if not self.columns:
+            raise missing_column("text_column", " or ".join(map(", ".join, self.forms)), rows.train.column_names)
         for column in self.columns:
             _require(rows, column)
-        self.train, self.held_out = (part.select_columns(list(self.columns)) for part, _ in rows.parts)
+        self.train, self.held_out = (part.select_columns(list(self.columns)) for part in (rows.train, rows.held_out))
         self._rows = rows.held_out_rows
         self.model, self.tokenizer = load_base(
             config.model, self.model_class, self.data.max_length, console, **self.model_settings
@@ -48,79 +61,61 @@ class OnTRL:
         self.model.config.use_cache = False
         if self.data.chat_template is not None:
             self.tokenizer.chat_template = _template(self.data.chat_template)
-        if self.is_chat and self.tokenizer.chat_template is None:
+        is_chat = any(isinstance(self.train[0][column], list) for column in self.columns)
+        if is_chat and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"model = {config.model.model!r} has no chat template for messages; give one as --chat-template FILE, "
                 "or give prompt and completion as text."
             )
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether rows are messages."""
-        return any(isinstance(self.train[0][column], list) for column in self.columns)
-
     def options(self) -> dict[str, Any]:
         """What the trainer's configuration says besides `TrainingArguments`."""
         return {"max_length": self.data.max_length}
-
-    def more(self) -> dict[str, Any]:
-        """What the trainer takes besides."""
-        return {}
 
     def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
         """Make the trainer."""
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
         made = getattr(trl, f"{self.trainer_name}Config")(**given | self.options())
-        trainer: Trainer = getattr(trl, f"{self.trainer_name}Trainer")(
-            model=self.model,
-            args=made,
-            train_dataset=self.train,
-            eval_dataset=self.held_out,
-            processing_class=self.tokenizer,
-            **self.more() | more,
-        )
+        trainer: Trainer = getattr(trl, f"{self.trainer_name}Trainer")(args=made, **more)
         return trainer
+
+    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The scores among the Trainer's metrics."""
+        return {name: metrics[metric] for name, metric in self.metrics.items()}
 
     def predictions(self, _trainer: Trainer) -> list[dict[str, Any]]:
         """What the model writes, greedily, after the first held-out prompts, of as many as the settings say."""
         self.model.eval()
         rows = self.held_out.select(range(min(self.data.answers, len(self.held_out))))
+        prompts = [(self._prompt(row), self._expected(row)) for row in rows]
         return [
-            {"row": number, "input": prompt, "expected": self.expected(row), "prediction": self.answered(prompt)}
-            for number, row in zip(self._rows, rows, strict=False)
-            for prompt in (self.prompt(row),)
+            {"row": number, "input": prompt, "expected": expected, "prediction": self._answered(prompt)}
+            for number, (prompt, expected) in zip(self._rows, prompts, strict=False)
         ]
 
-    def prompt(self, row: Any) -> str:
-        """What is asked in a row, with all but the answer."""
+    def _prompt(self, row: Any) -> str:
         first = row[self.columns[0]]
         if not isinstance(first, list):
             return str(first)
         asked = first[:-1] if len(self.columns) == 1 and len(first) > 1 else first
         return str(self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
 
-    def expected(self, row: Any) -> Any:
+    def _expected(self, row: Any) -> Any:
         """What is to be answered; None where nothing is."""
-        last = row[self.columns[-1]]
-        if isinstance(last, list):
-            return last[-1]["content"]
-        return last if len(self.columns) > 1 else None
+        answer = row[self.columns[self.answer]]
+        if isinstance(answer, list):
+            return answer[-1]["content"]
+        return answer if len(self.columns) > 1 else None
 
-    def answered(self, prompt: str) -> str:
-        """What the model writes after a prompt."""
-        asked = self.tokenizer(prompt, return_tensors="pt", truncation=True, max_length=self.data.max_length)
-        known = {name: asked[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        out = self.model.generate(**known, max_new_tokens=self.data.answer_tokens, do_sample=False)
-        return str(self.tokenizer.decode(out[0, known["input_ids"].shape[1] :], skip_special_tokens=True))
+    def _answered(self, prompt: str) -> str:
+        given = self._encoded(prompt)
+        out = self.model.generate(**given, max_new_tokens=self.data.answer_tokens, do_sample=False)
+        return str(self.tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
 
-
-def _first_form(rows: Rows, forms: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    """The first of some forms that rows have; a ValueError says that they have none."""
-    known = set(rows.train.column_names) & set(rows.held_out.column_names)
-    for form in forms:
-        if set(form) <= known:
-            return form
-    raise missing_column("text_column", " or ".join(map(", ".join, forms)), rows.train.column_names)
+    def _encoded(self, text: str) -> dict[str, torch.Tensor]:
+        """A text as the model takes it, with a batch dimension of 1."""
+        known = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=self.data.max_length)
+        return {name: known[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 
 def _require(rows: Rows, column: str) -> None:
@@ -129,8 +124,7 @@ def _require(rows: Rows, column: str) -> None:
         return
     wrong = [
         number
-        for part, numbers in rows.parts
-        for number, messages in zip(numbers, part[column], strict=True)
+        for number, messages in rows.column("text_column", column)
         if not messages or not all(isinstance(one, dict) and one.get("role") and one.get("content") for one in messages)
     ]
     if wrong:
@@ -152,14 +146,142 @@ def _template(name: str) -> str:
     return tokenizer.chat_template
 
 
-def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template marks what the assistant says, or TRL knows one like it that does."""
-    from trl.chat_template_utils import get_training_chat_template
+class Supervised(OnTRL):
+    """Learning from examples: messages, prompts with completions (texts or messages), or text."""
 
-    if re.search(r"{%-?\s*generation", str(tokenizer.chat_template)):
-        return True
-    try:
-        get_training_chat_template(tokenizer)
-    except ValueError:
-        return False
-    return True
+    trainer_name = "SFT"
+
+    def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
+        self.forms = (("messages",), ("prompt", "completion"), (config.data.text_column,))
+        super().__init__(config, rows, console)
+        if self.data.answers_only:
+            self._require_marks()
+        self.cut = sum(
+            len(self._ids(row)) > self.data.max_length for part in (self.train, self.held_out) for row in part
+        )
+
+    def _require_marks(self) -> None:
+        """Refuse answers alone where nothing says which they are: neither the template, nor TRL's like of it."""
+        if self.columns != ("messages",):
+            raise ValueError(
+                "answers_only = True has no effect without messages: completions alone are trained on; leave it out."
+            )
+        if re.search(r"{%-?\s*generation", str(self.tokenizer.chat_template)):
+            return
+        try:
+            get_training_chat_template(self.tokenizer)
+        except ValueError as error:
+            raise ValueError(
+                "answers_only = True, and the chat template does not mark answers by {% generation %}; leave it out, "
+                "or give prompt and completion."
+            ) from error
+
+    def _ids(self, row: Any) -> Any:
+        parts = [row[column] for column in self.columns]
+        if isinstance(parts[0], list):
+            return self.tokenizer.apply_chat_template(list(chain(*parts)), tokenize=True, return_dict=False)
+        return self.tokenizer("".join(parts))["input_ids"]
+
+    def options(self) -> dict[str, Any]:
+        """What counts for the loss, and whether rows share a sequence."""
+        return {
+            **super().options(),
+            "dataset_text_field": self.columns[-1],
+            "completion_only_loss": True if "completion" in self.columns else None,
+            "assistant_only_loss": self.data.answers_only,
+            "packing": self.data.packing,
+            "eval_packing": False,
+        }
+
+    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The perplexity."""
+        return {"perplexity": records.perplexity(metrics["eval_loss"])}
+
+
+class Preferences(OnTRL):
+    """Direct preference optimization.
+
+    The reference is the model itself before the first step: its log-probabilities are computed then, and kept.
+    Scores are how often the preferred answer has become likelier than the other, and by how much.
+    """
+
+    trainer_name = "DPO"
+    forms = (("prompt", "chosen", "rejected"),)
+    answer = 1
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+
+    def options(self) -> dict[str, Any]:
+        """How far the model may go from the reference, and that the reference is not kept."""
+        return {**super().options(), "beta": self.data.beta, "precompute_ref_log_probs": True}
+
+
+class Reward(OnTRL):
+    """A model with one number for a text, greater for the preferred of two: scores are how often, and by how much."""
+
+    task_type = "SEQ_CLS"
+    trainer_name = "Reward"
+    forms = Preferences.forms
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "eval_accuracy", "margin": "eval_margin"}
+    model_class = AutoModelForSequenceClassification
+    model_settings: ClassVar[dict[str, Any]] = {"num_labels": 1}
+
+    @torch.no_grad()
+    def predictions(self, _trainer: Trainer) -> list[dict[str, Any]]:
+        """The rewards of both answers of each held-out row."""
+        self.model.eval()
+        return [
+            {"row": number, **row, **{f"reward_{name}": self._reward(row, name) for name in self.columns[1:]}}
+            for number, row in zip(self._rows, self.held_out, strict=True)
+        ]
+
+    def _reward(self, row: Any, name: str) -> float:
+        whole = row["prompt"] + row[name]
+        if isinstance(whole, list):
+            whole = self.tokenizer.apply_chat_template(whole, tokenize=False)
+        return float(self.model(**self._encoded(whole)).logits[0, 0])
+
+
+class Reasoning(OnTRL):
+    """Group relative policy optimization; scored by the mean reward, the share of right answers."""
+
+    trainer_name = "GRPO"
+    forms = (("prompt", "answer"),)
+    metrics: ClassVar[dict[str, str]] = {"reward": "eval_reward"}
+
+    def options(self) -> dict[str, Any]:
+        """How many answers a prompt gets, and how long they are; for an evaluation it gets one."""
+        return {
+            "num_generations": self.data.generations,
+            "num_generations_eval": 1,
+            "max_completion_length": self.data.answer_tokens,
+            "remove_unused_columns": False,  # the rule reads the answers
+        }
+
+    def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
+        """Make the trainer, with the rule."""
+        return super().trainer(args, reward_funcs=rewards, **more)
+
+
+def rewards(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """The reward of each completion: 1 if the last number in it is the answer, or, of a text, if it ends by it.
+
+    Args:
+        completions: texts, or lists of messages.
+        answer: the right one for each.
+
+    >>> rewards(["it is 12", "12 or 13", "Paris."], answer=["12", "12", "paris"])
+    [1.0, 0.0, 1.0]
+    """
+    texts = [said if isinstance(said, str) else str(said[-1]["content"]) for said in completions]
+    return [float(_is_right(said, str(right))) for said, right in zip(texts, answer, strict=True)]
+
+
+def _is_right(said: str, right: str) -> bool:
+    if re.fullmatch(r"-?\d+(\.\d+)?", right.strip()):
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", said.replace(",", ""))
+        return bool(numbers) and float(numbers[-1]) == float(right)
+    return said.strip().rstrip(".").lower().endswith(right.strip().rstrip(".").lower())
+
+
+STAGES: dict[str, type[OnTRL]] = {"sft": Supervised, "dpo": Preferences, "reward": Reward, "grpo": Reasoning}
+"""Each by the name that ``--task`` takes."""

@@ -1,11 +1,9 @@
 """Presets: the paper's recipe for GLUE (arXiv 2403.03507), and places to start from for rows of one's own."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from galore_torch.training.finetune.config import FinetuneConfig
-from galore_torch.training.finetune.tasks import GLUE, ON_TRL
+from galore_torch.training.finetune.config import GLUE, ON_TRL, FinetuneConfig
 from galore_torch.training.settings.config import FULL_RANK, PROJECTED, PresetTable
 
 _ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
@@ -56,15 +54,5 @@ PRESET_TABLE = PresetTable(
     besides=lambda preset, _, given: BY_TASK.get(preset, {}).get(str(given.get("task")), {}),
     rates={name: {kind: {"lr": rate} for kind, rate in rates.items()} for name, rates in LEARNING_RATES.items()},
 )
-
-
-def configure(
-    preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
-) -> FinetuneConfig:
-    """The configuration of a fine-tuning; see `galore_torch.training.settings.config.PresetTable.configure`.
-
-    >>> config = configure(task="cola", method="lora")
-    >>> config.schedule.batch, config.optimizer.lr, config.adapter.adapter_rank
-    (32, 0.0005, 4)
-    """
-    return PRESET_TABLE.configure(preset, file, method, given)
+configure = PRESET_TABLE.configure
+"""Makes the configuration of a fine-tuning; see `galore_torch.training.settings.config.PresetTable.configure`."""

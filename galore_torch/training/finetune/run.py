@@ -1,4 +1,4 @@
-"""A fine-tuning: what classification and supervised fine-tuning have in common."""
+"""A fine-tuning: what classification and the stages of TRL have in common."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from galore_torch.lowbit import quantize_weights
 from galore_torch.training.finetune.classification import Classification
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load
-from galore_torch.training.finetune.preferences import Preferences, Reward
-from galore_torch.training.finetune.reasoning import Reasoning
-from galore_torch.training.finetune.supervised import Supervised
+from galore_torch.training.finetune.on_trl import STAGES
 from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.job import Job
 from galore_torch.training.run.run import RunResult
-
-_KINDS: dict[str, Any] = {"sft": Supervised, "dpo": Preferences, "reward": Reward, "grpo": Reasoning}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +53,11 @@ class Finetuning(Job):
         self.config, self.target_modules = config, config.target_modules
         self.data = config.data.data or config.data.task
         self.digest, self.units_per_step = rows.digest, schedule.batch
-        self.kind = _KINDS.get(config.data.task, Classification)(config, rows, console)
-        self._steps_per_epoch = math.ceil(len(rows.train) * self.kind.repeats / schedule.batch)
+        self.kind = STAGES.get(config.data.task, Classification)(config, rows, console)
+        if self.kind.cut:
+            console.print(f"{self.kind.cut:,} rows are longer than {config.data.max_length} tokens and are truncated.")
+        repeats = config.data.generations if config.data.task == "grpo" else 1  # rows of a batch that are the same
+        self._steps_per_epoch = math.ceil(len(rows.train) * repeats / schedule.batch)
         self.model, self.tokenizer, self.task_type = self.kind.model, self.kind.tokenizer, self.kind.task_type
         if schedule.gradient_checkpointing:
             recompute_activations(self.model)
@@ -97,13 +96,13 @@ class Finetuning(Job):
 
     def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
         """That of the kind."""
-        trainer: Trainer = self.kind.trainer(args, **more)
-        return trainer
+        kind = self.kind
+        data = {"train_dataset": kind.train, "eval_dataset": kind.held_out}
+        return kind.trainer(args, model=self.model, processing_class=self.tokenizer, **data, **more)
 
     def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Those of the kind."""
-        scores: dict[str, Any] = self.kind.scores(metrics)
-        return scores
+        return self.kind.scores(metrics)
 
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The task and its scores."""
@@ -111,5 +110,4 @@ class Finetuning(Job):
 
     def predictions(self, trainer: Trainer) -> list[dict[str, Any]]:
         """Those of the kind."""
-        predictions: list[dict[str, Any]] = self.kind.predictions(trainer)
-        return predictions
+        return self.kind.predictions(trainer)

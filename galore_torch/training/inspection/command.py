@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from galore_torch.training.finetune.tasks import GLUE
+from galore_torch.training.finetune.config import GLUE
 from galore_torch.training.inspection.config import InspectConfig, ModelDataConfig, configure
 from galore_torch.training.run.command import reported_errors
 from galore_torch.training.run.files import require_empty, write_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from galore_torch.training.finetune.tasks import TASKS, TaskName
+from galore_torch.training.finetune.config import TASKS, TaskName
 from galore_torch.training.settings.config import from_values, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 

@@ -68,8 +68,7 @@ def plan(
                 method_settings(name)
             with console.status("Loading Transformers"):
                 from galore_torch.memory import parse_bytes
-                from galore_torch.training.planning import report
-                from galore_torch.training.planning.plans import best_that_fits, plans, smaller
+                from galore_torch.training.planning.report import Planned, plans
                 from galore_torch.training.planning.subject import subject
 
             room = None if memory is None else parse_bytes(memory)
@@ -79,14 +78,10 @@ def plan(
                 for name, one in plans(planned, method or list(METHODS)):
                     found[name] = one
                     status.update(f"Planning: {name} is done")
-                best = None if room is None else best_that_fits(found, room)
-                instead = None
-                if room is not None and best is None:
-                    least = min(found, key=lambda name: found[name].peak_bytes)
-                    instead = (least, *smaller(planned, least, room))
-            shown = report.Planned(subject=planned, found=found, memory=room, best=best, instead=instead)
+                shown = Planned(subject=planned, found=found, memory=room)
+                texts = shown.texts
             if page is not None:
-                report.page(shown, shlex.join(["galore", *sys.argv[1:]])).write(page)
+                shown.page(shlex.join(["galore", *sys.argv[1:]])).write(page)
         if json:
             print(json_format.dumps(shown.as_json()))
             return
@@ -97,5 +92,5 @@ def plan(
         for row in shown.rows:
             table.add_row(*row)
         console.print(table)
-        for text in shown.texts:
+        for text in texts:
             console.print(text, highlight=False, markup=False)

@@ -1,39 +1,97 @@
-"""What ``galore plan`` shows: its table, its notes, its page with a chart."""
+"""What ``galore plan`` finds and shows: a plan by method, what fits, its table, its notes, its page with a chart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from galore_torch.memory import KINDS, MemoryPlan
+from galore_torch.memory import KINDS, MemoryPlan, plan
 from galore_torch.training.page.page import Page
-from galore_torch.training.planning.plans import GB, HEADINGS, LEGEND, MB, cells, notes
 from galore_torch.training.planning.subject import Subject
 from galore_torch.training.run.plots import COLORS, GRAY, new_axes
+from galore_torch.training.settings.methods import METHODS
 from galore_torch.units import readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MB, GB = 1e6, 1e9
+
+HEADINGS = ("weights", "grads", "states", "bases", "acts", "logits", "work", "peak", "fits")
+"""Of what a plan holds of each kind, in the order of `KINDS`, and of its peak."""
+LEGEND = (
+    "weights to bases: what there is from the first step on; grads: before a step; acts (activations), logits and "
+    "work: the most of each at a time. peak: the most of all at one time, which is less than their sum. A GPU's driver "
+    "and its libraries take some 0.5 GB besides."
+)
+
+
+def plans(subject: Subject, methods: Sequence[str]) -> Iterator[tuple[str, MemoryPlan]]:
+    """Plan the training of a model by each method in turn; what differs in its learning rates alone is planned once."""
+    known: dict[str, MemoryPlan] = {}
+    for method in methods:
+        config = subject.settings(method)
+        adapter = config.adapter.adapter.removeprefix("re")
+        of_memory = dataclasses.replace(config.optimizer, lr=1.0, others_lr=None)
+        key = f"{of_memory}{adapter}{config.adapter.adapter_rank}{config.schedule.batch}"
+        if key not in known:
+            known[key] = plan(subject.job(method))
+        yield method, known[key]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """The plans of a model.
+    """The plans of a model."""
 
-    Attributes:
-        subject: what is planned.
-        found: the plan by method.
-        memory: what there is, in bytes; None if nobody said.
-        best: the method that fits and gives up least.
-        instead: where none fits, a method, the settings under which it was tried and its plan then.
-    """
+    subject: Subject  # what is planned
+    found: Mapping[str, MemoryPlan]  # by method
+    memory: int | None  # what there is, in bytes; None if nobody said
 
-    subject: Subject
-    found: Mapping[str, MemoryPlan]
-    memory: int | None
-    best: str | None
-    instead: tuple[str, dict[str, Any], MemoryPlan] | None
+    def fits(self, one: MemoryPlan) -> bool:
+        """Whether there is a memory that a plan fits."""
+        return self.memory is not None and one.peak_bytes <= self.memory
+
+    @property
+    def least(self) -> str:
+        """The method that needs least."""
+        return min(self.found, key=lambda name: self.found[name].peak_bytes)
+
+    @property
+    def best(self) -> str | None:
+        """What fits and gives up least: adapters last, then weights, updates and states as they are first."""
+
+        def given_up(method: str) -> tuple[Any, ...]:
+            settings = METHODS[method]
+            return (
+                settings["adapter"] != "none",
+                settings["weight_bits"] == 8,
+                settings["update"] == "backward",
+                "8bit" in settings["optim"],
+                list(METHODS).index(method),
+            )
+
+        return min((name for name, one in self.found.items() if self.fits(one)), key=given_up, default=None)
+
+    @cached_property
+    def instead(self) -> tuple[str, dict[str, Any], MemoryPlan] | None:
+        """Where none fits: a method, settings and its plan with them, the first that fits, or the smallest.
+
+        Activations are computed again, and rows are ever fewer.
+        """
+        if self.memory is None or self.best is not None:
+            return None
+        micro_batch = self.subject.settings(self.least).micro_batch
+        given: dict[str, Any] = {"gradient_checkpointing": True}
+        while True:
+            changed = dataclasses.replace(self.subject, given={**self.subject.given, **given})
+            found = plan(changed.job(self.least))
+            if self.fits(found) or micro_batch == 1:
+                return self.least, given, found
+            micro_batch //= 2
+            given |= {"micro_batch": micro_batch, "batch": micro_batch}
 
     @property
     def title(self) -> str:
@@ -56,23 +114,50 @@ class Planned:
     @property
     def rows(self) -> list[list[str]]:
         """Its rows."""
-        return [[name, *cells(one, self.memory, self.unit)] for name, one in self.found.items()]
+        return [[name, *self._cells(one)] for name, one in self.found.items()]
+
+    def _cells(self, one: MemoryPlan) -> list[str]:
+        unknown = ("activations", "logits", "work") if one.untraced is not None else ()
+        digits = 2 if self.unit == GB else 1
+        held = ["?" if kind in unknown else f"{one.held[kind] / self.unit:.{digits}f}" for kind in KINDS]
+        peak = f"{'>' if unknown else ''}{one.peak_bytes / self.unit:.{digits}f}"
+        return [*held, peak, *([] if self.memory is None else ["yes" if self.fits(one) else "no"])]
 
     @property
     def texts(self) -> list[str]:
         """What is said below it."""
-        lines = [LEGEND, *notes(self.found, self.memory, self.best)]
-        if self.instead is not None and self.memory is not None:
-            method, given, one = self.instead
-            flags = " ".join(
-                f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" for name, value in given.items()
-            )
-            lacks = one.peak_bytes - self.memory
-            end = "fits" if lacks <= 0 else f"lacks {readable(lacks)}: the smallest plan there is"
-            lines.append(
-                f"None fits {readable(self.memory)}. {method} with {flags}: {readable(one.peak_bytes)}, {end}."
-            )
+        lines = [LEGEND]
+        full = self.found.get("full")
+        for method, one in self.found.items():
+            if one.untraced is not None:
+                lines.append(
+                    f"{method}: activations, logits and work are not known, and peak is without them, for the forward "
+                    f"cannot be made without numbers: {one.untraced}"
+                )
+            held = one.held
+            if full is not None and held["bases"] and held["states"] + held["bases"] >= full.held["states"]:
+                lines.append(
+                    f"{method}: its rank saves nothing; states and bases take what full's states take, or more."
+                )
+        shown = self.best or self.least
+        peak = self.found[shown].peak
+        kind = max(peak, key=lambda name: peak[name])
+        lines.append(f"{shown}: the most of its peak, {readable(peak[kind])}, is {kind}.")
+        if self.memory is not None:
+            lines.append(self._verdict(self.memory))
         return lines
+
+    def _verdict(self, memory: int) -> str:
+        if self.instead is None:
+            taken = readable(self.found[str(self.best)].peak_bytes)
+            return f"Fits {readable(memory)} and gives up least: {self.best}, {taken}."
+        method, given, one = self.instead
+        flags = " ".join(
+            f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" for name, value in given.items()
+        )
+        lacks = one.peak_bytes - memory
+        end = "fits" if lacks <= 0 else f"lacks {readable(lacks)}: the smallest plan there is"
+        return f"None fits {readable(memory)}. {method} with {flags}: {readable(one.peak_bytes)}, {end}."
 
     def as_json(self) -> dict[str, Any]:
         """All of it for a script."""
@@ -87,29 +172,27 @@ class Planned:
             "methods": {name: one.as_json() for name, one in self.found.items()},
         }
 
+    def page(self, command: str) -> Page:
+        """A page with the table and a stacked bar for each method; it says the command by which it was made."""
+        made = Page("Memory, planned", self.title)
+        made.table(self.columns, self.rows)
+        for text in self.texts:
+            made.text(text)
+        made.figure(self.chart(), "What there is of each kind at the moment when a method needs the most.")
+        made.heading("How it was made")
+        made.code(command)
+        return made
 
-def page(planned: Planned, command: str) -> Page:
-    """A page with the table and a stacked bar for each method; it says the command by which it was made."""
-    made = Page("Memory, planned", planned.title)
-    made.table(planned.columns, planned.rows)
-    for text in planned.texts:
-        made.text(text)
-    made.figure(chart(planned), "What there is of each kind at the moment when a method needs the most.")
-    made.heading("How it was made")
-    made.code(command)
-    return made
-
-
-def chart(planned: Planned) -> Figure:
-    """A stacked bar for each method, and a line for what there is."""
-    names = list(planned.found)[::-1]
-    figure, axes = new_axes("GB", "", size=(5.8, 1.2 + 0.28 * len(names)))
-    start = [0.0] * len(names)
-    for kind, color in zip(KINDS, COLORS, strict=False):
-        widths = [planned.found[name].peak[kind] / 1e9 for name in names]
-        axes.barh(names, widths, left=start, color=color, label=kind)
-        start = [one + width for one, width in zip(start, widths, strict=True)]
-    if planned.memory is not None:
-        axes.axvline(planned.memory / 1e9, color=GRAY, linestyle="--")
-    axes.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    return figure
+    def chart(self) -> Figure:
+        """A stacked bar for each method, and a line for what there is."""
+        names = list(self.found)[::-1]
+        figure, axes = new_axes("GB", "", size=(5.8, 1.2 + 0.28 * len(names)))
+        start = [0.0] * len(names)
+        for kind, color in zip(KINDS, COLORS, strict=False):
+            widths = [self.found[name].peak[kind] / GB for name in names]
+            axes.barh(names, widths, left=start, color=color, label=kind)
+            start = [one + width for one, width in zip(start, widths, strict=True)]
+        if self.memory is not None:
+            axes.axvline(self.memory / GB, color=GRAY, linestyle="--")
+        axes.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+        return figure

@@ -34,27 +34,16 @@ _RANK_SHARE = 4  # of the width, as the paper has it for most of its models
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model on the meta device, and how it would be trained.
+    """A model on the meta device, and how it would be trained."""
 
-    Attributes:
-        name: a preset, a folder, a ``config.json`` or a name on the Hugging Face Hub.
-        model: without weights.
-        preset: whose recipe it has.
-        given: settings that were given, by name, and those that the model brings.
-        target_modules: which modules hold the matrices; see `galore_torch.param_groups`.
-    """
-
-    name: str
-    model: Any
-    preset: str
-    given: Mapping[str, Any]
-    target_modules: Any
+    name: str  # of a preset, or on the Hugging Face Hub, a folder or a ``config.json``
+    model: Any  # without weights
+    preset: str  # whose recipe it has
+    given: Mapping[str, Any]  # settings that were given, by name, and those that the model brings
+    target_modules: Any  # which modules hold the matrices; see `galore_torch.param_groups`
 
     def settings(self, method: str) -> PretrainConfig:
         """All settings under a method; those that have no effect with it are left out.
-
-        Args:
-            method: one of `galore_torch.training.settings.methods.METHODS`.
 
         Raises:
             ValueError: when the method or a value is not known or not allowed.
@@ -68,11 +57,7 @@ class Subject:
         return configure(self.preset, method=method, **kept)
 
     def job(self, method: str) -> Job:
-        """What is to be rehearsed.
-
-        Args:
-            method: as in `settings`.
-        """
+        """What is to be rehearsed under a method."""
         config = self.settings(method)
         self._require_rank(config)
         model, settings, rows = self.model, config.optimizer, (config.micro_batch, config.data.seq)
@@ -122,16 +107,11 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None) -> Subject:
     """
     if name in PRESETS:
         config = configure(name, **{**given, "dtype": dtype})
-        built = _without_weights(transformers.LlamaForCausalLM, llama_sizes(config, vocab_size=config.data.vocab))
-        return Subject(
-            name=name,
-            model=_cast(built, config.model.dtype),
-            preset=name,
-            given=given,
-            target_modules=MATRICES,
-        )
+        sizes, kind = llama_sizes(config, vocab_size=config.data.vocab), transformers.LlamaForCausalLM
+        built = _without_weights(kind, sizes, config.model.dtype)
+        return Subject(name=name, model=built, preset=name, given=given, target_modules=MATRICES)
     sizes = _configuration(name)
-    built = _cast(_without_weights(_kind(name, sizes), sizes), dtype or "bfloat16")
+    built = _without_weights(_kind(name, sizes), sizes, dtype or "bfloat16")
     rank = max(1, int(getattr(sizes.get_text_config(), "hidden_size", 512)) // _RANK_SHARE)
     return Subject(
         name=name, model=built, preset=_LIKE, given={**_OF_TUNING, "rank": rank, **given}, target_modules=None
@@ -161,13 +141,10 @@ def _kind(name: str, config: Any) -> Any:
     return kind
 
 
-def _without_weights(kind: Any, config: Any) -> Any:
+def _without_weights(kind: Any, config: Any, dtype: str) -> Any:
     config.use_cache = False
     with torch.device("meta"):
-        return kind(config)
-
-
-def _cast(model: Any, dtype: str) -> Any:
+        model = kind(config)
     for parameter in model.parameters():
         parameter.data = parameter.to(getattr(torch, dtype))
     return model

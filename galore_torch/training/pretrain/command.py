@@ -89,7 +89,7 @@ def pretrain(
 
     options = {"preset": preset, "method": method, "config": config, **given}
     instead = prepare_only if prepare else None
-    run_command(_load, "pretrain", configured, options, out=out, resume=resume, json=json, instead=instead)
+    run_command(load, "pretrain", configured, options, out=out, resume=resume, json=json, instead=instead)
 
 
 def _warn_of_rates(preset: str, config: PretrainConfig, given: dict[str, Any]) -> None:
@@ -104,7 +104,8 @@ def _warn_of_rates(preset: str, config: PretrainConfig, given: dict[str, Any]) -
         Console(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
-def _load() -> type[Job]:
+def load() -> type[Job]:
+    """Import what its runs are of, with Transformers."""
     from galore_torch.training.pretrain.run import Pretraining
 
     return Pretraining
@@ -113,12 +114,10 @@ def _load() -> type[Job]:
 def prepare_only(settings: PretrainConfig, console: Console) -> None:
     """Read, tokenize and cache the text, and say where it is."""
     with console.status("Loading Transformers"):
-        from galore_torch.training.run.base_model import load_tokenizer
+        from galore_torch.training.pretrain.run import text_of
         from galore_torch.training.run.callbacks import quiet
-        from galore_torch.training.text.prepare import amount, cache_folder, prepare_text
+        from galore_torch.training.text.packing import cache_folder
     quiet(console)
-    own = None if settings.model.model is None else load_tokenizer(settings.model)
-    schedule = settings.schedule
-    text = prepare_text(settings.data, console, batch=schedule.batch, seed=schedule.seed, tokenizer=own)
-    line = f"{settings.data.data} is ready: {amount(text, settings.data)}; cached in {cache_folder(settings.data)}"
+    text = text_of(settings, console)
+    line = f"{settings.data.data} is ready: {text.amount}; cached in {cache_folder(settings.data)}"
     console.out(line, highlight=False)

@@ -42,23 +42,27 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, cons
     Raises:
         ValueError: when what is named cannot be loaded, is no causal model or has too few positions for a sequence.
     """
-    dtype, schedule = getattr(torch, config.model.dtype), config.schedule
-    quantized = config.optimizer.weight_bits == 8
+    dtype, seed = getattr(torch, config.model.dtype), config.schedule.seed
+    quantized, stochastic = config.optimizer.weight_bits == 8, config.optimizer.weight_rounding == "stochastic"
+    seeds = itertools.count(seed * 1_000_003)  # random numbers of its own for each layer
+
+    def made(module: nn.Module) -> None:
+        if quantized and isinstance(module, LlamaDecoderLayer):
+            quantize_weights(module, stochastic_rounding=stochastic, seed=next(seeds))
+
     if config.model.model is not None:
         model, _ = load_base(config.model, AutoModelForCausalLM, config.data.seq, console)
     else:
         architecture = _architecture(config, tokenizer)
         tokenizer.model_max_length = architecture.max_position_embeddings
         if config.model.config_of is None:
-            made = _quantizer(config) if quantized else lambda _: None
-            model, quantized = fresh_llama(architecture, dtype, made), False
+            model = fresh_llama(architecture, dtype, made)
         else:
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)  # type: ignore[no-untyped-call]
-    if quantized:
-        stochastic = config.optimizer.weight_rounding == "stochastic"
-        quantize_weights(model, MATRICES, stochastic_rounding=stochastic, seed=schedule.seed)
+    if quantized and (config.model.model or config.model.config_of):
+        quantize_weights(model, MATRICES, stochastic_rounding=stochastic, seed=seed)
     model.config.use_cache = False
-    if schedule.gradient_checkpointing:
+    if config.schedule.gradient_checkpointing:
         recompute_activations(model)
     return model
 
@@ -72,12 +76,7 @@ def llama_sizes(config: PretrainConfig, **tokens: Any) -> LlamaConfig:
     """
     named = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes: dict[str, Any] = {name: getattr(config.model, size) for name, size in zip(named, SIZES, strict=True)}
-    return LlamaConfig(
-        **sizes,
-        max_position_embeddings=max(1024, config.data.seq),
-        use_cache=False,
-        **tokens,
-    )
+    return LlamaConfig(**sizes, max_position_embeddings=max(1024, config.data.seq), use_cache=False, **tokens)
 
 
 def _architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -106,18 +105,6 @@ def _architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     return architecture
 
 
-def _quantizer(config: PretrainConfig) -> Callable[[nn.Module], None]:
-    """What quantizes each layer as soon as it stands, with random numbers of its own."""
-    seeds = itertools.count(config.schedule.seed * 1_000_003)
-    stochastic = config.optimizer.weight_rounding == "stochastic"
-
-    def made(module: nn.Module) -> None:
-        if isinstance(module, LlamaDecoderLayer):
-            quantize_weights(module, stochastic_rounding=stochastic, seed=next(seeds))
-
-    return made
-
-
 def fresh_llama(
     architecture: LlamaConfig, dtype: torch.dtype, made: Callable[[nn.Module], None] = lambda _: None
 ) -> LlamaForCausalLM:
@@ -144,16 +131,11 @@ def fresh_llama(
         model = LlamaForCausalLM(architecture)
     for part in (model.model, model.lm_head):  # each draws for itself, when it is constructed
         for module in part.modules():
-            _draw_in_vain(module)
+            if isinstance(module, (nn.Linear, nn.Embedding)):  # torch's own draw, over which Transformers draws
+                copy.deepcopy(module).to_empty(device="cpu").reset_parameters()
         _fill(part, model, dtype, made)
     made(model)
     return model
-
-
-def _draw_in_vain(module: nn.Module) -> None:
-    """Draws as torch's constructors do before Transformers draws over it."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        copy.deepcopy(module).to_empty(device="cpu").reset_parameters()
 
 
 @torch.no_grad()

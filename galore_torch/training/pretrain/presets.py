@@ -1,7 +1,6 @@
 """Presets: the paper's models with the paper's recipe (arXiv 2403.03507, section 5), and the demo's."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from galore_torch.training.pretrain.config import SIZES, PretrainConfig
@@ -107,16 +106,5 @@ def _default(given: Mapping[str, Any]) -> str:
 PRESET_TABLE = PresetTable(
     config=PretrainConfig, presets=PRESETS, default=_default, besides=_besides, rates=LEARNING_RATES
 )
-
-
-def configure(
-    preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
-) -> PretrainConfig:
-    """The configuration of a pre-training; see `galore_torch.training.settings.config.PresetTable.configure`.
-
-    >>> configure("llama-60m", steps=500).optimizer.lr
-    0.01
-    >>> configure("llama-60m", method="full").optimizer.lr
-    0.001
-    """
-    return PRESET_TABLE.configure(preset, file, method, given)
+configure = PRESET_TABLE.configure
+"""Makes the configuration of a pre-training; see `galore_torch.training.settings.config.PresetTable.configure`."""

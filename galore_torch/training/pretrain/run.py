@@ -19,7 +19,6 @@ from galore_torch.training.run.job import Job
 from galore_torch.training.run.run import RunResult
 from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text import packing
-from galore_torch.training.text.prepare import amount, prepare_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,13 @@ class PretrainResult(RunResult):
         return [f"That is no better than to guess among {self.vocabulary:,} tokens: make more steps, or lower --lr."]
 
 
+def text_of(config: PretrainConfig, console: Console) -> packing.Text:
+    """Read, tokenize and pack the text of a pre-training, by the tokenizer of the model that it goes on from."""
+    own = None if config.model.model is None else load_tokenizer(config.model)
+    batch, seed = config.schedule.batch, config.schedule.seed
+    return packing.prepare_text(config.data, console, batch=batch, seed=seed, tokenizer=own)
+
+
 class Pretraining(Job):
     """A pre-training of a causal model, a LLaMA with newly initialized weights unless the settings name another.
 
@@ -58,19 +64,19 @@ class Pretraining(Job):
     result = PretrainResult
 
     def __init__(self, config: PretrainConfig, console: Console) -> None:
-        schedule, start = config.schedule, config.model.model
+        schedule, start = config.schedule, config.model
         self.config, self.data, self.target_modules = config, config.data.data, MATRICES
-        own = None if start is None else load_tokenizer(config.model)
-        self.text = prepare_text(config.data, console, batch=schedule.batch, seed=schedule.seed, tokenizer=own)
+        self.text = text_of(config, console)
         self.tokenizer, self.digest, self.stream = self.text.tokenizer, self.text.digest, self.text.stream
         set_seed(schedule.seed)
         self.model = build_model(config, self.tokenizer, console)
-        if start is not None:
+        if start.model is not None:
             self.task_type = "CAUSAL_LM"
         self.units_per_step = config.tokens_per_step
+        called = escape(start.model or start.config_of or "a LLaMA")
         self.announcement = (
-            f"[bold]{config.title}[/] on {_called(config)} of {self.model.num_parameters():,} parameters; "
-            f"{escape(self.data)} ({amount(self.text, config.data)}); "
+            f"[bold]{config.title}[/] on {called} of {self.model.num_parameters():,} parameters; "
+            f"{escape(self.data)} ({self.text.amount}); "
             f"{schedule.steps:,} steps of {config.tokens_per_step:,} tokens"
         )
 
@@ -114,9 +120,3 @@ class Pretraining(Job):
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The perplexity of the last evaluation."""
         return {"perplexity": scores.get("perplexity"), "vocabulary": self.model.config.vocab_size}
-
-
-def _called(config: PretrainConfig) -> str:
-    """The model in words."""
-    model = config.model
-    return "a LLaMA" if model.model is None and model.config_of is None else escape(model.model or str(model.config_of))

@@ -204,8 +204,10 @@ class PresetTable(Generic[C]):
     besides: Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
     rates: Mapping[str, Mapping[str, Mapping[str, float]]]
 
-    def configure(self, preset: str | None, file: Path | None, method: str | None, given: Mapping[str, Any]) -> C:
-        """A preset, overridden by a TOML file, by a method and by settings by name; what is None is not given.
+    def configure(
+        self, preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
+    ) -> C:
+        """A preset, overridden by a TOML file, by a method and by settings by name.
 
         A method brings the preset's learning rates for it: the file's were for what the file trains.
 
@@ -213,13 +215,24 @@ class PresetTable(Generic[C]):
             preset: a key of `presets`; if None, what the file names as ``preset``, or the default.
             file: a TOML file with sections, such as a run folder's ``config.toml``.
             method: a key of `galore_torch.training.settings.methods.METHODS`.
-            given: settings by name, such as ``rank=256``.
+            given: settings by name, such as ``rank=256``; those that are None are not given.
 
         Returns:
             The whole configuration, with the learning rates that the preset has for what is trained.
 
         Raises:
             ValueError: when the preset, the method, a setting or a value is not known or not allowed.
+
+        Example:
+            >>> from galore_torch.training.finetune import presets as finetune
+            >>> from galore_torch.training.pretrain import presets as pretrain
+            >>> pretrain.configure("llama-60m", steps=500).optimizer.lr
+            0.01
+            >>> pretrain.configure("llama-60m", method="full").optimizer.lr
+            0.001
+            >>> config = finetune.configure(task="cola", method="lora")
+            >>> config.schedule.batch, config.optimizer.lr, config.adapter.adapter_rank
+            (32, 0.0005, 4)
         """
         flags = {name: value for name, value in given.items() if value is not None}
         named, values = (None, {}) if file is None else read_file(self.config, file)

@@ -1,4 +1,4 @@
-"""Local files of text: which are meant, of which kind they are, and whether they can be read.
+"""Local files of text and of rows: which are meant, of which kind they are, and what is wrong with what is in them.
 
 Nothing here imports a library that takes seconds: what is missing is told before any is.
 """
@@ -6,29 +6,55 @@ Nothing here imports a library that takes seconds: what is missing is told befor
 from __future__ import annotations
 
 import codecs
+import csv
 import hashlib
+import json
 import os
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from galore_torch.training.run.files import digest_of_file
 from galore_torch.training.run.names import is_written_as_path, local_path, require_on_hub
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.rows import first_rows, missing_column
 
-_SUFFIXES = {
+_SUFFIXES = {  # by what Datasets calls a file's kind
     "parquet": (".parquet",),
     "json": (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
     "csv": (".csv",),
     "text": (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java",
              ".go", ".rs", ".sh"),
 }  # fmt: skip
+_LINES = {".jsonl", ".ndjson"}
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_LOOKED_AT, _BEGINNING = 1000, 1 << 20  # files, and bytes of one
+_FILES, _BEGINNING, _ROWS = 1000, 1 << 20, 100_000  # how many files, bytes of a text and rows are looked at
+_NAMED = 20  # rows that a message names
+
+_FORMS = {  # columns that rows of a kind have, and the tasks that take them
+    ("chosen", "rejected"): "dpo or --task reward",
+    ("prompt", "answer"): "grpo",
+    ("messages",): "sft",
+    ("conversations",): "sft",
+    ("prompt", "completion"): "sft",
+    ("instruction", "output"): "sft",
+}
+
+
+def _kind(path: Path) -> str | None:
+    return next((kind for kind, suffixes in _SUFFIXES.items() if path.name.lower().endswith(suffixes)), None)
+
+
+def is_hub_name(field: str, name: str) -> bool:
+    """Whether what a setting names can only be on the Hub: no file has that name, and none is meant."""
+    path = local_path(field, name)
+    return not (path.exists() or _kind(path) or is_written_as_path(name) or name.count("/") > 1)
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -41,8 +67,8 @@ class LocalFiles:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of what is in them."""
-        return digest_of(self.paths)
+        """A digest of what is in them, in their order, whatever their names and times are."""
+        return hashlib.sha256("".join(map(digest_of_file, self.paths)).encode()).hexdigest()
 
     def folder(self, cache: Path) -> Path:
         """Where in a cache the tables that are made of them are kept: other files, or other contents, have another."""
@@ -52,15 +78,13 @@ class LocalFiles:
 def local_files(config: DataConfig) -> LocalFiles | None:
     """The files that ``config.data`` names; None if it names a data set of the Hub."""
     if config.data == "stdlib":
-        kind, paths = "text", _standard_library()
-    else:
-        path = local_path("data", config.data)
-        if not path.exists():
-            if is_written_as_path(config.data) or config.data.endswith(tuple(chain(*_SUFFIXES.values()))):
-                raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
-            return None
-        return _of_one_kind(path, config)
-    return LocalFiles(kind, paths, [])
+        return LocalFiles("text", _standard_library(), [])
+    if is_hub_name("data", config.data):
+        return None
+    path = local_path("data", config.data)
+    if not path.exists():
+        raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
+    return _of_one_kind(path, config)
 
 
 def _standard_library() -> list[Path]:
@@ -73,15 +97,15 @@ def _standard_library() -> list[Path]:
 
 def _of_one_kind(path: Path, config: DataConfig) -> LocalFiles:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    filled = [file for file in files if file.stat().st_size]
+    if files and not filled:
+        raise ValueError(f"data = {config.data!r} is empty; give a file or folder that holds text.")
     kinds: dict[str, list[Path]] = {}
-    for file in files:
-        fitting = [kind for kind, suffixes in _SUFFIXES.items() if file.name.lower().endswith(suffixes)]
-        for kind in fitting or (["text"] if path.is_file() else []):
-            if file.stat().st_size:
-                kinds.setdefault(kind, []).append(file)
+    for file in filled:
+        kind = _kind(file) or ("text" if path.is_file() else None)
+        if kind is not None:
+            kinds.setdefault(kind, []).append(file)
     if len(kinds) != 1:
-        if files and not any(file.stat().st_size for file in files):
-            raise ValueError(f"data = {config.data!r} is empty; give a file or folder that holds text.")
         found = f"both {' and '.join(kinds)} files" if kinds else "no text, CSV, JSON lines or Parquet file"
         raise ValueError(f"data = {config.data!r} holds {found}; give a folder with files of one kind, or one file.")
     ((kind, chosen),) = kinds.items()
@@ -100,16 +124,15 @@ def require_readable(config: DataConfig) -> None:
     if files is None:
         require_on_hub("data", config.data, "dataset")
         return
-    for path in files.paths[:_LOOKED_AT] if config.data != "stdlib" else ():
-        with path.open("rb") as file:
-            start = file.read(_BEGINNING)
+    for path in files.paths[:_FILES] if config.data != "stdlib" else ():
         if files.kind == "text" and path.suffix != ".gz":
+            with path.open("rb") as file:
+                start = file.read(_BEGINNING)
             decode(path, start, final=len(start) < _BEGINNING)
-        elif files.kind == "csv" or path.suffix == ".jsonl":
-            for row in first_rows("data", str(path)):
+        elif files.kind != "text":
+            for row in islice(first_rows("data", str(path)), 1):
                 if config.text_column not in row:
                     raise missing_column("text_column", config.text_column, row)
-                break
 
 
 def decode(path: Path, text: bytes, *, final: bool = True) -> str:
@@ -120,9 +143,68 @@ def decode(path: Path, text: bytes, *, final: bool = True) -> str:
         raise ValueError(f"data: {path} is not UTF-8 text ({error}); convert it or leave it out.") from error
 
 
-def digest_of(files: Iterable[Path]) -> str:
-    """A digest of what is in some files, in their order, whatever their names and times are."""
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(digest_of_file(file).encode())
-    return whole.hexdigest()
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def require_rows(field: str, name: str) -> str:
+    """Refuse, with a ValueError, what is no file of rows that can be read; the kind of one that is, is returned."""
+    path = local_path(field, name)
+    kind = _kind(path)
+    if kind in (None, "text") or not path.is_file():
+        raise ValueError(f"{field} = {name!r} is not a CSV, JSON lines or Parquet file; give one that exists.")
+    if not path.stat().st_size:
+        raise ValueError(f"{field} = {name!r} is empty; give a file that holds rows.")
+    return str(kind)
+
+
+def first_rows(field: str, name: str) -> Iterator[dict[str, Any]]:
+    """The first rows of a file, as its format has them; none where reading them needs a library.
+
+    A ValueError says which line of a file of JSON lines is not one.
+    """
+    path = local_path(field, name)
+    suffix = path.suffix.lower()
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if suffix == ".csv":
+                yield from islice(csv.DictReader(file), _ROWS)
+            for number, line in enumerate(islice(file, _ROWS) if suffix in _LINES else (), 1):
+                if line.strip():
+                    yield _row(f"{field} = {name!r}: line {number}", line)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{field} = {name!r} cannot be read as text: {error}. Save it as UTF-8.") from error
+
+
+def _row(where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}); fix the line.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no JSON object; give one a line.")
+    return row
+
+
+def missing_column(field: str, name: str, columns: Iterable[str]) -> ValueError:
+    """That rows have no column that a setting names, with those that they have and the task that takes them."""
+    columns = list(columns)
+    fitting = next((tasks for form, tasks in _FORMS.items() if set(form) <= set(columns)), None)
+    hint = "" if fitting is None else f" Rows with these fit --task {fitting}."
+    return ValueError(f"{field} = {name!r} is not a column of the rows; choose one of {', '.join(columns)}.{hint}")
+
+
+def require_filled(field: str, name: str, column: Iterable[tuple[int, Any]], what: str = "is empty") -> None:
+    """Refuse, with a ValueError, a column, that a setting names, of rows' numbers and values where one has none."""
+    empty = [number for number, value in column if value is None or value != value or not str(value).strip()]
+    if empty:
+        raise ValueError(f"{field} = {name!r} {what} in {in_rows(sorted(empty))}; leave such rows out.")
+
+
+def in_rows(numbers: Sequence[int]) -> str:
+    """Where something is wrong, in words.
+
+    >>> in_rows([7]), in_rows([7, 9])
+    ('row 7', 'rows 7, 9')
+    """
+    more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(f'{number:,}' for number in numbers[:_NAMED])}{more}"

@@ -1,18 +1,108 @@
-"""Documents become sequences of one length: tokenized, ended by the end-of-text token, laid end to end and cut."""
+"""From the name of some text to sequences of one length.
+
+Documents are tokenized, ended by the end-of-text token, laid end to end and cut.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from galore_torch.training.run.names import local_path
+from galore_torch.training.run.stream import Stream
+from galore_torch.training.text import sources
+from galore_torch.training.text.caches import kept
 from galore_torch.training.text.config import DataConfig
+from galore_torch.training.text.files import LocalFiles, local_files
 from galore_torch.training.text.sources import Corpus, Documents
+from galore_torch.training.text.tokenizer import tokenizer_for
 
-_DOCUMENTS_AT_ONCE = 1000
+_AT_ONCE = 1000  # documents or sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Packed sequences to train on and for the evaluation, and the tokenizer that cut them."""
+
+    train: datasets.Dataset | Stream
+    held_out: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def digest(self) -> str:
+        """A digest of every token that is trained or judged on, but for a stream's, and of the tokenizer's entries."""
+        digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        for part in (self.train, self.held_out):
+            if isinstance(part, datasets.Dataset):
+                digest.update(f"{len(part)} sequences".encode())
+                for rows in part.with_format("numpy").iter(_AT_ONCE):
+                    digest.update(rows["input_ids"].astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def stream(self) -> Stream | None:
+        """What it is trained on, if that is a stream, which tells its digest as it is read."""
+        return self.train if isinstance(self.train, Stream) else None
+
+    @property
+    def amount(self) -> str:
+        """How much there is to train on, for people."""
+        if isinstance(self.train, Stream):
+            return "streamed"
+        return f"{len(self.train) * len(self.train[0]['input_ids']):,} tokens"
+
+
+def prepare_text(
+    config: DataConfig, console: Console, *, batch: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Text:
+    """Read, tokenize and pack the text, or find it in the cache; a ValueError says why that cannot be.
+
+    What fills no whole batch, of so many sequences a step, is left out; the seed is that of a stream's order. A
+    tokenizer that is given is a model's own, in the place of the settings'.
+    """
+    cache = cache_folder(config)
+    with console.status("Reading the text"):
+        files = local_files(config)
+    with nullcontext() if files is None else kept(files.folder(cache)):
+        with console.status("Reading the text"):
+            corpus = sources.load(config, seed, cache, files)
+        if files is not None:
+            console.out(_told(config, files, corpus), highlight=False)
+        with console.status("Preparing the tokenizer"):
+            tokenizer = tokenizer or tokenizer_for(corpus, config, cache)
+        if tokenizer.eos_token_id is None:
+            name = tokenizer.name_or_path
+            raise ValueError(f"tokenizer = {name!r} has no end-of-text token to end documents with; choose another.")
+        with console.status("Packing documents into sequences"):
+            train, held_out = sequences(corpus, tokenizer, config, batch)
+    if corpus.streamed:
+        train = Stream(train, batch=batch, data=config.data)
+    return Text(train=train, held_out=held_out, tokenizer=tokenizer)
+
+
+def _told(config: DataConfig, files: LocalFiles, corpus: Corpus) -> str:
+    """What was read and what was not."""
+    read, held_out = map(len, corpus)  # type: ignore[arg-type] - files are no stream
+    names = [path.name for path in files.left_out]
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    left = f"; left out, as empty or no text: {', '.join(names[:3])}{more}" if names else ""
+    return f"{config.data}: files {len(files.paths):,}, documents {read + held_out:,}, held out {held_out:,}{left}"
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenizers and tokenized text are kept: the setting, $GALORE_CACHE, or ``~/.cache/galore-torch``."""
+    return local_path("cache", config.cache or os.environ.get("GALORE_CACHE") or "~/.cache/galore-torch")
 
 
 def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, seq: int) -> Documents:
@@ -20,7 +110,7 @@ def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, seq: int) -> 
 
     What is left over of each thousand documents, less than one sequence, is dropped.
     """
-    options = {"batched": True, "batch_size": _DOCUMENTS_AT_ONCE, "remove_columns": ["text"]}
+    options = {"batched": True, "batch_size": _AT_ONCE, "remove_columns": ["text"]}
     named = {"desc": "Tokenizing"} if isinstance(documents, datasets.Dataset) else {}
     return documents.map(_tokenize_and_cut, fn_kwargs={"tokenizer": tokenizer, "seq": seq}, **options, **named)
 
@@ -39,13 +129,10 @@ def sequences(
     Raises:
         ValueError: when the text does not fill one batch, or the held-out text one sequence.
     """
-    seq = config.seq
-    held_out = pack(corpus.held_out, tokenizer, seq)
-    wanted = config.eval_tokens // seq
+    seq, wanted = config.seq, config.eval_tokens // config.seq
+    train, held_out = (pack(part, tokenizer, seq) for part in corpus)
     if isinstance(held_out, datasets.IterableDataset):
         held_out = datasets.Dataset.from_list(list(islice(held_out, wanted)))
-    held_out = held_out.take(min(wanted, len(held_out)))
-    train = pack(corpus.train, tokenizer, seq)
     if isinstance(train, datasets.Dataset):
         if len(train) < batch:
             raise ValueError(
@@ -58,7 +145,7 @@ def sequences(
             f"data = {config.data!r} holds out less than one sequence of {seq} tokens; "
             "give more text or a smaller --seq."
         )
-    return train, held_out
+    return train, held_out.take(min(wanted, len(held_out)))
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

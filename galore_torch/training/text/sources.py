@@ -1,11 +1,14 @@
 """Where documents come from: the standard library's sources, the Hugging Face Hub, or files and folders of one's own.
 
 Whatever the source, what comes out is a `Corpus`: documents to train on and documents held out, which share none.
+
+Datasets takes names for patterns (``g[1].csv`` for ``g1.csv``) and keeps what it has read by a file's name and time,
+which the files of an unpacked archive share. Here a name is literal, and what is kept is its caller's to choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import glob
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,8 +16,7 @@ import datasets
 
 from galore_torch.training.run.disk import raise_failed_write
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.files import LocalFiles, decode, local_files
-from galore_torch.training.text.tables import read_table
+from galore_torch.training.text.files import LocalFiles, decode, local_files, missing_column
 from galore_torch.units import sentence
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -25,6 +27,7 @@ _SPLIT_SEED = 0
 _HELD_OUT_SHARE = 0.05
 _HELD_OUT_MOST = 10_000
 _SHUFFLE_BUFFER = 10_000
+_CHAIN = "::"  # what Datasets reads as an address within an archive, and no escape hides
 
 
 class Corpus(NamedTuple):
@@ -48,56 +51,59 @@ def load(config: DataConfig, seed: int, cache: Path, files: LocalFiles | None = 
     files = files or local_files(config)
     if files is None:
         return _stream(config, seed)
-    read = _text if files.kind == "text" else _table
-    return _split(read(files, config, files.folder(cache)), config)
+    is_text = files.kind == "text"
+    how = {"sample_by": _document(files.paths)} if is_text else {}
+    table = read_table("data", config.data, files.kind, files.paths, files.folder(cache), **how)
+    return _split(_only_text(table, "text" if is_text else config.text_column, config.data), config)
 
 
-def _text(files: LocalFiles, _config: DataConfig, folder: Path) -> datasets.Dataset:
-    # The digest is in the key under which the table is cached: an edited file is read anew. Datasets would take a list
-    # for shards and call `_read` once for each.
-    given = {"names": tuple(map(str, files.paths)), "digest": files.digest}
+def _document(paths: list[Path]) -> str:
+    """What a document of text files is: a file. Of an only file it is a paragraph, or, if that has but one, a line."""
+    texts = (decode(path, path.read_bytes()) for path in paths)
+    parted = ["\n\n" in text.replace("\r\n", "\n").strip() for text in texts]  # all are read: each must be UTF-8
+    return "document" if len(paths) > 1 else "paragraph" if parted[0] else "line"
+
+
+def read_table(field: str, name: str, kind: str, files: list[Path], cache: Path, **how: Any) -> Any:
+    """Read files of rows or text.
+
+    Args:
+        field: the setting that names them.
+        name: its value.
+        kind: what Datasets calls theirs: text, csv, json or parquet.
+        files: their literal paths.
+        cache: where Datasets keeps what it has read: a folder of these files alone.
+        how: further arguments of `datasets.load_dataset`.
+
+    Raises:
+        ValueError: when they cannot be read.
+        OSError: when nothing could be written.
+    """
+    names = [str(file.resolve()) for file in files]
     try:
-        return datasets.Dataset.from_generator(_read, gen_kwargs=given, cache_dir=str(folder), split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise_failed_write(error)
-        raise ValueError(f"{error.__cause__ or error}") from error
-
-
-def _read(names: tuple[str, ...], digest: str) -> Iterator[dict[str, str]]:  # noqa: ARG001
-    """Documents of text files: a file is one. Of an only file its paragraphs are, or, if it has but one, its lines."""
-    for name in names:
-        text = decode(Path(name), Path(name).read_bytes()).replace("\r\n", "\n")
-        documents = [text]
-        if len(names) == 1:
-            documents = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
-        for document in documents:
-            if document.strip():
-                yield {"text": document}
-
-
-def _table(files: LocalFiles, config: DataConfig, folder: Path) -> datasets.Dataset:
-    try:
-        table = read_table(files.kind, files.paths, folder)
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise_failed_write(error)
-        raise ValueError(
-            f"data = {config.data!r} cannot be read as {files.kind}: {sentence(error.__cause__ or error)} "
-            f"Give valid {files.kind} files."
-        ) from error
-    return _only_text(table, config)
-
-
-def _only_text(table: Any, config: DataConfig) -> Any:
-    """The text column alone, as ``text``, without rows that hold no text."""
-    columns = table.column_names
-    if columns is not None and config.text_column not in columns:
-        raise ValueError(
-            f"text_column = {config.text_column!r} is not a column of data = {config.data!r}; "
-            f"choose one of {', '.join(columns)}."
+        for one in names:
+            if _CHAIN in one:
+                raise ValueError(
+                    f"{one!r} has {_CHAIN!r} in its name, which stands for a file inside an archive; rename it"
+                )
+        return datasets.load_dataset(
+            kind, data_files=[glob.escape(one) for one in names], split="train", cache_dir=str(cache), **how
         )
-    table = table.select_columns([config.text_column])
-    if config.text_column != "text":
-        table = table.rename_column(config.text_column, "text")
+    except Exception as error:  # pandas, Arrow and Datasets each have their own
+        raise_failed_write(error)
+        why = sentence(error.__cause__ or error)
+        raise ValueError(
+            f"{field} = {name!r} cannot be read as {kind}, or holds no rows: {why} Fix it, or give another."
+        ) from error
+
+
+def _only_text(table: Any, column: str, name: str) -> Any:
+    """A column alone, as ``text``, without rows that hold no text; a ValueError says that there is none."""
+    if table.column_names is not None and column not in table.column_names:
+        raise ValueError(f"data = {name!r}: {missing_column('text_column', column, table.column_names)}")
+    table = table.select_columns([column])
+    if column != "text":
+        table = table.rename_column(column, "text")
     return table.filter(lambda row: isinstance(row["text"], str) and bool(row["text"].strip()))
 
 
@@ -117,18 +123,17 @@ def _stream(config: DataConfig, seed: int) -> Corpus:
     """The documents of a data set of the Hub, as they arrive."""
     subset = "en" if config.subset is None and config.data == "allenai/c4" else config.subset
     try:
-        splits = datasets.load_dataset(config.data, subset, streaming=True)
-        if "train" not in splits:
-            raise ValueError(f"it has no split named train, but {', '.join(splits)}")
-        train, held_out = splits["train"], splits.get("validation", splits.get("test"))
-        columns = _only_text(train, config)
+        parts = datasets.load_dataset(config.data, subset, streaming=True)
+        if "train" not in parts:
+            raise ValueError(f"it has no split named train, but {', '.join(parts)}")
+        held_out = parts.get("validation", parts.get("test"))
+        found = [parts["train"]] if held_out is None else [parts["train"], held_out]
+        train, *held = (_only_text(part, config.text_column, config.data) for part in found)
     except Exception as error:  # the Hub's client raises errors of many kinds: missing, gated, offline, no such subset
         raise ValueError(
             f"data = {config.data!r} is neither a local path nor a data set that the Hugging Face Hub gives: "
             f"{sentence(error)} Check the name, --subset and the network, or give stdlib or a local path."
         ) from error
-    if held_out is None:
-        train, held_out = columns.skip(_HELD_OUT_MOST), columns.take(_HELD_OUT_MOST)
-    else:
-        train, held_out = columns, _only_text(held_out, config)
-    return Corpus(train=train.shuffle(seed, buffer_size=_SHUFFLE_BUFFER).repeat(None), held_out=held_out)
+    if not held:
+        train, held = train.skip(_HELD_OUT_MOST), [train.take(_HELD_OUT_MOST)]
+    return Corpus(train=train.shuffle(seed, buffer_size=_SHUFFLE_BUFFER).repeat(None), held_out=held[0])

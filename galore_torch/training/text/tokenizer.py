@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from galore_torch.training.text.caches import kept
@@ -33,7 +33,14 @@ def tokenizer_for(corpus: Corpus, config: DataConfig, cache: Path) -> PreTrained
     name = config.tokenizer
     if name == "auto":
         name = _PAPER_TOKENIZER if corpus.streamed else "train"
-    return _trained(corpus, config.vocab, cache) if name == "train" else _ready(name)
+    if name == "train":
+        return _trained(corpus, config.vocab, cache)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # missing, offline, gated, not a tokenizer: the Hub's client raises errors of many kinds
+        raise ValueError(
+            f"tokenizer = {name!r} cannot be loaded: {sentence(error)} Check the name and the network, or give train."
+        ) from error
 
 
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -46,22 +53,21 @@ def entries(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max(index for token, index in tokenizer.get_vocab().items() if token not in sentinels)
 
 
-def _ready(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # missing, offline, gated, not a tokenizer: the Hub's client raises errors of many kinds
-        raise ValueError(
-            f"tokenizer = {name!r} cannot be loaded: {sentence(error)} Check the name and the network, or give train."
-        ) from error
-    return tokenizer
-
-
 def _trained(corpus: Corpus, vocab: int, cache: Path) -> PreTrainedTokenizerBase:
     texts = list(_sample(corpus))
     key = hashlib.sha256(json.dumps([vocab, END_OF_TEXT, texts]).encode()).hexdigest()[:16]
     with kept(cache / "tokenizers" / key) as folder:
         if not any(folder.iterdir()):
-            _train(texts, vocab, folder)
+            bpe = ByteLevelBPETokenizer()
+            bpe.train_from_iterator(
+                texts, vocab_size=vocab, min_frequency=0, special_tokens=[END_OF_TEXT], show_progress=False
+            )
+            PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+                tokenizer_object=Tokenizer.from_str(bpe.to_str()),
+                bos_token=END_OF_TEXT,
+                eos_token=END_OF_TEXT,
+                pad_token=END_OF_TEXT,
+            ).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
 
 
@@ -72,20 +78,3 @@ def _sample(corpus: Corpus) -> Iterator[str]:
             return
         characters += len(row["text"])
         yield row["text"]
-
-
-def _train(texts: list[str], vocab: int, folder: Path) -> None:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
-    tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
-from galore_torch.training.finetune import tasks
+from galore_torch.training.finetune.config import GLUE, TASKS
 from galore_torch.training.finetune.presets import configure
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run.files import write_manifest
@@ -104,7 +104,7 @@ def test_rows_and_models_that_do_not_fit(classify, write, tmp_path, rows, given,
         ("rows.csv", "", ["is empty"]),
         ("rows.csv", "text,label\n", ["holds no rows"]),
         ("rows.jsonl", "{no json}\n", ["line 1 is not JSON", "fix the line"]),
-        ("rows.parquet", "no parquet", ["holds no rows that can be read as parquet", "or give another"]),
+        ("rows.parquet", "no parquet", ["cannot be read as parquet", "or give another"]),
     ],
 )
 def test_files_that_cannot_be_read(classify, tmp_path, name, content, words):
@@ -194,7 +194,7 @@ def test_the_command_tells_it_in_a_line_and_leaves_nothing(arguments, tmp_path, 
 def test_glue_without_a_network_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"task = 'rte' is not given by the Hugging Face Hub: .* Check the network"):
         new_run(Finetuning, configure(task="rte", steps=1), tmp_path / "run")
-    assert set(tasks.GLUE) <= set(tasks.TASKS)
+    assert set(GLUE) <= set(TASKS)
 
 
 def test_a_finished_model_that_was_damaged_is_not_tuned(classify, causal, tmp_path):

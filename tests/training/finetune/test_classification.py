@@ -8,8 +8,8 @@ from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from galore_torch import param_groups
+from galore_torch.training.finetune.classification import METRICS, score
 from galore_torch.training.finetune.run import Finetuning
-from galore_torch.training.finetune.scores import METRICS, score
 from galore_torch.training.run import records
 from galore_torch.training.run.run import new_run
 from galore_torch.training.settings.methods import TUNING
@@ -188,6 +188,6 @@ def test_a_correlation_with_a_constant_is_none():
 
 
 def test_every_metric_of_a_task_is_known():
-    from galore_torch.training.finetune.tasks import GLUE
+    from galore_torch.training.finetune.config import GLUE
 
     assert {name for task in GLUE.values() for name in task.metrics} <= set(METRICS)

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
+from galore_torch.training.finetune.config import GLUE
 from galore_torch.training.finetune.presets import BY_TASK, PRESETS, configure
 from galore_torch.training.finetune.run import Finetuning
-from galore_torch.training.finetune.tasks import GLUE
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from galore_torch.training.finetune.on_trl import rewards
 from galore_torch.training.finetune.presets import configure
-from galore_torch.training.finetune.reasoning import rewards
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
 from galore_torch.training.run.run import new_run, resumed_run

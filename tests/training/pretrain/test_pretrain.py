@@ -188,7 +188,7 @@ def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny,
     if data == "stream":
         given |= {"data": "someone/texts", "tokenizer": "train"}
         monkeypatch.setattr(tokenizer, "_TRAINING_DOCUMENTS", 20)
-        monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", 5)
+        monkeypatch.setattr(packing, "_AT_ONCE", 5)
         load = datasets.load_dataset
         files = {"train": str(texts / "*.txt"), "validation": str(texts / "ast.txt")}
         monkeypatch.setattr(

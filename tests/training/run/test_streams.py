@@ -18,7 +18,7 @@ from galore_torch.training.run.folder import OtherDataError, RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.run.stream import Stream
 from galore_torch.training.text import packing
-from galore_torch.training.text.prepare import prepare_text
+from galore_torch.training.text.packing import prepare_text
 from tests.training.during import During, ctrl_c
 
 
@@ -61,7 +61,7 @@ def test_what_comes_after_a_checkpoint_may_be_other_and_what_came_before_may_not
 def on_hub(texts, monkeypatch) -> list[str]:
     """The documents of someone/texts, which a test may change, as the Hub streams them."""
     documents = [path.read_text(encoding="utf-8") for path in sorted(texts.iterdir())]
-    monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", 5)
+    monkeypatch.setattr(packing, "_AT_ONCE", 5)
 
     def load_dataset(*_, streaming):
         parts = {"train": documents[2:], "validation": documents[:2]}

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from galore_torch.training.text import files as files_of_text
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.prepare import prepare_text
+from galore_torch.training.text.packing import prepare_text
 from galore_torch.training.text.tokenizer import END_OF_TEXT, entries, tokenizer_for
 
 
