@@ -1,4 +1,7 @@
-"""What holds for every test: no network, no screen, one thread, the same random numbers, and the device asked for."""
+"""What holds for every test: no network, no screen, one thread, the same random numbers, and the device asked for.
+
+Libraries are imported where they are used: the process that only hands tests to workers needs none of them.
+"""
 
 import gc
 import os
@@ -12,16 +15,14 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for equal results of equal calls on a GPU
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-import tests.device
-from tests.device import OnDevice
 
 ON_ANY_DEVICE = {"optim", "projection", "lowbit", "gradients", "reference"}
 """The folders of tests that run on the device that `--device` names. All others are of the CPU."""
@@ -33,14 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    tests.device.chosen = config.getoption("--device")
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Marks as slow what a few cases stand for, leaves out what is not of the device, and puts what is slow first."""
-    _mark_slow_all_but_a_few(items)
+    _mark_slow_all_but_a_few(items, whole=not any("::" in asked for asked in config.args))
     _leave_out_what_is_not_of_the_device(config, items)
     yield  # while `-m` and `-k` choose
     items[:] = _slow_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
@@ -79,22 +76,42 @@ def _leave_out_what_is_not_of_the_device(config: pytest.Config, items: list[pyte
             item.add_marker(pytest.mark.skip(reason="takes no --device"))
 
 
-def pytest_collection_finish() -> None:
-    """Lets the garbage collector look only at what tests make: what is imported is some hundred thousand objects.
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Lets the garbage collector look only at what tests make, and forks the servers of processes for them.
 
-    Trainer collects at the end of each training, which took longer than to train a model of a test.
+    What is imported is some hundred thousand objects. Trainer collects at the end of each training, which took longer
+    than to train a model of a test.
     """
     gc.collect()
     gc.freeze()
+    if session.items and not session.config.option.collectonly:
+        from tests.forked import TORCH, TRAINING
+
+        for server in (TORCH, TRAINING):
+            server.fork()
 
 
-def _mark_slow_all_but_a_few(items: list[pytest.Item]) -> None:
-    """Of a test marked `broad` all cases are slow but a few, in which every value of each argument is at least once."""
+def _mark_slow_all_but_a_few(items: list[pytest.Item], whole: bool) -> None:
+    """Of a test marked `broad` all cases are slow but those of some ids.
+
+    Where it names none, they are a few in which every value of each argument is at least once. Of whole files each id
+    must be that of a case.
+    """
     cases: dict[str, list[tuple[pytest.Item, set[tuple[str, int]]]]] = defaultdict(list)
+    named: dict[str, set[str]] = {}
     for item in items:
-        if item.get_closest_marker("broad") is not None:
-            values = {(name, id(value)) for name, value in item.callspec.params.items()}  # type: ignore[attr-defined]
-            cases[item.nodeid.partition("[")[0]].append((item, values))
+        broad = item.get_closest_marker("broad")
+        if broad is None:
+            continue
+        test, case = item.nodeid.partition("[")[0], item.callspec  # type: ignore[attr-defined]
+        if not broad.args:
+            cases[test].append((item, {(name, id(value)) for name, value in case.params.items()}))
+        else:
+            named.setdefault(test, set(broad.args)).discard(case.id)
+            if case.id not in broad.args:
+                item.add_marker(pytest.mark.slow)
+    if unknown := {test: ids for test, ids in named.items() if ids and whole}:
+        raise pytest.UsageError(f"broad names cases that there are not: {unknown}")
     for of_one in cases.values():
         missing = set().union(*(values for _, values in of_one))
         while missing:
@@ -112,8 +129,11 @@ def _folder(path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def device() -> str:
+def device(request: pytest.FixtureRequest) -> str:
     """The name of the device that `--device` asks for."""
+    import tests.device
+
+    tests.device.chosen = request.config.getoption("--device")
     return tests.device.chosen
 
 
@@ -123,6 +143,10 @@ def on_device(device: str) -> Iterator[None]:
     if device == "cpu":
         yield
         return
+    import torch
+
+    from tests.device import OnDevice
+
     torch.use_deterministic_algorithms(True, warn_only=True)
     with OnDevice(device):
         yield
@@ -132,4 +156,6 @@ def on_device(device: str) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Give each test the same random numbers, whichever tests ran before it and in whichever process."""
+    import torch
+
     torch.manual_seed(0)

@@ -1,17 +1,24 @@
-"""Processes that a server forks: it imports once what takes longer to import than they take to run."""
+"""Processes that a server forks: they have what takes longer to import than they take to run.
+
+The servers are forked themselves, from pytest once it has collected: by then it has imported most of what they need.
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import select
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import forkserver
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,12 +34,34 @@ class Server:
     """A server of its own, for `multiprocessing` has one for everybody.
 
     Args:
-        modules: what it imports.
+        modules: what it imports when it is first asked for a process.
     """
 
     def __init__(self, *modules: str) -> None:
         self._server = forkserver.ForkServer()
-        self._server.set_forkserver_preload([*modules, "tests.frozen"])
+        self._modules = [*modules, "tests.frozen"]
+
+    def fork(self) -> None:
+        """Fork it from this process, with what that has imported; as `ensure_running` starts one by itself."""
+        resource_tracker.ensure_running()
+        sys.stdout.flush()
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(connection.arbitrary_address("AF_UNIX"))
+        listener.listen()
+        alive, held = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _leave_pytest({listener.fileno(), alive, resource_tracker.getfd()})
+                select.select([listener, alive], [], [])
+                forkserver.main(listener.detach(), alive, self._modules)
+            finally:
+                os._exit(0)
+        self._server._forkserver_address = listener.getsockname()
+        self._server._forkserver_alive_fd = held
+        self._server._forkserver_pid = pid
+        os.close(alive)
+        listener.close()
 
     def start(self, target: Callable[..., Any], *args: Any, daemon: bool = False) -> BaseProcess:
         """Start a process that calls a function of a module."""
@@ -55,6 +84,18 @@ class Server:
         """What it has forked from a time on, in seconds of the epoch, and still runs."""
         forked = psutil.Process(self._server._forkserver_pid).children(recursive=True)
         return [one for one in forked if one.create_time() >= since]
+
+
+def _leave_pytest(ours: set[int]) -> None:
+    """In a process that was forked from pytest: log to stderr, not to what it reads, and hold no end of its pipes."""
+    for descriptor in (int(path.name) for path in Path("/dev/fd").iterdir()):
+        with suppress(OSError):  # the one that listed them
+            if descriptor > 2 and descriptor not in ours and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+    for logger in map(logging.getLogger, ["", *logging.root.manager.loggerDict]):
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
 
 
 TORCH = Server(

@@ -12,6 +12,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study.methods import METHODS, Scaled
 from benchmarks.study.plan import BATCHES, FIRST, LONG, LONGER, SEEDS, THEN, at_seed_0, means, wanted
 from benchmarks.study.training import Job, rate, rehearsal, train
+from tests.forked import CONTEXT, TORCH
 
 
 def perplexity(job: Job) -> float:
@@ -105,9 +106,11 @@ def test_columns_are_scaled_to_a_fifth_of_the_rate():
 def test_a_study_keeps_its_lines_and_goes_on_from_them(tmp_path, monkeypatch, capsys):
     jobs = [Job(method="adamw", lr=0.001, others_lr=0.01, tokens=64, seed=seed) for seed in SEEDS]
     out = tmp_path / "lines.jsonl"
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: CONTEXT)  # a new process imports torch first
     for count in (2, 3):
         monkeypatch.setattr(study, "wanted", lambda known, methods, count=count: iter(jobs[:count]))
-        study.main(["--small", "--streams", "2", "--out", str(out)])
+        with TORCH.forking():
+            study.main(["--small", "--streams", "2", "--out", str(out)])
         assert len(out.read_text().splitlines()) == count
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert {study.job_of(line) for line in lines} == set(jobs)

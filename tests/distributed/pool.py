@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import queue
 import tempfile
 import traceback
@@ -31,8 +30,6 @@ class Pool:
     """
 
     def __init__(self, size: int = 4) -> None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         self._folder = tempfile.TemporaryDirectory()
         self._size = size
         self._case = 0

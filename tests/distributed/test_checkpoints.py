@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from galore_torch import attach
 from tests.distributed.sharded import UNEVEN, fully_sharded
 from tests.distributed.trained import BAR, RANK, batch, distance, llama, loss_of, optimizer_of, weights_of
 
-HALF, STEPS = 10, 20
+HALF, STEPS = 6, 12
 KINDS = {"one": ("one", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp", 2), "fsdp of 3": ("fsdp", 3)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "nested": {},
@@ -78,19 +79,29 @@ def load(rank: int, world: int, kind: str, folder: str, options: dict[str, Any])
     return weights_of(model)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param(given, id=name, marks=[pytest.mark.slow] if given else []) for name, given in OPTIONS.items()],
-)
+@pytest.fixture(scope="module")
+def saved(pool, tmp_path_factory) -> Callable[[str, str], tuple[str, Tensor]]:
+    """Have some processes save once with some options: in which folder, and their weights at the end."""
+
+    @functools.cache
+    def saved_once(by: str, options: str) -> tuple[str, Tensor]:
+        folder = str(tmp_path_factory.mktemp("saved"))
+        kind, world = KINDS[by]
+        return folder, pool.run(save, world, kind=kind, folder=folder, options=OPTIONS[options])[0]
+
+    return saved_once
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("loaded_by", KINDS)
 @pytest.mark.parametrize("saved_by", ["one", "ddp", "fsdp"])
-def test_what_some_have_saved_others_load(pool, tmp_path, saved_by, options):
-    kind, world = KINDS[saved_by]
-    went_on = pool.run(save, world, kind=kind, folder=str(tmp_path), options=options)[0]
-    for kind, world in KINDS.values():
-        ranks = pool.run(load, world, kind=kind, folder=str(tmp_path), options=options)
-        assert all(torch.equal(ranks[0], other) for other in ranks)
-        assert distance(ranks[0], went_on) <= BAR
-    shutil.rmtree(tmp_path)
+@pytest.mark.broad("one-fsdp of 3-nested", "ddp-fsdp-nested", "fsdp-one-nested", "fsdp-ddp-nested")
+def test_what_some_have_saved_others_load(pool, saved, saved_by, loaded_by, options):
+    folder, went_on = saved(saved_by, options)
+    kind, world = KINDS[loaded_by]
+    ranks = pool.run(load, world, kind=kind, folder=folder, options=OPTIONS[options])
+    assert all(torch.equal(ranks[0], other) for other in ranks)
+    assert distance(ranks[0], went_on) <= BAR
 
 
 def test_the_optimizers_own_state_dict_of_one_process_is_loaded_in_shards(pool, tmp_path):

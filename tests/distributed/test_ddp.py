@@ -64,7 +64,7 @@ def assert_as_one(pool: Any, world: int, bar: float = BAR, **given: Any) -> None
 
 @every_mode
 def test_two_processes_train_as_one(pool, mode):
-    assert_as_one(pool, 2, mode=mode)
+    assert_as_one(pool, 2, mode=mode, steps=2 * GAP + 2)
 
 
 @pytest.mark.slow
@@ -88,6 +88,7 @@ def test_a_variant_applied_in_the_backward_trains_as_one(pool, name, gradients):
 
 
 @every_low_rank_mode
+@pytest.mark.broad("fused, at step")
 def test_small_buckets_change_nothing(pool, mode):
     ranks = pool.run(in_small_buckets, 2, mode=mode, steps=SHORT)
     assert torch.equal(*ranks)
@@ -101,6 +102,7 @@ def in_small_buckets(rank: int, world: int, **given: Any) -> torch.Tensor:
 
 
 @every_low_rank_mode
+@pytest.mark.broad("projected, at step", "fused, in backward")
 def test_all_begin_from_the_first_ones_weights(pool, mode):
     ranks = pool.run(from_its_own_start, 2, mode=mode)
     assert torch.equal(*ranks)
@@ -113,10 +115,11 @@ def from_its_own_start(rank: int, world: int, mode: Any) -> torch.Tensor:
 
 @every_mode
 def test_a_gradient_that_is_not_finite_on_one_process_is_so_on_all(pool, mode):
-    for counts, weights in pool.run(with_an_infinite_gradient, 2, mode=mode):
+    ranks = pool.run(with_an_infinite_gradient, 2, mode=mode)
+    for counts, weights in ranks:
         assert set(counts.values()) == {2}
         assert bool(weights.isfinite().all())
-    assert torch.equal(*(weights for _, weights in pool.run(with_an_infinite_gradient, 2, mode=mode)))
+    assert torch.equal(*(weights for _, weights in ranks))
 
 
 def with_an_infinite_gradient(rank: int, world: int, mode: Any) -> Any:
@@ -140,6 +143,7 @@ def test_a_recipe_trains_as_one(pool, recipe, mode):
 
 
 @pytest.mark.parametrize("mode", [("fused", "step"), ("projected", "step"), ("full", "backward")])
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "given", [{"recipe": "adamw8bit"}, {"recipe": "qgalore", "int8": True}], ids=["8bit", "qgalore"]
 )
@@ -213,7 +217,8 @@ def bytes_of_steps(rank: int, world: int, mode: Any) -> tuple[float, float, floa
 # Averages every few steps ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [("projected", "step"), ("fused", "step"), ("fused", "backward")])
+@every_low_rank_mode
+@pytest.mark.broad("fused, at step")
 def test_steps_of_processes_by_themselves_are_those_of_one_on_the_same_data(pool, mode):
     ranks = pool.run(trained, 2, mode=mode, alike=True, attachment={"average_every": 5})
     assert torch.equal(*ranks)
@@ -257,7 +262,8 @@ def averaging(rank: int, world: int, every: int) -> tuple[float, float, float]:
     return distances[4], distances[5], sum(sent)
 
 
-@pytest.mark.parametrize("mode", [("fused", "step"), ("full", "step")])
+@pytest.mark.parametrize("mode", [("fused", "step"), ("full", "step")], ids=["fused", "full"])
+@pytest.mark.broad("fused")
 def test_renewals_are_divided(pool, mode):
     counts = pool.run(decompositions, 4, mode=mode)
     assert sum(counts) == 14 * 2

@@ -23,7 +23,7 @@ from tests.distributed.trained import BAR, RANK, batch, distance, llama, loss_of
 
 SHORT = 12
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as it comes": {"steps": 30},
+    "as it comes": {"steps": 20},
     "uneven": {"shape": UNEVEN},
     "left": {"keys": {"proj_type": "left"}},
     "right": {"keys": {"proj_type": "right"}},
@@ -50,13 +50,14 @@ def assert_as_one(pool: Any, world: int, *, bar: float = BAR, **given: Any) -> N
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.broad("as it comes", "both sides", "clipped, accumulated", "moments rotated", "Adafactor", "Muon")
 def test_shards_train_as_one_process(pool, name):
     assert_as_one(pool, 2, **{"steps": SHORT, **VARIANTS[name]})
 
 
 EARLY: dict[str, dict[str, Any]] = {
-    "projected": {"mode": ("projected", "step"), "shape": UNEVEN, "steps": 30},
-    "fused": {"mode": ("fused", "step"), "steps": 30},
+    "projected": {"mode": ("projected", "step"), "shape": UNEVEN, "steps": 20},
+    "fused": {"mode": ("fused", "step"), "steps": 20},
     "fused, uneven": {"mode": ("fused", "step"), "shape": UNEVEN},
     "fused, clipped": {"mode": ("fused", "step"), "clip": 0.05, "clips_from": 1},  # in the first step all are full
     "fused, accumulated": {"mode": ("fused", "step"), "micro": 2, "theirs": None},
@@ -70,6 +71,7 @@ EARLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", EARLY)
+@pytest.mark.broad("projected", "fused, clipped", "fused, accumulated", "applied in the backward")
 def test_gradients_that_are_projected_early_train_as_one_process(pool, name):
     assert_as_one(pool, 2, **{"steps": SHORT, **EARLY[name]})
 
@@ -87,7 +89,8 @@ def test_gradients_that_are_projected_early_train_in_four_processes_as_in_one(po
     assert_as_one(pool, 4, **{"steps": SHORT, **EARLY[name]})
 
 
-@pytest.mark.parametrize("mode", [None, ("fused", "step")])
+@pytest.mark.parametrize("mode", [None, ("fused", "step")], ids=["full", "fused"])
+@pytest.mark.broad("fused")
 def test_replicas_of_shards_train_as_one_process(pool, mode):
     assert_as_one(pool, 4, replicas=2, steps=SHORT, mode=mode)
 
@@ -102,10 +105,12 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.broad("8 bits in parts", "4-bit bases", "compensated")
 def test_numbers_of_few_bits_are_those_of_one_process(pool, name):
     assert_as_one(pool, 2, bar=0, alike=True, steps=SHORT, keys={"proj_type": "right", "rank": 64}, **ALIKE[name])
 
 
+@pytest.mark.slow
 def test_moments_of_few_bits_are_rotated_as_in_one_process(pool):
     keys = {"proj_type": "right", "rank": 64, "moments": "rotate"}
     assert_as_one(pool, 2, bar=0, alike=True, steps=SHORT, keys=keys, **ALIKE["8 bits in parts"])
@@ -161,6 +166,7 @@ def flat_state(state: Any) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_svd_trains_as_one_process(pool):
     assert_as_one(pool, 2, bar=1e-6, keys={"decomposition": "svd"})
 
@@ -169,7 +175,8 @@ def of_free_axes(model: nn.Module) -> Any:
     return shard_placement(model, 2, rank=RANK)
 
 
-@pytest.mark.parametrize("mode", [None, ("fused", "step")])
+@pytest.mark.parametrize("mode", [None, ("fused", "step")], ids=["full", "fused"])
+@pytest.mark.broad("fused")
 def test_weights_cut_where_they_are_not_projected_train_as_one_process(pool, mode):
     assert_as_one(pool, 2, placement=of_free_axes, steps=SHORT, mode=mode)
 

@@ -11,13 +11,10 @@ ORDERS = {
     "torch looked for before": "import galore_torch, importlib.util; importlib.util.find_spec('torch'); import torch",
     "by a part of ours": "import galore_torch.gradients",
 }
-QUICK = ("torch first", "torch last")
 
 
-@pytest.mark.parametrize(
-    "order",
-    [pytest.param(order, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, order in ORDERS.items()],
-)
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.broad("torch last")
 def test_it_is_registered_once_both_are_imported(order):
     asked = f"{order}; from galore_torch.optim.processes import JOIN, SHARD; print(len(JOIN), len(SHARD))"
     assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout == "1 1\n"

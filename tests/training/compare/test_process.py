@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,9 +11,8 @@ from rich.console import Console
 from galore_torch.training.compare import process
 from galore_torch.training.compare.process import ProcessDiedError, call_in_process
 from galore_torch.training.run.signals import Stop, exit_status
-from tests.architecture import ROOT
-from tests.forked import CONTEXT, TORCH
-from tests.waiting import DEADLINE, wait_for
+from tests.forked import CONTEXT, TORCH, begin
+from tests.waiting import DEADLINE
 
 
 class TwoWordsError(Exception):
@@ -106,12 +103,17 @@ def test_a_signal_ends_the_function_first_and_then_stops_its_caller(number, fork
 
 def test_a_function_ends_when_the_process_that_called_it_is_killed(tmp_path):
     begun = tmp_path / "begun"
-    code = f"import sys; from pathlib import Path; from {__name__} import call, wait_to_be_stopped as wait; "
-    code += "call(wait, Path(sys.argv[1]), log=Path(sys.argv[2]))"
-    with subprocess.Popen([sys.executable, "-c", code, begun, tmp_path / "log"], cwd=ROOT) as caller:
-        wait_for(begun.exists, caller)
-        caller.kill()
+    caller = TORCH.start(call_and_wait, begun, tmp_path)
+    until(begun.exists)
+    caller.kill()
+    caller.join()
     until(lambda: not begun.exists())
+
+
+def call_and_wait(begun, folder):
+    begin([folder / "stdout", folder / "stderr"])
+    process._SPAWN = CONTEXT
+    call(wait_to_be_stopped, begun, log=folder / "log")
 
 
 def until(met):
