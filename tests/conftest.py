@@ -24,6 +24,8 @@ from pathlib import Path
 
 import pytest
 
+collect_ignore = ["frozen.py", "training/unplanned.py"]  # whose import has effects, which are not for pytest
+
 ON_ANY_DEVICE = {"optim", "projection", "lowbit", "gradients", "reference"}
 """The folders of tests that run on the device that `--device` names. All others are of the CPU."""
 
