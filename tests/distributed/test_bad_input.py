@@ -143,3 +143,21 @@ def all_projected(rank: int, world: int, mode: Any) -> torch.Tensor:
         optimizer.step()
         optimizer.zero_grad()
     return weights_of(model)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_is_refused_by_name(stage):
+    """Stages 1 and 2 put flat parts in the place of an optimizer's weights; stage 3 marks each that it takes apart."""
+    model = llama()
+    if stage == 3:
+        model.layers[0].mlp["up_proj"].weight.ds_id = 0
+        with pytest.raises(ValueError, match=r"ZeRO 3 has taken layers\.0\.mlp\.up_proj\.weight apart.*FSDP2"):
+            optimizer_of(model)
+        return
+    optimizer = optimizer_of(model)
+    part = nn.Parameter(torch.zeros(64, dtype=torch.float64))
+    part.grad = torch.ones_like(part)
+    for group in optimizer.param_groups:
+        group["params"] = [part] if "rank" in group else []
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO 1 to 3"):
+        optimizer.step()
