@@ -11,25 +11,25 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks.common.peers import ROOT
-from benchmarks.device import ceilings, correctness, factorizations, steps, waiting
-from benchmarks.device.session import Session
+from benchmarks.device import correctness, speed
+from benchmarks.device.session import Row, Session
 
-PARTS: dict[str, tuple[Callable[[Session], None], float]] = {
-    "ceilings": (ceilings.measure, 0.04),
-    "correctness": (correctness.measure, 0.12),
-    "waiting": (waiting.measure, 0.06),
-    "factorizations": (factorizations.measure, 0.08),
-    "training": (steps.measure_training, 0.40),
-    "steps": (steps.measure, 0.40),
-    "staggered": (steps.measure_staggered, 0.10),
+PARTS: dict[str, tuple[Callable[[Session], Iterator[Row]], float]] = {
+    "ceilings": (speed.ceilings, 0.04),
+    "correctness": (correctness.correctness, 0.12),
+    "waiting": (correctness.waiting, 0.06),
+    "factorizations": (speed.factorizations, 0.08),
+    "training": (speed.training, 0.40),
+    "steps": (speed.steps, 0.40),
+    "staggered": (speed.staggered, 0.10),
 }
-"""In this order: what measures, and the share of all the time that it may take at most.
+"""In this order: its rows, and the share of all the time that it may take at most.
 
 Together they may take more than all the time: what one does not need, the next ones have.
 """
@@ -67,12 +67,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, ob
     session = Session(device=device, small=given.small, out=out, peers=given.peers)
     warnings.filterwarnings("ignore")
     for name in (name for name in PARTS if name in wanted):
-        begin, (measure, share) = time.monotonic(), PARTS[name]
+        begin, (rows, share) = time.monotonic(), PARTS[name]
         session.part = name
         session.deadline = min(start + given.budget, begin + share * given.budget)
         print(f"== {name} ({session.left_s:.0f} s)", flush=True)
         try:
-            measure(session)
+            for row in rows(session):
+                session.try_row(*row)
         except Exception:
             session.report("all of it", {"failed": traceback.format_exc()[-1500:]})
         print(f"== {name} took {time.monotonic() - begin:.0f} s", flush=True)

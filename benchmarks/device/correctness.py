@@ -1,18 +1,102 @@
-"""Whether training on the device is right: each recipe and mode against float64 on the CPU, and what else must hold."""
+"""Whether training on the device is right, and waits for nothing: small networks in each recipe and mode.
+
+Each is held against float64 on the CPU, and so is what else must hold. How often the host waits for the device in a
+step is told too, and where: in ordinary steps it ought to, never.
+"""
 
 import io
+import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.report import limits
-from benchmarks.device.session import Figures, Session
-from benchmarks.device.small_net import MODES, Make, Mode, Net, batches, build, flat, train
-from galore_torch import GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit
+from benchmarks.device.session import Figures, Row, Session
+from galore_torch import (
+    GaLore,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreSGD,
+    QGaLoreAdamW8bit,
+    attach,
+    param_groups,
+    quantize_weights,
+)
 from galore_torch.projection import find_bases
+
+Make = Callable[[list[dict[str, Any]]], GaLore]
+Mode = tuple[str, ...]
+MODES: dict[str, Mode] = {
+    "step()": (),
+    "projected": ("projected",),
+    "fused": ("fused",),
+    "full, in the backward": ("full", "backward"),
+    "fused, in the backward": ("fused", "backward"),
+}
+"""What `attach` gets after model and optimizer; nothing is attached for the first."""
+
+
+class Net(nn.Module):
+    """Three projected layers with a head that is not; the same numbers at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlp = nn.ModuleList([nn.Linear(48, 96), nn.Linear(96, 48), nn.Linear(48, 48)])
+        self.head = nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs of a batch."""
+        for layer in self.mlp:
+            x = torch.tanh(layer(x))
+        y: Tensor = self.head(x)
+        return y
+
+
+def batches(model: nn.Module, steps: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of these steps in the model's dtype and on its device, drawn on the CPU in float64."""
+    like = next(model.parameters())
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        drawn = (torch.randn(64, size, generator=generator, dtype=torch.float64) for size in (48, 32))
+        x, y = (one.to(like.device, like.dtype) for one in drawn)
+        yield x, y
+
+
+def build(
+    make: Make, device: str, dtype: torch.dtype, mode: Mode = (), *, in_int8: bool = False, **keys: Any
+) -> tuple[Net, GaLore]:
+    """Return the network and its optimizer, attached in a mode; keys are those of the projected group."""
+    model = Net().to(device, dtype)
+    if in_int8:
+        quantize_weights(model, "all-linear")
+    optimizer = make(param_groups(model, **{"rank": 6, **keys}))
+    if mode:
+        attach(model, optimizer, *mode)  # type: ignore[arg-type]
+    return model, optimizer
+
+
+def train(model: nn.Module, optimizer: GaLore, steps: Iterable[int]) -> None:
+    """Make these steps."""
+    for x, y in batches(model, steps):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All weights in one vector of float64 on the CPU."""
+    return torch.cat([weight.detach().cpu().double().flatten() for weight in model.parameters()])
+
 
 STEPS = 12
 ONCE: dict[str, Any] = {"update_proj_gap": 10**6, "decomposition": "svd", "saved": (1, "cpu", ())}
@@ -35,21 +119,21 @@ Walk = Callable[[Mode, str], Tensor]
 """Trains for some steps in a mode on a device, and returns all weights."""
 
 
-def measure(session: Session) -> None:
-    """Report the relative error of each recipe and mode after some steps, and of what else must hold."""
-    for row, walk, expected, limit in _rows():
+def correctness(session: Session) -> Iterator[Row]:
+    """Yield the relative error of each recipe and mode after some steps, and what else must hold."""
+    for row, walk, expected, limit in _walks():
         modes = {name: mode for name, mode in MODES.items() if row != AUTOCAST or "backward" not in mode}
-        session.try_row(row, partial(_compared, walk, expected, limits("correctness")[limit], modes, session.device))
+        yield row, partial(_compared, walk, expected, limits("correctness")[limit], modes, session.device), 0
     for row, check in CHECKS.items():
-        session.try_row(row, partial(check, session.device))
+        yield row, partial(check, session.device), 0
 
 
-def _rows() -> Iterator[tuple[str, Walk, Walk, str]]:
+def _walks() -> Iterator[tuple[str, Walk, Walk, str]]:
     """Yield rows: what is trained, what it must come to on the CPU, and the key of how far it may be away from that."""
     for name, make in PRESET_TABLE.items():
-        once, renewing = partial(_walk, make, **ONCE), partial(_walk, make)
-        yield f"{name}, float64, one basis", once, once, "one basis"
-        yield f"{name}, float64, renewing", renewing, renewing, "renewing"
+        for what, saved in (("one basis", ONCE), ("renewing", {})):
+            walk = partial(_walk, make, **saved)
+            yield f"{name}, float64, {what}", walk, walk, what
     adamw = partial(_walk, PRESET_TABLE["AdamW"])
     yield "AdamW, float32, renewing", partial(adamw, dtype=torch.float32), adamw, "float32"
     yield AUTOCAST, partial(adamw, dtype=torch.float32, train=_train_in_fp16), adamw, "few bits"
@@ -58,9 +142,15 @@ def _rows() -> Iterator[tuple[str, Walk, Walk, str]]:
 
 
 def _compared(walk: Walk, expected: Walk, at_most: float, modes: Mapping[str, Mode], device: str) -> Figures:
-    right, start = expected((), "cpu"), flat(Net().double())
+    right, start = _expected(expected), flat(Net().double())
     errors = {name: float((walk(mode, device) - right).norm() / (right - start).norm()) for name, mode in modes.items()}
     return {"right": max(errors.values()) <= at_most, **errors}
+
+
+@cache
+def _expected(walk: Walk) -> Tensor:
+    """What a training comes to on the CPU: many rows expect the same one."""
+    return walk((), "cpu")
 
 
 def _walk(
@@ -142,3 +232,86 @@ CHECKS: dict[str, Callable[[str], Figures]] = {
     "random numbers are the CPU's": _same_draws,
     "a gradient that is not finite": _not_finite,
 }
+
+
+WAITING_STEPS = 16
+GAPS = {"ordinary": 10**6, "staggered": 6}
+"""Steps between renewals. Of the latter, three layers that take turns: half of the steps renew one."""
+LAZY = {"cos_threshold": 0.4, "queue_size": 2}
+KINDS: dict[str, tuple[Make, Mode, dict[str, Any]]] = {
+    **{f"AdamW, {name}": (PRESET_TABLE["AdamW"], mode, {}) for name, mode in MODES.items()},
+    **{f"{name}, step()": (make, (), {}) for name, make in PRESET_TABLE.items() if name != "AdamW"},
+    **{f"{name}, fused": (make, MODES["fused"], keys) for name, (make, keys) in IN_FEW_BITS.items()},
+    "AdamW, lazy": (PRESET_TABLE["AdamW"], (), LAZY),
+}
+aten = torch.ops.aten
+READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default}
+
+
+def waiting(session: Session) -> Iterator[Row]:
+    """Yield for each recipe and mode in how many of some steps the host waits, how often, and where first."""
+    for name, kind in KINDS.items():
+        yield name, partial(_waits_of, session.device, *kind), 0
+
+
+def _waits_of(device: str, make: Make, mode: Mode, keys: dict[str, Any]) -> Figures:
+    figures: Figures = {}
+    for label, gap in GAPS.items():
+        model, optimizer = build(make, device, torch.float32, mode, update_proj_gap=gap, **keys)
+        train(model, optimizer, range(4))
+        places, steps = Counter[str](), 0
+        for x, y in list(batches(model, range(4, 4 + WAITING_STEPS))):
+            with waits(device) as backward:
+                (model(x) - y).square().mean().backward()
+            with waits(device) as step:
+                optimizer.step()
+            optimizer.zero_grad()
+            places.update(f"backward: {where}" for where in backward)
+            places.update(f"step: {where}" for where in step)
+            steps += bool(backward or step)
+        figures[f"{label}: steps of {WAITING_STEPS} that wait"] = steps
+        figures[f"{label}: waits"] = places.total()
+        figures[f"{label}: where"] = [f"{place} x{times}" for place, times in places.most_common(4)]
+    return figures
+
+
+class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that would read back from a device, where there is none."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READING:
+            self._seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waits(device: str) -> Iterator[list[str]]:
+    """Note each time that the host waits for the device, with the line of Python that it happens in.
+
+    On a GPU by torch's own debug mode; on a CPU by the operations that read a number from a tensor.
+
+    Args:
+        device: "cuda" or "cpu".
+
+    Yields:
+        A list, filled when the block ends.
+    """
+    seen: list[str] = []
+    if device != "cuda":
+        with _Reading(seen):
+            yield seen
+        return
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waited = [one for one in caught if re.search("synchronizing CUDA operation", str(one.message))]
+    seen += ["/".join(Path(one.filename).parts[-2:]) + f":{one.lineno}" for one in waited]

@@ -13,6 +13,8 @@ from benchmarks.common.report import Sheet, shown
 from benchmarks.common.sizes import LLAMA, REHEARSAL, Llama
 
 Figures = dict[str, Any]
+Row = tuple[str, Callable[[], Figures], float]
+"""A row of a part's table: its name, what measures it, and the seconds that this takes, about."""
 
 TINY = Llama(hidden=64, intermediate=172, layers=24, heads=4, rank=8)
 SIZES = {
@@ -27,8 +29,7 @@ SIZES = {
 SMALL = {"350m": REHEARSAL, "7b": replace(REHEARSAL, hidden=48, intermediate=128, layers=2, rank=16)}
 """Two of the names for `--small`."""
 
-WIDE = 44
-"""Characters that a figure may have in a table."""
+WIDE = 44  # characters that a figure may have in a table
 
 
 @dataclass(kw_only=True)
@@ -55,18 +56,16 @@ class Session:
 
     def report(self, row: str, figures: Figures) -> None:
         """Print what was measured in a row (numbers, words, or lists of them), and keep it in the part's file."""
-        self.rows.setdefault(self.part, {}).setdefault(row, {}).update(figures)
+        self.rows.setdefault(self.part, {})[row] = figures
         print(f"  {row}: {', '.join(f'{name} {shown(value)}' for name, value in figures.items())}", flush=True)
         path = self.out / f"{self.part}.json"
         path.write_text(json.dumps(self.rows[self.part], indent=1) + "\n")
 
-    def try_row(self, row: str, measure: Callable[[], Figures], *, needs_s: float = 0.0) -> None:
-        """Measure one row, if there are the seconds that it takes; what fails is reported, and others go on."""
-        if self.left_s <= (0 if self.small else needs_s):
-            self.report(row, {"left out": "no time"})
-            return
+    def try_row(self, row: str, measure: Callable[[], Figures], needs_s: float = 0.0) -> None:
+        """Measure a row, if there are the seconds that it takes; what fails is reported, and others go on."""
         try:
-            figures = measure()
+            enough = self.left_s > (0 if self.small else needs_s)
+            figures = measure() if enough else {"left out": "no time"}
         except Exception as error:
             figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
         self.report(row, figures)

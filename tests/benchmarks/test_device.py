@@ -5,13 +5,13 @@ import json
 import pytest
 
 from benchmarks.device.__main__ import PARTS, main
+from benchmarks.device.correctness import waits
 from benchmarks.device.session import Session
-from benchmarks.device.waiting import waits
 
 
 @pytest.mark.slow
 def test_all_of_it_runs_on_a_cpu(tmp_path, capsys):
-    rows = main(["--small", "--device", "cpu", "--out", str(tmp_path)])
+    rows = main(["--small", "--device", "cpu", "--budget", "3600", "--out", str(tmp_path)])
     assert list(rows) == list(PARTS)
     assert {part: [row for row, figures in of.items() if "failed" in figures] for part, of in rows.items()} == {
         part: [] for part in PARTS
