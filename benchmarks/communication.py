@@ -14,10 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -39,15 +38,15 @@ class Block(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width, bias=False) for name in "qkvo"})
-        shapes = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+        shapes = {**dict.fromkeys("qkvo", (width, width)), "gate": (width, inner), "up": (width, inner)}
+        shapes["down"] = (inner, width)
         self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output."""
-        at, mlp = self.self_attn, self.mlp
-        x = x + at["o_proj"](torch.tanh(at["q_proj"](x)) * at["k_proj"](x) + at["v_proj"](x))
-        moved: torch.Tensor = x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        q, k, v, o, gate, up, down = self.mlp.values()
+        x = x + o(torch.tanh(q(x)) * k(x) + v(x))
+        moved: torch.Tensor = x + down(nn.functional.silu(gate(x)) * up(x))
         return moved
 
 
@@ -70,12 +69,6 @@ def build(method: str, given: argparse.Namespace) -> tuple[DistributedDataParall
     return DistributedDataParallel(model), optimizer
 
 
-def loopback() -> int:
-    """Return how many bytes have crossed the loopback."""
-    lines = Path("/proc/net/dev").read_text().splitlines()
-    return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
-
-
 def work(rank: int, given: argparse.Namespace, method: str, folder: str) -> None:
     """Train in one process; the first leaves the bytes and the seconds of each step."""
     torch.set_num_threads(given.threads)
@@ -86,12 +79,12 @@ def work(rank: int, given: argparse.Namespace, method: str, folder: str) -> None
     steps = []
     for _ in range(given.steps + 3):  # first bases, and what PowerSGD does before it compresses
         dist.barrier()
-        began, before = time.perf_counter(), loopback()
+        began, before = time.perf_counter(), psutil.net_io_counters(pernic=True)["lo"].bytes_recv
         net(torch.randn(given.tokens, given.hidden)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         dist.barrier()
-        steps.append((loopback() - before, time.perf_counter() - began))
+        steps.append((psutil.net_io_counters(pernic=True)["lo"].bytes_recv - before, time.perf_counter() - began))
     if rank == 0:
         torch.save(steps, f"{folder}/steps")
     dist.destroy_process_group()
@@ -108,16 +101,12 @@ def seconds_allowed(bytes_sent: float, link: str) -> float | None:
     return None if unit is None else bytes_sent * 8 / (float(link.removesuffix(unit)) * units[unit])
 
 
-def behind(link: str) -> Callable[[], None]:
-    """Return what starts this benchmark again behind a link, and ends this process with its exit status."""
+def behind(link: str) -> int:
+    """Start this benchmark again behind a link, and return its exit status."""
     slowed = f"ip link set lo up && tc qdisc add dev lo root tbf rate {link} burst 128kb latency 400ms"
-
-    def again() -> None:
-        argv = [sys.executable, "-m", "benchmarks.communication", *sys.argv[1:]]
-        command = ["unshare", "-n", "sh", "-c", f'{slowed} && exec "$@"', "sh", *argv]
-        raise SystemExit(subprocess.run(command, env={**os.environ, INSIDE: link}, check=False).returncode)
-
-    return again
+    argv = [sys.executable, "-m", "benchmarks.communication", *sys.argv[1:]]
+    command = ["unshare", "-n", "sh", "-c", f'{slowed} && exec "$@"', "sh", *argv]
+    return subprocess.run(command, env={**os.environ, INSIDE: link}, check=False).returncode
 
 
 def measure(given: argparse.Namespace, messages: Console) -> Report:
@@ -147,9 +136,8 @@ def main() -> None:
     """Read the options, put this process behind the link if there is to be one, and measure."""
     made = parser(__doc__, "benchmarks.communication")
     add = made.add_argument
-    add(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which are measured, the first as the base"
-    )
+    which = "which are measured, the first as the base"
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=which)
     add("--processes", type=at_least(2), default=2)
     add("--hidden", type=at_least(8), default=512)
     add("--layers", type=at_least(1), default=4)
@@ -159,7 +147,7 @@ def main() -> None:
     add("--link", default="none", help="bandwidth in tc's words, such as 100mbit or 1gbit")
     given = made.parse_args()
     if given.link not in ("none", os.environ.get(INSIDE)):
-        behind(given.link)()
+        raise SystemExit(behind(given.link))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     run(given, measure)
 

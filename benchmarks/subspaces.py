@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import typer
@@ -47,13 +48,9 @@ def iteration(start: str, power_iterations: int, oversampling: int, dtype: torch
     """Return a subspace iteration with its own constants, from a Gaussian or the old basis, on a cut-down gradient."""
 
     def find(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-        kept = decompositions.POWER_ITERATIONS, decompositions.OVERSAMPLING
-        decompositions.POWER_ITERATIONS, decompositions.OVERSAMPLING = power_iterations, oversampling
-        try:
-            wanted = wanted if start == "old" else replace(wanted, old={})
-            return decompositions._warm(matrix.to(dtype), wanted)
-        finally:
-            decompositions.POWER_ITERATIONS, decompositions.OVERSAMPLING = kept
+        constants = {"POWER_ITERATIONS": power_iterations, "OVERSAMPLING": oversampling}
+        with mock.patch.multiple(decompositions, **constants):
+            return decompositions._warm(matrix.to(dtype), wanted if start == "old" else replace(wanted, old={}))
 
     return find
 

@@ -15,11 +15,15 @@ from benchmarks.common import bf16_products
 from benchmarks.common.report import Report, bar_sheet, draw
 
 
+def described(doc: str | None, module: str) -> argparse.ArgumentParser:
+    """Return a command line without options, which describes itself as the module does."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, formatter_class=raw)
+
+
 def parser(doc: str | None, module: str) -> argparse.ArgumentParser:
-    """Return a command line with the options that all benchmarks have."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Return a command line with the options that most benchmarks have."""
+    made = described(doc, module)
     add = made.add_argument
     add("--threads", type=at_least(1), default=torch.get_num_threads(), help="threads of torch in each process")
     add("--json", action="store_true", help="print JSON, raw figures included, in place of tables")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.command import described
 from benchmarks.common.peers import ROOT
 from benchmarks.device import correctness, speed
 from benchmarks.device.session import Row, Session
@@ -37,8 +38,7 @@ Together they may take more than all the time: what one does not need, the next 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__, formatter_class=raw)
+    made = described(__doc__, "benchmarks.device")
     add = made.add_argument
     add("--only", default="", help=f"parts, with commas between: {', '.join(PARTS)}")
     add("--out", type=Path, default=None, help="folder of the JSON files ($OUT, or runs/device)")

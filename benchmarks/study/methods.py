@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from benchmarks.common.sizes import Llama
 from galore_torch import GaLore
 
 Weights = Sequence[Tensor]
-Matrices = Callable[[Weights, float, Llama], Optimizer]
-Others = Callable[[Weights, float], Optimizer]
+Maker = Callable[[Weights, float, Llama], Optimizer]
+"""What makes the optimizer of weights, at a rate, of a model of this size."""
 
 
 class Scaled(Optimizer):
@@ -59,10 +60,20 @@ def _root(gradient: Tensor, state: dict[str, Any], *, both: bool, beta: float = 
     return root
 
 
+def plain(where: str, **arguments: Any) -> Maker:
+    """Return what makes an optimizer, "module:class", with arguments of its own."""
+    return lambda weights, lr, _: resolve_name(where)(weights, lr=lr, **arguments)
+
+
 FUSED: dict[str, Any] = {"fused": True}
+SCALED = f"{__name__}:Scaled"
+ADAMW = plain("torch.optim:AdamW", weight_decay=0.0, fused=True)  # with the paper's betas
+ADAMW_95 = plain("torch.optim:AdamW", weight_decay=0.0, fused=True, betas=(0.9, 0.95))
+ADAMW_8BIT = plain("bitsandbytes.optim:AdamW8bit", weight_decay=0.0)
+MUON = plain("torch.optim:Muon", weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
-def galore(inside: str = "AdamW", of_inside: Mapping[str, Any] = FUSED, **keys: Any) -> Matrices:
+def galore(inside: str = "AdamW", of_inside: Mapping[str, Any] = FUSED, **keys: Any) -> Maker:
     """Return what wraps one of torch's optimizers, with arguments of its own, in ours; keys are the group's."""
 
     def made(weights: Weights, lr: float, size: Llama) -> Optimizer:
@@ -72,52 +83,20 @@ def galore(inside: str = "AdamW", of_inside: Mapping[str, Any] = FUSED, **keys: 
     return made
 
 
-def alone(name: str, **arguments: Any) -> Matrices:
-    """Return what makes an optimizer of torch's."""
-    return lambda weights, lr, _: getattr(torch.optim, name)(weights, lr=lr, weight_decay=0.0, **arguments)
-
-
 def alice(weights: Weights, lr: float, size: Llama) -> Optimizer:
     """Alice (arXiv 2502.07752) of `pytorch_optimizer`, which must be on the path; 40 leading directions of 256."""
-    import pytorch_optimizer
-
-    return pytorch_optimizer.Alice(
-        weights, lr, rank=size.rank, update_interval=size.gap, leading_basis=size.rank * 40 // 256
-    )
+    keys = {"rank": size.rank, "update_interval": size.gap, "leading_basis": size.rank * 40 // 256}
+    return plain("pytorch_optimizer:Alice", **keys)(weights, lr, size)
 
 
 def fira(weights: Weights, lr: float, size: Llama) -> Optimizer:
     """Fira (arXiv 2410.01623) as it was released, in `pytorch_optimizer`."""
-    import pytorch_optimizer
-
     keys = {"rank": size.rank, "update_proj_gap": size.gap, "scale": 0.25, "projection_type": "std"}
-    return pytorch_optimizer.Fira([{"params": list(weights), **keys}], lr)
-
-
-def adamw(weights: Weights, lr: float) -> Optimizer:
-    """AdamW with the paper's betas, without decay."""
-    return torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
-
-
-def adamw_8bit(weights: Weights, lr: float) -> Optimizer:
-    """The same with moments in 8 bits."""
-    import bitsandbytes
-
-    made: Optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=lr, weight_decay=0.0)  # type: ignore[attr-defined,no-untyped-call]
+    made: Optimizer = resolve_name("pytorch_optimizer:Fira")([{"params": list(weights), **keys}], lr)
     return made
 
 
-def factored(weights: Weights, lr: float) -> Optimizer:
-    """A second moment by rows and columns, no first."""
-    return Scaled(weights, lr, by="both")
-
-
-def by_rows(weights: Weights, lr: float) -> Optimizer:
-    """A second moment a token, no first; norms have one a number."""
-    return Scaled(weights, lr, by="rows")
-
-
-def by_columns(weights: Weights, lr: float) -> Optimizer:
+def by_columns(weights: Weights, lr: float, _: Llama) -> Optimizer:
     """The head by columns with one momentum, embeddings by a second moment a token, norms by one a number."""
     *first, head = weights
     return Scaled([{"params": first, "by": "rows"}, {"params": [head], "momentum": 0.9}], lr)
@@ -128,9 +107,9 @@ class Method:
     """A way to train."""
 
     about: str  # in words
-    matrices: Matrices  # moves the layers' matrices
+    matrices: Maker  # moves the layers' matrices
     lr: float  # their rate, around which the grid is laid
-    others: Others = adamw  # moves embeddings, head and norms
+    others: Maker = ADAMW  # moves embeddings, head and norms
     others_lr: float = 0.04  # that of the others, around which it is laid too
     halfway: Mapping[str, Any] = field(default_factory=dict)  # keys that the matrices' groups get in mid-training
     clip: float = 0.0  # norm that gradients are clipped to; 0 clips nothing
@@ -146,15 +125,15 @@ FULL: dict[str, Any] = {**MOMENTUM, "residual": "full", "residual_scale": 1 / (1
 """The same, with a residual that weighs as much as the gradients which SGD's momentum is a sum of."""
 
 METHODS: dict[str, Method] = {
-    "adamw": Method("AdamW", alone("AdamW", **FUSED), 0.001, others_lr=0.02),
+    "adamw": Method("AdamW", ADAMW, 0.001, others_lr=0.02),
     "galore": Method("GaLore, moments kept", galore(), 0.01),
     "galore-rotate": Method("GaLore, moments rotated", galore(moments="rotate"), 0.01),
     "fira": Method("GaLore, rotated, Fira's residual", galore(moments="rotate", residual="fira"), 0.01),
     "columns": Method("momentum in the subspace and residual, by columns", galore(**FULL, normalize="columns"), 0.003),
     "orthogonal": Method("the same, orthogonalised", galore(**FULL, normalize="orthogonal"), 0.008),
-    "muon": Method("Muon", alone("Muon", adjust_lr_fn="match_rms_adamw"), 0.004, others_lr=0.08),
+    "muon": Method("Muon", MUON, 0.004, others_lr=0.08),
     "galore-reset": Method("GaLore, moments reset", galore(moments="reset"), 0.01),
-    "scale": Method("SCALE", lambda weights, lr, _: Scaled(weights, lr), 0.003, others_lr=0.02),
+    "scale": Method("SCALE", plain(SCALED), 0.003, others_lr=0.02),
     "sumo": Method("momentum in the subspace, orthogonalised", galore(**MOMENTUM, normalize="orthogonal"), 0.008),
     "apollo": Method(
         "APOLLO", galore(residual="apollo", decomposition="random", update_proj_gap=200, scale=1.0), 0.005
@@ -162,19 +141,17 @@ METHODS: dict[str, Method] = {
     "alice": Method("Alice, as published", alice, 0.02),
     "fira-published": Method("Fira, as published", fira, 0.01),
     "switched": Method("GaLore, rotated, switched", galore(decomposition="switched", moments="rotate"), 0.01),
-    "factored": Method("GaLore; others: factored", galore(), 0.01, factored, 0.02),
-    "rows": Method("GaLore; others: a second moment a row", galore(), 0.01, by_rows, 0.02),
+    "factored": Method("GaLore; others: factored", galore(), 0.01, plain(SCALED, by="both"), 0.02),
+    "rows": Method("GaLore; others: a second moment a row", galore(), 0.01, plain(SCALED, by="rows"), 0.02),
     "head-columns": Method("GaLore; head by columns with momentum, embeddings by rows", galore(), 0.005, by_columns),
-    "others-8bit": Method("GaLore; others: AdamW in 8 bits", galore(), 0.01, adamw_8bit, alone=True),
+    "others-8bit": Method("GaLore; others: AdamW in 8 bits", galore(), 0.01, ADAMW_8BIT, alone=True),
     "sampled": Method("GaLore, rotated, sampled", galore(decomposition="sampled", moments="rotate"), 0.01),
     "random-late": Method(
         "GaLore, rotated, random late", galore(moments="rotate"), 0.01, halfway={"decomposition": "random"}
     ),
     "columns-alone": Method("momentum in the subspace, by columns", galore(**MOMENTUM, normalize="columns"), 0.003),
-    "scale-momentum": Method(
-        "SCALE with momentum", lambda weights, lr, _: Scaled(weights, lr, momentum=BETA), 0.0015, others_lr=0.02
-    ),
-    "adamw-95": Method("AdamW, betas .9 and .95", alone("AdamW", **FUSED, betas=(0.9, 0.95)), 0.001, others_lr=0.02),
-    "adamw-clip": Method("AdamW, clipped at 1", alone("AdamW", **FUSED), 0.001, others_lr=0.02, clip=1.0),
+    "scale-momentum": Method("SCALE with momentum", plain(SCALED, momentum=BETA), 0.0015, others_lr=0.02),
+    "adamw-95": Method("AdamW, betas .9 and .95", ADAMW_95, 0.001, others_lr=0.02),
+    "adamw-clip": Method("AdamW, clipped at 1", ADAMW, 0.001, others_lr=0.02, clip=1.0),
     "sign": Method("FRUGAL's signs", galore(residual="sign", moments="reset"), 0.005),
 }

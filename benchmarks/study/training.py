@@ -190,7 +190,7 @@ def train(job: Job, text: Text, size: Llama, device: str, place: int) -> Iterato
     here = model(size, sequences, device, place)
     here.start(job.seed)
     matrices, others = here.parts()
-    optimizers = [method.matrices(matrices, job.lr, size), method.others(others, job.others_lr)]
+    optimizers = [method.matrices(matrices, job.lr, size), method.others(others, job.others_lr, size)]
     generator = torch.Generator().manual_seed(job.seed)
     epochs = math.ceil(job.steps * sequences / len(text.train))
     order = torch.cat([torch.randperm(len(text.train), generator=generator) for _ in range(epochs)]).to(device)
