@@ -31,19 +31,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks.common import command
+from benchmarks.common import command, measuring
+from benchmarks.common.cases import Trained, Training
 from benchmarks.common.floor import layered_floor_s
-from benchmarks.common.measuring import (
-    GIB,
-    Footprint,
-    give_back_at_once,
-    stored_bytes,
-    timed_calls,
-)
+from benchmarks.common.measuring import GIB
 from benchmarks.common.methods import METHODS
 from benchmarks.common.report import Bar, Report, Sheet, judged
 from benchmarks.common.sizes import LLAMA
-from benchmarks.common.training import Trained, Training
 from galore_torch import GaLore, quantize_weights
 from galore_torch.optim import chunks, state_bytes
 from galore_torch.optim.rule import Rule
@@ -89,7 +83,7 @@ class Watched(Trained):
 
     def build(self) -> LlamaForCausalLM:
         """Return the model, no more than a layer of which is ever there unquantized; `building` is what that took."""
-        before, start_s = Footprint("cpu"), time.perf_counter()
+        before, start_s = measuring.Footprint("cpu"), time.perf_counter()
         torch.manual_seed(0)
         seeds = iter(range(self.training.size.layers))
 
@@ -109,7 +103,7 @@ class Watched(Trained):
         return model
 
     def _complete(self, weight: Tensor) -> None:
-        self._largest_bytes = max(self._largest_bytes, stored_bytes([weight.grad]))
+        self._largest_bytes = max(self._largest_bytes, measuring.stored_bytes([weight.grad]))
         self._advance()
 
     def draw(self) -> Tensor:
@@ -134,8 +128,8 @@ class Watched(Trained):
         """
         self._largest_bytes = 0
         with ExitStack() as stack:
-            applying = stack.enter_context(timed_calls(*APPLYING))
-            inside = [stack.enter_context(timed_calls(*place, within=applying)) for place in INSIDE.values()]
+            applying = stack.enter_context(measuring.timed_calls(*APPLYING))
+            inside = [stack.enter_context(measuring.timed_calls(*place, within=applying)) for place in INSIDE.values()]
             step_s = super().step()["step_s"]
         return {
             **self._forward,
@@ -152,7 +146,7 @@ def state_of(optimizer: Optimizer) -> dict[str, tuple[int, int]]:
     """Return the bytes of an optimizer's "bases" and "moments" from its real tensors: with scales, and codes alone."""
     weights = list(optimizer.state.values())
     bases, inner = ([_tensors(one.get(key)) for one in weights] for key in ("basis", "inner"))
-    bases_bytes = sum(map(stored_bytes, bases))
+    bases_bytes = sum(map(measuring.stored_bytes, bases))
     return {
         "bases": (bases_bytes, sum(map(_codes_bytes, bases))),
         "moments": (state_bytes(optimizer) - bases_bytes, sum(map(_codes_bytes, inner))),
@@ -165,7 +159,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _codes_bytes(tensors: list[Tensor]) -> int:
     """The bytes of one weight's codes; of all its numbers where it has no codes."""
-    return stored_bytes([tensor for tensor in tensors if tensor.dtype in (torch.uint8, torch.int8)] or tensors)
+    return measuring.stored_bytes(
+        [tensor for tensor in tensors if tensor.dtype in (torch.uint8, torch.int8)] or tensors
+    )
 
 
 @dataclass
@@ -277,7 +273,7 @@ class Outcome:
 
 def measure(case: Training, steps: int, floor_rounds: int, messages: Console) -> Outcome:
     """Build the model, train it for some steps and time the floor, unless its parts are to be timed 0 times."""
-    give_back_at_once()
+    measuring.give_back_at_once()
     with command.Phases(messages) as phases:
         phases.begin("making the weights", case.size.layers)
         trained, taken = Watched(case, phases.count), []
@@ -290,7 +286,7 @@ def measure(case: Training, steps: int, floor_rounds: int, messages: Console) ->
                 f"{step['renewal_s']:.1f} s for {step['renewed']} bases, {step['peak_bytes'] / GIB:.2f} GiB",
                 highlight=False,
             )
-        weight_bytes = stored_bytes([*trained.model.parameters(), *trained.model.buffers()])
+        weight_bytes = measuring.stored_bytes([*trained.model.parameters(), *trained.model.buffers()])
         outcome = Outcome(case, trained.building, taken, weight_bytes, state_of(trained.optimizer))
         del trained  # its memory is the floor's now
         gc.collect()

@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 
-import torch
 from rich.console import Console
 
 from benchmarks.common import command, peers
+from benchmarks.common.cases import RARELY, OptimizerStep
 from benchmarks.common.measuring import MIB
 from benchmarks.common.methods import OPTIMIZERS
-from benchmarks.common.optimizer_step import RARELY, OptimizerStep
 from benchmarks.common.report import Bar, Report, Sheet, bar_sheet, judged
 from benchmarks.common.rounds import WARM_UP, Advance, RunFigures, Worker, interleaved, one_by_one
 from benchmarks.common.sizes import LLAMA
@@ -44,22 +43,15 @@ class StepTimings:
     renewal_s: float  # seconds of our step in which all layers renew bases that are there
     staggered_s: list[float]  # seconds of our steps in which layers take turns to renew, after the first
 
-    @property
-    def title(self) -> str:
-        """What stepped, in words."""
-        size = self.case.size
-        return f"LLaMA {size.hidden} wide, {size.layers} layers, {self.case.dtype}, rank {size.rank}"
-
     def bars(self) -> list[Bar]:
         """Return our figures against their bars; our state is to be bases and moments, and nothing else."""
         ours, galore, floor = (self.figures[name] for name in (OURS, GALORE, FLOOR))
-        dtype: torch.dtype = getattr(torch, self.case.dtype)
         figures = {
             "ordinary step / galore-1.0's": ours.step_s / galore.step_s,
             "ordinary step / the floor": ours.step_s / floor.step_s,
             "renewing all layers / galore-1.0's": max(ours.first_s, self.renewal_s) / galore.first_s,
             "state bytes away from bases and moments": abs(
-                ours.kept["state_bytes"] - self.case.size.state_elements() * dtype.itemsize
+                ours.kept["state_bytes"] - self.case.size.state_elements() * self.case.torch_dtype.itemsize
             ),
         }
         if self.staggered_s:
@@ -80,7 +72,9 @@ class StepTimings:
         rows |= {PARTS[part]: {"step, ms": 1e3 * seconds} for part, seconds in parts.items()}
         caption = "The physical floor is the sum of the parts below it."
         unit = f"ordinary step, {self.case.dtype}, ms"
-        return Sheet(title=self.title, rows=rows, caption=caption, last=1 + len(parts), drawn=("step, ms",), unit=unit)
+        return Sheet(
+            title=self.case.title, rows=rows, caption=caption, last=1 + len(parts), drawn=("step, ms",), unit=unit
+        )
 
 
 def measure(case: OptimizerStep, rounds: int, stagger_steps: int, advance: Advance) -> StepTimings:

@@ -27,14 +27,13 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks.common import command, peers
+from benchmarks.common.cases import RARELY, Training
 from benchmarks.common.floor import Speeds, demand
 from benchmarks.common.measuring import MIB, Call, in_turn, seconds_of
 from benchmarks.common.methods import METHODS, REFERENCE, SIXTEEN_BIT
-from benchmarks.common.optimizer_step import RARELY
 from benchmarks.common.report import Bar, Report, Sheet, judged
 from benchmarks.common.rounds import WARM_UP, RunFigures, interleaved, one_by_one
 from benchmarks.common.sizes import LLAMA, Llama
-from benchmarks.common.training import Training
 
 MEMORY_METHODS = [*SIXTEEN_BIT, "galore-8bit-per-layer/full", "galore-8bit-per-layer/fused"]
 MEASURED: dict[str, dict[str, Any]] = {

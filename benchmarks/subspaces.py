@@ -29,12 +29,10 @@ from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.run import new_run
 
-Finder = Callable[[Tensor, Wanted], dict[str, Tensor]]
-
 BAR = 1 - limits("subspaces")["energy missed"]
 """Energy that a basis must capture, of the exact one's."""
 
-
+Finder = Callable[[Tensor, Wanted], dict[str, Tensor]]
 Records = dict[str, list[tuple[float, float]]]
 """By candidate, for each layer and renewal: the energy captured, over the exact basis' own, and processor seconds."""
 

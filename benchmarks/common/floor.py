@@ -4,9 +4,13 @@ Shape suffixes as everywhere: m x n is a weight, r the rank. Operations are mult
 pair of entries that meet in a product.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +18,9 @@ from torch import Tensor, nn
 from benchmarks.common.measuring import Call, seconds_by_part, seconds_of
 from benchmarks.common.methods import OPTIMIZERS
 from benchmarks.common.sizes import Llama
-from benchmarks.common.training import Training
+
+if TYPE_CHECKING:
+    from benchmarks.common.cases import Training
 
 SLICE_ELEMENTS = 2**22
 """What bitsandbytes gets at a time: on a CPU it copies all that it is given into float32."""
@@ -95,47 +101,38 @@ def weights_with_gradients(
     return weights
 
 
-class Bare:
-    """The products of GaLore on some weights with gradients, bare and into memory that is there already.
+def products(weights: list[Tensor], rank: int, tokens: int = 0) -> tuple[list[Tensor], dict[str, Call]]:
+    """Return random coordinates of weights with gradients, and GaLore's products, bare and into memory that is there.
 
     Weights with m < n are projected on the left, by P, others on the right, by Q, as `proj_type="std"` does;
     `tokens` are those of the inputs and output gradients that fused projections are made of.
     """
-
-    def __init__(self, weights: list[Tensor], rank: int, tokens: int = 0) -> None:
-        self._all: list[tuple[Tensor, ...]] = []
-        for weight in weights:
-            m, n = weight.shape
-            shapes = (min(m, n), rank), (m, rank) if m >= n else (rank, n), (tokens, m), (tokens, n)
-            assert weight.grad is not None
-            drawn = (torch.randn(shape, dtype=weight.dtype) for shape in shapes)
-            self._all.append((weight.detach(), weight.grad, *drawn))
-        self.coordinates = [one[3] for one in self._all]
-
-    def project(self) -> None:
-        """Project full gradients: G Q, or P^T G."""
-        for _, grad, basis, coordinate, *_ in self._all:
-            torch.mm(*((grad, basis) if grad.shape[0] >= grad.shape[1] else (basis.mT, grad)), out=coordinate)
-
-    def project_fused(self) -> None:
-        """Form projected gradients of inputs and output gradients: dY^T (X Q), or (dY P)^T X."""
-        for _, grad, basis, coordinate, grad_y, x in self._all:
-            tall = grad.shape[0] >= grad.shape[1]
-            torch.mm(*((grad_y.mT, x @ basis) if tall else ((grad_y @ basis).mT, x)), out=coordinate)
-
-    def project_back(self, updates: list[Tensor]) -> None:
-        """Project coordinates back into tensors of the weights' shapes: R Q^T, or P R."""
-        for (weight, _, basis, coordinate, *_), update in zip(self._all, updates, strict=True):
-            torch.mm(*_factors(weight, basis, coordinate), out=update)
-
-    def fold(self) -> None:
-        """Project coordinates back and add them to the weights."""
-        for weight, _, basis, coordinate, *_ in self._all:
-            weight.addmm_(*_factors(weight, basis, coordinate), alpha=1e-4)
+    coordinates: list[Tensor] = []
+    parts: dict[str, list[Call]] = {"project": [], "project_fused": [], "project_back": [], "fold": []}
+    for weight in weights:
+        m, n = weight.shape
+        tall, grad = m >= n, weight.grad
+        assert grad is not None
+        shapes = (min(m, n), rank), (m, rank) if tall else (rank, n), (tokens, m), (tokens, n)
+        basis, coordinate, grad_y, x = (torch.randn(shape, dtype=weight.dtype) for shape in shapes)
+        factors = (coordinate, basis.mT) if tall else (basis, coordinate)  # R Q^T, or P R
+        gradient = (grad, basis) if tall else (basis.mT, grad)  # G Q, or P^T G
+        coordinates.append(coordinate)
+        parts["project"].append(partial(torch.mm, *gradient, out=coordinate))
+        parts["project_fused"].append(partial(_fused, tall, basis, grad_y, x, coordinate))
+        parts["project_back"].append(partial(torch.mm, *factors, out=torch.empty_like(weight)))
+        parts["fold"].append(partial(weight.detach().addmm_, *factors, alpha=1e-4))
+    return coordinates, {name: partial(_all, calls) for name, calls in parts.items()}
 
 
-def _factors(weight: Tensor, basis: Tensor, coordinate: Tensor) -> tuple[Tensor, Tensor]:
-    return (coordinate, basis.mT) if weight.shape[0] >= weight.shape[1] else (basis, coordinate)
+def _fused(tall: bool, basis: Tensor, grad_y: Tensor, x: Tensor, into: Tensor) -> None:
+    """Form a projected gradient of inputs and output gradients: dY^T (X Q), or (dY P)^T X."""
+    torch.mm(*((grad_y.mT, x @ basis) if tall else ((grad_y @ basis).mT, x)), out=into)
+
+
+def _all(calls: list[Call]) -> None:
+    for call in calls:
+        call()
 
 
 def layered_floor_s(
@@ -147,13 +144,13 @@ def layered_floor_s(
     called after each round.
     """
     size, layers = case.size, case.size.layers
-    bare = Bare(weights_with_gradients(size.weights[:7], torch.bfloat16), size.rank, case.tokens)
+    coordinates, bare = products(weights_with_gradients(size.weights[:7], torch.bfloat16), size.rank, case.tokens)
     parts: dict[str, Call] = {
         **_pass("no layer", replace(size, layers=0), ids),
         **_pass("one layer", replace(size, layers=1), ids),
-        "project": bare.project_fused if case.method.gradients == "fused" else bare.project,
-        "fold": bare.fold,
-        "inner": _adamw_step(size, [coordinate.numel() for coordinate in bare.coordinates]),
+        "project": bare["project_fused" if case.method.gradients == "fused" else "project"],
+        "fold": bare["fold"],
+        "inner": _adamw_step(size, [coordinate.numel() for coordinate in coordinates]),
         "embeddings": _adamw_step(size, [size.vocabulary * size.hidden]),
     }
     taken = []

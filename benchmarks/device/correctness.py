@@ -7,7 +7,7 @@ step is told too, and where: in ordinary steps it ought to, never.
 import io
 import re
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -18,19 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import galore_torch
 from benchmarks.common.report import limits
 from benchmarks.device.session import Figures, Row, Session
-from galore_torch import (
-    GaLore,
-    GaLoreAdafactor,
-    GaLoreAdamW,
-    GaLoreAdamW8bit,
-    GaLoreSGD,
-    QGaLoreAdamW8bit,
-    attach,
-    param_groups,
-    quantize_weights,
-)
+from galore_torch import GaLore
 from galore_torch.projection import find_bases
 
 Make = Callable[[list[dict[str, Any]]], GaLore]
@@ -45,21 +36,12 @@ MODES: dict[str, Mode] = {
 """What `attach` gets after model and optimizer; nothing is attached for the first."""
 
 
-class Net(nn.Module):
+def net() -> nn.Module:
     """Three projected layers with a head that is not; the same numbers at every call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.mlp = nn.ModuleList([nn.Linear(48, 96), nn.Linear(96, 48), nn.Linear(48, 48)])
-        self.head = nn.Linear(48, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The outputs of a batch."""
-        for layer in self.mlp:
-            x = torch.tanh(layer(x))
-        y: Tensor = self.head(x)
-        return y
+    torch.manual_seed(0)
+    sizes = ((48, 96), (96, 48), (48, 48))
+    mlp = nn.Sequential(*(layer for size in sizes for layer in (nn.Linear(*size), nn.Tanh())))
+    return nn.Sequential(OrderedDict(mlp=mlp, head=nn.Linear(48, 32)))
 
 
 def batches(model: nn.Module, steps: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -74,14 +56,14 @@ def batches(model: nn.Module, steps: Iterable[int]) -> Iterator[tuple[Tensor, Te
 
 def build(
     make: Make, device: str, dtype: torch.dtype, mode: Mode = (), *, in_int8: bool = False, **keys: Any
-) -> tuple[Net, GaLore]:
+) -> tuple[nn.Module, GaLore]:
     """Return the network and its optimizer, attached in a mode; keys are those of the projected group."""
-    model = Net().to(device, dtype)
+    model = net().to(device, dtype)
     if in_int8:
-        quantize_weights(model, "all-linear")
-    optimizer = make(param_groups(model, **{"rank": 6, **keys}))
+        galore_torch.quantize_weights(model, "all-linear")
+    optimizer = make(galore_torch.param_groups(model, **{"rank": 6, **keys}))
     if mode:
-        attach(model, optimizer, *mode)  # type: ignore[arg-type]
+        galore_torch.attach(model, optimizer, *mode)  # type: ignore[arg-type]
     return model, optimizer
 
 
@@ -103,15 +85,16 @@ ONCE: dict[str, Any] = {"update_proj_gap": 10**6, "decomposition": "svd", "saved
 """The first step and its bases on the CPU, the others on the device from that state."""
 AUTOCAST = "fp16 autocast, loss scaler, clipping"
 PRESET_TABLE: dict[str, Make] = {
-    "AdamW": lambda groups: GaLoreAdamW(groups, lr=1e-2, weight_decay=0.1),
-    "SGD": lambda groups: GaLoreSGD(groups, lr=1e-1, momentum=0.9, weight_decay=0.1),
-    "Adafactor": lambda groups: GaLoreAdafactor(groups, lr=1e-2),
-    "RMSprop": lambda groups: GaLore(groups, optimizer_class=torch.optim.RMSprop, lr=1e-2),
-    "Muon": lambda groups: GaLore(groups, optimizer_class=torch.optim.Muon, fallback_class=torch.optim.AdamW, lr=1e-2),
+    "AdamW": partial(galore_torch.GaLoreAdamW, lr=1e-2, weight_decay=0.1),
+    "SGD": partial(galore_torch.GaLoreSGD, lr=1e-1, momentum=0.9, weight_decay=0.1),
+    "Adafactor": partial(galore_torch.GaLoreAdafactor, lr=1e-2),
+    "RMSprop": partial(GaLore, optimizer_class=torch.optim.RMSprop, lr=1e-2),
+    "Muon": partial(GaLore, optimizer_class=torch.optim.Muon, fallback_class=torch.optim.AdamW, lr=1e-2),
 }
+_FEW_BITS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "min_8bit_size": 256}
 IN_FEW_BITS: dict[str, tuple[Make, dict[str, Any]]] = {
-    "AdamW8bit": (lambda groups: GaLoreAdamW8bit(groups, lr=1e-2, weight_decay=0.1, min_8bit_size=256), {}),
-    "QGaLoreAdamW8bit": (lambda groups: QGaLoreAdamW8bit(groups, lr=1e-2, weight_decay=0.1, min_8bit_size=256), {}),
+    "AdamW8bit": (partial(galore_torch.GaLoreAdamW8bit, **_FEW_BITS), {}),
+    "QGaLoreAdamW8bit": (partial(galore_torch.QGaLoreAdamW8bit, **_FEW_BITS), {}),
     "AdamW, bases in 8 bits": (PRESET_TABLE["AdamW"], {"basis_bits": 8}),
     "AdamW, INT8 weights": (PRESET_TABLE["AdamW"], {"in_int8": True}),
 }
@@ -142,7 +125,7 @@ def _walks() -> Iterator[tuple[str, Walk, Walk, str]]:
 
 
 def _compared(walk: Walk, expected: Walk, at_most: float, modes: Mapping[str, Mode], device: str) -> Figures:
-    right, start = _expected(expected), flat(Net().double())
+    right, start = _expected(expected), flat(net().double())
     errors = {name: float((walk(mode, device) - right).norm() / (right - start).norm()) for name, mode in modes.items()}
     return {"right": max(errors.values()) <= at_most, **errors}
 
@@ -159,7 +142,7 @@ def _walk(
     device: str,
     dtype: torch.dtype = torch.float64,
     *,
-    train: Callable[[Net, GaLore, Iterable[int]], None] = train,
+    train: Callable[[nn.Module, GaLore, Iterable[int]], None] = train,
     saved: tuple[int, str, Mode] | None = None,
     **keys: Any,
 ) -> Tensor:
@@ -183,7 +166,7 @@ def _walk(
     return flat(model)
 
 
-def _train_in_fp16(model: Net, optimizer: GaLore, steps: Iterable[int]) -> None:
+def _train_in_fp16(model: nn.Module, optimizer: GaLore, steps: Iterable[int]) -> None:
     """In fp16 autocast with a loss scaler and clipping, which trains as float32 does, roughly."""
     device = next(model.parameters()).device.type
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)

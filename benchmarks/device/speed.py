@@ -11,11 +11,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from benchmarks.common.cases import RARELY, OptimizerStep, Training
 from benchmarks.common.measuring import clear, timed
 from benchmarks.common.methods import METHODS, OPTIMIZERS, REFERENCE
-from benchmarks.common.optimizer_step import RARELY, OptimizerStep
 from benchmarks.common.sizes import Llama
-from benchmarks.common.training import Training
 from benchmarks.device.correctness import waits
 from benchmarks.device.session import Figures, Row, Session
 from galore_torch.projection import find_bases

@@ -14,13 +14,9 @@ Known = Mapping[Job, float]
 
 SEEDS = (0, 1, 2)
 LONG = ("adamw", "galore", "orthogonal", "muon")
-"""Those that must be known first; they are trained for longer and with other batches too."""
-
 FIRST = ("fira", "columns", "sumo", "apollo", "scale")
-"""Those that must be known next."""
-
 THEN = ("factored", "switched", "sampled", "fira-published", "alice")
-"""Those that follow, before all others."""
+"""What must be known first, next, and before all others; the first are trained longer and in other batches too."""
 
 LONGER = 1600  # steps
 BATCHES = (1024, 8192)  # tokens a step

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.sizes import LLAMA, REHEARSAL, Llama
 from benchmarks.study.methods import METHODS
+from galore_torch.optim import state_bytes
 
 WARMUP, FLOOR = 0.1, 0.1
 """Share of the steps in which rates rise, and what they fall to by a cosine, as `galore pretrain` has it."""
@@ -47,12 +48,6 @@ class Text:
     train: Tensor
     held_out: Tensor
 
-    @classmethod
-    def load(cls, path: Path, device: str) -> "Text":
-        """Read what `prepare` has written."""
-        saved = torch.load(path, map_location=device, weights_only=True)
-        return cls(**saved)
-
 
 def prepare(path: Path) -> None:
     """Read, tokenize and pack the sources of the standard library, as `galore pretrain` does, and write them."""
@@ -67,7 +62,7 @@ def prepare(path: Path) -> None:
         torch.tensor(part.with_format("numpy")[:]["input_ids"], dtype=torch.int16)
         for part in (text.train, text.held_out)
     )
-    torch.save({"train": train, "held_out": held_out}, path)
+    torch.save({"train": train, "held_out": held_out}, path)  # a `Text`
 
 
 def rehearsal(device: str) -> tuple[Text, Llama]:
@@ -83,11 +78,10 @@ class Model:
         size: of the model.
         sequences: in a step.
         device: where it is.
-        place: of the training in the process, which no other uses.
     """
 
-    def __init__(self, size: Llama, sequences: int, device: str, place: int) -> None:  # noqa: ARG002 (a key)
-        self.size, self.device = size, device
+    def __init__(self, size: Llama, sequences: int, device: str) -> None:
+        self.size = size
         self.net = self._drawn(0).to(device)
         self.ids = torch.zeros(sequences, size.sequence, dtype=torch.long, device=device)
         # A ready mask, for without one Transformers asks the device whether sequences are packed.
@@ -113,9 +107,10 @@ class Model:
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the layers' matrices, and the others: embeddings, head and norms."""
-        named = list(self.net.named_parameters())
-        inside = {name for name, weight in named if ".layers." in name and weight.dim() == 2}
-        return [weight for name, weight in named if name in inside], [w for name, w in named if name not in inside]
+        parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for name, weight in self.net.named_parameters():
+            parts[".layers." not in name or weight.dim() != 2].append(weight)
+        return parts
 
     def gradients(self, ids: Tensor) -> Tensor:
         """Form the gradients of (sequences, length) tokens and return the loss: a scalar of the device's."""
@@ -160,8 +155,10 @@ class Model:
         return float(torch.stack(losses).sum()) / len(sequences)
 
 
-model = cache(Model)
-"""The model of a process for each size, number of sequences, device and place."""
+@cache
+def model(size: Llama, sequences: int, device: str, place: int) -> Model:  # noqa: ARG001 (a key)
+    """Return the model of a process for a size, number of sequences, device and place, which no other training uses."""
+    return Model(size, sequences, device)
 
 
 def rate(step: int, steps: int) -> float:
@@ -214,16 +211,8 @@ def train(job: Job, text: Text, size: Llama, device: str, place: int) -> Iterato
         "perplexity": math.exp(loss) if loss < 20 else math.inf,
         "curve": [round(float(part.mean()), 4) for part in losses.cpu().tensor_split(min(POINTS, job.steps))],
         "seconds": round(time.perf_counter() - began_s, 2),
-        "state_bytes": [sum(map(_bytes, optimizer.state.values())) for optimizer in optimizers],
+        "state_bytes": [state_bytes(optimizer) for optimizer in optimizers],
     }
-
-
-def _bytes(kept: Any) -> int:
-    """How many bytes a weight's state holds, single numbers left out."""
-    if isinstance(kept, Tensor):
-        return kept.nbytes if kept.numel() > 1 else 0
-    values = kept.values() if isinstance(kept, dict) else kept if isinstance(kept, (list, tuple)) else ()
-    return sum(map(_bytes, values))
 
 
 def serve(ends: Sequence[Connection], path: Path | None, device: str) -> None:
@@ -232,7 +221,9 @@ def serve(ends: Sequence[Connection], path: Path | None, device: str) -> None:
     warnings.filterwarnings("error", message="no effect")  # a key that is not known
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    text, size = rehearsal(device) if path is None else (Text.load(path, device), SIZE)
+    text, size = (
+        rehearsal(device) if path is None else (Text(**torch.load(path, map_location=device, weights_only=True)), SIZE)
+    )
     streams = [torch.cuda.Stream() if device == "cuda" else None for _ in ends]  # type: ignore[no-untyped-call]
     running: dict[int, Iterator[dict[str, Any]]] = {}
     while True:

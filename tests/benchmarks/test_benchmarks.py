@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import peers, report
+from benchmarks.common.cases import OptimizerStep, floor, weights_with_gradients
 from benchmarks.common.measuring import held_bytes, in_turn, seconds_by_part, tensors_alive
 from benchmarks.common.methods import METHODS, OPTIMIZERS, Method
-from benchmarks.common.optimizer_step import OptimizerStep, floor, weights_with_gradients
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import Report, bar_sheet, draw
 from benchmarks.common.rounds import RunFigures, Worker

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from benchmarks import llama_7b as command
+from benchmarks.common.cases import Training
 from benchmarks.common.floor import layered_floor_s
 from benchmarks.common.measuring import GIB, timed_calls
 from benchmarks.common.methods import METHODS
 from benchmarks.common.report import draw
 from benchmarks.common.sizes import LLAMA, Llama
-from benchmarks.common.training import Training
 from benchmarks.llama_7b import PARTS, Outcome, Watched, real_text, state_of
 
 NAME = "galore-8bit-per-layer/fused"

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from benchmarks import steps as command
 from benchmarks.common import rounds as rounds_module
+from benchmarks.common.cases import Trained, Training
 from benchmarks.common.floor import Demand, Speeds, demand
 from benchmarks.common.measuring import Footprint, stored_bytes
 from benchmarks.common.methods import METHODS, REFERENCE, SIXTEEN_BIT
 from benchmarks.common.report import Report, draw
 from benchmarks.common.rounds import RunFigures, interleaved, one_by_one
 from benchmarks.common.sizes import Llama
-from benchmarks.common.training import Trained, Training
 
 MIB = 2**20
 OURS = [name for name, method in METHODS.items() if method.peer is None]
