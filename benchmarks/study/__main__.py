@@ -175,10 +175,10 @@ def plot_curves(lines: Lines, picture: Path) -> None:
     figure.savefig(picture, dpi=100)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    made = described(__doc__, "benchmarks.study")
-    add = made.add_argument
+def main(arguments: list[str] | None = None) -> list[Line]:
+    """Do what the command line asks for, and return a study's lines."""
+    command = described(__doc__, "benchmarks.study")
+    add = command.add_argument
     add("text", type=Path, nargs="?", help="the prepared text")
     add("--prepare", type=Path, metavar="FILE", help="write the prepared text, and nothing more")
     add("--table", type=Path, metavar="FILE", help="print the tables of a study's lines, and nothing more")
@@ -191,12 +191,6 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=float, default=3600.0, help="seconds for all of it (3600)")
     add("--out", type=Path, default=Path("study.jsonl"), help="file of the lines; one that exists is gone on with")
     add("--small", action="store_true", help="a model of next to nothing on random tokens, to rehearse")
-    return made
-
-
-def main(arguments: list[str] | None = None) -> list[Line]:
-    """Do what the command line asks for, and return a study's lines."""
-    command = parser()
     given = command.parse_args(arguments)
     together = [name for name, method in METHODS.items() if not method.alone]
     methods = together if given.only is None else [name for name in given.only.split(",") if name]

@@ -50,12 +50,6 @@ def search(method: str, known: Known) -> list[Job]:
     return [job for job in at(best, *around) if job not in known and math.isfinite(value)]
 
 
-def seeds(method: str, known: Known, pair: int) -> list[Job]:
-    """Return all seeds of a method's best pair of rates (0), or of its second (1); none before its search ends."""
-    found = [] if search(method, known) else list(at_seed_0(known, method).items())[pair : pair + 1]
-    return [replace(job, seed=seed) for job, value in found for seed in SEEDS if math.isfinite(value)]
-
-
 def means(known: Known, method: str, steps: int | None = None, tokens: int | None = None) -> dict[Job, list[float]]:
     """Return the perplexities of all seeds, by the training at the first, where all are known; the best mean first."""
     found = at_seed_0(known, method, steps, tokens)
@@ -63,11 +57,14 @@ def means(known: Known, method: str, steps: int | None = None, tokens: int | Non
     return dict(sorted(((j, v) for j, v in values.items() if not math.isnan(sum(v))), key=lambda pair: mean(pair[1])))
 
 
-def elsewhere(method: str, known: Known, factor: float = 1.0, **changes: Any) -> list[Job]:
-    """Return trainings of other length or batch, of every seed: at the best rates, the matrices' by a factor."""
-    found = [] if search(method, known) else list(at_seed_0(known, method).items())[:1]
+def seeded(method: str, known: Known, pair: int = 0, factor: float = 1.0, **changes: Any) -> list[Job]:
+    """Return all seeds of a method's best pair of rates (0), or its second (1); none before its search ends.
+
+    The matrices' rate may be by a factor, and length or batch others.
+    """
+    found = [] if search(method, known) else list(at_seed_0(known, method).items())[pair : pair + 1]
     best = [replace(job, **changes) for job, value in found if math.isfinite(value)]
-    return [replace(pair, seed=seed) for job in best for pair in at(job, (factor, 1)) for seed in SEEDS]
+    return [replace(one, seed=seed) for job in best for one in at(job, (factor, 1.0)) for seed in SEEDS]
 
 
 def wanted(known: Known, methods: Sequence[str]) -> Iterator[Job]:
@@ -83,14 +80,14 @@ def wanted(known: Known, methods: Sequence[str]) -> Iterator[Job]:
         for name in part:
             yield from search(name, known)
         for name in part if part is long else ():
-            yield from elsewhere(name, known, steps=LONGER)
+            yield from seeded(name, known, steps=LONGER)
         for name in part:
-            yield from seeds(name, known, 0)
+            yield from seeded(name, known)
     for name in (*long, *first, *then, *rest):
-        yield from seeds(name, known, 1)
+        yield from seeded(name, known, 1)
     for name in long:
-        yield from elsewhere(name, known, 0.5, steps=LONGER)
+        yield from seeded(name, known, factor=0.5, steps=LONGER)
     for tokens in BATCHES:
         for factor in (1.0, 2.0 if tokens > Job.tokens else 0.5):
             for name in long:
-                yield from elsewhere(name, known, factor, tokens=tokens)
+                yield from seeded(name, known, factor=factor, tokens=tokens)
