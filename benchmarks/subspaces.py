@@ -46,7 +46,7 @@ def iteration(start: str, power_iterations: int, oversampling: int, dtype: torch
     """Return a subspace iteration with its own constants, from a Gaussian or the old basis, on a cut-down gradient."""
 
     def find(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-        constants = {"POWER_ITERATIONS": power_iterations, "OVERSAMPLING": oversampling}
+        constants: dict[str, Any] = {"POWER_ITERATIONS": power_iterations, "OVERSAMPLING": oversampling}
         with mock.patch.multiple(decompositions, **constants):
             return decompositions._warm(matrix.to(dtype), wanted if start == "old" else replace(wanted, old={}))
 

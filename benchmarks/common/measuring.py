@@ -108,9 +108,10 @@ def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
 def tensors_alive() -> list[Tensor]:
     """Return every tensor with memory that Python holds anywhere in this process: a compiler's stand-ins have none."""
     gc.collect()
-    kinds = {type(thing) for thing in gc.get_objects() if issubclass(type(thing), Tensor)}
+    alive = gc.get_objects()
+    kinds = {kind for kind in set(map(type, alive)) if issubclass(kind, Tensor)}
     real = {kind for kind in kinds if not kind.__module__.startswith("torch._subclasses.")}
-    return [thing for thing in gc.get_objects() if type(thing) in real]
+    return [thing for thing in alive if type(thing) in real]
 
 
 def held_bytes(known: list[Tensor]) -> dict[str, float]:

@@ -82,9 +82,9 @@ class Method:
             attach(model, whole, self.gradients, self.update)
         elif self.update == "backward":
             for projected, weights in parts.items():  # one optimizer each, as the README of galore-torch 1.0 has it
-                for weight in weights:
-                    own = self.build(*(([weight], []) if projected else ([], [weight])), size, **keywords)
-                    weight.register_post_accumulate_grad_hook(lambda _, own=own: _step(own))
+                for one in weights:
+                    own = self.build(*(([one], []) if projected else ([], [one])), size, **keywords)
+                    one.register_post_accumulate_grad_hook(lambda _, own=own: _step(own))  # type: ignore[no-untyped-call]
             return whole, lambda: None
         return whole, partial(_step, whole)
 

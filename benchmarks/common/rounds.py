@@ -192,4 +192,5 @@ def _step(worker: Worker, figures: RunFigures, advance: Advance) -> float:
     answer = worker.ask("step")
     for name, value in answer.items():
         figures.steps.setdefault(name, []).append(value)
-    return sum(value for name, value in answer.items() if name.endswith("_s"))
+    seconds: float = sum(value for name, value in answer.items() if name.endswith("_s"))
+    return seconds

@@ -57,7 +57,7 @@ def prepare(path: Path) -> None:
     from galore_torch.training.text.packing import prepare_text
 
     config = DataConfig(tokenizer="train", vocab=SIZE.vocabulary, seq=SIZE.sequence, eval_tokens=65_536)
-    text = prepare_text(config, Console(stderr=True), batch=16, seed=0)
+    text: Any = prepare_text(config, Console(stderr=True), batch=16, seed=0)
     train, held_out = (
         torch.tensor(part.with_format("numpy")[:]["input_ids"], dtype=torch.int16)
         for part in (text.train, text.held_out)
