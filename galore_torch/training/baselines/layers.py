@@ -56,7 +56,7 @@ class LowRankLinear(nn.Sequential):
     def merged(self) -> nn.Linear:
         """A plain linear layer that computes the same, with the bias itself."""
         product = self.B.weight.float() @ self.A.weight.float()
-        plain = nn.Linear(*product.shape[::-1], bias=False, device="meta")
+        plain = nn.Linear(self.A.in_features, self.B.out_features, bias=False, device="meta")
         plain.weight, plain.bias = nn.Parameter(product.to(self.B.weight.dtype)), self.B.bias
         return plain
 

@@ -65,9 +65,6 @@ _SET = _option("A setting of one method, repeated, such as lora:adapter_rank=2."
 _LR_HELP = r"Peak learning rate to try, repeated; METHOD=X for one method. [dim]\[default: the preset's][/]"
 _LR = _option(_LR_HELP, metavar="[METHOD=]X")
 _OTHERS_LR = _option("The same for what is never projected: embeddings, head, norms.", metavar="[METHOD=]X")
-_OUT = _option(r"Folder. [dim]\[default: runs/compare-NAME of preset or task][/]")
-_DRY_RUN = _option("Print the runs and how much each sees; make none.", "--dry-run")
-_REPORT_ONLY = _option("Make no runs; report on those there are.", "--report-only")
 
 
 class _PretrainByDefault(TyperGroup):
@@ -99,9 +96,9 @@ def _command(job: ComparedJob) -> Callable[..., None]:
         lr: Annotated[list[str] | None, _LR] = None,
         others_lr: Annotated[list[str] | None, _OTHERS_LR] = None,
         seed: Annotated[list[int] | None, _option("Seed, repeated.")] = None,
-        out: Annotated[Path | None, _OUT] = None,
-        dry_run: Annotated[bool, _DRY_RUN] = False,
-        report_only: Annotated[bool, _REPORT_ONLY] = False,
+        out: Annotated[Path | None, _option(r"Folder. [dim]\[default: runs/compare-NAME of preset or task][/]")] = None,
+        dry_run: Annotated[bool, _option("Print the runs and how much each sees; make none.", "--dry-run")] = False,
+        report_only: Annotated[bool, _option("Make no runs; report on those there are.", "--report-only")] = False,
         json: Json = False,
         **given: Any,
     ) -> None:

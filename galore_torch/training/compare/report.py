@@ -81,22 +81,21 @@ def apart_and_shared(configs: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
     shared: dict[str, Any] = {}
     for name in dict.fromkeys(itertools.chain(*effective.values())):
         values = {method: settings[name] for method, settings in effective.items() if name in settings}
-        first = next(iter(values.values()))
-        if len(values) < len(configs) or any(value != first for value in values.values()):
+        different = set(values.values())
+        if len(different) > 1 or (len(values) < len(configs) and different != {None}):
             apart[name] = values
-        elif first is not None:
-            shared[name] = first
-    return {name: values for name, values in apart.items() if set(values.values()) != {None}}, shared
+        elif different != {None}:
+            (shared[name],) = different
+    return apart, shared
 
 
 def _effective(config: Any) -> dict[str, Any]:
     """All settings that have an effect, but for those of `OF_RUNS`; an adapter has the rank as its own."""
-    adapter = config.adapter.adapter
-    hidden = {*OF_RUNS, *(["rank"] if adapter != "none" else [])}
-    settings = dict(itertools.chain(*(section.items() for section in dataclasses.asdict(config).values())))
+    hidden = {*OF_RUNS, *(["rank"] if config.adapter.adapter != "none" else [])}
     return {
         name: value
-        for name, value in settings.items()
+        for section in dataclasses.asdict(config).values()
+        for name, value in section.items()
         if name not in hidden and has_effect(name, config.optimizer, config.adapter)
     }
 
@@ -178,7 +177,7 @@ def losses(comparison: Comparison, out: Path, by: str) -> Figure:
         along = _mean([_thinned([record[by] for record in steps]) for steps in seeds])
         drawn[method] = along, [smooth(_thinned(known(record["loss"] for record in steps))) for steps in seeds]
     _draw(figure, axes, drawn)
-    means = [list(line.get_ydata()) for line in axes.lines]
+    means = [_mean(seeds) for _, seeds in drawn.values()]
     late = [loss for mean in means for loss in mean[len(mean) // 20 :] if math.isfinite(loss)]
     if late:  # the first steps' losses would take up half of the figure
         axes.set_ylim(top=max(late) + 0.02 * (max(late) - axes.get_ylim()[0]))

@@ -91,15 +91,15 @@ def final_record(run: PlannedRun, out: Path) -> records.Record | None:
     return records.final(RunFolder(out / run.folder).metrics)
 
 
-def error_file(folder: Path) -> Path:
-    """Where a failed run's reason is kept, beside its folder."""
-    return folder.with_name(f"{folder.name}.error")
+def beside(folder: Path, suffix: str) -> Path:
+    """A file beside a run's folder: what its process wrote (``.log``), or why it failed (``.error``)."""
+    return folder.with_name(f"{folder.name}{suffix}")
 
 
 def read_end(run: PlannedRun, out: Path) -> RunEnd:
     """Read how a run ended."""
     folder = RunFolder(out / run.folder)
-    failed = error_file(folder.root)
+    failed = beside(folder.root, ".error")
     error = failed.read_text(encoding="utf-8", errors="replace").strip() if failed.exists() else None
     return RunEnd(run, final_record(run, out), error, folder.text_digest() if folder.text.exists() else None)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from galore_torch.training.compare.jobs import JOBS, ComparedJob
 from galore_torch.training.compare.plan import PLAN, PlannedRun, keep_plan, lock_of
 from galore_torch.training.compare.process import call_in_process
-from galore_torch.training.compare.results import error_file, final_record, shown
+from galore_torch.training.compare.results import beside, final_record, shown
 from galore_torch.training.run.command import explain
 from galore_torch.training.run.files import take_back, write_whole
 from galore_torch.training.run.folder import RunFolder
@@ -51,7 +51,7 @@ def make_runs(job: ComparedJob, runs: Sequence[PlannedRun], out: Path, console: 
             if explain(error):
                 first = out / todo[0].folder
                 take_back(
-                    [out / _PREPARE_LOG, _log_of(first), *([out / PLAN] if began else [])],
+                    [out / _PREPARE_LOG, beside(first, ".log"), *([out / PLAN] if began else [])],
                     [first.parent, first.parent.parent],
                 )
             raise
@@ -67,19 +67,18 @@ def _make_all(
         folder.wait_until_free(_waiting(console, folder.root))
         if final_record(run, out) is not None:
             continue  # or had so little left that it ended by itself
-        error_file(folder.root).unlink(missing_ok=True)
+        log, failed = (beside(folder.root, suffix) for suffix in (".log", ".error"))
+        failed.unlink(missing_ok=True)
         if console.is_terminal:
             console.rule(f"{run.label} ({number} of {len(todo)})", align="left")
         try:
-            scores = call_in_process(
-                _train, job.name, run.config, folder.root, log=_log_of(folder.root), console=console
-            )
+            scores = call_in_process(_train, job.name, run.config, folder.root, log=log, console=console)
         except Exception as error:
             reason = explain(error)
             if number == 1 and reason and not any((out / each.folder).exists() for each in runs):
                 raise
             reason = " ".join((reason or f"{type(error).__name__}: {error}").split())
-            write_whole(error_file(folder.root), reason + "\n")
+            write_whole(failed, reason + "\n")
             ended = f"failed: {reason}"
         else:
             ended = ", ".join(f"{name} {shown(name, value)}" for name, value in scores.items())
@@ -123,8 +122,3 @@ def _waiting(console: Console, folder: Path) -> Callable[[str], None]:
 def print_line(console: Console, line: str) -> None:
     """Print a line as it is, however long."""
     console.out(line, highlight=False)
-
-
-def _log_of(folder: Path) -> Path:
-    """What a run's process wrote, beside its folder."""
-    return folder.with_name(f"{folder.name}.log")

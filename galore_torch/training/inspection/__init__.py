@@ -6,8 +6,7 @@
 | `jobs` | what is inspected: a run's own job, or the job that a model with data would be |
 | `observer` | the steps that are made, and the snapshots of gradients on the way |
 | `history` | the gradients of one weight, and what earlier ones' bases hold of them |
-| `modules` | the figures of modules that play the same part in every layer, and the rank and gap that they suggest |
-| `result` | all figures, as JSON has them |
+| `figures` | those of modules that play the same part in every layer, the rank and gap that they suggest, the JSON |
 | `report` | plots, table and page |
 | `command` | from flags to screen and folder |
 """

@@ -125,8 +125,8 @@ def _require_one_subject(
 
 def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) -> dict[str, Any]:
     """Make the steps. An error on the way is a fault of ours, not of what was asked for: it has its traceback."""
+    from galore_torch.training.inspection.figures import figures
     from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
-    from galore_torch.training.inspection.result import figures
     from galore_torch.training.run.callbacks import StepProgress
 
     progress = StepProgress(console, steps=config.snapshots.last)

@@ -23,7 +23,7 @@ from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
 from galore_torch.training.settings.config import from_values, read_toml, sections_of
 from galore_torch.training.settings.fields import field_names
-from galore_torch.training.settings.optimizer import OptimizerConfig, is_projected
+from galore_torch.training.settings.optimizer import is_projected
 
 _LEAST_RATE = 0.1  # of the peak: where a schedule has ended at 0, gradients would differ by their batches alone
 _TEXT_LENGTH = 256  # as the paper's sequences
@@ -86,7 +86,10 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
         schedule = dataclasses.replace(schedule, seed=schedule.seed + 1)  # from its end, on an order of its own
         rates = [one["lr"] for one in records.read(folder.metrics) if "lr" in one and one["step"] <= step]
         lr = lr or max(_LEAST_RATE * own.lr, rates[-1] if rates else own.lr)
-    config = dataclasses.replace(recorded, optimizer=_full_gradients(own, lr or own.lr), schedule=schedule)
+    lr = lr or own.lr
+    others = None if own.others_lr is None else own.others_lr * lr / own.lr
+    optimizer = dataclasses.replace(own, lr=lr, others_lr=others, **_FULL_GRADIENTS, **_PLAIN_NUMBERS)
+    config = dataclasses.replace(recorded, optimizer=optimizer, schedule=schedule)
     job = kind.load(config, console, weights)
     remarks = {
         f"The run had gradients = {own.gradients!r}, which round otherwise.": fresh and own.gradients != "full",
@@ -106,12 +109,6 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
         remarks=[remark for remark, applies in remarks.items() if applies],
         renewals=records.read(folder.subspaces),
     )
-
-
-def _full_gradients(optimizer: OptimizerConfig, lr: float) -> OptimizerConfig:
-    """An optimizer's settings at a learning rate, with full gradients and on weights in their own dtype."""
-    others = None if optimizer.others_lr is None else optimizer.others_lr * lr / optimizer.lr
-    return dataclasses.replace(optimizer, lr=lr, others_lr=others, **_FULL_GRADIENTS, **_PLAIN_NUMBERS)
 
 
 def job_of_model(model: str, data: str | None, config: InspectConfig, console: Console) -> InspectedJob:

@@ -19,7 +19,7 @@ from galore_torch.training.run.machine import versions
 from galore_torch.training.run.plots import GRAY, add_legend, line_style, new_axes
 
 Found = Mapping[str, Any]
-"""What `galore_torch.training.inspection.result.figures` gives."""
+"""What `galore_torch.training.inspection.figures.figures` gives."""
 
 Line = tuple[Sequence[float], Sequence[float]]
 
@@ -62,7 +62,7 @@ def _ages(found: Found) -> list[int]:
 
 
 def _side(own: Found) -> int:
-    return min(own["shape"][-2:])
+    return int(min(own["shape"][-2:]))
 
 
 def texts(found: Found) -> list[str]:
@@ -127,12 +127,9 @@ def _plots(found: Found) -> dict[str, Figure]:
     def lines(line: Callable[[Found], Line]) -> dict[str, Line]:
         return {name: line(own) for name, own in found["modules"].items()}
 
-    def spectrum(own: Found, shares: Sequence[float]) -> Line:
-        return [0, *(rank / _side(own) for rank in own["by_rank"]["rank"])], [0, *shares]
-
-    def later(own: Found) -> Line:
-        captured = own["by_rank"]["captured"].get(str(found["ages"][0]))
-        return spectrum(own, captured) if captured else ([], [])
+    def spectrum(own: Found, shares: Sequence[float] | None) -> Line:
+        ranks = [rank / _side(own) for rank in own["by_rank"]["rank"]]
+        return ([0, *ranks], [0, *shares]) if shares else ([], [])
 
     def by_age(shares: Mapping[str, float]) -> Line:
         return list(map(int, shares)), list(shares.values())
@@ -144,7 +141,7 @@ def _plots(found: Found) -> dict[str, Figure]:
         "spectra": _draw(
             ("rank, as a share of the shorter side", energy),
             lines(lambda own: spectrum(own, own["by_rank"]["own"])),
-            dotted=lines(later),
+            dotted=lines(lambda own: spectrum(own, own["by_rank"]["captured"].get(str(found["ages"][0])))),
             upright=chance,
             xlim=(0, 1),
             ylim=share,

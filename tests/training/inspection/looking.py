@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
-from galore_torch.training.inspection import result
+from galore_torch.training.inspection import figures as found
 from galore_torch.training.inspection.config import configure
 from galore_torch.training.inspection.jobs import job_of_model, job_of_run
 from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
@@ -29,7 +29,7 @@ def figures(inspected_job, config):
     observer = GradientObserver(inspected_job, config)
     with tempfile.TemporaryDirectory() as scratch:
         observed_trainer(observer, scratch).train()
-    return result.figures(observer)
+    return found.figures(observer)
 
 
 def of_run(folder, *, fresh=False, **given):

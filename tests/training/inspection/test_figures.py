@@ -5,8 +5,8 @@ import torch
 
 from galore_torch.projection import overlap
 from galore_torch.training.inspection.config import RecommendConfig, configure
+from galore_torch.training.inspection.figures import ModuleGroup, group_by_module, module_names, recommend
 from galore_torch.training.inspection.history import GradientHistory
-from galore_torch.training.inspection.modules import ModuleGroup, group_by_module, module_names, recommend
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
 
