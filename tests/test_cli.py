@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from galore_torch.cli import build_app
 from galore_torch.training.finetune.config import SECTIONS as TUNING
 from galore_torch.training.pretrain.config import SECTIONS
 from galore_torch.training.pretrain.presets import PRESETS
+from tests.forked import Galore
 from tests.waiting import DEADLINE, wait_for
 
 TEXT = "\n\n".join(
@@ -191,11 +191,10 @@ def lines(path: Path) -> int:
 @pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     out = tmp_path / "run"
-    terminal = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    process = galore(*tiny, "--steps", "100000", "--out", str(out), python=terminal)
+    process = Galore(*tiny, "--steps", "100000", "--out", out)
     wait_for(lambda: lines(out / "metrics.jsonl") >= 3, process)
-    os.kill(process.pid, signal.SIGINT)
-    output, error = process.communicate(timeout=DEADLINE)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate()
     assert process.returncode == 130, error
     stopped = int(re.search(r"Stopped after step ([\d,]+)\.", output)[1].replace(",", ""))
     checkpoint = out / "checkpoints" / f"checkpoint-{stopped}"

@@ -35,9 +35,10 @@ def with_settings(
     parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     taken = {parameter.name for parameter in parameters}
     for section, config in sections.items():
+        kinds = typing.get_type_hints(config)
         for name in field_names(config):
             if name not in taken:
-                parameters += _flags(section, config, name, presets, help_preset)
+                parameters += _flags(section, config, name, plain_type(kinds[name]), presets, help_preset)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -53,9 +54,10 @@ def given_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(_NO): False if name.startswith(_NO) else value for name, value in given.items()}
 
 
-def _flags(section: str, config: Any, name: str, presets: Presets, help_preset: str) -> list[inspect.Parameter]:
+def _flags(
+    section: str, config: Any, name: str, kind: type, presets: Presets, help_preset: str
+) -> list[inspect.Parameter]:
     """A setting's flag; that of a boolean has another one that says no, in a row of its own: names may be long."""
-    kind = plain_type(typing.get_type_hints(config)[name])
     flag, field = name.replace("_", "-"), config.__pydantic_fields__[name]
     rows = [(name, f"--{flag}", field.description + _default(name, field, presets, help_preset))]
     rows += [(_NO + name, f"--no-{flag}", f"Turns --{flag} off.")] if kind is bool else []

@@ -266,8 +266,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
 def test_data_that_cannot_be_read_are_told_before_any_run(given, tmp_path):
     out = tmp_path / "there"
     out.mkdir()
-    command = [sys.executable, "-m", "galore_torch", *flags({**given, "data": "nowhere.txt"}, out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = galore(*flags({**given, "data": "nowhere.txt"}, out))
     assert done.returncode == 2
     assert done.stderr == (
         "galore compare pretrain: data = 'nowhere.txt' does not exist; give an existing file or folder, or stdlib.\n"
