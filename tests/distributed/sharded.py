@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -45,12 +45,14 @@ def trained_in_shards(
     clips_from: int = 0,
     alike: bool = False,
     to_none: bool = True,
+    checkpoints: bool = False,
 ) -> Tensor:
     """The weights after some steps, of one process or of one of several.
 
     With `alike` each process has the whole batch, so that averages are exact in any dtype.
     """
-    model: nn.Module = llama(dtype=dtype, **(shape or {}))
+    model: Any = llama(dtype=dtype, **(shape or {}))
+    model.checkpoints = checkpoints
     if world > 1:
         given: dict[str, Any] = {} if placement is None else {"shard_placement_fn": placement(model)}
         given |= {} if mp_policy is None else {"mp_policy": mp_policy}

@@ -65,6 +65,7 @@ EARLY: dict[str, dict[str, Any]] = {
     "fused, SGD with L2 decay": {"mode": ("fused", "step"), "recipe": "sgd", "keys": {"weight_decay": 0.1}},
     "fused, Muon": {"mode": ("fused", "step"), "recipe": "muon", "shape": UNEVEN},
     "fused, lazy": {"mode": ("fused", "step"), "keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 20},
+    "fused, run again in the backward": {"mode": ("fused", "step"), "checkpoints": True},
     "applied in the backward": {"mode": ("fused", "backward"), "shape": UNEVEN},
     "full, applied in the backward": {"mode": ("full", "backward")},
 }

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from galore_torch import (
     GaLore,
@@ -67,7 +68,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Two layers. A batch says which of them it skips, if it does."""
+    """Two layers. A batch says which of them it skips, if it does; they may be run again in the backward pass."""
 
     def __init__(self, width: int = 24, inner: int = 40, heads: int = 3, *, tied: bool = False) -> None:
         super().__init__()
@@ -77,13 +78,13 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         if tied:
             self.layers[1].mlp["up_proj"].weight = self.layers[0].mlp["up_proj"].weight
-        self.skips = False
+        self.skips = self.checkpoints = False
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
         for number, layer in enumerate(self.layers):
             if not (number == 1 and self.skips):
-                x = layer(x)
+                x = checkpoint(layer, x, use_reentrant=False) if self.checkpoints else layer(x)
         return self.lm_head(self.norm(x))
 
 
