@@ -169,16 +169,7 @@ class ReplicaTraffic(Traffic):
     def completes(self, form: Hook, apply: Hook | None) -> Hook:
         """See `data_parallel.Traffic`."""
         self._form, self._keep = form, apply or form
-
-        @torch.no_grad()
-        def complete(weight: Tensor) -> None:
-            if not self.is_on:
-                self._keep(weight)
-                return
-            self.begin()
-            self._complete(weight)
-
-        return complete
+        return self._complete
 
     def _plan(self, trained: list[TrainedWeight]) -> None:
         """Lets weights of one kind share a bucket while it has room: of bytes, or of one basis for each process."""
@@ -200,10 +191,13 @@ class ReplicaTraffic(Traffic):
             self._waiting[-1].add(one)
             self._of_weight[id(weight)] = self._waiting[-1], one
 
+    @torch.no_grad()
     def _complete(self, weight: Tensor) -> None:
-        if weight.grad is not None and weight.grad.requires_grad:
-            raise ValueError("create_graph=True is not supported inside DistributedDataParallel; leave it out")
-        if id(weight) not in self._of_weight:
+        if self.is_on:
+            self.begin()
+            if weight.grad is not None and weight.grad.requires_grad:
+                raise ValueError("create_graph=True is not supported inside DistributedDataParallel; leave it out")
+        if not self.is_on or id(weight) not in self._of_weight:
             self._keep(weight)  # of micro-batches before the last, or of steps between two averages
             return
         bucket, one = self._of_weight[id(weight)]

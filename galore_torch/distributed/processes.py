@@ -112,12 +112,11 @@ class Together(Alone):
             return []
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         owners = [(place + one.state[STEP]) % size for place, one in enumerate(trained)]
-        grads = []
-        for one, owner in zip(
-            trained, owners, strict=True
-        ):  # before any is decomposed, which the others would wait for
-            full = whole(one.weight.grad)  # gathered in all processes, as FSDP2 gathers a weight for its layer
-            grads.append(full if owner == rank else None)
+        grads: list[Tensor | None] = [None] * len(trained)
+        for place, owner in enumerate(owners):  # all, before one is decomposed: the others would wait for that
+            full = whole(trained[place].weight.grad)  # gathered by every process, as FSDP2 gathers a weight
+            if owner == rank:
+                grads[place] = full
         del full
         found = [None if grad is None else one.decompose(grad) for one, grad in zip(trained, grads, strict=True)]
         del grads
@@ -187,12 +186,9 @@ class LocalReplicas(Together):
         """
         for one in trained:
             mine = one.projection.project(one.weight, one.basis)
-            mean, held = (
-                mine.clone(),
-                [value for value in one.state.get(INNER, {}).values() if isinstance(value, Tensor)],
-            )
+            mean, held = mine.clone(), filter(torch.is_tensor, one.state.get(INNER, {}).values())
             moments = [value for value in held if value.is_floating_point() and value.shape == mine.shape]
-            average_parameters(iter([mean, *moments]), self.group)  # type: ignore[list-item]
+            average_parameters(iter([mean, *moments]), self.group)
             one.projection.fold(one.weight, mean - mine, one.basis, alpha=1.0, beta=1.0)
 
 

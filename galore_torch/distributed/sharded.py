@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from galore_torch.distributed.cut import Cut
 from galore_torch.distributed.processes import Together
@@ -25,7 +27,7 @@ from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import InnerParam, Rule
 from galore_torch.optim.state_keys import INNER
 from galore_torch.optim.trained_weight import TrainedWeight
-from galore_torch.projection import Basis, Projection
+from galore_torch.projection import Basis
 
 STEPS, ROWS, COLUMNS = 12, 8, 6
 """By which it is tried whether a rule moves numbers by themselves."""
@@ -136,37 +138,31 @@ class ShardedWork(TrainedWeight):
 
     def opened(self, inner: Any) -> Any:
         """The rule's state of this process' part."""
-        return {
-            key: self.opened(value)
-            if isinstance(value, dict)
-            else self.cut.part_of(value)
-            if self._is_cut(key, value, self.projection, self.weight)
-            else value
-            for key, value in inner.items()
-        }
+        moved = self.projection.projected_shape if self.through_coordinates else self.weight.shape
+        return self._mapped(inner, torch.Size(moved), self.cut.part_of)
 
-    def closed(self, inner: Any, held: Any = None) -> Any:
+    def closed(self, inner: Any) -> Any:
         """The rule's state, of which each process holds a part."""
-        held = self.state.get(INNER, {}) if held is None else held
-        if held.keys() == inner.keys() and all(local_part(held[key]) is value for key, value in inner.items()):
+        held = self.state.get(INNER, {})
+        before, after = map(local_part, tree_leaves(held)), tree_leaves(inner)
+        if held.keys() == inner.keys() and [*map(id, before)] == [*map(id, after)]:
             return held
-        return {
-            key: self.closed(value, held.get(key, {}))
-            if isinstance(value, dict)
-            else self.cut.wrap(value)
-            if self._is_cut(key, value, self.local_projection, self.local)
-            else value
-            for key, value in inner.items()
-        }
+        moved = self.local_projection.projected_shape if self.through_coordinates else self.local.shape
+        return self._mapped(inner, torch.Size(moved), self.cut.wrap)
 
-    def _is_cut(self, key: str, value: Any, projection: Projection, weight: Tensor) -> bool:
-        """Whether each process has a part of an entry of the rule's state, which is of the shape of what it moves."""
-        if not isinstance(value, Tensor) or not value.dim() or self.is_gathered:
-            return False
-        if self.cut.is_contracted and self.through_coordinates:
-            return False
-        moved = projection.projected_shape if self.through_coordinates else weight.shape
-        return key not in self.traits.common if self.traits.block else value.shape == torch.Size(moved)
+    def _mapped(self, inner: Any, moved: torch.Size, change: Callable[[Tensor], Tensor]) -> Any:
+        """The rule's state, with those entries changed of which each process has a part: of the shape that it moves."""
+        if self.is_gathered or (self.cut.is_contracted and self.through_coordinates):
+            return inner
+        in_blocks, common = self.traits.block is not None, self.traits.common
+
+        def changed(path: Any, value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.dim():
+                return value
+            is_cut = getattr(path[-1], "key", None) not in common if in_blocks else value.shape == moved
+            return change(value) if is_cut else value
+
+        return tree_map_with_path(changed, inner)
 
 
 def _moves_parts(trained: TrainedWeight, cut: Cut) -> bool:
