@@ -20,6 +20,7 @@ from tests.distributed.trained import BAR, RANK, batch, distance, llama, loss_of
 
 HALF, STEPS = 6, 12
 KINDS = {"one": ("one", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp", 2), "fsdp of 3": ("fsdp", 3)}
+SAVERS = {**KINDS, "ddp of 4": ("ddp", 4), "fsdp of 4": ("fsdp", 4)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "nested": {},
     "flattened": {"flatten_optimizer_state_dict": True},
@@ -86,7 +87,7 @@ def saved(pool, tmp_path_factory) -> Callable[[str, str], tuple[str, Tensor]]:
     @functools.cache
     def saved_once(by: str, options: str) -> tuple[str, Tensor]:
         folder = str(tmp_path_factory.mktemp("saved"))
-        kind, world = KINDS[by]
+        kind, world = SAVERS[by]
         return folder, pool.run(save, world, kind=kind, folder=folder, options=OPTIONS[options])[0]
 
     return saved_once
@@ -102,6 +103,13 @@ def test_what_some_have_saved_others_load(pool, saved, saved_by, loaded_by, opti
     ranks = pool.run(load, world, kind=kind, folder=folder, options=OPTIONS[options])
     assert all(torch.equal(ranks[0], other) for other in ranks)
     assert distance(ranks[0], went_on) <= BAR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded_by", KINDS)
+@pytest.mark.parametrize("saved_by", ["ddp of 4", "fsdp of 4"])
+def test_what_four_have_saved_one_and_two_and_three_load(pool, saved, saved_by, loaded_by):
+    test_what_some_have_saved_others_load(pool, saved, saved_by, loaded_by, "nested")
 
 
 def test_the_optimizers_own_state_dict_of_one_process_is_loaded_in_shards(pool, tmp_path):
