@@ -130,7 +130,7 @@ def run_command(
                     instead(settings, console)
                     return
                 found = out or Path("runs", default)
-                resume = processes.was_restarted() and RunFolder(found).config.exists()
+                resume = processes.goes_on(RunFolder(found))
                 if not resume:
                     processes.run_folder(found).require_new()
             folder = processes.run_folder(found)

@@ -12,6 +12,7 @@ runs/NAME/
   loss.png        the losses
   events/         what TensorBoard shows, if it was reported to
   predictions.jsonl  what a fine-tuned model says of the held-out rows
+  launch          which launch of torchrun began it, if one did: what that starts anew goes on
   run.lock        locked by the process that works on the run; run.holder says which that is
 
 Only what a process has made itself is removed by it, and a run with a checkpoint never. All that a folder is refused
@@ -36,6 +37,9 @@ from galore_torch.training.run.checkpoints import Checkpoints, step_of
 from galore_torch.training.run.files import Lock, being_written, require_whole, take_back, write_whole
 from galore_torch.training.run.signals import deferred
 
+LAUNCH = "TORCHELASTIC_RUN_ID"
+"""Where torchrun names its launch to the processes that it starts, all of them and anew; "none" if it was not given."""
+
 CHANGEABLE = ("steps", "epochs", "eval_every", "save_every", "micro_batch", "gradient_checkpointing", "report_to")
 """Settings that may be given with ``--resume``: how long, what is recorded, and what bounds memory."""
 
@@ -55,6 +59,7 @@ class RunFolder:
         self.root = root
         self.config = root / "config.toml"
         self.text = root / "text.sha256"
+        self.launch = root / "launch"
         self.changes = root / "changes.jsonl"
         self.metrics = root / "metrics.jsonl"
         self.subspaces = root / "subspaces.jsonl"
@@ -92,7 +97,7 @@ class RunFolder:
             raise self._refused(
                 f"already holds a run; resume it with --resume --out {self.root}, or choose another --out."
             )
-        started = {*self._lock.files, self.text, self.config}
+        started = {*self._lock.files, self.launch, self.text, self.config}
         started |= {being_written(file) for file in started}
         if self.root.exists() and not (self.root.is_dir() and started.issuperset(self.root.iterdir())):
             raise self._refused("exists and is not an empty folder; choose another --out.")
@@ -113,6 +118,8 @@ class RunFolder:
             self.hold(began=True, made=made)
             try:
                 self.require_new()  # for good: no other process of ours writes into it any more
+                if LAUNCH in os.environ:
+                    write_whole(self.launch, os.environ[LAUNCH])
                 write_whole(self.text, "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
                 write_whole(self.config, settings)  # last: a folder that has it is a run's
             except BaseException:
@@ -129,7 +136,10 @@ class RunFolder:
         unsaved = self.was_begun_here and self.checkpoints.newest() is None
         if unsaved:
             self.checkpoints.clear()
-            take_back([self.config, self.text, self.changes, self.metrics, self.subspaces], [self.checkpoints.root])
+            take_back(
+                [self.config, self.launch, self.text, self.changes, self.metrics, self.subspaces],
+                [self.checkpoints.root],
+            )
         self._lock.release(remove=unsaved)
         if unsaved and self._made:
             take_back([], [self.root])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_torch.training.run.checkpoints import Checkpoints
-from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.folder import LAUNCH, RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +31,23 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0" or count() == 1
 
 
-def was_restarted() -> bool:
-    """Whether the launcher has started the processes anew, after one was lost or another number is to go on."""
-    return count() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def goes_on(folder: RunFolder) -> bool:
+    """Whether the launcher has started the processes anew, after one was lost or another number is to go on.
+
+    A process that has joined does not know, nor do others where no process has failed: the first one tells all.
+
+    Args:
+        folder: of the run, which this launch has begun if so.
+    """
+    launch = os.environ.get(LAUNCH, "none")
+    began = launch != "none" and folder.launch.exists() and folder.launch.read_text(encoding="utf-8") == launch
+    found = [folder.config.exists() and (began or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)]
+    if count() > 1:
+        import torch.distributed as dist  # the command line answers before torch is there
+
+        connect()
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def require_one() -> None:
@@ -85,9 +99,10 @@ def connect() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, rank, world = next(iter(rendezvous("env://")))
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # one for all starts
+        store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = None if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=PrefixStore(f"start-{start}", store), rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def wait_for_all() -> None:

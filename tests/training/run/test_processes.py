@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch.distributed import run
 from galore_torch.training.run import processes, records
 from galore_torch.training.run.folder import RunFolder
 from tests.forked import TRAINING, begin
-from tests.waiting import DEADLINE
+from tests.waiting import DEADLINE, wait_for
 
 LAUNCHED = Path(__file__).with_name("launched.py")
 BAR = 1e-5  # float32: other sums of the same numbers
@@ -85,6 +88,17 @@ def launch(
         [torchrun, *arguments, *command], env=env, capture_output=True, text=True, timeout=DEADLINE, check=False
     )
     return done.returncode, said.read_text(encoding="utf-8") + done.stderr
+
+
+def agent(folder: Path, loses: str, port: int, *given: str) -> subprocess.Popen[bytes]:
+    """Start one of the agents of an elastic job, each of one process."""
+    said = folder.with_name(f"{folder.name}.said")
+    rendezvous = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", "--rdzv-backend=c10d"]
+    noticed = "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
+    how = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1", *rendezvous, noticed]
+    command = [str(LAUNCHED), str(said), loses, "pretrain", *given, "--out", str(folder)]
+    env = {**os.environ, "PYTHONPATH": str(Path.cwd()), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen([Path(sys.executable).with_name("torchrun"), *how, *command], env=env)
 
 
 def be_torchrun(arguments: list[str], said: Path) -> None:
@@ -161,3 +175,18 @@ def test_a_run_of_which_processes_are_killed_at_any_moment_ends_as_if_none_was(a
     kills = int(os.environ.get("KILLS", "2"))
     ended(tmp_path / "lost", "--config", config, "--parallel", parallel, restarts=kills, loses=f"{kills}*{kills}")
     assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_that_a_node_leaves_and_joins_ends_as_if_none_had(alone, config, tmp_path, parallel):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, given = tmp_path / "elastic", ("--config", config, "--parallel", parallel)
+    first = agent(folder, "others", port, *given)
+    assert agent(folder, "node", port, *given).wait(DEADLINE) == -signal.SIGKILL
+    wait_for(lambda: json.loads(folder.joinpath("metrics.jsonl").read_text().splitlines()[-1])["step"] >= 6, first)
+    second = agent(folder, "others", port, *given)
+    assert first.wait(DEADLINE) == second.wait(DEADLINE) == 0
+    assert losses(folder) == pytest.approx(losses(alone), rel=BAR)
