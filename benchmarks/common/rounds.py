@@ -97,7 +97,7 @@ class RunFigures:
     @property
     def first_s(self) -> float:
         """The seconds of the first step."""
-        return sum(value for name, value in self.first.items() if name.endswith("_s"))
+        return _seconds(self.first)
 
     @property
     def parts_s(self) -> dict[str, float]:
@@ -123,6 +123,10 @@ class RunFigures:
     def largest_bytes(self) -> float:
         """The most that the process took so far, weights included."""
         return self.highest_bytes + self.kept.get("weight_bytes", 0)
+
+
+def _seconds(answer: Mapping[str, float]) -> float:
+    return sum(value for name, value in answer.items() if name.endswith("_s"))
 
 
 def interleaved(
@@ -192,5 +196,4 @@ def _step(worker: Worker, figures: RunFigures, advance: Advance) -> float:
     answer = worker.ask("step")
     for name, value in answer.items():
         figures.steps.setdefault(name, []).append(value)
-    seconds: float = sum(value for name, value in answer.items() if name.endswith("_s"))
-    return seconds
+    return _seconds(answer)
