@@ -196,8 +196,8 @@ def held_out(comparison: Comparison, out: Path) -> Figure | None:
         seeds = _histories(best, out, field)
         along = [record[unit] for record in seeds[0]]
         drawn[method] = along, [known(record[field] for record in history) for history in seeds]
-    count_by(axes, unit)
     _draw(figure, axes, drawn)
+    count_by(axes, unit)
     return figure if any(len(along) > 1 for along, _ in drawn.values()) else None
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from galore_torch.training.compare.jobs import FINETUNE, PRETRAIN, Amount
 from galore_torch.training.compare.plan import keep_plan, make_plan, rates_by_method, require_same_plan
-from galore_torch.training.compare.report import apart_and_shared, in_lines, sensitivity
+from galore_torch.training.compare.report import apart_and_shared, held_out, in_lines, sensitivity
 from galore_torch.training.compare.results import RunEnd, as_json, compare, notes, rows, table
 from galore_torch.training.run import records
 from tests.architecture import ROOT
@@ -296,6 +296,20 @@ def test_a_figure_of_learning_rates_is_drawn_where_a_method_has_several(given):
     for lrs, lines in ((("0.01", "galore=0.02"), None), (("0.01", "galore=0.02", "galore=0.01"), 2)):
         figure = sensitivity(compare(PRETRAIN, [outcome(run, 1.0) for run in plan(given, lrs=lrs)]))
         assert (figure and len(figure.axes[0].lines)) == lines
+
+
+def test_a_figure_of_evaluations_shows_all_of_them(given, tmp_path):
+    runs = plan(given)
+    for run in runs:
+        (tmp_path / run.folder).mkdir(parents=True)
+        for step in (1, 2, 3):
+            seen = {"step": step, "tokens": 1000 * step, "seconds": 1.0 * step}
+            records.append(tmp_path / run.folder / "metrics.jsonl", {**seen, "eval_loss": 4.0 - step})
+    figure = held_out(compare(PRETRAIN, [outcome(run, 1.0) for run in runs]), tmp_path)
+    (axes,) = figure.axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1000, 2000, 3000]] * 2
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_xlim()[1] > 3000
 
 
 @pytest.mark.parametrize(
