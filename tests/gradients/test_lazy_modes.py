@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 
+import pytest
 import torch
 from torch import nn
 
@@ -75,6 +76,7 @@ def test_windows_of_micro_batches(mode):
 
 
 @every_mode
+@pytest.mark.broad("projected, at step", "fused, in backward")
 def test_resuming_is_exact(mode):
     whole = run(mode)
     model = one_layer()

@@ -57,6 +57,7 @@ def losses(log):
 
 @pytest.mark.learning
 @pytest.mark.parametrize("gradients", ["projected", "fused"])
+@pytest.mark.broad("fused")
 def test_accumulation_clipping_and_the_logged_norm_are_those_of_the_images(tmp_path, gradients):
     plain = by_factory(tmp_path, FULL, gradient_accumulation_steps=2, max_grad_norm=1e6)
     formed = by_factory(tmp_path, {"gradients": gradients}, gradient_accumulation_steps=2, max_grad_norm=1e6)
@@ -69,6 +70,7 @@ def test_accumulation_clipping_and_the_logged_norm_are_those_of_the_images(tmp_p
 
 
 @pytest.mark.parametrize("gradients", ["full", "fused"])
+@pytest.mark.broad("fused")
 def test_updates_inside_the_backward_train_as_step_does(tmp_path, gradients):
     expected = trained(by_factory(tmp_path, FULL, max_grad_norm=0))
     got = trained(by_factory(tmp_path, {"gradients": gradients, "update": "backward"}, max_grad_norm=0))
@@ -80,6 +82,7 @@ def test_updates_inside_the_backward_train_as_step_does(tmp_path, gradients):
 
 
 @pytest.mark.parametrize(("gradients", "update"), [("fused", "step"), ("fused", "backward")])
+@pytest.mark.broad("fused-backward")
 def test_a_run_resumes_exactly(tmp_path, gradients, update):
     form = {"gradients": gradients, "update": update}
     whole = trained(by_factory(tmp_path / "whole", form, max_grad_norm=0))

@@ -59,6 +59,7 @@ def test_the_distribution_that_is_asked_for_is_there():
 
 @pytest.mark.learning
 @every_name
+@pytest.mark.broad("adamw_torch", "adamw_8bit")
 def test_three_groups_train(name, recipe, tmp_path):
     model, keywords = mistral(), arguments_of(name, tmp_path)
     parts = split(model)
@@ -83,6 +84,7 @@ def test_three_groups_train(name, recipe, tmp_path):
 
 @pytest.mark.learning
 @every_name
+@pytest.mark.broad("adamw_torch", "adamw_8bit")
 def test_layer_by_layer_each_weight_has_an_optimizer_and_a_schedule(name, recipe, tmp_path):
     model, keywords = mistral(), arguments_of(name, tmp_path)
     parts = split(model)

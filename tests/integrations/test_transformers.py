@@ -71,6 +71,7 @@ def test_trainer_finds_the_class_by_its_name(name, recipe, tmp_path):
 
 @pytest.mark.learning
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.broad("galore_adamw", "galore_adamw_8bit")
 def test_trainer_trains_and_resumes_as_if_it_had_never_stopped(name, tmp_path):
     whole = trainer(tmp_path, optim=name, save_strategy="steps", save_steps=7)
     whole.train()

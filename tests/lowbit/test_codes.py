@@ -73,6 +73,7 @@ def test_symmetric_codes_survive_bfloat16(seed, size, group_size):
     assert torch.equal(again.scale, codes.scale)
 
 
+@pytest.mark.slow
 def test_rounding_at_random_is_right_on_average_and_reproducible():
     tensor = torch.randn(256, generator=torch.Generator().manual_seed(3))
 

@@ -13,21 +13,21 @@ from galore_torch.training.planning.subject import Subject, subject
 from galore_torch.training.settings.methods import METHODS
 
 HELD = ("weights", "gradients", "states", "bases")
-SIZES = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "vocab_size": 128}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 SMALL = {
     "llama": ("LlamaForCausalLM", {**SIZES, "intermediate_size": 96}),
     "encoder": ("BertForMaskedLM", {**SIZES, "intermediate_size": 64, "max_position_embeddings": 32}),
     "classifier": ("RobertaForSequenceClassification", {**SIZES, "intermediate_size": 64, "num_labels": 3}),
     "t5": (
         "T5ForConditionalGeneration",
-        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4, "vocab_size": 128,
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 128,
          "decoder_start_token_id": 0},
     ),
     "experts": (
         "MixtralForCausalLM",
         {**SIZES, "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
     ),
-    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 128, "n_positions": 32}),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 32}),
 }  # fmt: skip
 """An architecture of each kind, with few sizes."""
 

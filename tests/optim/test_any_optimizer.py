@@ -209,6 +209,7 @@ def stored(state: dict[str, Any]) -> list[Tensor]:
 
 
 @pytest.mark.of_cpu("what puts tensors on another device is not compiled")
+@pytest.mark.slow
 def test_torchao_compiles_its_kernel_on_coordinates(identity_basis, monkeypatch):
     """Traced and guarded as ever; only the generated C++, which takes a minute to build, is left out."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

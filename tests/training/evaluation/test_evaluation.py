@@ -23,7 +23,7 @@ def told(*arguments) -> str:
 
 def test_a_classifier_is_judged_as_at_its_end_and_on_new_rows(classify, labelled, tmp_path):
     out = tmp_path / "run"
-    result = new_run(Finetuning, classify(method="galore", steps=24, lr=5e-3), out).train()
+    result = new_run(Finetuning, classify(method="galore", steps=8, lr=5e-3), out).train()
     assert json.loads(told("evaluate", out, "--json")) == pytest.approx({"loss": result.eval_loss, **result.scores})
     lines = [json.loads(line) for line in told("predict", out).splitlines()]
     kept = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]

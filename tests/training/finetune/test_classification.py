@@ -90,6 +90,7 @@ def test_targets_can_be_named(classify, tmp_path, targets, count):
 
 
 @pytest.mark.learning
+@pytest.mark.slow
 def test_numbers_are_met(classify, write, tmp_path):
     rows = [{"text": text, "label": len(text) / 70} for text, _ in sentences()]
     config = classify(data=write("lengths.csv", rows), method="galore", steps=60, lr=5e-3, eval_every=60)
@@ -127,6 +128,7 @@ def test_long_rows_are_truncated_and_counted(classify, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.broad("1")
 def test_every_seed_is_judged_by_the_same_rows_and_the_same_seed_says_the_same(classify, tmp_path, seed):
     held_out, results = [], []
     for index, each in enumerate([0, seed, seed]):
@@ -140,6 +142,7 @@ def test_every_seed_is_judged_by_the_same_rows_and_the_same_seed_says_the_same(c
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.broad("parquet")
 def test_the_form_of_the_file_changes_nothing(classify, write, tmp_path, kind):
     import datasets
 

@@ -43,6 +43,7 @@ def said(out) -> list[dict]:
 
 
 @pytest.mark.parametrize("task", ["dpo", "reward", "grpo"])
+@pytest.mark.broad("grpo")
 def test_a_stage_is_trained_saved_and_resumed_exactly(task, staged, tmp_path):
     for name, stop in (("whole", []), ("parts", [During(2, ctrl_c)])):
         new_run(Finetuning, staged(task), tmp_path / name, callbacks=stop).train()

@@ -82,6 +82,7 @@ def test_plain_text_is_learnt_whole(supervise, write, tmp_path):
 
 
 @pytest.mark.parametrize("gradients", [None, "fused"])
+@pytest.mark.broad("fused")
 def test_micro_batches_make_their_batch(supervise, tmp_path, gradients):
     how = (
         {"method": "galore", "rank": 4, "update_proj_gap": 2, "gradients": gradients}

@@ -140,6 +140,7 @@ def _times(record: dict) -> dict:
     return {name: record[name] for name in ("seconds", "tokens_per_second")}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_extended_and_stopped_goes_on_exactly(tiny, tmp_path):
     for name, more in (("whole", []), ("parts", [During(6, ctrl_c)])):
         new_run(Pretraining, tiny(steps=4), tmp_path / name).train()

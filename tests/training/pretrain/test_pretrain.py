@@ -235,6 +235,7 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(tiny, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_before_its_first_checkpoint_starts_again(tiny, tmp_path):
     config = tiny(steps=4)
     new_run(Pretraining, config, tmp_path / "whole").train()

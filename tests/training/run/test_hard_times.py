@@ -81,6 +81,7 @@ def fills(monkeypatch, where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["text", "records", "checkpoint", "model", "plot"])
+@pytest.mark.broad("text", "model")
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(where, settings, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as now:
@@ -141,12 +142,19 @@ def damages(folder: Path, count: int) -> Iterator[tuple[Path, str, float]]:
         yield files[number % len(files)], draw.choice(list(DAMAGE)), draw.uniform(0.01, 0.99)
 
 
-@pytest.fixture
-def stopped(tiny, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def crashed(tiny, tmp_path_factory) -> Path:
     """A run that has crashed after its checkpoints at steps 2 and 4."""
+    out = tmp_path_factory.mktemp("crashed") / "run"
     with pytest.raises(RuntimeError, match="went down"):
-        new_run(Pretraining, tiny(save_every=2), tmp_path / "stopped", callbacks=[During(6, crash)]).train()
-    return tmp_path / "stopped"
+        new_run(Pretraining, tiny(save_every=2), out, callbacks=[During(6, crash)]).train()
+    return out
+
+
+@pytest.fixture
+def stopped(crashed, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(crashed, tmp_path / "stopped"))
 
 
 def model_of(out: Path) -> bytes:
@@ -174,7 +182,7 @@ def outcomes_of_damage(command: str, stopped: Path, whole: Path, count: int) -> 
     return outcomes
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_damage_to_a_stopped_run_is_told_or_harmless(count, stopped, tiny, tmp_path):
     new_run(Pretraining, tiny(save_every=2), tmp_path / "whole").train()
     outcomes = outcomes_of_damage("pretrain", stopped, tmp_path / "whole", count)

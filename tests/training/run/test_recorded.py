@@ -152,6 +152,7 @@ def all_that_it_takes(make, method) -> dict[str, object]:
     return given
 
 
+@pytest.mark.slow
 def test_every_other_value_is_recorded_as_it_was_built(by_method, tmp_path, monkeypatch):
     compared, changed = set(), set()
     for method in METHODS:

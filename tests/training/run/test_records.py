@@ -81,6 +81,7 @@ def test_a_terminal_gets_a_bar_with_an_estimated_end(tiny, tmp_path):
     assert all(word in text for word in ("8/8", "loss", "lr", "tok/s", "state", "left", "perplexity"))
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
     child = "from galore_torch.training.run.machine import peak_memory_bytes; print(peak_memory_bytes())"
     parent = (

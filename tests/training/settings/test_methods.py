@@ -164,6 +164,7 @@ def test_every_method_learns_and_leaves_a_plain_model_that_computes_the_same(met
     assert records.final(RunFolder(tmp_path / "run").metrics)["trained_parameters"] == result.trained_parameters
 
 
+@pytest.mark.slow
 def test_state_is_two_moments_of_what_is_trained(by_method, tmp_path):
     results = {
         method: new_run(Pretraining, by_method(method, steps=1), tmp_path / method).train()
@@ -178,7 +179,8 @@ def test_state_is_two_moments_of_what_is_trained(by_method, tmp_path):
         assert results[method].state_bytes < results["full"].state_bytes
 
 
-@pytest.mark.parametrize("pair", [("full", "full-per-layer"), ("galore", "galore-per-layer")])
+@pytest.mark.parametrize("pair", [("full", "full-per-layer"), ("galore", "galore-per-layer")], ids=" ".join)
+@pytest.mark.broad("galore galore-per-layer")
 def test_moving_each_weight_inside_the_backward_changes_nothing_but_cost(pair, by_method, tmp_path):
     at_step, per_layer = (new_run(Pretraining, by_method(method), tmp_path / method).train() for method in pair)
     assert per_layer.eval_loss == pytest.approx(at_step.eval_loss, rel=1e-4)
