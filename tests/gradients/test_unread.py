@@ -70,6 +70,7 @@ def test_nothing_is_read_back_in_any_step(mode, keys, readings):
 
 @pytest.mark.slow
 @every_mode
+@pytest.mark.broad("full, in backward", "fused, at step")
 def test_nothing_is_read_back_in_400_steps(mode, readings):
     assert_unread(mode, {}, 400, 40, readings)
 
