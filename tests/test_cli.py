@@ -167,7 +167,7 @@ def test_a_run_is_shown_as_plain_lines_and_its_folder_is_refused_afterwards(tiny
 
 
 def test_a_file_of_settings_is_enough(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("galore_torch.training.run.machine.planned_peak", lambda *_: None)  # which takes longer than runs
+    monkeypatch.setattr("galore_torch.training.run.machine.planned_peak", lambda *_: None)
     first = CliRunner().invoke(build_app(), [*tiny, "--steps", "2", "--out", str(tmp_path / "one"), "--json"])
     config = str(tmp_path / "one" / "config.toml")
     second = CliRunner().invoke(
