@@ -49,7 +49,7 @@ def build_app() -> typer.Typer:
     from galore_torch.training.pretrain import command
     from galore_torch.training.pretrain.config import SECTIONS
     from galore_torch.training.pretrain.presets import PRESETS
-    from galore_torch.training.settings import flags
+    from galore_torch.training.settings import fields
     from galore_torch.training.settings.adapter import AdapterConfig
     from galore_torch.training.settings.optimizer import OptimizerConfig
 
@@ -69,18 +69,18 @@ def build_app() -> typer.Typer:
 
     app.callback()(galore)
     app.command("pretrain", epilog=command.EPILOG)(
-        flags.with_settings(command.pretrain, SECTIONS, PRESETS, command.HELP_PRESET)
+        fields.with_settings(command.pretrain, SECTIONS, PRESETS, command.HELP_PRESET)
     )
     app.command("finetune", epilog=tuning.EPILOG)(
-        flags.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.HELP_PRESET)
+        fields.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.HELP_PRESET)
     )
     for judged in (evaluation.evaluate, evaluation.predict):
         examples = evaluation.EXAMPLES.format(name=judged.__name__)
-        app.command(epilog=examples)(flags.with_settings(judged, {"data": config.SECTIONS["data"]}, {}))
+        app.command(epilog=examples)(fields.with_settings(judged, {"data": config.SECTIONS["data"]}, {}))
     app.add_typer(compare_command.commands(), name="compare")
-    app.command("inspect", epilog=inspection.EPILOG)(flags.with_settings(inspection.inspect, INSPECTION, {}))
+    app.command("inspect", epilog=inspection.EPILOG)(fields.with_settings(inspection.inspect, INSPECTION, {}))
     of_method = {"optimizer": OptimizerConfig, "adapter": AdapterConfig}
-    app.command("plan", epilog=planning.EPILOG)(flags.with_settings(planning.plan, of_method, {}))
+    app.command("plan", epilog=planning.EPILOG)(fields.with_settings(planning.plan, of_method, {}))
     return app
 
 

@@ -19,7 +19,7 @@ from galore_torch.training.run.command import FAILED, PANEL, Json, reported_erro
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import sections_of
-from galore_torch.training.settings.flags import given_settings, with_settings
+from galore_torch.training.settings.fields import given_settings, with_settings
 from galore_torch.training.settings.methods import METHODS
 
 _HELP = """Compare methods under one recipe, at equal data: every learning rate with every seed, one run after another.

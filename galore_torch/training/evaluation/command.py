@@ -18,7 +18,7 @@ from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import local_path, model_of_run
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import from_values, read_toml
-from galore_torch.training.settings.flags import given_settings
+from galore_torch.training.settings.fields import given_settings
 
 EXAMPLES = """[bold]Examples[/]
 

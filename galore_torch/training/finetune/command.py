@@ -9,7 +9,7 @@ import typer
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.presets import PRESETS, configure
 from galore_torch.training.run.command import PANEL, Config, Json, Out, Resume, run_command
-from galore_torch.training.settings.flags import given_settings
+from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import TUNING, help_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from galore_torch.training.run.command import reported_errors
 from galore_torch.training.run.signals import stoppable
-from galore_torch.training.settings.flags import given_settings
+from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS, method_settings
 
 if TYPE_CHECKING:

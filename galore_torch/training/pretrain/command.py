@@ -10,7 +10,7 @@ from rich.console import Console
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESET_TABLE, PRESETS, configure
 from galore_torch.training.run.command import PANEL, Config, Json, Out, Resume, run_command
-from galore_torch.training.settings.flags import given_settings
+from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS, help_text
 
 if TYPE_CHECKING:

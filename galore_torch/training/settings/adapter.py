@@ -39,26 +39,17 @@ class AdapterConfig:
     )
 
     def __post_init__(self) -> None:
-        idle = {name: adapters for name, adapters in _ADAPTERS_WITH.items() if self.adapter not in adapters}
+        idle = {name: adapters for name, adapters in ADAPTERS_WITH.items() if self.adapter not in adapters}
         needs = {name: f"adapter = {' or '.join(map(repr, adapters))}" for name, adapters in idle.items()}
         require_defaults(self, f"adapter = {self.adapter!r}", needs)
 
 
-_ADAPTERS_WITH: dict[str, tuple[str, ...]] = {
+ADAPTERS_WITH: dict[str, tuple[str, ...]] = {
     "adapter_rank": ("low-rank", "lora", "relora"),
     **dict.fromkeys(("adapter_alpha", "adapter_dropout"), ("lora", "relora")),
     **dict.fromkeys(("restart_every", "restart_warmup", "restart_prune"), ("relora",)),
 }
 """What each setting has an effect with, if not with every adapter."""
-
-
-def has_effect(name: str, adapter: str) -> bool:
-    """Whether a setting of `AdapterConfig` has an effect with an adapter.
-
-    >>> has_effect("adapter_rank", "low-rank"), has_effect("adapter_alpha", "low-rank")
-    (True, False)
-    """
-    return name not in _ADAPTERS_WITH or adapter in _ADAPTERS_WITH[name]
 
 
 def resolved(config: AdapterConfig, *, rank: int, steps: int) -> AdapterConfig:

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
 
-from galore_torch.training.settings import adapter as of_adapter
 from galore_torch.training.settings import optimizer as of_optimizer
-from galore_torch.training.settings.adapter import Adapter, AdapterConfig
+from galore_torch.training.settings.adapter import ADAPTERS_WITH, Adapter, AdapterConfig
 from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.optimizer import OptimizerConfig, own_defaults
 
@@ -104,7 +103,7 @@ def has_effect(name: str, optimizer: OptimizerConfig, adapter: AdapterConfig) ->
     False
     """
     if name in field_names(AdapterConfig):
-        return of_adapter.has_effect(name, adapter.adapter)
+        return adapter.adapter in ADAPTERS_WITH.get(name, (adapter.adapter,))
     by_adapter = name == "rank" and adapter.adapter != "none"  # whose rank it is by default
     return by_adapter or of_optimizer.has_effect(name, optimizer.optim)
 
