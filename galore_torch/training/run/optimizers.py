@@ -29,8 +29,6 @@ from galore_torch.training.settings.optimizer import (
     is_projected,
 )
 
-Groups = list[dict[str, Any]]
-
 
 def build(
     model: Module, config: OptimizerConfig, seed: int, target_modules: str | Sequence[str] = MATRICES
@@ -58,15 +56,18 @@ def build(
         model,
         target_modules=target_modules,
         project_adapters=not projected,  # the matrices of adapters have their learning rate
+        others_lr=config.others_lr,
         **keys,
     )
+    if not projected:
+        groups = [{key: value for key, value in group.items() if key not in KEYS} for group in groups]
     if config.update == "backward" and not projected:
         name = f"galore-{name}"  # whose hooks move each weight inside the backward; groups without a rank stay whole
     with warnings.catch_warnings():
         if name != config.optim:
             warnings.filterwarnings("ignore", message="no parameter group has a `rank`")  # as is meant here
         make = pkgutil.resolve_name(KINDS[name].made_by)
-        return make(_matrices_first(groups, config), **_arguments(make, name, config, seed))  # type: ignore[no-any-return]
+        return make(groups, **_arguments(make, name, config, seed))  # type: ignore[no-any-return]
 
 
 def _arguments(make: Any, name: str, config: OptimizerConfig, seed: int) -> dict[str, Any]:
@@ -87,16 +88,6 @@ def _arguments(make: Any, name: str, config: OptimizerConfig, seed: int) -> dict
         **config.group_keys,
     }
     return {key: value for key, value in found.items() if key in known} | dict(KINDS[name].arguments)
-
-
-def _matrices_first(groups: Groups, config: OptimizerConfig) -> Groups:
-    """The groups with the learning rate of each; without the projection's keys, if the optimizer does not project."""
-    matrices = [group for group in groups if "rank" in group]
-    others_lr = config.lr if config.others_lr is None else config.others_lr
-    others = [{**group, "lr": others_lr} for group in groups if "rank" not in group]
-    if not is_projected(config.optim):
-        matrices = [{key: group[key] for key in group if key not in KEYS} for group in matrices]
-    return [*matrices, *others]
 
 
 def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
