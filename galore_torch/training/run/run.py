@@ -273,15 +273,12 @@ def resumed_run(
 
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     """The settings of a run with other values for some."""
-    known = _by_name(config)
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"{name} = {changes[name]!r} is no setting of {config.doing}; leave it out.")
-    if "epochs" in changes and known["steps"] is not None:
+    changed = from_values(type(config), {**_by_name(config), **changes})
+    if "epochs" in changes and config.schedule.steps is not None:
         raise ValueError(
             f"epochs = {changes['epochs']} has no effect on a run whose length is told in steps; give --steps."
         )
-    return from_values(type(config), {**known, **changes})
+    return changed
 
 
 def _by_name(config: Any) -> dict[str, Any]:
@@ -324,9 +321,8 @@ def _newest_checkpoint(folder: RunFolder, console: Console) -> Path | None:
     if found is None:
         lines.append(f"{folder.root} has no checkpoint; its run starts over.")
     elif not folder.metrics.exists():
-        lines.append(
-            f"{folder.metrics} is missing: what was recorded until now is lost, the training goes on as it was."
-        )
+        lost = "what was recorded until now is lost, the training goes on as it was."
+        lines.append(f"{folder.metrics} is missing: {lost}")
     for line in lines:
         if console.quiet:
             warnings.warn(line, stacklevel=4)  # at the call of resumed_run
