@@ -12,6 +12,7 @@ import psutil
 import torch
 from rich.console import Console
 from transformers import Trainer
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from galore_torch.memory import Job as Planned
 from galore_torch.memory import plan
@@ -39,8 +40,6 @@ def ignore_accelerate(console: Console) -> None:
 def trackers(report_to: str) -> list[str]:
     """The trackers that a setting names, by comma, ``none`` being none; a ValueError says that one is not installed."""
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-    from transformers.integrations.integration_utils import get_available_reporting_integrations
-
     available: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in names:
         if name not in available:
