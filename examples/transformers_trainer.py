@@ -58,7 +58,7 @@ def main() -> None:
         optim="galore_adamw",  # or galore_adamw_8bit, galore_adafactor, each also with _layerwise
         optim_target_modules=["attn", "mlp"],
         optim_args="rank=32,update_proj_gap=20,scale=0.25,proj_type=std",
-        logging_steps=10,
+        logging_steps=5,
         save_strategy="no",
         report_to="none",
         bf16=False,  # SFTConfig's default wants a GPU
