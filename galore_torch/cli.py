@@ -48,7 +48,7 @@ def build_app() -> typer.Typer:
     from galore_torch.training.planning import command as planning
     from galore_torch.training.pretrain import command
     from galore_torch.training.pretrain.config import SECTIONS
-    from galore_torch.training.pretrain.presets import PRESETS
+    from galore_torch.training.pretrain.presets import DEFAULT_PRESET, PRESETS
     from galore_torch.training.settings import fields
     from galore_torch.training.settings.adapter import AdapterConfig
     from galore_torch.training.settings.optimizer import OptimizerConfig
@@ -69,7 +69,7 @@ def build_app() -> typer.Typer:
 
     app.callback()(galore)
     app.command("pretrain", epilog=command.EPILOG)(
-        fields.with_settings(command.pretrain, SECTIONS, PRESETS, command.HELP_PRESET)
+        fields.with_settings(command.pretrain, SECTIONS, PRESETS, DEFAULT_PRESET)
     )
     app.command("finetune", epilog=tuning.EPILOG)(
         fields.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.HELP_PRESET)

@@ -60,7 +60,7 @@ def _rows(config: Any) -> Amount:
 PRETRAIN = ComparedJob(
     name="pretrain",
     presets=pretrain_presets.PRESET_TABLE,
-    help_preset=pretrain.HELP_PRESET,
+    help_preset=pretrain_presets.DEFAULT_PRESET,
     methods=("full", "galore"),
     load=pretrain.load,
     prepare=pretrain.prepare_only,

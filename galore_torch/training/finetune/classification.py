@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import datasets
 import numpy as np
 from rich.console import Console
 from scipy import special, stats
@@ -171,10 +170,10 @@ class Classification:
             labels = [wanted.encoded(label) for label in batch[wanted.column]]
             return {**made, "labels": labels, "cut": [len(ids) > most for ids in whole]}
 
-        def encoded(part: datasets.Dataset) -> datasets.Dataset:
-            return part.map(encode, batched=True, remove_columns=part.column_names, desc="Tokenizing")
-
-        made = [encoded(rows.train), encoded(rows.held_out)]
+        made = [
+            part.map(encode, batched=True, remove_columns=part.column_names, desc="Tokenizing")
+            for part in (rows.train, rows.held_out)
+        ]
         self.cut = sum(sum(part["cut"]) for part in made)
         self.train, self.held_out = [part.remove_columns("cut") for part in made]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,7 @@ class Finetuning(Job):
     def load(cls, config: FinetuneConfig, console: Console, weights: Path | None = None) -> Finetuning:
         """Load the rows and the model."""
         if weights is not None:
-            base = dataclasses.replace(config.model, model=str(weights), gguf_file=None)
-            config = dataclasses.replace(config, model=base)
+            config = replace(config, model=replace(config.model, model=str(weights), gguf_file=None))
         set_seed(config.schedule.seed)
         return cls(config, load(config.data), console)
 

@@ -48,11 +48,10 @@ class Subject:
         Raises:
             ValueError: when the method or a value is not known or not allowed.
         """
-        shape = {name: value for name, value in self.given.items() if name in ("batch", "micro_batch", "seq")}
         alone = configure(self.preset, micro_batch=1, batch=1, method=method)
         kept = {name: one for name, one in self.given.items() if has_effect(name, alone.optimizer, alone.adapter)}
         if alone.optimizer.update == "backward":  # which leaves nothing to accumulate
-            micro_batch = shape.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
+            micro_batch = self.given.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
             kept |= {"micro_batch": micro_batch, "batch": micro_batch}
         return configure(self.preset, method=method, **kept)
 

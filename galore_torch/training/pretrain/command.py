@@ -16,7 +16,7 @@ from galore_torch.training.settings.methods import METHODS, help_text
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
 
-EXAMPLES = """[bold]Examples[/]
+EPILOG = f"""[bold]Examples[/]
 
 galore pretrain
 [dim]a tiny LLaMA on the Python standard library's sources, in minutes on a CPU[/]
@@ -38,13 +38,8 @@ galore pretrain --config-of MODEL_OR_CONFIG_JSON --data texts/ --rank 64
 
 galore pretrain --resume --out runs/60m
 [dim]go on after Ctrl-C; with --steps 20000 make it longer, finished or not[/]
-"""
 
-HELP_PRESET = DEFAULT_PRESET
-"""The preset whose values ``--help`` shows."""
-
-EPILOG = f"{EXAMPLES}\n{help_text()}"
-"""What ``--help`` ends with."""
+{help_text()}"""
 
 _PRESET = typer.Option(
     help=f"Model and recipe to start from: {', '.join(PRESETS)}. Flags and --config override it. "

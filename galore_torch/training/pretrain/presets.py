@@ -70,10 +70,7 @@ LEARNING_RATES: dict[str, dict[str, dict[str, float]]] = {
         "lora": {"lr": 0.0025, "others_lr": 0.04},
         "relora": {"lr": 0.00125, "others_lr": 0.04},
     },
-    "llama-60m": _PAPER_LR,
-    "llama-130m": _PAPER_LR,
-    "llama-350m": _PAPER_LR,
-    "llama-1b": _PAPER_LR,
+    **dict.fromkeys(("llama-60m", "llama-130m", "llama-350m", "llama-1b"), _PAPER_LR),
     "llama-7b": {PROJECTED: {"lr": 0.005}, **_MUON_LR, **_BASELINES_LR},
     # Between those that were best for SmolLM2-135M on docstrings and half of them; docs/results.md has the figures.
     CONTINUED: {
