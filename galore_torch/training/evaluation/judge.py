@@ -64,7 +64,7 @@ def _of_rows(config: FinetuneConfig, console: Console, *, predicting: bool) -> J
         if not (predicting and names):
             raise missing_column("label_column", column, rows.held_out.column_names)
         rows, unlabelled = _with_some_label(rows, column, names[0]), True
-    job = Finetuning(config, rows, console)
+    job = Finetuning(config, console, rows)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(job, scratch, torch.optim.SGD(job.model.parameters()))
         if not predicting:

@@ -1,6 +1,7 @@
 """The settings of a fine-tuning, and its tasks. Sections of optimizer and adapters are those of a pre-training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from galore_torch.training.run.names import model_of_run, require_model, require_on_hub
@@ -194,6 +195,10 @@ class FinetuneConfig(TrainConfig):
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")
         require_model("model", self.model.model, self.model.gguf_file or "config.json")
+
+    def going_on_from(self, weights: Path) -> "FinetuneConfig":
+        """The same from other weights than its own: a model's folder, with its tokenizer."""
+        return replace(self, model=replace(self.model, model=str(weights), gguf_file=None))
 
     @property
     def target_modules(self) -> str | list[str]:

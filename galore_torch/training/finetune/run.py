@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,15 +39,20 @@ class FinetuneResult(RunResult):
 class Finetuning(Job):
     """A fine-tuning of a pretrained model on rows, whose ``kind`` says what they are and what is learnt from them.
 
-    Its settings are those of `galore_torch.training.finetune.presets.configure`.
+    Args:
+        config: its settings, see `galore_torch.training.finetune.presets.configure`.
+        console: where progress is shown.
+        rows: in the place of those that the settings name.
     """
 
     unit = "examples"
     settings = FinetuneConfig
     result = FinetuneResult
 
-    def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
+    def __init__(self, config: FinetuneConfig, console: Console, rows: Rows | None = None) -> None:
         schedule = config.schedule
+        set_seed(schedule.seed)
+        rows = rows or load(config.data)
         self.config, self.target_modules = config, config.target_modules
         self.data = config.data.data or config.data.task
         self.digest, self.units_per_step = rows.digest, schedule.batch
@@ -69,14 +73,6 @@ class Finetuning(Job):
             f"{len(rows.train):,} rows, {len(rows.held_out):,} more held out; "
             f"{length} of batches of {schedule.batch}"
         )
-
-    @classmethod
-    def load(cls, config: FinetuneConfig, console: Console, weights: Path | None = None) -> Finetuning:
-        """Load the rows and the model."""
-        if weights is not None:
-            config = replace(config, model=replace(config.model, model=str(weights), gguf_file=None))
-        set_seed(config.schedule.seed)
-        return cls(config, load(config.data), console)
 
     def schedule(self) -> dict[str, Any]:
         """Steps or epochs; a warmup, then what the settings say of the learning rate."""

@@ -90,7 +90,7 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
     others = None if own.others_lr is None else own.others_lr * lr / own.lr
     optimizer = dataclasses.replace(own, lr=lr, others_lr=others, **_FULL_GRADIENTS, **_PLAIN_NUMBERS)
     config = dataclasses.replace(recorded, optimizer=optimizer, schedule=schedule)
-    job = kind.load(config, console, weights)
+    job = kind(config if weights is None else config.going_on_from(weights), console)
     remarks = {
         f"The run had gradients = {own.gradients!r}, which round otherwise.": fresh and own.gradients != "full",
         "The data have changed since the run was started; gradients are of the data as they are now.": (
@@ -126,7 +126,7 @@ def job_of_model(model: str, data: str | None, config: InspectConfig, console: C
     given |= {"task": "sft", "max_length": given.get("max_length", _TEXT_LENGTH)} if is_text else {"task": task}
     own = {name: getattr(snapshots, name) for name in ("rank", "lr", "steps")}
     recipe = presets.configure(model=model, data=data, **own, **_FULL_GRADIENTS, **given)
-    job: Job = Pretraining(_on_text(recipe, cache), console) if is_text else Finetuning.load(recipe, console)
+    job: Job = Pretraining(_on_text(recipe, cache), console) if is_text else Finetuning(recipe, console)
     job.target_modules = recipe.target_modules
     return InspectedJob(job=job, title=f"{model} on {data or task}", origin={"model": model})
 

@@ -1,5 +1,7 @@
 """The settings of a pre-training: a frozen dataclass a section, for flags, ``--config`` and run folder alike."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 from galore_torch.training.run.names import model_of_run, require_model
@@ -107,6 +109,11 @@ class PretrainConfig(TrainConfig):
             require_model("config_of", model.config_of)
         if self.data.tokenizer not in ("auto", "train"):
             require_model("tokenizer", self.data.tokenizer, "tokenizer_config.json")
+
+    def going_on_from(self, weights: Path) -> "PretrainConfig":
+        """The same from other weights than its own: a model's folder, with its tokenizer."""
+        model = ModelConfig(model=str(weights), dtype=self.model.dtype)
+        return replace(self, model=model, data=replace(self.data, tokenizer="auto"))
 
     @property
     def tokens_per_step(self) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from transformers import Trainer, TrainingArguments, set_seed
 
-from galore_torch.training.pretrain.config import ModelConfig, PretrainConfig
+from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.model import build_model
 from galore_torch.training.run import records
 from galore_torch.training.run.base_model import load_tokenizer
@@ -79,14 +77,6 @@ class Pretraining(Job):
             f"{escape(self.data)} ({self.text.amount}); "
             f"{schedule.steps:,} steps of {config.tokens_per_step:,} tokens"
         )
-
-    @classmethod
-    def load(cls, config: PretrainConfig, console: Console, weights: Path | None = None) -> Pretraining:
-        """Read, tokenize and pack the text; make or load the model."""
-        if weights is not None:
-            start = ModelConfig(model=str(weights), dtype=config.model.dtype)
-            config = dataclasses.replace(config, model=start, data=dataclasses.replace(config.data, tokenizer="auto"))
-        return cls(config, console)
 
     def schedule(self) -> dict[str, Any]:
         """A warmup, then a cosine down to a share of the peak."""

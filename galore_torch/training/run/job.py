@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -36,16 +35,9 @@ class Job(ABC):
     units_per_step: int  # tokens or examples
     announcement: str  # what is about to be trained, in Rich's markup
 
-    @classmethod
     @abstractmethod
-    def load(cls, config: Any, console: Console, weights: Path | None = None) -> Job:
-        """Load data and model, seeded; raise a ValueError when they cannot be read or do not fit the settings.
-
-        Args:
-            config: the job's settings.
-            console: where progress is shown.
-            weights: folder of weights and tokenizer to start from; None for those of a new run.
-        """
+    def __init__(self, config: Any, console: Console) -> None:
+        """Load data and model, seeded; raise a ValueError when they cannot be read or do not fit the settings."""
 
     @classmethod
     def recorded(cls, folder: RunFolder) -> Any:

@@ -93,7 +93,7 @@ class Run:
         console = console if processes.is_first() else Console(quiet=True)
         machine.ignore_accelerate(console)
         reported = machine.trackers(config.schedule.report_to) if processes.is_first() else []
-        self.job = job = kind.load(config, console)
+        self.job = job = kind(config, console)
         self.config, self.folder, self.model = config, folder, job.model
         self._parameters = job.model.num_parameters()
         adapt(job.model, config.adapter, job.target_modules, task_type=job.task_type)
