@@ -93,7 +93,7 @@ def prepare_text(
 
 def _told(config: DataConfig, files: LocalFiles, corpus: Corpus) -> str:
     """What was read and what was not."""
-    read, held_out = map(len, corpus)  # type: ignore[arg-type] - files are no stream
+    read, held_out = map(len, corpus)
     names = [path.name for path in files.left_out]
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     left = f"; left out, as empty or no text: {', '.join(names[:3])}{more}" if names else ""
