@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.command import at_least, parser, run
+from benchmarks.common.links import seconds_allowed
 from benchmarks.common.report import Report, Sheet
 from galore_torch import GaLoreAdamW, attach, param_groups
 
@@ -88,17 +89,6 @@ def work(rank: int, given: argparse.Namespace, method: str, folder: str) -> None
     if rank == 0:
         torch.save(steps, f"{folder}/steps")
     dist.destroy_process_group()
-
-
-def seconds_allowed(bytes_sent: float, link: str) -> float | None:
-    """Return the least time in which so many bytes cross a link, such as "100mbit".
-
-    >>> seconds_allowed(25e6, "100mbit")
-    2.0
-    """
-    units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-    unit = next((unit for unit in units if link.endswith(unit)), None)
-    return None if unit is None else bytes_sent * 8 / (float(link.removesuffix(unit)) * units[unit])
 
 
 def behind(link: str) -> int:

@@ -14,6 +14,7 @@ from benchmarks.common.peers import Peer
 from benchmarks.common.report import Report, bar_sheet, draw
 from benchmarks.common.rounds import RunFigures, Worker
 from benchmarks.common.sizes import LLAMA, Llama
+from benchmarks.many_cards import Cards, Weight, simulate
 from benchmarks.step import ADAMW, FLOOR, GALORE, OURS, STEPPED, StepTimings
 from galore_torch.training.pretrain.presets import CONTINUED, PRESETS, configure
 from galore_torch.training.settings.methods import method_settings
@@ -142,3 +143,12 @@ def test_the_report_shows_every_optimizer(outcome, tmp_path):
     shown = Report(title="", sheets=[outcome.costs()])
     draw(shown, tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("method", "sent"), [("adamw", 400), ("galore", 80), ("galore/16 steps", 15), ("fsdp2", 600), ("galore/fsdp2", 440)]
+)
+def test_two_cards_send_what_a_ring_sends_and_take_as_long_as_their_links_allow(method, sent):
+    """Matrices of 10 x 10 at rank 2, 4 bytes a number: each of two cards sends half of it in a gather."""
+    cards = Cards(count=2, bandwidth=100.0, hop=0.0, width=4, rank=2, gap=10, work=0.0)
+    assert simulate(method, [Weight(10, 10, is_projected=True)], cards) == pytest.approx((sent, sent / 100))

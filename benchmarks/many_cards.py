@@ -1,0 +1,290 @@
+"""What a step of LLaMA sends, and how long it takes, on many cards behind slow links: a model of the traffic.
+
+    python -m benchmarks.many_cards                               # LLaMA-7B, 1,000 cards, 1 Gbit/s and 100 Mbit/s
+    python -m benchmarks.many_cards --measure --links 100mbit --cards 4   # the model against processes, as root
+
+The model: every card has a link of its own, both ways, and a collective goes around a ring, so that an all-reduce of b
+bytes over N cards sends 2 (N - 1) / N b of each and takes 2 (N - 1) hops; a gather or a scatter is half of it.
+A link does one collective after the other, in the order in which they are ready; gradients are ready as the backward
+pass goes, by their share of the work, and buckets of 25 MiB when the last of theirs is. What is projected sends its
+coordinates' r max(m, n) numbers, and every `gap` steps a full gradient and a basis. Numbers are of 16 bits.
+
+Measured are processes in network namespaces of their own, on a bridge, each behind a link that tc slows, with 32 bits.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.common.command import at_least, parser, run
+from benchmarks.common.links import seconds_allowed
+from benchmarks.common.report import Report, Sheet
+from benchmarks.common.sizes import LLAMA
+from galore_torch import GaLoreAdamW, attach, param_groups
+
+BUCKET = 25 * 2**20
+METHODS = ("adamw", "power-sgd", "fsdp2", "galore", "galore/16 steps", "galore/fsdp2")
+MEASURED = ("adamw", "galore")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix, and whether it is projected."""
+
+    rows: int
+    columns: int
+    is_projected: bool
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cards:
+    """The cards and their links: how many, bytes a second, seconds a hop, bytes a number, rank, gap, and the work."""
+
+    count: int
+    bandwidth: float
+    hop: float
+    width: int
+    rank: int
+    gap: int
+    work: float  # seconds of a forward and a backward pass without any traffic
+
+    def half(self, numbers: float) -> tuple[float, float]:
+        """Return what a gather or a scatter of so many numbers sends of each card, and its seconds."""
+        sent = (self.count - 1) / self.count * numbers * self.width
+        return sent, sent / self.bandwidth + (self.count - 1) * self.hop
+
+    def reduced(self, numbers: float) -> tuple[float, float]:
+        """The same of an all-reduce."""
+        sent, seconds = self.half(numbers)
+        return 2 * sent, 2 * seconds
+
+
+def llama(name: str) -> list[Weight]:
+    """Return the matrices of a LLaMA in the order of its forward pass."""
+    size = LLAMA[name]
+    ends = Weight(size.vocabulary, size.hidden, is_projected=False)
+    layer = (
+        [(size.hidden, size.hidden)] * 4 + [(size.intermediate, size.hidden)] * 2 + [(size.hidden, size.intermediate)]
+    )
+    return [ends, *(Weight(*shape, is_projected=True) for _ in range(size.layers) for shape in layer), ends]
+
+
+def coordinates(weight: Weight, cards: Cards) -> int:
+    """Return how many numbers of a weight's gradient are sent when it is projected."""
+    return cards.rank * max(weight.rows, weight.columns) if weight.is_projected else weight.size
+
+
+def compressed(weight: Weight, cards: Cards) -> int:
+    """Return how many PowerSGD sends."""
+    return min(weight.size, cards.rank * (weight.rows + weight.columns))
+
+
+def of_renewals(weights: Iterable[Weight], cards: Cards) -> float:
+    """Return how many bytes more a step sends for renewals, which are spread over the gap."""
+    more = 0.0
+    for one in weights:
+        if one.is_projected:
+            full, basis = one.size - coordinates(one, cards), cards.rank * min(one.rows, one.columns)
+            more += cards.reduced(full)[0] + cards.half(basis)[0]
+    return more / cards.gap
+
+
+def simulate(method: str, weights: Sequence[Weight], cards: Cards) -> tuple[float, float]:
+    """Return what one card sends in an ordinary step, in bytes, and the seconds that the step takes."""
+    total, forward = sum(one.size for one in weights), cards.work / 3
+    sent = link = done = 0.0  # when the link is free, and when the work is done
+    if method.endswith("fsdp2"):
+        ready = []
+        for backward, order in ((False, weights), (True, weights[::-1])):
+            for one in order:
+                bytes_sent, seconds = cards.half(one.size)
+                sent, link = sent + bytes_sent, link + seconds
+                done = max(done, link) + cards.work * (2 if backward else 1) / 3 * one.size / total
+                if backward:
+                    ready.append((done, coordinates(one, cards) if method == "galore/fsdp2" else one.size))
+                    bytes_sent, seconds = cards.half(ready[-1][1])
+                    sent, link = sent + bytes_sent, max(link, done) + seconds
+        return sent, max(link, done)
+    done, waiting = forward, 0.0
+    for one in weights[::-1]:
+        done += 2 * forward * one.size / total
+        if method == "galore/16 steps" and one.is_projected:
+            continue
+        numbers = {"adamw": one.size, "power-sgd": compressed(one, cards)}.get(method, coordinates(one, cards))
+        waiting += numbers
+        if waiting * cards.width >= BUCKET or one is weights[0]:
+            bytes_sent, seconds = cards.reduced(waiting)
+            sent, link, waiting = sent + bytes_sent, max(link, done) + seconds, 0.0
+    if method == "galore/16 steps":  # weights and two moments, at the end of a window
+        bytes_sent, seconds = cards.reduced(3 * sum(coordinates(one, cards) for one in weights if one.is_projected))
+        sent, link = sent + bytes_sent / 16, max(link, done) + seconds / 16
+    return sent, max(link, done)
+
+
+# Against processes ----------------------------------------------------------------------------------------------------
+
+
+def shell(command: str, *, check: bool = True) -> None:
+    """Run a command of the system's."""
+    subprocess.run(command.split(), check=check, capture_output=not check)
+
+
+def work(given: argparse.Namespace) -> None:
+    """Train in one process, in its namespace; the first prints the median bytes and seconds of a step."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo")
+    model = nn.Sequential(*(nn.Linear(given.hidden, given.hidden, bias=False) for _ in range(given.layers)))
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if given.worker == "galore":
+        groups = param_groups(model, target_modules="all-linear", rank=given.rank, update_proj_gap=1000, stagger=False)
+        optimizer = GaLoreAdamW(groups, lr=1e-3)
+        attach(model, optimizer)
+    net = DistributedDataParallel(model)
+    steps = []
+    for _ in range(given.steps + 2):
+        dist.barrier()
+        began, before = time.perf_counter(), sent_bytes()
+        net(torch.randn(given.tokens, given.hidden)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.barrier()
+        steps.append((sent_bytes() - before, time.perf_counter() - began))
+    if dist.get_rank() == 0:
+        print(*(sorted(values)[given.steps // 2] for values in zip(*steps[2:], strict=True)))
+    dist.destroy_process_group()
+
+
+def sent_bytes() -> int:
+    """Return how many bytes this namespace has sent."""
+    with open("/proc/net/dev", encoding="utf-8") as file:  # noqa: PTH123
+        return next(int(line.split(":")[1].split()[8]) for line in file if line.strip().startswith("eth0:"))
+
+
+def measured(method: str, link: str, given: argparse.Namespace) -> tuple[float, float]:
+    """Return the bytes that a process sends in a step, and its seconds, each behind a link of its own."""
+    made = [f"galore{rank}" for rank in range(given.cards)]
+    try:
+        shell("ip link add galore type bridge")
+        shell("ip link set galore up")
+        for rank, name in enumerate(made):
+            inside = f"ip netns exec {name}"
+            shell(f"ip netns add {name}")
+            shell(f"ip link add veth{rank} type veth peer name eth0 netns {name}")
+            shell(f"ip link set veth{rank} master galore up")
+            shell(f"{inside} ip addr add 10.77.0.{rank + 1}/24 dev eth0")
+            shell(f"{inside} ip link set eth0 up")
+            shell(f"{inside} ip link set lo up")
+            shell(f"{inside} tc qdisc add dev eth0 root tbf rate {link} burst 128kb latency 400ms")
+        command = [sys.executable, "-m", "benchmarks.many_cards", "--worker", method, *sys.argv[1:]]
+        env = {**os.environ, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29577", "WORLD_SIZE": str(given.cards)}
+        env["GLOO_SOCKET_IFNAME"] = "eth0"
+        started = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *command],
+                env={**env, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank, name in enumerate(made)
+        ]
+        said = [one.communicate()[0] for one in started]
+        if any(one.returncode for one in started):
+            raise RuntimeError(f"{method} failed on {given.cards} processes")
+        bytes_sent, seconds = said[0].split()
+        return float(bytes_sent), float(seconds)
+    finally:
+        for rank, name in enumerate(made):
+            shell(f"ip link del veth{rank}", check=False)
+            shell(f"ip netns del {name}", check=False)
+        shell("ip link del galore", check=False)
+
+
+def compare(given: argparse.Namespace, messages: Console) -> Report:
+    """Measure, and predict the same."""
+    # Of all projected weights one stays with DDP, which needs one.
+    weights = [Weight(given.hidden, given.hidden, is_projected=bool(layer)) for layer in range(given.layers)]
+    rows: dict[str, dict[str, Any]] = {}
+    for link in given.links:
+        for method in MEASURED:
+            messages.print(f"{method} over {link} ...")
+            alone = measured(method, "100gbit", given)[1]
+            found, seconds = measured(method, link, given)
+            sent, predicted = simulate(method, weights, cards_of(given, link, width=4, work=alone))
+            rows[f"{method}, {link}"] = {
+                "sent, MB": found / 1e6, "predicted, MB": sent / 1e6, "work, s": alone, "step, s": seconds,
+                "predicted, s": predicted, "of, predicted": seconds / predicted,
+            }  # fmt: skip
+    title = f"{given.layers} layers of {given.hidden}, rank {given.rank}, {given.cards} processes"
+    return Report(title=title, record={"rows": rows}, sheets=[Sheet(title=title, rows=rows)])
+
+
+def cards_of(given: argparse.Namespace, link: str, *, width: int, work: float) -> Cards:
+    """Return the cards behind a link."""
+    seconds = seconds_allowed(1.0, link)
+    if seconds is None:
+        raise ValueError(f"--links {link}; use tc's words, such as 100mbit")
+    hop = given.hop_ms / 1e3
+    return Cards(count=given.cards, bandwidth=1 / seconds, hop=hop, width=width, rank=given.rank, gap=500, work=work)
+
+
+def predict(given: argparse.Namespace, messages: Console) -> Report:
+    """Simulate every method over every link."""
+    if given.measure:
+        return compare(given, messages)
+    weights = llama(given.model)
+    rows: dict[str, dict[str, Any]] = {}
+    for method in METHODS:
+        row = rows[method] = {}
+        for link in given.links:
+            cards = cards_of(given, link, width=2, work=given.work)
+            sent, row[f"{link}, s"] = simulate(method, weights, cards)
+            row["sent, GB"] = sent / 1e9
+            row["renewals, GB"] = of_renewals(weights, cards) / 1e9 if method.startswith("galore") else 0.0
+    title = (
+        f"LLaMA-{given.model}, {given.cards} cards, rank {given.rank}, {given.work} s of work, {given.hop_ms} ms a hop"
+    )
+    return Report(title=title, record={"rows": rows}, sheets=[Sheet(title=title, rows=rows)])
+
+
+def main() -> None:
+    """Read the options, and simulate or compare."""
+    made = parser(__doc__, "benchmarks.many_cards")
+    add = made.add_argument
+    add("--model", choices=LLAMA, default="7b")
+    add("--cards", type=at_least(2), default=1000)
+    add("--links", nargs="+", default=["1gbit", "100mbit"], help="bandwidths in tc's words")
+    add("--rank", type=at_least(1), default=1024)
+    add("--work", type=float, default=3.0, help="seconds of a forward and a backward pass without traffic")
+    add("--hop-ms", type=float, default=0.1, help="latency of a hop")
+    add("--measure", action="store_true", help="hold the model to processes in namespaces, as root")
+    add("--hidden", type=at_least(8), default=512, help="of what is measured")
+    add("--layers", type=at_least(2), default=16, help="of what is measured")
+    add("--tokens", type=at_least(1), default=64, help="of what is measured")
+    add("--steps", type=at_least(1), default=3, help="of what is measured")
+    add("--worker", choices=MEASURED, help=argparse.SUPPRESS)
+    given = made.parse_args()
+    if given.worker:
+        work(given)
+    else:
+        run(given, predict)
+
+
+if __name__ == "__main__":
+    main()
