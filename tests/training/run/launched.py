@@ -51,7 +51,8 @@ def lose(given: str, rank: int, world: int, start: int) -> None:
         return
     if given == "others":
         if world == 1:
-            after_step(6, lambda _: signal.pause())
+            waits = iter([signal.pause])  # once: it obeys the signal after its next step
+            after_step(6, lambda _: [wait() for wait in waits])
         return
     if "*" not in given:
         lost, step = map(int, given.split(":"))

@@ -101,6 +101,11 @@ def agent(folder: Path, loses: str, port: int, *given: str) -> subprocess.Popen[
     return subprocess.Popen([Path(sys.executable).with_name("torchrun"), *how, *command], env=env)
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as other:
+        return other.connect_ex(("127.0.0.1", port)) == 0
+
+
 def be_torchrun(arguments: list[str], said: Path) -> None:
     begin([said, said])
     run.main(arguments)
@@ -185,6 +190,7 @@ def test_a_run_that_a_node_leaves_and_joins_ends_as_if_none_had(alone, config, t
         port = free.getsockname()[1]
     folder, given = tmp_path / "elastic", ("--config", config, "--parallel", parallel)
     first = agent(folder, "others", port, *given)
+    wait_for(lambda: is_open(port), first)  # the one that is lost must not be where all meet
     assert agent(folder, "node", port, *given).wait(DEADLINE) == -signal.SIGKILL
     wait_for(lambda: json.loads(folder.joinpath("metrics.jsonl").read_text().splitlines()[-1])["step"] >= 6, first)
     second = agent(folder, "others", port, *given)
