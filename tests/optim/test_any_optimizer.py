@@ -338,4 +338,4 @@ def test_it_lowers_the_loss_of_a_real_model(served):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < losses[0] - 1.0  # they fell by 1.6 to 2.7, whatever the seed
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.0  # they fell by 1.5 to 2.7 over kernels, threads and seeds
