@@ -136,12 +136,10 @@ class Cut:
     @property
     def projection(self) -> Projection:
         """How this process' part is projected."""
-        shapes = [
-            (*shape[: self.axis], self.length, *shape[self.axis + 1 :])
-            for shape in (self.whole.shape, self.whole.view_shape)
-        ]
-        modes = [replace(mode, size=self.length) if mode.axis == self._at else mode for mode in self.whole.modes]
-        return Projection(*shapes, tuple(modes))
+        whole, axis = self.whole, self.axis
+        shape, view_shape = ((*one[:axis], self.length, *one[axis + 1 :]) for one in (whole.shape, whole.view_shape))
+        modes = [replace(mode, size=self.length) if mode.axis == self._at else mode for mode in whole.modes]
+        return Projection(shape, view_shape, tuple(modes))
 
     def factors(self, basis: Basis) -> dict[str, Tensor]:
         """What of a whole basis this process' part of the weight needs.

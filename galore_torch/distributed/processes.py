@@ -188,7 +188,7 @@ class LocalReplicas(Together):
             mine = one.projection.project(one.weight, one.basis)
             mean, held = mine.clone(), filter(torch.is_tensor, one.state.get(INNER, {}).values())
             moments = [value for value in held if value.is_floating_point() and value.shape == mine.shape]
-            average_parameters(iter([mean, *moments]), self.group)
+            average_parameters(iter([mean, *moments]), self.group)  # type: ignore[list-item]
             one.projection.fold(one.weight, mean - mine, one.basis, alpha=1.0, beta=1.0)
 
 
