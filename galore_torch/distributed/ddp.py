@@ -60,7 +60,7 @@ class ReplicaTraffic(Traffic):
         average_every: steps between two averages of projected weights; 1 averages gradients.
 
     Attributes:
-        is_on: whether the last forward pass was one of DDP's.
+        is_on: whether the last forward pass was one of DDP's, or the backward that is running is of one.
 
     Raises:
         ValueError: the model is wrapped already, and has such weights.
@@ -88,7 +88,6 @@ class ReplicaTraffic(Traffic):
         if average_every > 1:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._wrapper: Any = lambda: None
-        self._together: Any = None
         self._waiting: deque[Bucket] = deque()
         self._of_weight: dict[int, tuple[Bucket, TrainedWeight]] = {}
         if root not in _TRAFFIC:
@@ -114,7 +113,7 @@ class ReplicaTraffic(Traffic):
         Raises:
             ValueError: the processes disagree on the optimizer, or DDP was asked for something that is not supported.
         """
-        self._backward = None  # one that ended in an error is over
+        self._backward, self._of_weight = None, {}  # one that ended in an error is over
         optimizer = self._optimizer()
         self.is_on = wrapper is not None and optimizer is not None
         if optimizer is None:
@@ -175,6 +174,7 @@ class ReplicaTraffic(Traffic):
         """Lets weights of one kind share a bucket while it has room: of bytes, or of one basis for each process."""
         world_size = dist.get_world_size(self._together.group)
         self._waiting, self._of_weight = deque(), {}
+        self.is_on = True  # the model may have run by itself since
         kind: Any = None
         room = 0
         for one in trained:
@@ -197,8 +197,8 @@ class ReplicaTraffic(Traffic):
             self.begin()
             if weight.grad is not None and weight.grad.requires_grad:
                 raise ValueError("create_graph=True is not supported inside DistributedDataParallel; leave it out")
-        if not self.is_on or id(weight) not in self._of_weight:
-            self._keep(weight)  # of micro-batches before the last, or of steps between two averages
+        if id(weight) not in self._of_weight:
+            self._keep(weight)  # outside DDP; of micro-batches before the last, or of steps between two averages
             return
         bucket, one = self._of_weight[id(weight)]
         if bucket.handle is not None:

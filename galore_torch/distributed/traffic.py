@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from galore_torch.gradients import data_parallel
 from galore_torch.gradients.data_parallel import Hook
 from galore_torch.gradients.known_weights import current_backward
 from galore_torch.optim.galore import GaLore
@@ -27,7 +28,7 @@ IN_FLIGHT = 8
 """How many collectives may be on their way."""
 
 
-class Traffic:
+class Traffic(data_parallel.Traffic):
     """What one attached model sends and receives. See `gradients/data_parallel.py` for the hooks that it makes.
 
     Args:
@@ -40,6 +41,7 @@ class Traffic:
         self._optimizer = weakref.ref(optimizer)
         self._weights = [weakref.ref(weight) for weight in weights]
         self._applies = applies
+        self._together: Any = None  # the processes, where they are not the optimizer's all the time
         self._synchronizes = True
         self._backward: int | None = None
         self._on_their_way: deque[Any] = deque()
@@ -60,14 +62,6 @@ class Traffic:
         """See `data_parallel.Traffic`."""
         return any(weight is one for one in self.weights())
 
-    def arrives(self, local: Hook) -> Hook:
-        """See `data_parallel.Traffic`."""
-        return local
-
-    def leaves(self, apply: Hook) -> Hook:
-        """See `data_parallel.Traffic`."""
-        return apply
-
     @torch.no_grad()
     def begin(self, *, anew: bool = False) -> None:
         """The first gradient of a backward pass comes.
@@ -87,9 +81,10 @@ class Traffic:
             )
         self._backward = backward
         self._on_their_way.clear()
-        optimizer._processes.require(optimizer._settings["seed"])
+        together: Any = self._together or optimizer._processes
+        together.require(optimizer._settings["seed"])
         trained = [optimizer._trained_weight(weight) for weight in self.weights() if weight.requires_grad]
-        _drop_empty(trained, optimizer._processes.group)  # type: ignore[attr-defined]
+        _drop_empty(trained, together.group)
         self._plan(trained)
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 

@@ -24,12 +24,14 @@ class Traffic(Protocol):
 
     def arrives(self, local: Hook) -> Hook:
         """What is done before a gradient is added to a weight's; `local` outside DDP."""
+        return local
 
     def completes(self, form: Hook, apply: Hook | None) -> Hook:
         """What is done when a weight's gradient is complete: it is formed, averaged, and applied if it is not None."""
 
     def leaves(self, apply: Hook) -> Hook:
         """The same for a weight that DDP averages: nothing, or `apply` outside DDP."""
+        return apply
 
     def remove(self) -> None:
         """Ends it."""

@@ -113,6 +113,27 @@ def from_its_own_start(rank: int, world: int, mode: Any) -> torch.Tensor:
     return trained(rank, world, mode=mode, steps=SHORT, seed_of_model=rank)
 
 
+@every_low_rank_mode
+def test_a_model_that_is_run_by_itself_before_a_backward_trains_as_one(pool, mode):
+    ranks = pool.run(run_by_itself_between, 2, mode=mode)
+    assert torch.equal(*ranks)
+    assert distance(ranks[0], run_by_itself_between(0, 1, mode=mode)) <= BAR
+
+
+def run_by_itself_between(rank: int, world: int, mode: Any) -> torch.Tensor:
+    model = llama()
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, *mode)
+    net = DistributedDataParallel(model) if world > 1 else model
+    for step in range(SHORT):
+        loss = loss_of(net, batch(step).tensor_split(world)[rank])
+        loss_of(model, batch(step, 1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
 @every_mode
 def test_a_gradient_that_is_not_finite_on_one_process_is_so_on_all(pool, mode):
     ranks = pool.run(with_an_infinite_gradient, 2, mode=mode)
