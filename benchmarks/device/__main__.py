@@ -73,7 +73,6 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, ob
         except Exception:
             session.report("all of it", {"failed": traceback.format_exc()[-1500:]})
         print(f"== {name} took {time.monotonic() - begin:.0f} s", flush=True)
-    gc.unfreeze()
     session.print_tables()
     return dict(session.rows)
 
