@@ -10,12 +10,12 @@ installed := $(VENV)/.installed
 peers     := $(patsubst %,.peers/%/.installed,galore-torch-1.0 apollo-torch-1.0.3)
 
 # One thread a test process: two processes on two cores are faster than one process with two threads.
-test test-fast: export OMP_NUM_THREADS = 1
+test test-fast frameworks: export OMP_NUM_THREADS = 1
 
-.PHONY: help setup demo test test-fast check format bench docs dist clean
+.PHONY: help setup demo test test-fast frameworks check format bench docs dist clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(installed) $(peers)  ## make .venv and install what was tested (constraints.txt)
 
@@ -27,6 +27,10 @@ test: $(installed) $(peers)  ## the whole test suite
 
 test-fast: $(installed) $(peers)  ## the test suite without what takes more than a few seconds
 	$(python) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+frameworks: export GALORE_FRAMEWORKS ?= .frameworks
+frameworks: $(installed)  ## run published frameworks with GaLore, each in an environment of its own under .frameworks
+	$(python) -m pytest -rs --durations 10 tests/integrations/test_frameworks_for_real.py $(ARGS)
 
 check: $(installed)  ## lint, format and types
 	$(python) -m ruff check
@@ -48,7 +52,7 @@ dist: $(installed)  ## wheel and source archive in dist/
 	PIP_CONSTRAINT=constraints.txt $(python) -m build
 
 clean:  ## remove everything that set-up and the tools made
-	rm -rf $(VENV) .peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .peers .frameworks .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 $(installed): pyproject.toml constraints.txt
 	test -x $(python) || $(PYTHON) -m venv $(VENV)

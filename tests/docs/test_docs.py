@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
-NOT_RUN = {"torchtitan.md": 1}
-"""How many blocks of a document may be parsed only: torchtitan is not installed."""
+NOT_RUN = {"torchtitan.md": 1, "frameworks.md": 1}
+"""How many blocks of a document may be parsed only: torchtitan is not installed, and frameworks are in environments of
+their own, where tests/integrations/test_frameworks_for_real.py runs their blocks."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- not run: \S.* -->\s*\Z")

@@ -1,0 +1,130 @@
+"""Frameworks as they are published run their own command with their GaLore settings: they train, save and resume.
+
+Each lies in an environment of its own, which takes the registry and minutes: `make frameworks` runs this file. What is
+run is what docs/frameworks.md shows.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from tests.integrations.frameworks import ROOT, Framework, losses
+from tests.integrations.small_mistral import assert_falls, documents, tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.learning]
+
+STEPS, SAVED = 12, 6
+GUIDE = (ROOT / "docs" / "frameworks.md").read_text()
+
+LLAMA_FACTORY = Framework(
+    distribution="llamafactory",
+    command="llamafactory-cli",
+    needs=(
+        "accelerate>=1.3,<=1.11",
+        "datasets>=2.16,<=4.0",
+        "einops",
+        "fire",
+        "omegaconf",
+        "peft>=0.18,<=0.18.1",
+        "scipy",
+        "torchdata>=0.10,<=0.11",
+        "transformers>=4.55,<=5.6",
+        "trl>=0.18,<=0.24",
+        "tyro<0.9",
+    ),
+    needs_alone=("torchaudio",),
+)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A folder with an untrained LLaMA, its tokenizer, and instructions with their answers."""
+    folder = tmp_path_factory.mktemp("material")
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    rows = [{"instruction": piece[:20], "input": "", "output": piece[20:]} for piece in documents()]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    return folder
+
+
+def shown(language: str, holding: str) -> str:
+    """The one block of the guide that holds a text."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+    (found,) = (block for block in blocks if holding in block)
+    return found
+
+
+def check_resumed(whole: Path, resumed: Path) -> None:
+    """The loss falls, and from the checkpoint on all losses are those of the run that was not interrupted."""
+    before, after = losses(whole, STEPS), losses(resumed, STEPS)
+    assert list(before) == list(range(1, STEPS + 1))
+    assert_falls(list(before.values()))
+    assert [after[step] for step in range(SAVED + 1, STEPS + 1)] == [
+        before[step] for step in range(SAVED + 1, STEPS + 1)
+    ]
+    assert (resumed / "model.safetensors").exists() or (resumed / f"checkpoint-{STEPS}" / "model.safetensors").exists()
+
+
+# LLaMA-Factory -------------------------------------------------------------------------------------------------------
+
+
+def llama_factory_settings(material: Path, out: Path, **given: object) -> str:
+    """A file of settings: the guide's, made small, and where things are."""
+    settings = {
+        **yaml.safe_load(shown("yaml", "use_galore")),
+        "galore_rank": 8, "galore_update_interval": 3, "galore_scale": 1.0,
+        "stage": "sft", "do_train": True, "finetuning_type": "full", "template": "empty", "cutoff_len": 64,
+        "model_name_or_path": str(material / "model"), "dataset": "rows", "dataset_dir": str(material),
+        "output_dir": str(out), "max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1, "learning_rate": 0.01,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "report_to": "none", "use_cpu": True,
+        **given,
+    }  # fmt: skip
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings))
+    return str(file)
+
+
+def test_llama_factory(material, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    said = LLAMA_FACTORY.run("train", llama_factory_settings(material, whole))
+    assert "Using GaLore optimizer" in said
+    checkpoint = str(whole / f"checkpoint-{SAVED}")
+    LLAMA_FACTORY.run("train", llama_factory_settings(material, resumed, resume_from_checkpoint=checkpoint))
+    check_resumed(whole, resumed)
+
+
+def test_llama_factory_layer_by_layer(material, tmp_path):
+    """Without accumulation, as it demands; it saves no state of such optimizers."""
+    out = tmp_path / "out"
+    settings = {"galore_layerwise": True, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+    LLAMA_FACTORY.run("train", llama_factory_settings(material, out, **settings))
+    assert_falls(list(losses(out, STEPS).values()))
+
+
+def test_llama_factory_refuses_layer_by_layer_with_accumulation(material, tmp_path):
+    """What the guide's lines are for."""
+    with pytest.raises(AssertionError, match="does not support gradient accumulation"):
+        LLAMA_FACTORY.run("train", llama_factory_settings(material, tmp_path / "out", galore_layerwise=True))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_lines_that_project_gradients_in_llama_factory(material, tmp_path, processes):
+    """With accumulation, and in several processes."""
+    script, whole, resumed = tmp_path / "train.py", tmp_path / "whole", tmp_path / "resumed"
+    script.write_text(shown("python", "llamafactory"))
+    words = ("--nproc-per-node", str(processes), str(script))
+    LLAMA_FACTORY.run_beside("torchrun", *words, llama_factory_settings(material, whole))
+    checkpoint = str(whole / f"checkpoint-{SAVED}")
+    settings = llama_factory_settings(material, resumed, resume_from_checkpoint=checkpoint)
+    LLAMA_FACTORY.run_beside("torchrun", *words, settings)
+    check_resumed(whole, resumed)
