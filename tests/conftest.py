@@ -4,7 +4,9 @@ Libraries are imported where they are used: the process that only hands tests to
 """
 
 import gc
+import getpass
 import os
+import tempfile
 from collections import defaultdict
 
 # Read when torch, Transformers and matplotlib are first imported, so they are set before any of them is.
@@ -17,6 +19,15 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# torch's compiler finds kernels again without asking for which kind of processor they were written, and one for another
+# kind writes beyond its tensors.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(  # noqa: PTH118 (an assignment may not stand before imports)
+        tempfile.gettempdir(),
+        f"torchinductor_{getpass.getuser()}_{os.environ.get('ATEN_CPU_CAPABILITY', 'default')}",
+    ),
+)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for equal results of equal calls on a GPU
 
 from collections.abc import Iterator
