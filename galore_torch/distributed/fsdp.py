@@ -88,21 +88,21 @@ class ShardTraffic(Traffic):
                 return
             trained = optimizer._trained_weight(of_fsdp.sharded_param)
             if isinstance(unsharded.grad, ProjectedGradient):
-                image = unsharded.grad.projected
+                projected = unsharded.grad.projected
             elif unsharded.grad is None or trained.needs_renewal:
                 return  # FSDP2 is to average the full one, to renew the basis from
             else:
                 factors = {name: factor.to(unsharded.dtype) for name, factor in trained.basis.items()}
-                image = trained.projection.project(unsharded.grad, factors)
+                projected = trained.projection.project(unsharded.grad, factors)
             unsharded.grad = None  # so that FSDP2 passes it by
             if id(unsharded) in self._kept:
-                image = self._kept.pop(id(unsharded)).add_(image)
+                projected = self._kept.pop(id(unsharded)).add_(projected)
             if not self._synchronizes:
-                self._kept[id(unsharded)] = image
+                self._kept[id(unsharded)] = projected
                 return
             assert isinstance(trained, ShardedWork)
-            image = image.to(of_fsdp.reduce_dtype or image.dtype)
-            total = trained.cut.reduce(image)
+            projected = projected.to(of_fsdp.reduce_dtype or projected.dtype)
+            total = trained.cut.reduce(projected)
             self._send((trained, total, group.gradient_divide_factor or trained.cut.mesh.size()))
 
         return complete

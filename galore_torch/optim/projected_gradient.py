@@ -26,7 +26,7 @@ aten = torch.ops.aten
 _NORMS = {aten.linalg_vector_norm.default, aten._foreach_norm.Scalar, aten.norm.Scalar, aten.norm.ScalarOpt_dim}
 """Norms of the whole tensor. Only the Euclidean one is the same for both."""
 
-_ON_IMAGE = {
+_ON_PROJECTED = {
     # out of place: the result is a projected gradient of the same basis
     aten.detach.default,
     aten.clone.default,
@@ -198,7 +198,7 @@ class ProjectedGradient(Tensor):
             return func(*_unwrap(args), **kwargs)
         if func in _SUMS and isinstance(args[0], cls) and _is_gradient_like(args[1], args[0]):
             return _sum(func, args[0], args[1], _SUMS[func] * kwargs.get("alpha", 1))
-        if func in _ON_IMAGE and _others_are_numbers(args):
+        if func in _ON_PROJECTED and _others_are_numbers(args):
             return _on_projected(func, args, kwargs)
         if func is aten._to_copy.default:
             return _to_copy(args[0], **kwargs)
