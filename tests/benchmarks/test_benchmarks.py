@@ -1,6 +1,10 @@
 """The benchmark measures what it says: every byte that is kept, every optimizer in turn, every figure by its bar."""
 
+import os
+import subprocess
+import sys
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +54,13 @@ def test_a_peer_that_cannot_be_installed_leaves_nothing_behind(tmp_path, monkeyp
 
 
 def test_a_view_weighs_the_storage_that_it_keeps():
+    """In a process of its own, where no test before it has left tensors that come and go."""
+    code = f"from {__name__} import weigh_a_view; weigh_a_view()"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
+
+
+def weigh_a_view() -> None:
     weights = [torch.zeros(100)]
     known = tensors_alive()
     kept = torch.zeros(10, 100)[:2]
