@@ -13,10 +13,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -26,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.command import at_least, parser, run
-from benchmarks.common.links import seconds_allowed
+from benchmarks.common.links import seconds_allowed, slowing, timed_steps
 from benchmarks.common.report import Report, Sheet
 from galore_torch import GaLoreAdamW, attach, param_groups
 
@@ -77,15 +75,8 @@ def work(rank: int, given: argparse.Namespace, method: str, folder: str) -> None
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=given.processes)
     net, optimizer = build(method, given)
     torch.manual_seed(rank)
-    steps = []
-    for _ in range(given.steps + 3):  # first bases, and what PowerSGD does before it compresses
-        dist.barrier()
-        began, before = time.perf_counter(), psutil.net_io_counters(pernic=True)["lo"].bytes_recv
-        net(torch.randn(given.tokens, given.hidden)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        dist.barrier()
-        steps.append((psutil.net_io_counters(pernic=True)["lo"].bytes_recv - before, time.perf_counter() - began))
+    # first bases, and what PowerSGD does before it compresses, take three
+    steps = timed_steps(net, optimizer, (given.tokens, given.hidden), given.steps + 3, "lo")
     if rank == 0:
         torch.save(steps, f"{folder}/steps")
     dist.destroy_process_group()
@@ -93,7 +84,7 @@ def work(rank: int, given: argparse.Namespace, method: str, folder: str) -> None
 
 def behind(link: str) -> int:
     """Start this benchmark again behind a link, and return its exit status."""
-    slowed = f"ip link set lo up && tc qdisc add dev lo root tbf rate {link} burst 128kb latency 400ms"
+    slowed = f"ip link set lo up && {slowing('lo', link)}"
     argv = [sys.executable, "-m", "benchmarks.communication", *sys.argv[1:]]
     command = ["unshare", "-n", "sh", "-c", f'{slowed} && exec "$@"', "sh", *argv]
     return subprocess.run(command, env={**os.environ, INSIDE: link}, check=False).returncode

@@ -16,7 +16,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.command import at_least, parser, run
-from benchmarks.common.links import seconds_allowed
+from benchmarks.common.links import seconds_allowed, slowing, timed_steps
 from benchmarks.common.report import Report, Sheet
 from benchmarks.common.sizes import LLAMA
 from galore_torch import GaLoreAdamW, attach, param_groups
@@ -157,24 +156,10 @@ def work(given: argparse.Namespace) -> None:
         optimizer = GaLoreAdamW(groups, lr=1e-3)
         attach(model, optimizer)
     net = DistributedDataParallel(model)
-    steps = []
-    for _ in range(given.steps + 2):
-        dist.barrier()
-        began, before = time.perf_counter(), sent_bytes()
-        net(torch.randn(given.tokens, given.hidden)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        dist.barrier()
-        steps.append((sent_bytes() - before, time.perf_counter() - began))
+    steps = timed_steps(net, optimizer, (given.tokens, given.hidden), given.steps + 2, "eth0")
     if dist.get_rank() == 0:
         print(*(sorted(values)[given.steps // 2] for values in zip(*steps[2:], strict=True)))
     dist.destroy_process_group()
-
-
-def sent_bytes() -> int:
-    """Return how many bytes this namespace has sent."""
-    with open("/proc/net/dev", encoding="utf-8") as file:  # noqa: PTH123
-        return next(int(line.split(":")[1].split()[8]) for line in file if line.strip().startswith("eth0:"))
 
 
 def measured(method: str, link: str, given: argparse.Namespace) -> tuple[float, float]:
@@ -191,7 +176,7 @@ def measured(method: str, link: str, given: argparse.Namespace) -> tuple[float, 
             shell(f"{inside} ip addr add 10.77.0.{rank + 1}/24 dev eth0")
             shell(f"{inside} ip link set eth0 up")
             shell(f"{inside} ip link set lo up")
-            shell(f"{inside} tc qdisc add dev eth0 root tbf rate {link} burst 128kb latency 400ms")
+            shell(f"{inside} {slowing('eth0', link)}")
         command = [sys.executable, "-m", "benchmarks.many_cards", "--worker", method, *sys.argv[1:]]
         env = {**os.environ, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29577", "WORLD_SIZE": str(given.cards)}
         env["GLOO_SOCKET_IFNAME"] = "eth0"
