@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Layer(Protocol):
@@ -71,3 +71,27 @@ class CompiledLinear(torch.autograd.Function):
         grad_x = grad_y @ weight.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad_y_nm.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, weight_gradient(grad_y_nm, x.reshape(-1, x.shape[-1]), weight), grad_bias
+
+
+def compiled_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """A fused layer's forward as a compiler is to see it.
+
+    Args:
+        module: with a plain weight.
+        x: its input.
+
+    Returns:
+        Its output.
+    """
+    weight, bias = module.weight, module.bias
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return F.linear(x, weight, bias)
+    device = x.device.type
+    y: Tensor
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            y = CompiledLinear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-untyped-call]
+    else:
+        y = CompiledLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y

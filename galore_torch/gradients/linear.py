@@ -9,6 +9,7 @@ Shape suffixes: N tokens, m outputs, n inputs, r the rank.
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from galore_torch.gradients.compiled_linear import LAYERS, CompiledLinear
+from galore_torch.gradients.compiled_linear import LAYERS, compiled_linear
 from galore_torch.gradients.known_weights import KnownWeights
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
@@ -88,8 +89,6 @@ class FusedLinear:
         self._plan: Plan | None = None
         self._looked: tuple[int, Tensor, TrainedWeight, Basis | None] | None = None
         self._decided: tuple[int, bool] | None = None
-        # Not a decorator: it imports the compiler.
-        self._not_compiled = torch.compiler.disable(self.__call__)  # type: ignore[no-untyped-call]
 
     def _look(self, version: int) -> tuple[TrainedWeight, Basis | None]:
         """What is known of the weight, and its basis if that is not to be renewed in this step."""
@@ -129,8 +128,6 @@ class FusedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's forward."""
-        if torch.compiler.is_compiling():
-            return self._compiled(x)
         parameters = self.module._parameters  # what the layer's attributes look into, too
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None
@@ -153,24 +150,6 @@ class FusedLinear:
             cast = None if bias is None else bias.to(dtype)
             return _linear(x.to(dtype), weight, cast, plan)
 
-    def _compiled(self, x: Tensor) -> Tensor:
-        """The same as a compiler is to see it."""
-        weight, bias = self.module.weight, self.module.bias
-        y: Tensor
-        if isinstance(weight, QuantizedWeight):
-            y = self._not_compiled(x)
-            return y
-        if not (torch.is_grad_enabled() and weight.requires_grad):
-            return F.linear(x, weight, bias)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            with torch.autocast(device, enabled=False):
-                y = CompiledLinear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-untyped-call]
-        else:
-            y = CompiledLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return y
-
     def holds(self, weight: Tensor) -> bool:
         """See `compiled_linear.Layer`."""
         return self.module.weight is weight
@@ -185,8 +164,8 @@ class FusedLinear:
         return _weight_gradient(plan, basis, grad_y_nm, x_nn, weight.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled layer gets its own forward in this place: the hooks stay behind, and so does this."""
-        return nn.Linear.forward.__get__, (self.module,)
+        """A copied or pickled module is a plain layer: the hooks stay behind, and so does this."""
+        return type(None), ()
 
 
 class InputTracker:
@@ -319,9 +298,29 @@ def _weight_gradient(plan: Plan, basis: Basis | None, grad_y_nm: Tensor, kept_nn
     return ProjectedGradient(_as(grad_y_nm.mT @ kept_nn, dtype), plan.projection, basis, dtype)
 
 
+_LAYER = "_galore_fused"
+"""The attribute of a module that holds what runs in its forward's place."""
+
+
+def forward(module: nn.Linear, x: Tensor) -> Tensor:
+    """That of all fused layers: one function, so that a compiler takes equal layers for the same.
+
+    Its name is that of the method in whose place it is: by that a pickled module finds the method that it had.
+    """
+    if torch.compiler.is_compiling():
+        return _not_compiled(module, x) if isinstance(module.weight, QuantizedWeight) else compiled_linear(module, x)
+    layer: FusedLinear | None = module.__dict__[_LAYER]
+    return F.linear(x, module.weight, module.bias) if layer is None else layer(x)
+
+
+_not_compiled = torch._disable_dynamo(forward)  # type: ignore[attr-defined]
+
+
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is an `nn.Linear` that keeps its forward."""
-    return isinstance(module, nn.Linear) and getattr(module.forward, "__func__", None) is nn.Linear.forward
+    function = getattr(module.forward, "__func__", None)
+    is_copy = function is forward and module.__dict__[_LAYER] is None
+    return isinstance(module, nn.Linear) and (function is nn.Linear.forward or is_copy)
 
 
 def fuse(module: nn.Linear, layer: FusedLinear) -> Callable[[], None]:
@@ -334,12 +333,14 @@ def fuse(module: nn.Linear, layer: FusedLinear) -> Callable[[], None]:
     Returns:
         A function that puts the forward back as it was.
     """
-    module.forward = layer  # type: ignore[method-assign, assignment]
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    setattr(module, _LAYER, layer)
     key = id(module.weight)
     LAYERS[key] = layer
 
     def restore() -> None:
         del module.forward
+        delattr(module, _LAYER)
         LAYERS.pop(key, None)
 
     return restore

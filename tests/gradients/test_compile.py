@@ -69,3 +69,33 @@ def test_compiled_layers_train_as_the_others(way):
     (ours, kind), (theirs, _) = (small(7, compiles=compiles, **given) for compiles in (True, False))
     assert kind is ProjectedGradient
     torch.testing.assert_close(ours, theirs)
+
+
+class Block(nn.Module):
+    """A block of a transformer, for the compiler's purposes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise, self.fall = nn.Linear(24, 40), nn.Linear(40, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Both layers."""
+        y: torch.Tensor = x + self.fall(torch.tanh(self.rise(x)))
+        return y
+
+
+@pytest.mark.of_cpu("what puts tensors on another device is not compiled")
+def test_equal_blocks_that_are_compiled_one_by_one_are_compiled_once():
+    torch._dynamo.reset()
+    counters.clear()
+    model = nn.Sequential(*[Block() for _ in range(12)])
+    optimizer = GaLoreAdamW(param_groups(model, 4, "all-linear", update_proj_gap=3), lr=1e-2)
+    attach(model, optimizer)
+    for block in model:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for _ in range(7):
+        x = torch.randn(5, 24, requires_grad=True)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counters["stats"]["unique_graphs"] == 1
