@@ -228,7 +228,7 @@ def kernels(call: Call, device: str) -> dict[str, Any]:
         now_s(device)
     count, total_us = Counter[str](), Counter[str]()
     for event in traced.events():
-        if event.device_type == DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:  # spans, such as an optimizer's step
             count[event.name] += 1
             total_us[event.name] += event.device_time_total
     longest = [f"{name[:60]} x{count[name]} {us / 1e3:.2f} ms" for name, us in total_us.most_common(5)]

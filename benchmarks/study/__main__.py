@@ -28,7 +28,6 @@ from benchmarks.study import training
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import FIRST, LONG, SEEDS, at_seed_0, means, wanted
 from benchmarks.study.training import Job
-from galore_torch.training.run.plots import add_legend, count_by, line_style, new_axes
 
 Line = dict[str, Any]
 """A training and what came of it."""
@@ -139,6 +138,8 @@ def print_tables(lines: Lines) -> None:
 
 def plot(lines: Lines, picture: Path) -> None:
     """Draw perplexity against the rate of the matrices, as a factor on each method's best, at seed 0."""
+    from galore_torch.training.run.plots import add_legend, line_style, new_axes  # a rented GPU may lack what it needs
+
     known = perplexities(lines)
     figure, axes = new_axes("rate of the matrices, of the best", "perplexity", size=(8, 4.8))
     least = math.inf
@@ -159,6 +160,8 @@ def plot(lines: Lines, picture: Path) -> None:
 
 def plot_curves(lines: Lines, picture: Path) -> None:
     """Draw the training losses of each method at its best rates, the mean of all seeds."""
+    from galore_torch.training.run.plots import add_legend, count_by, line_style, new_axes
+
     known = perplexities(lines)
     figure, axes = new_axes("", "training loss, mean of the seeds", size=(8, 4.8))
     for index, name in enumerate(LONG):

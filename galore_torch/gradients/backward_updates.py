@@ -68,7 +68,7 @@ class BackwardUpdates:
                 weight.grad = project_early(trained, trained.grad)
         self._waiting[id(weight)] = trained, norm
         self._coordinates += trained.coordinate_count
-        if self._coordinates >= self._known.most_together:
+        if self._coordinates >= self._known.most_together(weight):
             self._apply_waiting()
 
     def _apply_waiting(self) -> None:

@@ -38,11 +38,10 @@ class KnownWeights:
         """The optimizer; None if it is gone."""
         return self._optimizer()
 
-    @property
-    def most_together(self) -> int:
-        """How many coordinates may exist at a time."""
+    def most_together(self, weight: Tensor) -> int:
+        """How many coordinates may exist at a time, on the device of a weight."""
         optimizer = self._optimizer()
-        return 0 if optimizer is None else most_together(optimizer._cache.coordinates)
+        return 0 if optimizer is None else most_together(optimizer._cache.coordinates, weight)
 
     def in_backward(self, weight: Tensor) -> TrainedWeight | None:
         """One weight as the next step will see it.

@@ -15,9 +15,13 @@ from galore_torch.optim.nonfinite import count_nonfinite
 from galore_torch.optim.slices import inner_params, keep_inner_state
 from galore_torch.optim.state_keys import STEP
 from galore_torch.optim.trained_weight import TrainedWeight
+from galore_torch.projection import devices
 
 CHUNK_ELEMENTS = 2**23
-"""Coordinates that are stepped together at least: enough to keep a device busy."""
+"""Coordinates that are stepped together at least: enough to keep a CPU busy."""
+
+GPU_CHUNKS = 4
+"""How many times as many on a GPU: a chunk costs the host half a millisecond there, however small it is."""
 
 CHUNK_SHARE = 1 / 16
 """Of all coordinates, how many may be stepped together: what exists of them in a step is then small beside the moments,
@@ -27,24 +31,26 @@ ALIGNMENT = 64
 """Numbers; where coordinates of a weight begin in the memory that they share. Kernels load several at a time."""
 
 
-def most_together(coordinates: int) -> int:
+def most_together(coordinates: int, weight: Tensor) -> int:
     """How many coordinates may exist at a time.
 
     Args:
         coordinates: of all weights of an optimizer.
+        weight: one of those that are on its device.
 
     Returns:
         A number of elements.
     """
-    return max(CHUNK_ELEMENTS, int(CHUNK_SHARE * coordinates))
+    least = CHUNK_ELEMENTS * (GPU_CHUNKS if devices.runs_ahead(weight) else 1)
+    return max(least, int(CHUNK_SHARE * coordinates))
 
 
-def chunks(trained: Sequence[TrainedWeight], most: int) -> Iterator[list[TrainedWeight]]:
-    """Weights of one rule and device together, up to so many coordinates; all of a rule if it must be.
+def chunks(trained: Sequence[TrainedWeight], coordinates: int) -> Iterator[list[TrainedWeight]]:
+    """Weights of one rule and device together, up to `most_together` coordinates; all of a rule if it must be.
 
     Args:
         trained: weights in any order.
-        most: coordinates of a chunk.
+        coordinates: of all weights of the optimizer.
 
     Yields:
         Some of them, each once.
@@ -54,7 +60,7 @@ def chunks(trained: Sequence[TrainedWeight], most: int) -> Iterator[list[Trained
         kinds.setdefault((id(one.rule), one.weight.device), []).append(one)
     for alike in kinds.values():
         chunk: list[TrainedWeight] = []
-        elements = 0
+        elements, most = 0, most_together(coordinates, alike[0].weight)
         for one in alike:
             if chunk and one.traits.many_calls and elements + one.coordinate_count > most:
                 yield chunk

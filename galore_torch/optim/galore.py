@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast
-from galore_torch.optim.chunks import chunks, most_together, step_chunk
+from galore_torch.optim.chunks import chunks, step_chunk
 from galore_torch.optim.gradient_checks import check_gradient
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
@@ -310,7 +310,7 @@ class GaLore(Optimizer):
         set_inner_groups(trained)
         self._state_checks.prepare([one for one in trained if not one.state])
         renew(trained, self._processes)
-        for chunk in chunks(trained, most_together(self._cache.coordinates)):
+        for chunk in chunks(trained, self._cache.coordinates):
             step_chunk(chunk, self._written, self._processes.agree, skip_nonfinite=self._settings["skip_nonfinite"])
         self._cache.changed()
 

@@ -274,7 +274,9 @@ def test_in_sixteen_bits_it_is_that_of_float32_to_rounding(residual, size, round
     for dtype in (torch.float32, torch.bfloat16):
         (weight,) = weights((40, 24), dtype=torch.bfloat16)
         weight = nn.Parameter(weight.detach().to(dtype))
-        group = {"params": [weight], "rank": 8, "residual": residual, "normalize": size, "scale": 1.0}
+        # The exact basis: one that is iterated for turns within directions that are nearly as strong, and axes matter.
+        keys = {"decomposition": "svd", "residual": residual, "normalize": size}
+        group = {"params": [weight], "rank": 8, "scale": 1.0, **keys}
         optimizer = GaLoreAdamW([group], lr=0.05, rounding=rounding if dtype is torch.bfloat16 else "nearest")
         for step in range(3):
             weight.grad = gradient(weight, step, 0).bfloat16().to(dtype)
