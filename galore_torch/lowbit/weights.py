@@ -199,14 +199,14 @@ class QuantizedWeight(Tensor):
     def _blocks(self) -> Iterator[slice]:
         """Rows, block by block, such that each block but the last is a whole number of groups.
 
-        Of a fake weight, which has sizes and no numbers, only the first and the last: those between them are alike.
+        Of a weight that has sizes and no numbers, only the first and the last: those between them are alike.
         """
         rows, columns = self.shape
         unit = self.group_size // math.gcd(self.group_size, columns)
         block = BLOCK_ELEMENTS * (32 if self.device.type == "cuda" else 1)
         step = unit * max(1, block // (unit * columns))
         starts: Sequence[int] = range(0, rows, step)
-        if len(starts) > 2 and isinstance(self.codes, FakeTensor):
+        if len(starts) > 2 and (self.codes.is_meta or isinstance(self.codes, FakeTensor)):
             starts = starts[0], starts[-1]
         for start in starts:
             yield slice(start, min(start + step, rows))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from galore_torch.optim.moments import begins_anew
 from galore_torch.optim.rule import InnerParam
@@ -33,7 +34,9 @@ def inner_params(
     inner = {} if begins_anew(trained) else trained.opened(trained.state.get(INNER, {}))
     size = trained.traits.slice_elements
     group, weight = trained.inner_group, trained.weight
-    if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous():
+    # One that has sizes and no numbers stays whole: slices are whole blocks, so that their states take the same bytes.
+    is_fake = isinstance(tensor, FakeTensor)
+    if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous() or is_fake:
         return tensor, [
             InnerParam(tensor=tensor, grad=projected, state=inner, group=group, weight=weight, is_fresh=fresh)
         ]
