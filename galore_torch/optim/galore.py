@@ -252,9 +252,8 @@ class GaLore(Optimizer):
         """
         load_uncast(self, state_dict, super().load_state_dict, self._blank_weights)
         self._state_checks, self._written, self._cache = StateChecks(), GroupWrites(), WeightCache()
-        for one in self._cache.all(self.param_groups, self.state, self._new_trained_weight):
-            if one.state:
-                self._state_checks.note(one)
+        known = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
+        self._state_checks.note([one for one in known if one.state])
 
     def _blank_weights(self, groups: list[dict[str, Any]]) -> list[TrainedWeight]:
         return [self._new_trained_weight(place, {}) for place in positions(groups)]
@@ -304,14 +303,15 @@ class GaLore(Optimizer):
         self._processes.require(self._settings["seed"])
         for one in trained:  # all are checked before anything changes
             check_gradient(one)
-        for one in trained:
-            if not one.is_kept:
-                self.state[one.weight], one.is_kept = one.state, True
+        new = [one for one in trained if not one.is_kept]
+        for one in new:
+            self.state[one.weight], one.is_kept = one.state, True
         set_inner_groups(trained)
         self._state_checks.prepare([one for one in trained if not one.state])
         renew(trained, self._processes)
         for chunk in chunks(trained, self._cache.coordinates):
             step_chunk(chunk, self._written, self._processes.agree, skip_nonfinite=self._settings["skip_nonfinite"])
+        self._state_checks.note(new)  # a state that has just been made fits, and need not be tried
         self._cache.changed()
 
     def _sizes(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Traits]]:

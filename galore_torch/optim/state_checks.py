@@ -28,15 +28,16 @@ class StateChecks:
         self._seen: dict[int, _Seen] = {}
         self._together: tuple[Sequence[TrainedWeight], list[Any], list[Any]] = ((), [], [])
 
-    def note(self, trained: TrainedWeight) -> None:
-        """Notes that a weight and its state fit, as they are.
+    def note(self, trained: Sequence[TrainedWeight]) -> None:
+        """Notes that weights and their states fit, as they are.
 
         Args:
-            trained: the weight.
+            trained: the weights.
         """
-        if not self._is_seen(trained):
-            self._forms[id(trained.weight)] = _form(trained), _shapes(trained.state.get(INNER))
-            self._seen[id(trained.weight)] = _Seen.of(trained)
+        for one in trained:
+            if not self._is_seen(one):
+                self._forms[id(one.weight)] = _form(one), _shapes(one.state.get(INNER))
+                self._seen[id(one.weight)] = _Seen.of(one)
 
     def note_all(self, trained: Sequence[TrainedWeight]) -> None:
         """The same for many, which are looked at together as long as they come together.
@@ -45,8 +46,7 @@ class StateChecks:
             trained: the weights.
         """
         if not self._are_seen(trained):
-            for one in trained:
-                self.note(one)
+            self.note(trained)
             self._together = trained, _parts(trained), _values(trained)
 
     def _are_seen(self, trained: Sequence[TrainedWeight]) -> bool:
@@ -83,7 +83,7 @@ class StateChecks:
                 one.state.clear()
                 one.state.update(state)
             one.prepare_state()
-            self.note(one)
+            self.note([one])
 
     def _fitting(self, trained: TrainedWeight) -> dict[str, Any] | None:
         """What must take the place of a state; None, as in every ordinary step, where it fits as it is."""

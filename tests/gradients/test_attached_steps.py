@@ -41,3 +41,17 @@ def test_a_projected_gradient_that_overflowed_anywhere_is_left_out(position):
         optimizer.step()
     assert_same(model[0].weight.detach(), before)
     assert list(optimizer.nonfinite_counts().values()) == [1]
+
+
+def test_no_state_is_tried_that_steps_inside_the_backward_have_made(monkeypatch):
+    def tried(*_):
+        raise AssertionError("a state that was just made is tried on a copy")
+
+    monkeypatch.setattr("galore_torch.optim.state_checks.fit", tried)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 16))
+    optimizer = GaLoreAdamW(param_groups(model, 4, "all-linear"), lr=1e-2)
+    attach(model, optimizer, "fused", "backward")
+    for _ in range(2):
+        model(torch.randn(32, 16)).square().mean().backward()
+        optimizer.step()
