@@ -77,6 +77,21 @@ def test_where_nothing_fits_the_smallest_plan_says_what_it_lacks(small):
     assert 10**6 < instead["peak_bytes"] < found["methods"]["galore"]["peak_bytes"]
 
 
+def test_where_nothing_fits_a_smaller_micro_batch_of_what_gives_up_least_is_offered_too(small):
+    most = ("--micro-batch", "32", "--batch", "64")
+    methods = ("--method", "full", "--method", "galore")
+    held = planned(*small, *most, *methods)["methods"]["full"]["held"]
+    room = sum(held[kind] for kind in ("weights", "gradients", "states")) * 11 // 10
+    found = planned(*small, *most, *methods, "--memory", f"{room}B")
+    assert found["best"] is None
+    assert found["instead"]["method"] == "galore"
+    usual = found["usual"]
+    assert usual["method"] == "full"
+    assert usual["settings"]["gradient_checkpointing"]
+    assert "batch" not in usual["settings"]  # more of them are accumulated
+    assert usual["peak_bytes"] <= room
+
+
 def test_a_rank_that_saves_nothing_is_said(small):
     result = galore_plan(*small, "--method", "full", "--method", "galore", "--rank", "256")
     assert "galore: its rank saves nothing" in " ".join(result.output.split())

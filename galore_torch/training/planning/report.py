@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 MB, GB = 1e6, 1e9
 
+Smaller = tuple[str, dict[str, Any], MemoryPlan]
+"""A method, settings that make it smaller, and its plan with them."""
+
 HEADINGS = ("weights", "grads", "states", "bases", "acts", "logits", "work", "peak", "fits")
 """Of what a plan holds of each kind, in the order of `KINDS`, and of its peak."""
 LEGEND = (
@@ -61,7 +64,12 @@ class Planned:
 
     @property
     def best(self) -> str | None:
-        """What fits and gives up least: adapters last, then weights, updates and states as they are first."""
+        """What fits and gives up least."""
+        return next((name for name in self._by_what_is_given_up if self.fits(self.found[name])), None)
+
+    @property
+    def _by_what_is_given_up(self) -> list[str]:
+        """Methods, the one that gives up least first: adapters last, then weights, updates and states as they are."""
 
         def given_up(method: str) -> tuple[Any, ...]:
             settings = METHODS[method]
@@ -73,25 +81,44 @@ class Planned:
                 list(METHODS).index(method),
             )
 
-        return min((name for name, one in self.found.items() if self.fits(one)), key=given_up, default=None)
+        return sorted(self.found, key=given_up)
 
     @cached_property
-    def instead(self) -> tuple[str, dict[str, Any], MemoryPlan] | None:
-        """Where none fits: a method, settings and its plan with them, the first that fits, or the smallest.
+    def instead(self) -> Smaller | None:
+        """Where none fits: the method that needs least, with settings by which it fits, or as small as it gets."""
+        return self._smaller(self.least) if self.memory is not None and self.best is None else None
+
+    @cached_property
+    def usual(self) -> Smaller | None:
+        """Where none fits: the method that gives up least of those that fit by the like settings, but for `instead`."""
+        if self.instead is None or self.memory is None:
+            return None
+        for method in self._by_what_is_given_up:
+            held = self.found[method].held
+            if method == self.least:
+                return None
+            if sum(held[kind] for kind in ("weights", "gradients", "states", "bases")) < self.memory:
+                found = self._smaller(method)
+                if self.fits(found[2]):
+                    return found
+        return None
+
+    def _smaller(self, method: str) -> Smaller:
+        """Settings with which a method fits, and its plan with them; the smallest where none does.
 
         Activations are computed again, and rows are ever fewer.
         """
-        if self.memory is None or self.best is not None:
-            return None
-        micro_batch = self.subject.settings(self.least).micro_batch
+        micro_batch = self.subject.settings(method).micro_batch
         given: dict[str, Any] = {"gradient_checkpointing": True}
         while True:
             changed = dataclasses.replace(self.subject, given={**self.subject.given, **given})
-            found = plan(changed.job(self.least))
+            found = plan(changed.job(method))
             if self.fits(found) or micro_batch == 1:
-                return self.least, given, found
-            micro_batch //= 2
-            given |= {"micro_batch": micro_batch, "batch": micro_batch}
+                return method, given, found
+            micro_batch = next(rows for rows in range(micro_batch // 2, 0, -1) if micro_batch % rows == 0)
+            given |= {"micro_batch": micro_batch}
+            if method == self.least or METHODS[method]["update"] == "backward":  # which leaves nothing to accumulate
+                given |= {"batch": micro_batch}
 
     @property
     def title(self) -> str:
@@ -151,24 +178,30 @@ class Planned:
         if self.instead is None:
             taken = readable(self.found[str(self.best)].peak_bytes)
             return f"Fits {readable(memory)} and gives up least: {self.best}, {taken}."
-        method, given, one = self.instead
+        lines = [self._with_settings(memory, *one) for one in (self.instead, self.usual) if one is not None]
+        return f"None fits {readable(memory)}. {' '.join(lines)}"
+
+    @staticmethod
+    def _with_settings(memory: int, method: str, given: Mapping[str, Any], one: MemoryPlan) -> str:
         flags = " ".join(
             f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" for name, value in given.items()
         )
         lacks = one.peak_bytes - memory
         end = "fits" if lacks <= 0 else f"lacks {readable(lacks)}: the smallest plan there is"
-        return f"None fits {readable(memory)}. {method} with {flags}: {readable(one.peak_bytes)}, {end}."
+        return f"{method} with {flags}: {readable(one.peak_bytes)}, {end}."
 
     def as_json(self) -> dict[str, Any]:
         """All of it for a script."""
-        instead = None
-        if self.instead is not None:
-            instead = {"method": self.instead[0], "settings": self.instead[1], **self.instead[2].as_json()}
+
+        def with_settings(one: Smaller | None) -> dict[str, Any] | None:
+            return None if one is None else {"method": one[0], "settings": one[1], **one[2].as_json()}
+
         return {
             "model": self.subject.name,
             "memory_bytes": self.memory,
             "best": self.best,
-            "instead": instead,
+            "instead": with_settings(self.instead),
+            "usual": with_settings(self.usual),
             "methods": {name: one.as_json() for name, one in self.found.items()},
         }
 
