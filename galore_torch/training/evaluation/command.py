@@ -76,7 +76,10 @@ def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
     length: dict[str, Any] = {"seq": given["max_length"]} if "max_length" in given else {}
     if not folder.config.is_file():
         if data is None:
-            raise ValueError(f"data = None, and model = {model!r} is no run that has its own; give --data.")
+            wrong, remedy = "is no folder of a run or a model", "one that exists, or a model of the Hub with --data"
+            if folder.root.exists():
+                wrong, remedy = "is no run that has data of its own", "--data"
+            raise ValueError(f"model = {model!r} {wrong}; give {remedy}.")
         if "task" in given:
             return configure_rows(model=model, **{"held_out": data, **given}), True
         values: dict[str, Any] = {}
