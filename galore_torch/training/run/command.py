@@ -162,12 +162,13 @@ def _shown(result: RunResult, name: str) -> list[str]:
             f"  {name} --resume --out {result.out}",
         ]
     folder = RunFolder(Path(result.out))
-    planned = "" if result.planned_memory_bytes is None else f" (planned {readable(result.planned_memory_bytes)})"
+    planned = result.planned_memory_bytes
+    said = "" if planned is None else f" (planned {readable(planned)}; both with the process itself)"
     names = ("model", "metrics", "plot", "predictions", "events")
     files = {name: getattr(folder, name) for name in names}
     return [
         f"{result.headline}  optimizer state {readable(result.state_bytes)}  "
-        f"peak memory {readable(result.peak_memory_bytes)}{planned}  {duration(result.seconds)} of training",
+        f"peak memory {readable(result.peak_memory_bytes)}{said}  {duration(result.seconds)} of training",
         "  ".join(f"{what} {path}" for what, path in files.items() if path.exists()),
         *result.remarks,
     ]

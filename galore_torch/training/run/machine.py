@@ -123,9 +123,11 @@ def planned_peak(job: Job, trainer: Trainer, console: Console) -> int | None:
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     needed = found.peak_bytes - found.held["weights"]  # which are there already
-    kinds = ", ".join(f"{readable(count)} {kind}" for kind, count in found.peak.items() if count)
-    console.out(f"planned peak memory {readable(found.peak_bytes)}: {kinds}", highlight=False)
+    total = needed + (torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss)
+    parts = {"the process itself": max(0, total - found.peak_bytes), **found.peak}
+    kinds = ", ".join(f"{readable(count)} {kind}" for kind, count in parts.items() if count)
+    console.out(f"planned peak memory {readable(total)}: {kinds}", highlight=False)
     if needed > free:
         line = f"It needs {readable(needed)} more than there is now, and {readable(free)} are free."
         console.out(f"{line} galore plan says which methods need less.", style="bold yellow", highlight=False)
-    return needed + (torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss)
+    return total

@@ -17,6 +17,7 @@ def test_a_run_says_what_it_will_need_and_warns_where_less_is_free(tiny, tmp_pat
     said = io.StringIO()
     run = new_run(Pretraining, tiny(steps=1), tmp_path / "run", console=Console(file=said, width=300))
     assert "planned peak memory" in said.getvalue()
+    assert "the process itself" in said.getvalue()
     assert "1.0 kB are free" in said.getvalue()
     result = run.train()
     assert 0 < result.planned_memory_bytes < 2 * result.peak_memory_bytes
