@@ -30,6 +30,11 @@ OF_RUNS = {"lr": "--lr METHOD=X", "others_lr": "--others-lr METHOD=X", "seed": "
 _SHARED = ("model", "data")  # sections that all runs have in common, but for
 _NOT_SHARED = {"dtype", "target_modules"}
 _CHOOSE = "it is what the methods differ in; choose them by --method"
+_NOT_COMPARED = {
+    **dict.fromkeys(OF_METHODS, _CHOOSE),
+    "early_stopping_patience": "methods are compared at equal length; leave it out",
+    "push_to_hub": "the runs of a comparison stay here; push one of them by hf upload",
+}
 
 
 def lock_of(out: Path) -> Lock:
@@ -89,7 +94,7 @@ def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str])
     shared = {*field_names(*(sections[section] for section in _SHARED))} - _NOT_SHARED
     refused = {name: f"runs with another {name} cannot be compared; give it for all" for name in shared}
     refused |= {name: f"{name} has an option of its own; give {option}" for name, option in OF_RUNS.items()}
-    refused |= dict.fromkeys(OF_METHODS, _CHOOSE)
+    refused |= _NOT_COMPARED
     for text in given:
         target, _, value = text.partition("=")
         method, _, name = target.partition(":")
@@ -134,9 +139,9 @@ def make_plan(
         given: further settings by name, for all runs.
         sets: further settings for one method each, see `own_settings`.
     """
-    for name in OF_METHODS:
+    for name, why in _NOT_COMPARED.items():
         if given.get(name) is not None:
-            raise ValueError(f"{name} = {given[name]!r}: {_CHOOSE}.")
+            raise ValueError(f"{name} = {given[name]!r}: {why}.")
     methods = list(dict.fromkeys(methods))
     by_method = {method: method_settings(method) for method in methods}
     by_lr, by_others = rates_by_method("lr", lrs, methods), rates_by_method("others_lr", others_lrs, methods)

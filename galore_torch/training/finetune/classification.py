@@ -146,6 +146,7 @@ class Classification:
     """One kind of fine-tuning: rows with labels, and a model with a head for them."""
 
     task_type = "SEQ_CLS"  # PEFT's name
+    measured: dict[str, str]  # the Trainer's metrics that are scores, by their names, the main one first
     cut: int  # how many rows are longer than a sequence may be
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
@@ -161,6 +162,7 @@ class Classification:
         self.model, self.tokenizer = load_base(
             config.model, AutoModelForSequenceClassification, data.max_length, console, **wanted.head
         )
+        self.measured = {name: f"eval_{name}" for name in wanted.metrics}
         tokenizer, most = self.tokenizer, data.max_length  # all that Datasets has to digest
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -194,7 +196,7 @@ class Classification:
 
     def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """The scores among the Trainer's metrics."""
-        return {name: metrics[f"eval_{name}"] for name in self.labels.metrics}
+        return {name: metrics[metric] for name, metric in self.measured.items()}
 
     def predictions(self, trainer: Trainer) -> list[dict[str, Any]]:
         """What the model says of each held-out row: its number and text, the right label, and how sure it is."""

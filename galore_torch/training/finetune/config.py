@@ -6,7 +6,15 @@ from typing import ClassVar, Literal, get_args
 
 from galore_torch.training.run.names import model_of_run, require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig, sections_of
-from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
+from galore_torch.training.settings.fields import (
+    GRADIENT_CHECKPOINTING,
+    PUSH_TO_HUB,
+    REPORT_TO,
+    DType,
+    require_defaults,
+    setting,
+    settings,
+)
 from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text.files import first_rows, is_hub_name, missing_column, require_filled, require_rows
 
@@ -138,15 +146,13 @@ class RowsConfig:
 
 @settings
 class LengthConfig:
-    """How long, and what is recorded on the way."""
+    """How long, what is recorded on the way, and what becomes of the model."""
 
     epochs: float = setting(3.0, "Passes over the rows.", gt=0)
     steps: int | None = setting(None, "Optimizer steps, in the place of epochs.", ge=1)
     batch: int = setting(16, "Rows a step.", ge=1)
     micro_batch: int | None = setting(None, "Rows at once; bounds memory.", ge=1, default_help="batch")
-    gradient_checkpointing: bool = setting(
-        False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
-    )
+    gradient_checkpointing: bool = GRADIENT_CHECKPOINTING
     bf16: bool = setting(False, "Compute in bfloat16 by autocast; weights keep their dtype.")
     warmup: float = setting(0.0, "Share of the steps over which the learning rate rises from 0.", ge=0, lt=1)
     decay: Literal["linear", "cosine", "constant"] = setting("linear", "How the learning rate falls to 0, if it does.")
@@ -155,9 +161,27 @@ class LengthConfig:
     save_every: int | None = setting(
         None, "Steps between two resumable checkpoints; Ctrl-C saves besides.", ge=1, default_help="an epoch"
     )
-    report_to: str = setting(
-        "none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma."
+    load_best_model_at_end: bool = setting(
+        False, "Save at every evaluation, and finish with the weights of the best one in the place of the last ones."
     )
+    metric_for_best_model: str | None = setting(
+        None, "By which score an evaluation is the best: one that is shown, or loss.", default_help="the first shown"
+    )
+    early_stopping_patience: int | None = setting(
+        None, "Evaluations in a row, none better than the best, after which the training has ended.", ge=1
+    )
+    push_to_hub: str | None = PUSH_TO_HUB
+    report_to: str = REPORT_TO
+
+    def __post_init__(self) -> None:
+        if not self.load_best_model_at_end:
+            of_best = dict.fromkeys(("metric_for_best_model", "early_stopping_patience"), "load_best_model_at_end")
+            require_defaults(self, "load_best_model_at_end = False", of_best)
+        elif self.save_every not in (None, self.eval_every):
+            raise ValueError(
+                f"save_every = {self.save_every} has no effect with load_best_model_at_end = True, which saves at "
+                "every evaluation; leave it out."
+            )
 
 
 @settings

@@ -39,7 +39,7 @@ class OnTRL:
     trainer_name: ClassVar[str]  # in TRL, which has a configuration of the same name
     forms: tuple[tuple[str, ...], ...]  # columns of which it takes the first that rows have; those are `columns`
     answer: ClassVar[int] = -1  # which of those holds what is to be answered
-    metrics: ClassVar[dict[str, str]]  # the Trainer's metrics that are scores, by the scores' names
+    measured: ClassVar[dict[str, str]]  # the Trainer's metrics that are scores, by their names, the main one first
     task_type = "CAUSAL_LM"  # PEFT's name of what the model is trained for
     model_class: ClassVar[Any] = AutoModelForCausalLM
     model_settings: ClassVar[dict[str, Any]] = {}
@@ -81,7 +81,7 @@ class OnTRL:
 
     def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """The scores among the Trainer's metrics."""
-        return {name: metrics[metric] for name, metric in self.metrics.items()}
+        return {name: metrics[metric] for name, metric in self.measured.items()}
 
     def predictions(self, _trainer: Trainer) -> list[dict[str, Any]]:
         """What the model writes, greedily, after the first held-out prompts, of as many as the settings say."""
@@ -150,6 +150,7 @@ class Supervised(OnTRL):
     """Learning from examples: messages, prompts with completions (texts or messages), or text."""
 
     trainer_name = "SFT"
+    measured: ClassVar[dict[str, str]] = {"perplexity": "eval_loss"}
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         self.forms = (("messages",), ("prompt", "completion"), (config.data.text_column,))
@@ -208,7 +209,7 @@ class Preferences(OnTRL):
     trainer_name = "DPO"
     forms = (("prompt", "chosen", "rejected"),)
     answer = 1
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+    measured: ClassVar[dict[str, str]] = {"accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
 
     def options(self) -> dict[str, Any]:
         """How far the model may go from the reference, and that the reference is not kept."""
@@ -221,7 +222,7 @@ class Reward(OnTRL):
     task_type = "SEQ_CLS"
     trainer_name = "Reward"
     forms = Preferences.forms
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "eval_accuracy", "margin": "eval_margin"}
+    measured: ClassVar[dict[str, str]] = {"accuracy": "eval_accuracy", "margin": "eval_margin"}
     model_class = AutoModelForSequenceClassification
     model_settings: ClassVar[dict[str, Any]] = {"num_labels": 1}
 
@@ -246,7 +247,7 @@ class Reasoning(OnTRL):
 
     trainer_name = "GRPO"
     forms = (("prompt", "answer"),)
-    metrics: ClassVar[dict[str, str]] = {"reward": "eval_reward"}
+    measured: ClassVar[dict[str, str]] = {"reward": "eval_reward"}
 
     def options(self) -> dict[str, Any]:
         """How many answers a prompt gets, and how long they are; for an evaluation it gets one."""

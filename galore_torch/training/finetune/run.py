@@ -18,7 +18,7 @@ from galore_torch.training.finetune.data import Rows, load
 from galore_torch.training.finetune.on_trl import STAGES
 from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.job import Job
-from galore_torch.training.run.run import RunResult
+from galore_torch.training.run.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,13 @@ class Finetuning(Job):
         self.kind = STAGES.get(config.data.task, Classification)(config, rows, console)
         if self.kind.cut:
             console.print(f"{self.kind.cut:,} rows are longer than {config.data.max_length} tokens and are truncated.")
+        self.patience = schedule.early_stopping_patience
+        self._measured = {**self.kind.measured, "loss": "eval_loss"}
+        best = schedule.metric_for_best_model
+        if best is not None and best not in self._measured:
+            raise ValueError(
+                f"metric_for_best_model = {best!r} is not measured; choose one of {', '.join(self._measured)}."
+            )
         repeats = config.data.generations if config.data.task == "grpo" else 1  # rows of a batch that are the same
         self._steps_per_epoch = math.ceil(len(rows.train) * repeats / schedule.batch)
         self.model, self.tokenizer, self.task_type = self.kind.model, self.kind.tokenizer, self.kind.task_type
@@ -86,7 +93,14 @@ class Finetuning(Job):
             "use_cpu": schedule.bf16 and not torch.cuda.is_available(),  # else Transformers refuses bf16 on a CPU
             "eval_steps": schedule.eval_every or self._steps_per_epoch,
             "save_steps": schedule.save_every or self._steps_per_epoch,
+            **(self._of_best() if schedule.load_best_model_at_end else {}),
         }
+
+    def _of_best(self) -> dict[str, Any]:
+        """By what evaluations are compared, and that the state of each of them is saved."""
+        schedule = self.config.schedule
+        metric = self._measured[schedule.metric_for_best_model or next(iter(self._measured))]
+        return {"metric_for_best_model": metric, "save_steps": schedule.eval_every or self._steps_per_epoch}
 
     def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
         """That of the kind."""

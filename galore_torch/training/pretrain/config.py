@@ -6,7 +6,16 @@ from typing import ClassVar
 
 from galore_torch.training.run.names import model_of_run, require_model
 from galore_torch.training.settings.config import TrainConfig, sections_of
-from galore_torch.training.settings.fields import DType, Parallel, require_defaults, setting, settings
+from galore_torch.training.settings.fields import (
+    GRADIENT_CHECKPOINTING,
+    PUSH_TO_HUB,
+    REPORT_TO,
+    DType,
+    Parallel,
+    require_defaults,
+    setting,
+    settings,
+)
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import require_readable
 
@@ -52,7 +61,7 @@ class ModelConfig:
 
 @settings
 class ScheduleConfig:
-    """How long, in which portions, and what is recorded on the way."""
+    """How long, in which portions, what is recorded on the way, and what becomes of the model."""
 
     steps: int = setting(10_000, "Optimizer steps.", ge=1)
     batch: int = setting(512, "Sequences a step.", ge=1)
@@ -62,17 +71,14 @@ class ScheduleConfig:
         "What several processes share: ddp, each batch; fsdp, weights and the optimizer's state as well. A run of one "
         "process has them all.",
     )
-    gradient_checkpointing: bool = setting(
-        False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
-    )
+    gradient_checkpointing: bool = GRADIENT_CHECKPOINTING
     warmup: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.", ge=0, lt=1)
     final_lr: float = setting(0.1, "Where the cosine ends, as a share of the peak.", ge=0, le=1)
     seed: int = setting(0, "Seed of the weights, of the order of the text and of random bases.", ge=0, le=2**32 - 1)
     eval_every: int = setting(1000, "Steps between two evaluations; 0 evaluates at the end only.", ge=0)
     save_every: int = setting(1000, "Steps between two resumable checkpoints; 0 saves at the end and on Ctrl-C.", ge=0)
-    report_to: str = setting(
-        "none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma."
-    )
+    push_to_hub: str | None = PUSH_TO_HUB
+    report_to: str = REPORT_TO
 
 
 @settings

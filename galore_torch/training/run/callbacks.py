@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from galore_torch.optim import state_bytes
@@ -62,6 +62,12 @@ class Recorder(TrainerCallback):
         """What the newest evaluation came to, beside its loss."""
         of_all = {"step", self.unit, "eval_loss", "seconds"}
         return {name: value for name, value in self.evaluation.items() if name not in of_all}
+
+    def go_back_to(self, step: int | None) -> bool:
+        """Let the evaluation after a step count as the newest; False if its record is lost."""
+        found = (one for one in records.read(self._folder.metrics) if one["step"] == step and "eval_loss" in one)
+        self.evaluation = next(found, {})
+        return bool(self.evaluation)
 
     def record_renewal(self, step: int, weight: str, subspace: Subspace) -> None:
         """Record the renewal of a weight's basis in a step: for `GaLoreCallback`."""
@@ -142,16 +148,41 @@ class SaveOnSignal(TrainerCallback):
         self._give_back()
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers' own, which counts on where a checkpoint has it, and knows that it has ended a training."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take up the count."""
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether so many evaluations in a row were no better than the best."""
+        return bool(self.early_stopping_patience_counter >= self.early_stopping_patience)
+
+
 class NoStepLeftError(Exception):
     """Every step had been made when the Trainer was about to begin."""
 
 
 class EndAfterLastStep(TrainerCallback):
-    """Stops a Trainer that was resumed after its last step, which would make one more before it looks at the end."""
+    """Stops a Trainer that was resumed after its last step, which would make one more before it looks at the end.
+
+    Args:
+        early: may have ended the training before; None if nothing does.
+    """
+
+    def __init__(self, early: EarlyStopping | None) -> None:
+        self._early = early
+
+    def has_come(self, state: TrainerState) -> bool:
+        """Whether all steps are made that are to be made."""
+        return state.global_step >= state.max_steps or (self._early is not None and self._early.has_ended)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raise if no step is left: model, optimizer and records are as the checkpoint has them by now."""
-        if state.global_step >= state.max_steps:
+        if self.has_come(state):
             raise NoStepLeftError
 
 

@@ -3,7 +3,8 @@
 checkpoints/
   checkpoint-N/     the state after step N, as Transformers' Trainer writes it, and manifest.json: size and SHA-256 of
                     each of its files. Of a run on a stream it has stream.sha256 too: the digest of all tokens that were
-                    trained on until then. The last `KEPT` are kept.
+                    trained on until then. The last `KEPT` are kept, and that of the best evaluation, if the run is
+                    to end with it.
   tmp/              what is being written or removed
 
 The Trainer writes into ``tmp``. When all is there the manifest is written, everything is synced to the disk, and one
@@ -12,11 +13,13 @@ rename makes it a checkpoint. So whatever lacks a file, or has another than its 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from galore_torch.training.run.files import damage, sync, write_manifest
 
@@ -65,12 +68,23 @@ class Checkpoints:
             )
         return None
 
+    def best(self, checkpoint: Path | None) -> Path | None:
+        """The one of the best evaluation until a checkpoint, if that tells: its weights may be wanted at the end."""
+        step = trainer_state(checkpoint).get("best_global_step")
+        return self.of(step) if step else None
+
+    def of(self, step: int) -> Path:
+        """Where the state after a step is, or was."""
+        return self.root / f"checkpoint-{step}"
+
     def complete(self, step: int, before: Path | None, stream: str | None = None) -> Path:
-        """Make a checkpoint of what the Trainer has written after a step, and remove all older than the one before.
+        """Make a checkpoint of what the Trainer has written after a step, and remove older ones than the one before.
+
+        Of both, that of the best evaluation until then stays.
 
         The digest of what of a ``stream`` was trained on until then is kept in it.
         """
-        target = self.root / f"checkpoint-{step}"
+        target = self.of(step)
         written = self.tmp / target.name
         if stream is not None:
             (written / _STREAM).write_text(stream, encoding="utf-8")
@@ -82,8 +96,9 @@ class Checkpoints:
             self._remove(target)
         os.replace(written, target)  # noqa: PTH105
         sync(self.root)
+        kept = (before, self.best(before), self.best(target))
         for other in self.newest_first():
-            if step_of(other) < step and other != before:
+            if step_of(other) < step and other not in kept:
                 self._remove(other)
         return target
 
@@ -97,6 +112,12 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)  # noqa: PTH105
         shutil.rmtree(aside)
+
+
+def trainer_state(checkpoint: Path | None) -> dict[str, Any]:
+    """What the Trainer keeps of a checkpoint beside model and optimizer; nothing if there is none."""
+    path = None if checkpoint is None else checkpoint / "trainer_state.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else {}
 
 
 def stream_digest(checkpoint: Path | None) -> str | None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from galore_torch.training.run import processes, records
+from galore_torch.training.run import hub, processes, records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.disk import failed_write
 from galore_torch.training.run.folder import OtherDataError, RunFolder
@@ -22,7 +22,7 @@ from galore_torch.units import duration, readable
 
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
-    from galore_torch.training.run.run import RunResult
+    from galore_torch.training.run.result import RunResult
 
 REFUSED = 2  # the exit status of a command that was asked for something it cannot do, as shells have it
 FAILED = 1  # that of one that could not finish what it had begun
@@ -75,7 +75,7 @@ def explain(error: Exception, *, at_work: bool = False) -> str | None:
     """What an error says that a user can do something about; None for any other error.
 
     Of a command that was at work, all that was asked for had been found right: only its failed writes are the user's,
-    and a stream that tells late what it is.
+    a stream that tells late what it is, and what the Hub does not take.
     """
     failed = failed_write(error)
     file = error if isinstance(error, OSError) and error.filename is not None else None
@@ -83,7 +83,7 @@ def explain(error: Exception, *, at_work: bool = False) -> str | None:
         failed = f"{file.strerror}: {file.filename}"
     if failed is not None:
         return f"a file could not be written: {failed}. {_ROOM}"
-    if isinstance(error, OtherDataError) or (not at_work and isinstance(error, (ValueError, ImportError))):
+    if isinstance(error, (OtherDataError, hub.NotPushedError) if at_work else (ValueError, ImportError)):
         return " ".join(map(str.strip, str(error).splitlines()))
     if not at_work and file is not None:
         return f"{file.filename!r} cannot be used: {file.strerror}. Allow it, or give another path."
@@ -126,6 +126,7 @@ def run_command(
             else:
                 settings, default = configure()
                 settings.require_there()
+                hub.require_token(settings.schedule.push_to_hub)
                 if instead is not None:
                     instead(settings, console)
                     return
@@ -176,6 +177,8 @@ def _shown(result: RunResult, name: str) -> list[str]:
 
 def _failed(folder: RunFolder, name: str) -> str:
     """What a run whose process failed has left, and how to go on."""
+    if records.final(folder.metrics) is not None:
+        return f"{folder.root} holds the finished run."
     saved = folder.checkpoints.newest()
     what = "has no checkpoint yet" if saved is None else f"is saved as of step {step_of(saved):,}"
     again = "start it over with" if saved is None else "resume with"

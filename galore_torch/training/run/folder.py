@@ -40,8 +40,13 @@ from galore_torch.training.run.signals import deferred
 LAUNCH = "TORCHELASTIC_RUN_ID"
 """Where torchrun names its launch to the processes that it starts, all of them and anew; "none" if it was not given."""
 
-CHANGEABLE = ("steps", "epochs", "eval_every", "save_every", "micro_batch", "gradient_checkpointing", "report_to")
-"""Settings that may be given with ``--resume``: how long, what is recorded, and what bounds memory."""
+LONGER = ("steps", "epochs", "early_stopping_patience")
+"""Settings that make a run longer, also one that has ended."""
+
+CHANGEABLE = (
+    *LONGER, "eval_every", "save_every", "micro_batch", "gradient_checkpointing", "report_to", "push_to_hub"
+)  # fmt: skip
+"""Settings that may be given with ``--resume``: how long, what is recorded, what bounds memory, where a model goes."""
 
 
 class OtherDataError(ValueError):
@@ -170,7 +175,7 @@ class RunFolder:
         final = records.final(self.metrics)
         newest = self.checkpoints.newest()
         done = final["step"] if final else 0 if newest is None else step_of(newest)
-        if final is not None and not {"steps", "epochs"} & changes.keys():
+        if final is not None and not changes.keys() & set(LONGER):
             raise self._refused(
                 f"holds a run that ended after step {done}; choose another --out to train from scratch, or make it "
                 "longer by --steps."

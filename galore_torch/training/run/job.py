@@ -33,6 +33,7 @@ class Job(ABC):
     digest: str  # changes with any token or row of that, but for those of a stream
     stream: Stream | None = None  # of which the tokens are known once they are read
     units_per_step: int  # tokens or examples
+    patience: int | None = None  # evaluations, none better than the best, after which the training has ended
     announcement: str  # what is about to be trained, in Rich's markup
 
     @abstractmethod

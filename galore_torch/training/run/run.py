@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from galore_torch.integrations.callback import GaLoreCallback, figures_of, galor
 from galore_torch.optim import state_bytes
 from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
-from galore_torch.training.run import disk, machine, optimizers, processes, records, sharded
+from galore_torch.training.run import disk, hub, machine, optimizers, processes, records, sharded
 from galore_torch.training.run.callbacks import (
+    EarlyStopping,
     EndAfterLastStep,
     NoStepLeftError,
     Recorder,
@@ -26,47 +27,17 @@ from galore_torch.training.run.callbacks import (
     StepProgress,
     quiet,
 )
-from galore_torch.training.run.checkpoints import KEPT, step_of, stream_digest
-from galore_torch.training.run.files import sync, write_manifest
+from galore_torch.training.run.checkpoints import KEPT, step_of, stream_digest, trainer_state
+from galore_torch.training.run.files import require_whole, sync, write_manifest
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job, make_trainer
 from galore_torch.training.run.plots import plot_losses
+from galore_torch.training.run.result import RunResult
 from galore_torch.training.run.signals import deferred, was_asked
 from galore_torch.training.settings.config import from_values
 from galore_torch.units import readable
 
 _NOT_RECORDED = ("out", "finished", "checkpoint")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run came to. One that was stopped has None for what needs an evaluation."""
-
-    out: str  # the run folder
-    optimizer: str
-    adapter: str  # or "none"
-    finished: bool
-    step: int  # optimizer steps made, over all resumptions
-    eval_loss: float | None  # on what is held out, at the end; nats per token of a language model
-    state_bytes: int  # of the optimizer
-    peak_memory_bytes: int  # of the GPU if there is one, of the process otherwise
-    planned_memory_bytes: int | None  # the same, as it was planned before the first step; None if it was not
-    parameters: int  # of the model, as it is saved
-    trained_parameters: int  # those that the optimizer moves, of the model or of its adapters
-    seconds: float  # time spent in training steps
-    renewals: int  # bases found, over all weights and resumptions; 0 for an optimizer that does not project
-    overlap: float | None  # of each weight's last two subspaces, on average: 1 for the same, 0 as of random ones
-    checkpoint: str | None  # from which a stopped run is resumed
-
-    @property
-    def headline(self) -> str:
-        """The scores and the pace, for people."""
-        raise NotImplementedError
-
-    @property
-    def remarks(self) -> list[str]:
-        """What people must know of the scores, a sentence each."""
-        return []
 
 
 class Run:
@@ -89,6 +60,7 @@ class Run:
     ) -> None:
         quiet(console)
         config.require_there()
+        hub.require_token(config.schedule.push_to_hub)
         processes.require_served(config, in_processes=kind.in_processes)
         console = console if processes.is_first() else Console(quiet=True)
         machine.ignore_accelerate(console)
@@ -98,6 +70,7 @@ class Run:
         self._parameters = job.model.num_parameters()
         adapt(job.model, config.adapter, job.target_modules, task_type=job.task_type)
         sharded.shard(job.model, config, job.target_modules)
+        self._early = None if job.patience is None else EarlyStopping(job.patience)
         optimizer = optimizers.build(job.model, config.optimizer, config.schedule.seed, job.target_modules)
         _require_room(folder, job, optimizer)
         console.print(job.announcement, highlight=False, soft_wrap=True)
@@ -105,14 +78,17 @@ class Run:
         if resumed:
             folder.require_text(job.digest, job.data)
             self.checkpoint = _newest_checkpoint(folder, console)
+            _require_best(folder, self.checkpoint, self._early, longer=before is not None)
             if job.stream is not None and self.checkpoint is not None:
                 job.stream.go_on_from(self.checkpoint)
         else:
             folder.create(config, job.digest)
+        self._console, self._end = console, EndAfterLastStep(self._early)
         self._recorder = Recorder(folder, job)
         self._progress = StepProgress(console, self._recorder)
         renewals = GaLoreCallback(on_renewal=self._recorder.record_renewal)
         ours = [self._recorder, renewals, self._progress, SaveOnSignal(), *restarts.callbacks_for(config.adapter)]
+        ours += [] if self._early is None else [self._early]
         self.trainer = make_trainer(
             job,
             str(folder.checkpoints.tmp),
@@ -126,22 +102,28 @@ class Run:
                 callback.logging_dir = str(folder.events)  # else they lie, and go, with a checkpoint that is written
         processes.require_same_text(job.digest)
         self._planned = machine.planned_peak(job, self.trainer, console)
+        if config.schedule.push_to_hub is not None and processes.is_first():
+            hub.make_repository(config.schedule.push_to_hub)
         if before is not None and processes.is_first():
             _record_changes(folder, before, config, self.checkpoint, console)
 
     def train(self) -> Any:
         """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record.
 
+        A model that is to be pushed is uploaded then, and a `hub.NotPushedError` says that it was not.
         What the run came to is returned, as the job's kind of `RunResult`.
         """
         try:
             self._make_steps()
             with deferred():
+                self._take_best()
                 result = self._result()
                 weights = sharded.whole_weights(self.model) if result.finished else None
                 if result.finished and processes.is_first():
                     self._finish(result, weights)
             processes.wait_for_all()
+            if result.finished and processes.is_first() and self.config.schedule.push_to_hub is not None:
+                self._console.out(hub.push(self.folder.model, self.config.schedule.push_to_hub), highlight=False)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or was_asked():
                 self.folder.abandon()
@@ -154,7 +136,7 @@ class Run:
     def _make_steps(self) -> None:
         """Make those that are left: none, where the process was killed between its last checkpoint and its end."""
         trainer = self.trainer
-        trainer.add_callback(EndAfterLastStep())  # after all others
+        trainer.add_callback(self._end)  # after all others
         try:
             trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         except NoStepLeftError:
@@ -163,9 +145,18 @@ class Run:
             if self._recorder.evaluation.get("step") != trainer.state.global_step:  # its record was lost
                 trainer.evaluate()
 
+    def _take_best(self) -> None:
+        """Let a finished run's model and its scores be those of the best evaluation, where one was looked for."""
+        state = self.trainer.state
+        if self._end.has_come(state) and state.best_global_step:
+            state.best_model_checkpoint = str(self.folder.checkpoints.of(state.best_global_step))
+            self.trainer._load_best_model()
+            if not self._recorder.go_back_to(state.best_global_step):  # its record was lost
+                self.trainer.evaluate()
+
     def _result(self) -> Any:
         state, recorder, unit = self.trainer.state, self._recorder, self.job.unit
-        finished = state.global_step >= state.max_steps
+        finished = self._end.has_come(state)
         checkpoint = None if finished else self.folder.checkpoints.newest()
         optimizer = self.trainer.optimizer
         assert optimizer is not None
@@ -178,6 +169,7 @@ class Run:
             adapter=self.config.adapter.adapter,
             finished=finished,
             step=state.global_step,
+            best_step=state.best_global_step if finished else None,
             eval_loss=recorder.evaluation.get("eval_loss") if finished else None,
             state_bytes=state_bytes(optimizer),
             peak_memory_bytes=machine.peak_memory_bytes(),
@@ -297,13 +289,29 @@ def _record_changes(folder: RunFolder, before: Any, now: Any, checkpoint: Path |
         console.out(line, highlight=False)
 
 
+def _require_best(folder: RunFolder, checkpoint: Path | None, early: EarlyStopping | None, *, longer: bool) -> None:
+    """Refuse a run whose best checkpoint is damaged, or that is made longer though its patience has come to an end."""
+    best = folder.checkpoints.best(checkpoint)
+    if best is not None:
+        require_whole("out", str(folder.root), best)
+    known = trainer_state(checkpoint).get("stateful_callbacks", {}).get(EarlyStopping.__name__)
+    if longer and early is not None and known is not None:
+        count = known["attributes"]["early_stopping_patience_counter"]
+        if count >= early.early_stopping_patience:
+            raise ValueError(
+                f"early_stopping_patience = {early.early_stopping_patience}, and {count} evaluations in a row were no "
+                f"better; give more than {count} to go on."
+            )
+
+
 def _require_room(folder: RunFolder, job: Job, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a disk on which less is free than the model and its checkpoints take at least."""
     tensors = (*job.model.parameters(), *job.model.buffers())
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     checkpoint = weights + optimizers.least_state_bytes(optimizer, job.config.optimizer)
     there = len(folder.checkpoints.newest_first())
-    needed = weights + max(1, KEPT + 1 - there) * checkpoint  # one more while it is written
+    kept = KEPT + 2 * ("metric_for_best_model" in job.schedule())  # the best ones until each of the last
+    needed = weights + max(1, kept + 1 - there) * checkpoint  # one more while it is written
     free = disk.free_bytes(folder.root)
     if free < needed:
         raise ValueError(

@@ -44,6 +44,15 @@ def group_setting(name: str, **other: Any) -> Any:
     return setting(**{"default": key.default, "help": key.help, **(key.limits or {}), **other})
 
 
+# What all jobs have.
+GRADIENT_CHECKPOINTING = setting(
+    False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
+)
+REPORT_TO = setting("none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma.")
+PUSH_TO_HUB = setting(
+    None, "Repository of the Hugging Face Hub that the finished model is uploaded to; made if it is not there."
+)
+
 _CHECKS = pydantic.ConfigDict(strict=True, allow_inf_nan=False, validate_default=True)
 
 
