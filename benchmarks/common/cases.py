@@ -250,6 +250,9 @@ class Trained:
             from galore_torch import quantize_weights
 
             quantize_weights(model)
+        if self.training.method.compiles:
+            for block in model.model.layers:  # compiling for a CPU takes long, and is not what is measured
+                block.compile(backend="inductor" if self.training.device == "cuda" else "aot_eager")
         return model
 
     def draw(self) -> Tensor:

@@ -32,6 +32,7 @@ class Method:
     basis_bits: int = 16  # in what bases are kept: 16, 8 or 4
     weight_bits: int = 16  # in what attention and MLP weights are kept: 16 or 8
     recomputes: bool = False  # whether the backward computes activations again
+    compiles: bool = False  # whether blocks of the model are compiled, each by itself
 
     @property
     def peer(self) -> Peer | None:
