@@ -131,6 +131,7 @@ METHODS: dict[str, Method] = {
     "fira": Method("GaLore, rotated, Fira's residual", galore(moments="rotate", residual="fira"), 0.01),
     "columns": Method("momentum in the subspace and residual, by columns", galore(**FULL, normalize="columns"), 0.003),
     "orthogonal": Method("the same, orthogonalised", galore(**FULL, normalize="orthogonal"), 0.008),
+    "blocks": Method("the same, orthogonalised in blocks", galore(**FULL, normalize="blocks"), 0.008, others_lr=0.08),
     "muon": Method("Muon", MUON, 0.004, others_lr=0.08),
     "galore-reset": Method("GaLore, moments reset", galore(moments="reset"), 0.01),
     "scale": Method("SCALE", plain(SCALED), 0.003, others_lr=0.02),
