@@ -43,6 +43,7 @@ galore inspect --model FacebookAI/roberta-base --task classify --data reviews.cs
 
 The rank is the least multiple of --rank-multiple whose basis captures --capture-share of the next snapshot's gradient.
 The gap is the longest after which bases still capture --keep-share of what young ones do. Both are rules of thumb.
+A line has the flags by which galore pretrain and galore finetune train by them.
 """
 
 _COMMAND = "galore inspect"
@@ -99,7 +100,7 @@ def inspect(
             return
         console.print(report.table(found))
         for text in (*report.texts(found), f"report {folder}/report.html  figures {folder}/inspection.json"):
-            console.print(text, highlight=False, markup=False, soft_wrap=text.startswith("report "))
+            console.print(text, highlight=False, markup=False, soft_wrap=text.startswith((report.BY_IT, "report ")))
 
 
 def _require_one_subject(

@@ -169,7 +169,7 @@ def figures(observer: GradientObserver) -> dict[str, Any]:
         "rank": observer.rank,
         "ages": config.snapshots.ages,
         "notes": [*inspected.remarks, *_notes(histories, advice)],
-        "recommended": _for_all(advice.values()),
+        "recommended": _for_all(advice.values()) | {"flags": _flags(advice)},
         "losses": observer.losses,
         "modules": {
             name: _module(group, advice[name]) | {"run": recorded.get(name, [])} for name, group in modules.items()
@@ -191,6 +191,18 @@ def _for_all(advice: Collection[Recommendation]) -> dict[str, Any]:
     ranks, gaps = zip(*((one.rank, one.gap) for one in advice), strict=True)
     rank, gap = None if None in ranks else max(ranks), None if None in gaps else min(gaps)
     return {"rank": rank, "gap": gap, "gap_is_at_least": all(one.at_least for one in advice if one.gap == gap)}
+
+
+def _flags(advice: Mapping[str, Recommendation]) -> str:
+    """The advice as flags of ``galore pretrain`` and ``finetune``: each module's rank, and the least gap."""
+    ranks: dict[str, int] = {}
+    for name, one in advice.items():
+        module = name.partition(" ")[0]  # without the shape
+        if one.rank is not None:
+            ranks[module] = max(one.rank, ranks.get(module, 0))
+    gap = _for_all(advice.values())["gap"]
+    ranked = f"--rank-pattern {','.join(f'{name}={rank}' for name, rank in ranks.items())}" if ranks else ""
+    return ranked + (f" --update-proj-gap {gap}" if gap is not None else "")
 
 
 def _recorded(renewals: Iterable[Record], home: Mapping[str, str]) -> dict[str, list[Record]]:

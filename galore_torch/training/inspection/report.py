@@ -23,6 +23,9 @@ Found = Mapping[str, Any]
 
 Line = tuple[Sequence[float], Sequence[float]]
 
+BY_IT = "To train by it"
+"""How the line begins that ends by the flags of the recommendation."""
+
 _HEADINGS = {"spectra": "Energy by rank", "ages": "Bases as they age", "stable_rank": "Stable rank", "run": "The run"}
 _CAPTIONS = {
     "spectra": "Share of a gradient's energy in its own strongest directions (solid), and in those of the gradient "
@@ -66,7 +69,7 @@ def _side(own: Found) -> int:
 
 
 def texts(found: Found) -> list[str]:
-    """What the table's columns are, how rank and gap were found and which suit all modules, and notes."""
+    """What the table's columns are, how rank and gap were found, by which flags to train by them, and notes."""
     for_all, own, ages = found["recommended"], found["settings"]["recommendation"], _ages(found)
     legend = (
         "stable: the stable rank. 50/90/99 %: the rank that holds so much of the energy. "
@@ -82,7 +85,8 @@ def texts(found: Found) -> list[str]:
         least = "at least " if for_all["gap_is_at_least"] else ""
         gap = "" if for_all["gap"] is None else f", gap {least}{for_all['gap']}"
         rule += f" One for all modules: rank {for_all['rank']}{gap}."
-    return [legend, rule, *found["notes"]]
+    by_it = [f"{BY_IT}, with --lr tuned for it: {for_all['flags']}"] if for_all["flags"] else []
+    return [legend, rule, *by_it, *found["notes"]]
 
 
 def table(found: Found) -> Table:

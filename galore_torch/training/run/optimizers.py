@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 import galore_torch
 from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
+from galore_torch.messages import list_names
 from galore_torch.optim.groups import projection_in
 from galore_torch.training.settings.optimizer import (
     KINDS,
@@ -59,6 +60,8 @@ def build(
         others_lr=config.others_lr,
         **keys,
     )
+    if config.rank_pattern is not None:
+        groups = _by_rank(groups, config)
     if not projected:
         groups = [{key: value for key, value in group.items() if key not in KEYS} for group in groups]
     if config.update == "backward" and not projected:
@@ -68,6 +71,43 @@ def build(
             warnings.filterwarnings("ignore", message="no parameter group has a `rank`")  # as is meant here
         make = pkgutil.resolve_name(KINDS[name].made_by)
         return make(groups, **_arguments(make, name, config, seed))  # type: ignore[no-any-return]
+
+
+def _by_rank(groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The groups, with one of its own for each rank of a projected group's weights."""
+    made: list[dict[str, Any]] = []
+    names: list[str] = []
+    for group in groups:
+        if "rank" not in group:
+            made.append(group)
+            continue
+        names += group["param_names"]
+        by_rank: dict[int, dict[str, Any]] = {}
+        for name, weight in zip(group["param_names"], group["params"], strict=True):
+            rank = _rank_of(name, config)
+            own = by_rank.setdefault(rank, {**group, "params": [], "param_names": [], "rank": rank})
+            own["params"].append(weight)
+            own["param_names"].append(name)
+        made += by_rank.values()
+    unknown = [end for end in config.ranks if not any(_ends_with(name, end) for name in names)]
+    if unknown:
+        raise ValueError(
+            f"rank_pattern = {config.rank_pattern!r}: no projected weight's name ends by {unknown[0]}; they are "
+            f"{list_names(names, 20)}."
+        )
+    return made
+
+
+def _rank_of(name: str, config: OptimizerConfig) -> int:
+    """The rank of the longest end that a weight's name has, or the one of all others."""
+    found = [end for end in config.ranks if _ends_with(name, end)]
+    return config.ranks[max(found, key=len)] if found else config.rank
+
+
+def _ends_with(name: str, end: str) -> bool:
+    """Whether a weight's name, without the numbers of layers and experts, ends by whole parts."""
+    parts = [part for part in name.removesuffix(".weight").split(".") if not part.isdecimal()]
+    return parts[-len(end.split(".")) :] == end.split(".")
 
 
 def _arguments(make: Any, name: str, config: OptimizerConfig, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -48,7 +49,7 @@ class Kind:
 
 
 _MOMENTUM, _ADAM, _STATE = frozenset({"beta1"}), frozenset({"beta1", "beta2", "eps"}), frozenset({"state_dtype"})
-_PROJECTED = frozenset(KEYS) | {"gradients", "grad_bits", "weight_bits", "weight_rounding"}
+_PROJECTED = frozenset(KEYS) | {"gradients", "grad_bits", "weight_bits", "weight_rounding", "rank_pattern"}
 _PROJECTED_DEFAULTS = {"gradients": "fused"}  # as `attach` has it
 _FEW_BITS = {"basis_bits": 4, "cos_threshold": 0.4}
 _MUON = {
@@ -138,6 +139,11 @@ class OptimizerConfig:
         default_help="the preset's if --lr is not given, else lr",
     )
     rank: int = group_setting("rank", default=128)
+    rank_pattern: str | None = setting(
+        None,
+        "Ranks of modules, by the ends of their names, such as q_proj=32,mlp.down_proj=64: galore inspect gives one. "
+        "Others have --rank.",
+    )
     update_proj_gap: int = group_setting("update_proj_gap")
     scale: float = group_setting("scale", default_help="0.25 or by preset; galore-muon: 0.2")
     proj_type: ProjType = group_setting("proj_type")
@@ -206,6 +212,22 @@ class OptimizerConfig:
             )
         if self.weight_bits == 16 and self.weight_rounding == "nearest":
             raise ValueError("weight_rounding = 'nearest' has no effect with weight_bits = 16; give weight_bits = 8.")
+        if not all(re.fullmatch(r"[^\s=]+=[1-9]\d*", one) for one in self._ranks()):
+            raise ValueError(
+                f"rank_pattern = {self.rank_pattern!r} is no list of ranks; give such as q_proj=32,mlp.down_proj=64."
+            )
+
+    def _ranks(self) -> list[str]:
+        return [] if self.rank_pattern is None else self.rank_pattern.replace(" ", "").split(",")
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks of `rank_pattern` by the ends of names.
+
+        >>> OptimizerConfig(rank_pattern="q_proj=32,mlp.down_proj=64").ranks
+        {'q_proj': 32, 'mlp.down_proj': 64}
+        """
+        return {name: int(rank) for name, _, rank in (one.partition("=") for one in self._ranks())}
 
     @property
     def group_keys(self) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import signal
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from galore_torch.cli import build_app
 from galore_torch.training.inspection import report
+from galore_torch.training.run.folder import RunFolder
 from tests.forked import Galore
 from tests.training.inspection.looking import FILES, MODULES, SHORT, digests, inspected, of_run
 from tests.waiting import wait_for
@@ -175,3 +177,26 @@ def test_what_cannot_be_recommended_is_said(run, tmp_path):
     told = " ".join(result.output.split())
     assert "for any module: bases of an age were judged by 1 later gradient, and 2" in told
     assert json.loads((tmp_path / "out" / "inspection.json").read_text(encoding="utf-8"))["recommended"]["rank"] is None
+
+
+def test_a_run_trains_by_the_flags_of_the_advice(run, tmp_path):
+    told = inspected("--run", run, *SHORT, "--rank-multiple", "4", "--out", tmp_path / "looks")
+    (line,) = [line for line in told.output.splitlines() if line.startswith(report.BY_IT)]
+    advice = line.rpartition(": ")[2]
+    found = json.loads((tmp_path / "looks" / "inspection.json").read_text(encoding="utf-8"))
+    assert found["recommended"]["flags"] == advice
+    assert advice in (tmp_path / "looks" / "report.html").read_text(encoding="utf-8")
+    wanted = {name: own["recommended"]["rank"] for name, own in found["modules"].items()}
+    assert len(set(wanted.values())) > 1  # else it would be one rank for all
+
+    out, recorded = tmp_path / "by-it", run / "config.toml"
+    flags = ["--config", str(recorded), "--steps", "4", "--out", str(out), *advice.split()]
+    done = CliRunner().invoke(build_app(), ["pretrain", *flags])
+    assert done.exit_code == 0, done.output
+    state = torch.load(RunFolder(out).checkpoints.newest() / "optimizer.pt", weights_only=True)
+    ranks = {name: group["rank"] for group in state["param_groups"] for name in group["param_names"] if "rank" in group}
+    assert len(ranks) == 2 * len(wanted)
+    assert all(rank == wanted[name.split(".")[-2]] for name, rank in ranks.items())
+    assert f'rank_pattern = "{advice.split()[1]}"' in (out / "config.toml").read_text(encoding="utf-8")
+    longer = CliRunner().invoke(build_app(), ["pretrain", "--resume", "--out", str(out), "--steps", "6"])
+    assert longer.exit_code == 0, longer.output

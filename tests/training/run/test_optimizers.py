@@ -105,3 +105,30 @@ def test_settings_arrive(model):
 
 def test_the_registry_tells_projection_by_name():
     assert all(("galore-" in name) is entry.projected for name, entry in KINDS.items())
+
+
+# Ranks by module -----------------------------------------------------------------------------------------------------
+
+
+def test_a_module_has_the_rank_of_the_longest_end_of_its_name(model):
+    config = OptimizerConfig(rank=4, rank_pattern="proj=3, q_proj=8,mlp.down_proj=16,down_proj=2")
+    with pytest.raises(ValueError, match=r"name ends by proj; they are model\.layers"):  # whole parts alone
+        build(model, config, seed=0)
+    config = OptimizerConfig(rank=4, rank_pattern="q_proj=8, mlp.down_proj=16,down_proj=2")
+    groups = build(model, config, seed=0).param_groups
+    held = [name for group in groups for name in group["param_names"]]
+    assert sorted(held) == sorted(name for name, _ in model.named_parameters())
+    ranks = {name: group["rank"] for group in groups for name in group["param_names"] if "rank" in group}
+    wanted = {"q_proj": 8, "down_proj": 16}
+    assert ranks == {name: wanted.get(name.split(".")[-2], 4) for name in ranks}
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "q_proj=", "q_proj=0", "q_proj=8,", "=8", "q_proj=8=9", "q_proj=x", ""])
+def test_what_is_no_list_of_ranks_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"rank_pattern = .* give such as q_proj=32"):
+        OptimizerConfig(rank_pattern=pattern)
+
+
+def test_ranks_by_module_need_a_projection():
+    with pytest.raises(ValueError, match="rank_pattern = 'q_proj=8' has no effect with optim = 'adamw'"):
+        OptimizerConfig(optim="adamw", rank_pattern="q_proj=8")
