@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from galore_torch.memory.copies import alike_blocks, copy_without_numbers
 from galore_torch.memory.recorder import Recorder, stored_bytes
 from galore_torch.optim import GaLore
 from galore_torch.optim.groups import is_projected
+from galore_torch.optim.outcomes import Outcomes
 from galore_torch.optim.state_keys import BASIS, RENEWED_STEP
 
 FIRST_BLOCK = "first block"
@@ -106,6 +109,7 @@ class _Training:
         for weight in self.trained:  # before the hooks that free gradients
             weight.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
         if isinstance(optimizer, GaLore):
+            optimizer._outcomes = _AsHoped()
             attach(model, optimizer, job.gradients, job.update, grad_bits=job.grad_bits)
         self.batch = {name: _as_tensor(one, job.device) for name, one in job.batch.items()}
         blocks = alike_blocks(model)
@@ -153,7 +157,8 @@ class _Training:
         level = fake_tensor.log.level
         fake_tensor.log.setLevel(logging.CRITICAL)  # it shows the traceback of what we report in a word
         try:
-            loss: Tensor = self.model(**self.batch).loss
+            with _not_traced():
+                loss: Tensor = self.model(**self.batch).loss
         except RuntimeError as error:  # of many kinds: memory that depends on numbers, an operation without sizes, ...
             self.untraced = str(getattr(error, "func", error)).strip().splitlines()[0]
             return None
@@ -211,6 +216,32 @@ class _Training:
                 at_once = -(-len(held) // group["update_proj_gap"]) if group["stagger"] else len(held)
                 for weight in sorted(held, key=Tensor.numel)[-at_once:]:
                     self.optimizer.state[weight][RENEWED_STEP] = -1
+
+
+class _AsHoped(Outcomes):
+    """Of gradients without numbers each tells a whole basis: no device is asked whether it did."""
+
+    def expect(self, *_: Any) -> None:
+        """Wait for nothing."""
+
+
+@contextmanager
+def _not_traced() -> Iterator[None]:
+    """Let Transformers ask for numbers, and be told the usual ones.
+
+    It takes tensors without numbers for a compiler's, which must not be asked whether anything is masked, and makes
+    masks for them that a real forward does without: a number for every pair of tokens, in each layer.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    asked = getattr(masking, "is_tracing", None)
+    if asked is None:
+        yield
+        return
+    masking.is_tracing = lambda *_: False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        masking.is_tracing = asked  # type: ignore[union-attr]
 
 
 def _take_numbers(optimizer: Optimizer, mode: FakeTensorMode) -> None:
