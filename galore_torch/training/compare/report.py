@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from galore_torch.training.compare.plan import OF_RUNS
-from galore_torch.training.compare.results import Comparison, Summary, notes, rows
+from galore_torch.training.compare.results import Comparison, Summary, notes, rows, short, shown
 from galore_torch.training.page.page import Page
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
@@ -50,6 +50,7 @@ def report(comparison: Comparison, out: Path, command: str) -> Page:
     _table(page, comparison)
     if comparison.best:
         _figures(page, comparison, out)
+        _all_runs(page, comparison)
     page.heading("How it was made")
     page.code(in_lines(command))
     page.facts(versions(job.libraries))
@@ -118,6 +119,17 @@ def _table(page: Page, comparison: Comparison) -> None:
         page.text(text)
 
 
+def _all_runs(page: Page, comparison: Comparison) -> None:
+    job, name = comparison.job, comparison.score.name
+    cells, ends = [], [end for end in comparison.ends if end.final is not None]
+    for end in ends:
+        final: Record = end.final or {}
+        scored = shown(name, job.scores(final)[name]), shown("loss", final["eval_loss"])
+        cells.append([end.run.label, *scored, short(final[f"{job.unit}_per_second"])])
+    page.heading("All runs")
+    page.table(["run", name, "loss", f"{job.unit}/s"], cells, links=[end.run.folder.as_posix() for end in ends])
+
+
 def _figures(page: Page, comparison: Comparison, out: Path) -> None:
     unit, seeds = comparison.job.unit, "; bands span the seeds" if comparison.seeds > 1 else ""
     judged = f"{comparison.score.decisive} on held-out {comparison.job.held_out}".capitalize()
@@ -129,7 +141,7 @@ def _figures(page: Page, comparison: Comparison, out: Path) -> None:
             "The same by seconds spent in training steps.": losses(comparison, out, "seconds"),
             f"{judged} at each evaluation{seeds}.": held_out(comparison, out),
         },
-        "Learning rates": {f"{judged} by learning rate; mean over the seeds.": sensitivity(comparison)},
+        "Learning rates": {f"{judged} by learning rate{seeds and '; mean over the seeds'}.": sensitivity(comparison)},
         "Subspaces": {new: subspaces(comparison, out, "overlap"), old: subspaces(comparison, out, "captured")},
     }.items():
         if any(drawn.values()):
@@ -177,10 +189,6 @@ def losses(comparison: Comparison, out: Path, by: str) -> Figure:
         along = _mean([_thinned([record[by] for record in steps]) for steps in seeds])
         drawn[method] = along, [smooth(_thinned(known(record["loss"] for record in steps))) for steps in seeds]
     _draw(figure, axes, drawn)
-    means = [_mean(seeds) for _, seeds in drawn.values()]
-    late = [loss for mean in means for loss in mean[len(mean) // 20 :] if math.isfinite(loss)]
-    if late:  # the first steps' losses would take up half of the figure
-        axes.set_ylim(top=max(late) + 0.02 * (max(late) - axes.get_ylim()[0]))
     axes.set_xlim(left=0)
     if by != "seconds":
         count_by(axes, by)
@@ -207,7 +215,7 @@ def sensitivity(comparison: Comparison) -> Figure | None:
     Returns:
         The figure, or None if no method has several learning rates.
     """
-    figure, axes = new_axes("learning rate", f"held-out {comparison.score.decisive}")
+    figure, axes = new_axes("learning rate (logarithmic)", f"held-out {comparison.score.decisive}")
     better = max if comparison.score.more_is_better else min
     found: dict[str, dict[float, float]] = {method: {} for method in comparison.tried}
     for method, summaries in comparison.tried.items():

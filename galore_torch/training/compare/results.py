@@ -208,11 +208,12 @@ def rows(comparison: Comparison) -> list[list[str]]:
         megabytes = [max(row.values(field)) / 1e6 for field in ("state_bytes", "peak_memory_bytes")]
         scored = [shown(score.name, row.score, row.spread), score.beside(row.score, full)]
         trained = f"{max(row.values('trained_parameters')):,}"
-        cells.append([method, rates, *scored, *map(_short, (pace, *megabytes)), trained])
+        cells.append([method, rates, *scored, *map(short, (pace, *megabytes)), trained])
     return cells
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """A pace or an amount for a table."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -37,7 +37,7 @@ _CAPTIONS = {
     "stable_rank": "Stable rank of the gradients by step, mean over the layers: 1 if one direction holds all.",
     "layers": "Stable rank of the gradients by layer, mean over the steps.",
     "run": "What the run itself recorded at its renewals: share of the gradient that the old basis still captured "
-    "(solid), and overlap of the new basis with the old (dotted).",
+    "(solid, filled), and overlap of the new basis with the old (dotted, hollow).",
 }
 
 
@@ -48,14 +48,14 @@ def rows(found: Found) -> Iterator[dict[str, str]]:
         overlap = own["overlap"].get(str(found["ages"][0]))
         yield {
             "module": name,
+            "rank": "full" if advice["rank"] == _side(own) else str(advice["rank"] or "-"),
+            "gap": f"{'>=' if advice['at_least'] else ''}{advice['gap'] or '-'}",
             "shape": "x".join(map(str, own["shape"])),
             "stable": f"{own['stable_rank']:.1f}",
             "50/90/99 %": "/".join(map(str, own["rank_that_holds"].values())),
             "own": f"{own['own']:.0%}",
             **{f"+{age}": captured.get(str(age), "-") for age in _ages(found)},
             "overlap": "-" if overlap is None else f"{overlap:.2f}",
-            "rank": "full" if advice["rank"] == _side(own) else str(advice["rank"] or "-"),
-            "gap": f"{'>=' if advice['at_least'] else ''}{advice['gap'] or '-'}",
         }
 
 
@@ -106,7 +106,7 @@ def files(found: Found, command: str) -> dict[str, bytes]:
     page = Page("Gradients and their subspaces", f"{lead} of {steps}.")
     page.table(list(next(rows(found))), [list(row.values()) for row in rows(found)])
     for text in texts(found):
-        page.text(text)
+        (page.code if text.startswith(BY_IT) else page.text)(text)
     made = {"inspection.json": (json.dumps(found, indent=1) + "\n").encode()}
     for name, figure in _plots(found).items():
         if name in _HEADINGS:
@@ -162,7 +162,7 @@ def _plots(found: Found) -> dict[str, Figure]:
     }
     if any(own["run"] for own in found["modules"].values()):
         labels = ("step of the run", "captured; overlap")
-        drawn["run"] = _draw(labels, renewals("captured"), dotted=renewals("overlap"), ylim=share)
+        drawn["run"] = _draw(labels, renewals("captured"), dotted=renewals("overlap"), ylim=share, xlim=None)
     return drawn
 
 
@@ -182,7 +182,7 @@ def _draw(
         style = line_style(index, len(line[0]))
         axes.plot(*line, label=name, **style)
         if dotted:
-            axes.plot(*dotted[name], **{**style, "linestyle": ":", "linewidth": 1})
+            axes.plot(*dotted[name], **{**style, "linestyle": ":", "linewidth": 1, "markerfacecolor": "none"})
     for value in level:
         axes.axhline(value, color=GRAY, linewidth=0.8)
     for value in upright:

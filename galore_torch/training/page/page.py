@@ -59,7 +59,13 @@ class Page:
         self._add("facts", facts=facts)
 
     def table(
-        self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "", words: int = 1
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        *,
+        caption: str = "",
+        words: int = 1,
+        links: Sequence[str] = (),
     ) -> None:
         """Add a table.
 
@@ -68,6 +74,7 @@ class Page:
             rows: their cells, each as many as there are columns.
             caption: what the table is, above it.
             words: how many columns from the left hold words; the others hold numbers, which end at one line.
+            links: folders, from the page on, that the first cells of the rows lead to; none if empty.
 
         Raises:
             ValueError: when a row has more or fewer cells than there are columns.
@@ -77,7 +84,7 @@ class Page:
             if len(row) != len(columns):
                 wanted = f"{len(columns)} columns; give one for each of {', '.join(columns)}."
                 raise ValueError(f"row = {row!r} has {len(row)} cells for {wanted}")
-        self._add("table", columns=columns, rows=rows, caption=caption, words=words)
+        self._add("table", columns=columns, rows=rows, caption=caption, words=words, links=links)
 
     def figure(self, figure: Figure, caption: str) -> None:
         """Add a figure, best made by `galore_torch.training.run.plots.new_axes`, and below it what can be seen.

@@ -38,11 +38,13 @@ def line_style(index: int, points: int = _MARKED + 1) -> dict[str, Any]:
         Keywords of `matplotlib.axes.Axes.plot`.
 
     >>> line_style(8, points=3)
-    {'color': '#2b83c6', 'linestyle': '--', 'linewidth': 1.5, 'marker': 'o', 'markersize': 4}
+    {'color': '#2b83c6', 'linestyle': '--', 'linewidth': 1.5, 'marker': 's', 'markersize': 4}
     """
     dashes, color = divmod(index, len(COLORS))
     style = {"color": COLORS[color], "linestyle": _DASHES[dashes % len(_DASHES)], "linewidth": 1.5}
-    return {**style, "marker": _MARKERS[color], "markersize": 4} if points <= _MARKED else style
+    return (
+        {**style, "marker": _MARKERS[(color + dashes) % len(_MARKERS)], "markersize": 4} if points <= _MARKED else style
+    )
 
 
 def new_axes(xlabel: str, ylabel: str, *, size: tuple[float, float] = FIGURE_SIZE) -> tuple[Figure, Axes]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from galore_torch.training.compare.jobs import FINETUNE, PRETRAIN, Amount
 from galore_torch.training.compare.plan import keep_plan, make_plan, rates_by_method, require_same_plan
-from galore_torch.training.compare.report import apart_and_shared, held_out, in_lines, sensitivity
+from galore_torch.training.compare.report import apart_and_shared, held_out, in_lines, losses, report, sensitivity
 from galore_torch.training.compare.results import RunEnd, as_json, compare, notes, rows, table
 from galore_torch.training.run import records
 from tests.architecture import ROOT
@@ -141,9 +142,9 @@ def drawn(comparison):
 
 def test_the_best_rate_has_the_least_mean_loss_and_an_edge_is_told(given):
     runs = plan(given, lrs=("0.001", "0.01", "0.1"), seeds=(0, 1))
-    losses = {0.001: 3.0, 0.01: 2.0, 0.1: None}
+    of_rates = {0.001: 3.0, 0.01: 2.0, 0.1: None}
     outcomes = [
-        outcome(run, 1.0 if run.folder.match("galore/lr-0.001/*") else losses[run.lr] and losses[run.lr] + run.seed)
+        outcome(run, 1.0 if run.folder.match("galore/lr-0.001/*") else of_rates[run.lr] and of_rates[run.lr] + run.seed)
         for run in runs
     ]  # fmt: skip
     comparison = compare(PRETRAIN, outcomes)
@@ -237,7 +238,7 @@ def flags(given, out):
     return ["compare", *words]
 
 
-def losses(out, method):
+def losses_of(out, method):
     history = records.read(out / method / "lr-0.01" / "seed-0" / "metrics.jsonl")
     return [{name: record.get(name) for name in ("step", "loss", "eval_loss", "final")} for record in history]
 
@@ -256,7 +257,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(given, tmp_path):
     again = galore(*flags(given, out), "--json")
     assert again.returncode == 0, again.stderr
     for method in ("full", "galore"):
-        assert losses(out, method) == losses(tmp_path / "whole", method)
+        assert losses_of(out, method) == losses_of(tmp_path / "whole", method)
     result = json.loads(again.stdout)
     assert [run["error"] for run in result["runs"]] == [None, None]
     assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
@@ -310,6 +311,31 @@ def test_a_figure_of_evaluations_shows_all_of_them(given, tmp_path):
     assert [list(line.get_xdata()) for line in axes.lines] == [[1000, 2000, 3000]] * 2
     assert axes.get_xlim()[0] == 0
     assert axes.get_xlim()[1] > 3000
+
+
+def test_the_page_has_every_run_with_its_folder_and_every_curve_from_its_first_point(given, tmp_path):
+    runs = plan(given, lrs=("0.01", "0.02"))
+    for run in runs:
+        (tmp_path / run.folder).mkdir(parents=True)
+        for step in range(1, 61):
+            seen = {"step": step, "tokens": 100 * step, "seconds": 1.0 * step}
+            records.append(tmp_path / run.folder / "metrics.jsonl", {**seen, "lr": 0.01, "loss": 2 + 6 / step})
+    comparison = compare(PRETRAIN, [outcome(run, 1.0 + run.lr) for run in runs])
+    (axes,) = losses(comparison, tmp_path, "tokens").axes
+    low, high = axes.get_ylim()
+    for line in axes.lines:
+        assert low < min(line.get_ydata()) < max(line.get_ydata()) == 8 < high
+    html = report(comparison, tmp_path, "galore compare").render()
+    for run in runs:
+        assert f'<a href="{run.folder.as_posix()}/">{run.label}</a>' in html
+    assert "± std" not in html
+    assert "mean over the seeds" not in html
+    runs = [run for run in plan(given, lrs=("0.01",), seeds=(0, 1)) if run.seed or run.method == "full"]
+    for run in runs:
+        (tmp_path / "seeds" / run.folder).mkdir(parents=True)
+        shutil.copy(tmp_path / "full/lr-0.01/seed-0/metrics.jsonl", tmp_path / "seeds" / run.folder)
+    seeded = compare(PRETRAIN, [outcome(run, 1.0 + run.seed) for run in runs])
+    assert "perplexity ± std" in report(seeded, tmp_path / "seeds", "galore compare").render()
 
 
 @pytest.mark.parametrize(

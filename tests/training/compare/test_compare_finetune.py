@@ -134,7 +134,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_in_the_dark(whole, browser):
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         headings = browser.execute_script("return [...document.querySelectorAll('h1, h2')].map(e => e.textContent)")
         assert headings == [
-            "2 methods, 6 epochs each", "Curves", "Subspaces", "How it was made",
+            "2 methods, 6 epochs each", "Curves", "Subspaces", "All runs", "How it was made",
             "Settings of each method", "Settings of all runs",
         ]  # fmt: skip
         figures = browser.execute_script(

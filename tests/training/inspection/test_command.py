@@ -47,6 +47,11 @@ def test_an_inspection_from_the_command_line_leaves_the_run_as_it_was(run, tmp_p
     assert group["by_rank"]["own"][-1] == 1
     assert len(told["losses"]) == 6
 
+    run_plot = report._plots(told)["run"].axes[0]
+    filled = {line.get_markerfacecolor() != "none" for line in run_plot.lines if line.get_linestyle() == "-"}
+    hollow = {line.get_markerfacecolor() == "none" for line in run_plot.lines if line.get_linestyle() == ":"}
+    assert (filled, hollow) == ({True}, {True})  # a single renewal is two points of one colour
+
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 6
     assert f"galore inspect --run {run}" in page  # by what it was made

@@ -1,9 +1,11 @@
 """Pages: what stands in them, and how a real browser shows them."""
 
+import io
 import json
 import re
 
 import pytest
+from PIL import Image
 
 from galore_torch.training.page.page import Page
 from galore_torch.training.run.plots import COLORS, add_legend, line_style, new_axes
@@ -64,6 +66,21 @@ def test_a_row_of_the_wrong_length_is_refused():
         Page("x").table(["a", "b"], [["1"]])
 
 
+def test_rows_lead_to_folders():
+    made = Page("x")
+    made.table(["run", "loss"], [["full & whole", 1], ["galore", 2]], links=["full/lr 1", "galore/lr-1"])
+    html = made.render()
+    assert re.findall('<td class="words"><a href="(.*?)">(.*?)</a></td>', html) == [
+        ("full/lr%201/", "full &amp; whole"), ("galore/lr-1/", "galore"),
+    ]  # fmt: skip
+    assert html.count("<a ") == 2
+
+
+def test_no_two_of_many_lines_of_few_points_look_the_same():
+    styles = [line_style(index, 1) for index in range(4 * len(COLORS))]
+    assert len({(style["color"], style["marker"]) for style in styles}) == len(styles)
+
+
 COLOUR = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
 
 
@@ -103,3 +120,33 @@ def test_a_browser_shows_it_light_dark_and_on_a_phone(browser, tmp_path):
     sent = [entry["params"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
     urls = {each["request"]["url"] for each in sent if each["documentURL"] == path.as_uri()}
     assert {url for url in urls if not url.startswith("data:")} == {path.as_uri()}
+
+
+def corner(browser, box) -> set:
+    """Return the colours of the right end of the strip below a table."""
+    drawn = Image.open(io.BytesIO(box.screenshot_as_png)).convert("RGB")
+    wide, high = drawn.size
+    strip = drawn.crop((wide - 22, high - 20, wide - 2, high - 2))
+    return {colour for _, colour in strip.getcolors(maxcolors=1000)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", BACKS)
+def test_a_table_shows_that_it_scrolls_where_it_does_until_its_end(scheme, browser, tmp_path):
+    path, made = tmp_path / "page.html", Page("Scrolls")
+    made.table(["method", *(f"a long column {index}" for index in range(5))], [["galore", *range(5)]] * 2)
+    made.write(path)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})  # a phone's is seen for a moment alone
+    for width, scrolls in ((390, True), (1400, False)):
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 400}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(path.as_uri())
+        (box,) = browser.find_elements("css selector", ".box")
+        over = browser.execute_script("return arguments[0].scrollWidth - arguments[0].clientWidth", box)
+        assert (over > 0) is scrolls
+        back = tuple(round(255 * part) for part in of_hex(BACKS[scheme]))
+        assert (corner(browser, box) != {back}) is scrolls
+        browser.execute_script("arguments[0].scrollLeft = 10000", box)
+        assert corner(browser, box) == {back}
