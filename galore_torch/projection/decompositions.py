@@ -28,7 +28,7 @@ from torch import Tensor
 
 from galore_torch.projection import devices
 from galore_torch.projection.numerical_rank import Directions, determined_columns, is_lacking, keep_determined
-from galore_torch.projection.orthonormal import exact_products, exact_svd, leading_directions, orthonormal
+from galore_torch.projection.orthonormal import above_zero, exact_products, exact_svd, leading_directions, orthonormal
 from galore_torch.random_bits import bell_curve, key_of, random_bits
 
 Side = Literal["left", "right"]
@@ -247,7 +247,7 @@ def _apply_gram(facing_dk: Tensor, columns_dl: Tensor) -> tuple[Tensor, Tensor]:
 def _unit(matrix: Tensor) -> Tensor:
     """The matrix scaled so that its largest entry is 1: keeps the squares of tiny and huge gradients within range."""
     largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
-    return matrix / torch.where(largest > 0, largest, 1)
+    return matrix / above_zero(largest)
 
 
 def _product(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.projection.geometry import Basis
-from galore_torch.projection.orthonormal import exact_svd
+from galore_torch.projection.orthonormal import above_zero, exact_svd
 
 LEAST_SINE = 0.1
 """The sine of the angle between an old direction and the new ones from which on it is one more direction. Rounding a
@@ -36,7 +36,7 @@ def determined_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dt
     """
     projected_kr = (facing_dk.mT @ basis_dr.to(facing_dk.dtype)).to(basis_dr.dtype)
     largest = torch.linalg.vector_norm(projected_kr, float("inf"), dim=(-2, -1), keepdim=True)
-    lengths = torch.linalg.vector_norm(projected_kr / torch.where(largest > 0, largest, 1), dim=-2)
+    lengths = torch.linalg.vector_norm(projected_kr / above_zero(largest), dim=-2)
     # Rounding each of m x n numbers on its own leaves singular values of eps (sqrt(m) + sqrt(n)) / sqrt(m n) of the
     # norm at most, and so many eps of the computation are lost in finding the directions themselves.
     rounding = 2 * torch.finfo(rounded_to).eps * sum(size**-0.5 for size in facing_dk.shape[-2:])

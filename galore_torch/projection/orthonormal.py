@@ -27,6 +27,18 @@ LR_ROUNDS = 6
 """Of the Cholesky LR iteration. docs/decisions.md has what they leave of the energy."""
 
 
+def above_zero(sizes: Tensor) -> Tensor:
+    """Sizes to divide by: the least normal number in the place of zero, so that zeros stay zeros. One operation.
+
+    Args:
+        sizes: not negative, of any shape and floating dtype.
+
+    Returns:
+        Of the same shape and dtype.
+    """
+    return sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+
+
 def orthonormal(columns_dl: Tensor) -> Tensor:
     """Orthonormal columns, of which the first k span what the first k given ones do.
 
@@ -60,7 +72,7 @@ def cholesky_qr(columns_dl: Tensor) -> Tensor:
     finer = torch.finfo(columns_dl.dtype).eps / torch.finfo(torch.float32).eps
     for shift in SHIFTS:
         lengths = torch.linalg.vector_norm(columns_dl, dim=-2, keepdim=True)
-        columns_dl = columns_dl / torch.where(lengths > 0, lengths, 1)
+        columns_dl = columns_dl / above_zero(lengths)
         gram_ll = columns_dl.mT @ columns_dl
         gram_ll.diagonal(dim1=-2, dim2=-1).add_(shift * finer)
         factor_ll, _ = torch.linalg.cholesky_ex(gram_ll)  # does not read back whether it succeeded
@@ -125,7 +137,7 @@ def leading_by_cholesky(gram_ll: Tensor, rank: int) -> Tensor:
     gram_ll = turned_ll.mT @ gram_ll @ turned_ll
     for power in range(LR_ROUNDS):
         largest = gram_ll.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-        gram_ll = gram_ll / torch.where(largest > 0, largest, 1)
+        gram_ll = gram_ll / above_zero(largest)
         if power:
             gram_ll = gram_ll @ gram_ll
         first_ll = _cholesky(gram_ll)
