@@ -25,10 +25,12 @@ class Stream(IterableDataset[dict[str, Any]]):
         rows: read anew by every iteration.
         batch: rows of a step.
         data: the name of what they are of.
+        endless: whether they are read again and again, in the same order.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]], *, batch: int, data: str) -> None:
-        self._rows, self._batch, self._data = rows, batch, data
+    def __init__(self, rows: Iterable[dict[str, Any]], *, batch: int, data: str, endless: bool = False) -> None:
+        self._rows, self._batch, self._data, self._endless = rows, batch, data, endless
+        self._length: int | None = None  # how many they are, known once they have been read to their end
         self._digests: dict[int, str | None] = {}  # after the last steps: a Trainer reads less than a step ahead
         self._checkpoint: Path | None = None
 
@@ -38,8 +40,8 @@ class Stream(IterableDataset[dict[str, Any]]):
         Raises:
             OtherDataError: before any row is trained on, where those until the checkpoint are not what they were.
         """
-        tokens = hashlib.sha256()
-        for count, row in enumerate(self._rows, 1):
+        tokens, count = hashlib.sha256(), 0
+        for count, row in enumerate(self._passes(), 1):
             tokens.update(np.asarray(row["input_ids"], dtype="<i8").tobytes())
             step, left = divmod(count, self._batch)
             if not left:
@@ -47,6 +49,18 @@ class Stream(IterableDataset[dict[str, Any]]):
                 if self._checkpoint is not None and step == step_of(self._checkpoint):
                     self._require_same(self._checkpoint, tokens.hexdigest())
             yield row
+        if self._checkpoint is not None and count < step_of(self._checkpoint) * self._batch:
+            self._require_same(self._checkpoint, tokens.hexdigest())
+
+    def _passes(self) -> Iterator[dict[str, Any]]:
+        """The rows once, or again and again unless there are none."""
+        self._length = None
+        while self._length is None or (self._endless and self._length):
+            count = 0
+            for row in self._rows:
+                count += 1
+                yield row
+            self._length = count
 
     def digest(self, step: int) -> str | None:
         """The digest of what was trained on until a step, one of the last two that were read."""
@@ -57,10 +71,12 @@ class Stream(IterableDataset[dict[str, Any]]):
         self._checkpoint = checkpoint
 
     def _require_same(self, checkpoint: Path, found: str) -> None:
-        known = stream_digest(checkpoint)
+        known, step = stream_digest(checkpoint), step_of(checkpoint)
         if found != known:
+            trained = f"{step * self._batch:,} sequences until step {step}"
+            fewer = "" if self._length is None else f"it has {self._length:,} sequences, of {trained}; "
             raise OtherDataError(
                 f"data = {self._data!r} has changed since the run in {str(checkpoint.parents[1])!r} was trained on it: "
-                f"of its tokens until step {step_of(checkpoint)} the SHA-256 was {known} and is {found}; restore the "
-                "data, or start over with another --out."
+                f"{fewer}the SHA-256 of {trained} was {known} and is {found}; restore the data, or start over with "
+                "another --out."
             )

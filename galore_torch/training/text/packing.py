@@ -87,7 +87,7 @@ def prepare_text(
         with console.status("Packing documents into sequences"):
             train, held_out = sequences(corpus, tokenizer, config, batch)
     if corpus.streamed:
-        train = Stream(train, batch=batch, data=config.data)
+        train = Stream(train, batch=batch, data=config.data, endless=True)
     return Text(train=train, held_out=held_out, tokenizer=tokenizer)
 
 

@@ -31,7 +31,7 @@ _CHAIN = "::"  # what Datasets reads as an address within an archive, and no esc
 
 
 class Corpus(NamedTuple):
-    """Documents to train on, endless if they are streamed, and documents held out, none of which is among them."""
+    """Documents to train on and documents held out, none of which is among them."""
 
     train: Documents
     held_out: Documents
@@ -136,4 +136,4 @@ def _stream(config: DataConfig, seed: int) -> Corpus:
         ) from error
     if not held:
         train, held = train.skip(_HELD_OUT_MOST), [train.take(_HELD_OUT_MOST)]
-    return Corpus(train=train.shuffle(seed, buffer_size=_SHUFFLE_BUFFER).repeat(None), held_out=held[0])
+    return Corpus(train=train.shuffle(seed, buffer_size=_SHUFFLE_BUFFER), held_out=held[0])

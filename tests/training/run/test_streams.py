@@ -57,6 +57,37 @@ def test_what_comes_after_a_checkpoint_may_be_other_and_what_came_before_may_not
         assert named in str(told.value)
 
 
+def test_a_stream_without_end_is_read_again_in_the_same_order(rows):
+    stream = Stream(rows, batch=4, data="someone/texts", endless=True)
+    assert list(islice(stream, 30)) == (3 * rows)[:30]
+    assert stream.digest(7) == sha256((3 * rows)[:28])
+    assert list(Stream([], batch=4, data="someone/texts", endless=True)) == []
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_stream_that_has_become_too_short_is_told_with_both_numbers(endless, rows, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "stream.sha256").write_text(sha256(rows))
+    stream = Stream(rows[:10], batch=4, data="someone/texts", endless=endless)
+    stream.go_on_from(checkpoint)
+    with pytest.raises(OtherDataError, match=r"'someone/texts' has changed .* it has 10 sequences, of 12 .* step 3"):
+        list(islice(stream, 100))
+
+
+def test_a_run_of_several_passes_goes_on_exactly(streamed, on_hub, tmp_path):
+    on_hub[2:] = [text[:1500] for text in on_hub[2:4]]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    first = new_run(Pretraining, streamed, whole)
+    assert len(list(first.job.stream._rows)) < 8 * 8
+    first.train()
+    new_run(Pretraining, streamed, parts, callbacks=[During(7, ctrl_c)]).train()
+    resumed_run(Pretraining, parts).train()
+    ends = [records.final(RunFolder(each).metrics) for each in (whole, parts)]
+    assert ends[0]["stream"] == ends[1]["stream"]
+    assert ends[0]["eval_loss"] == ends[1]["eval_loss"]
+
+
 @pytest.fixture
 def on_hub(texts, monkeypatch) -> list[str]:
     """The documents of someone/texts, which a test may change, as the Hub streams them."""

@@ -215,8 +215,12 @@ def test_a_hub_data_set_is_streamed_without_end_and_its_validation_is_held_out(m
     assert asked == [("allenai/c4", "en", True)]
     assert corpus.streamed
     assert [row["text"] for row in corpus.held_out] == documents[:2]
-    taken = [row["text"] for row in islice(corpus.train, 2 * len(documents[2:]))]
-    assert sorted(taken) == sorted(2 * documents[2:])
+    assert sorted(row["text"] for row in corpus.train) == sorted(documents[2:])
+    config = DataConfig(data="allenai/c4", tokenizer="train", vocab=300, seq=64, eval_tokens=128, cache=str(cache))
+    stream = prepare_text(config, Console(quiet=True), batch=4, seed=0).stream
+    once = list(stream._rows)
+    assert len(once) > 20
+    assert list(islice(stream, 2 * len(once) + 3)) == [*once, *once, *once[:3]]
 
 
 def test_a_stream_without_validation_holds_its_first_documents_out(monkeypatch, texts, cache, tmp_path):
