@@ -89,7 +89,10 @@ def local_files(config: DataConfig) -> LocalFiles | None:
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in root.rglob("*.py") if not _NOT_SOURCES.intersection(path.relative_to(root).parts)]
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - _NOT_SOURCES
+        files += (Path(folder, name) for name in names if name.endswith(".py"))
     if not files:
         raise ValueError(f"data = 'stdlib' found no sources in {root}; give a file or folder of your own.")
     return sorted(files)
