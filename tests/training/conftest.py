@@ -4,12 +4,15 @@ import inspect
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import configure
+from galore_torch.training.run import machine, plots, run
+from tests.training.quick import PLANNED_PEAK, quickly
 
 MODULES = (
     "argparse", "ast", "base64", "bisect", "calendar", "cmd", "code", "codecs", "colorsys", "copy", "csv", "dis",
@@ -48,36 +51,23 @@ def tiny(texts: Path, cache: Path):
     return make
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly() -> Iterator[None]:
+    """Spares every run, one that is made for several tests too, what takes longer than its training."""
+    with quickly():
+        yield
+
+
 @pytest.fixture
-def drawn() -> None:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at the picture of a run's losses."""
-
-
-@pytest.fixture(autouse=True)
-def _quickly_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the picture of a run's losses where no test looks: it takes as long as to train a small model."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(
-            "galore_torch.training.run.run.plot_losses", lambda label, metrics, picture, unit: picture.touch()
-        )
+    monkeypatch.setattr(run, "plot_losses", plots.plot_losses)
 
 
 @pytest.fixture
-def planned() -> None:
+def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at what a run says of its memory."""
-
-
-@pytest.fixture(autouse=True)
-def _quickly_begun(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the plan of a run's memory where no test looks: it takes as long as to train a small model."""
-    if "planned" not in request.fixturenames:
-        monkeypatch.setattr("galore_torch.training.run.machine.planned_peak", lambda *_: None)
-
-
-@pytest.fixture(autouse=True)
-def _no_loss_of_power(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits for no disk: a run does at every record and checkpoint, and no test takes the power away."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(machine, "planned_peak", PLANNED_PEAK)
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,15 @@ from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run
+from tests.training.quick import quickly
 
 
 @pytest.fixture(scope="session")
 def run(tiny, tmp_path_factory):
     """The folder of a finished run of eight steps."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    new_run(Pretraining, tiny(eval_every=0, gradients="full"), folder).train()  # formed as an inspection does
+    with quickly():
+        new_run(Pretraining, tiny(eval_every=0, gradients="full"), folder).train()  # formed as an inspection does
     return folder
 
 
@@ -36,5 +38,6 @@ def tuning(run, rows, tmp_path_factory):
     config = configure_tuning(
         task="classify", data=str(rows), model=str(RunFolder(run).model), steps=6, batch=4, max_length=16, rank=4
     )
-    new_run(Finetuning, config, folder).train()
+    with quickly():
+        new_run(Finetuning, config, folder).train()
     return folder
