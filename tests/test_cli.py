@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.finetune.config import SECTIONS as TUNING
 from galore_torch.training.pretrain.config import SECTIONS
 from galore_torch.training.pretrain.presets import PRESETS
+from tests.command_line import app
 from tests.forked import Galore
 from tests.waiting import DEADLINE, wait_for
 
@@ -29,7 +29,7 @@ TINY = [
 
 def shown(*arguments: str, width: int = 80) -> str:
     """What a command prints, without its colours and boxes."""
-    result = CliRunner().invoke(build_app(), arguments, env={"COLUMNS": str(width), "NO_COLOR": "1"})
+    result = CliRunner().invoke(app(), arguments, env={"COLUMNS": str(width), "NO_COLOR": "1"})
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= width
     return " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
@@ -80,7 +80,7 @@ def test_the_help_of_pretrain_teaches(width):
 )
 def test_what_is_wrong_is_told_in_a_line(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(build_app(), ["pretrain", *arguments])
+    result = CliRunner().invoke(app(), ["pretrain", *arguments])
     assert result.exit_code == 2
     assert words in result.stderr
     assert "Traceback" not in result.output
@@ -106,7 +106,7 @@ def test_the_help_of_compare_teaches_both_jobs():
 def test_compare_means_pretrain_where_it_does_not_say(start):
     text = shown(*start, "--dry-run", "--steps", "10", "--method", "galore", "--lr", "0.5", "--set", "galore:batch=8")
     assert text == "galore lr-0.5 seed 0: 10,240 tokens 1 runs, 10,240 tokens in all"
-    bare = CliRunner().invoke(build_app(), ["compare", "pretrian"])
+    bare = CliRunner().invoke(app(), ["compare", "pretrian"])
     assert bare.exit_code == 2
     assert "Did you mean 'pretrain'" in bare.output
 
@@ -130,7 +130,7 @@ def test_compare_means_pretrain_where_it_does_not_say(start):
 )
 def test_what_is_wrong_with_a_comparison_is_told_in_a_line(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(build_app(), ["compare", *arguments])
+    result = CliRunner().invoke(app(), ["compare", *arguments])
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stderr.startswith("galore compare ")
@@ -153,7 +153,7 @@ def test_a_missing_extra_is_told_with_the_line_that_installs_it():
 
 def test_a_run_is_shown_as_plain_lines_and_its_folder_is_refused_afterwards(tiny, tmp_path):
     out = str(tmp_path / "run")
-    done = CliRunner().invoke(build_app(), [*tiny, "--steps", "6", "--out", out])
+    done = CliRunner().invoke(app(), [*tiny, "--steps", "6", "--out", out])
     assert done.exit_code == 0, done.output
     assert re.search(r"step 1/6  loss \d\.\d+  lr \S+  [\d,]+ tok/s  state [\d.]+ [kMG]B\n", done.output)
     assert re.search(r"step 6/6  loss .* [kMG]B  0:00:00 left\n", done.output)
@@ -161,17 +161,17 @@ def test_a_run_is_shown_as_plain_lines_and_its_folder_is_refused_afterwards(tiny
     assert f"model {out}/model" in done.output.replace("\n", "")
     assert "\x1b" not in done.output
 
-    again = CliRunner().invoke(build_app(), [*tiny, "--out", out])
+    again = CliRunner().invoke(app(), [*tiny, "--out", out])
     assert again.exit_code == 2
     assert "already holds a run" in again.stderr
 
 
 def test_a_file_of_settings_is_enough(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("galore_torch.training.run.machine.planned_peak", lambda *_: None)
-    first = CliRunner().invoke(build_app(), [*tiny, "--steps", "2", "--out", str(tmp_path / "one"), "--json"])
+    first = CliRunner().invoke(app(), [*tiny, "--steps", "2", "--out", str(tmp_path / "one"), "--json"])
     config = str(tmp_path / "one" / "config.toml")
     second = CliRunner().invoke(
-        build_app(), ["pretrain", "--config", config, "--out", str(tmp_path / "two"), "--steps", "3", "--json"]
+        app(), ["pretrain", "--config", config, "--out", str(tmp_path / "two"), "--steps", "3", "--json"]
     )
     one, two = json.loads(first.stdout), json.loads(second.stdout)
     assert (one["step"], two["step"]) == (2, 3)
@@ -179,7 +179,7 @@ def test_a_file_of_settings_is_enough(tiny, tmp_path, monkeypatch):
 
 
 def test_text_can_be_prepared_for_runs_to_come(tiny, tmp_path):
-    done = CliRunner().invoke(build_app(), [*tiny, "--prepare"])
+    done = CliRunner().invoke(app(), [*tiny, "--prepare"])
     assert done.exit_code == 0, done.output
     assert re.search(r"is ready: [\d,]+ tokens; cached in", done.output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "text.txt"]

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import finetuning
-from galore_torch.cli import build_app
+from tests.command_line import app
 
 
 def test_docstrings_are_those_of_the_functions_and_not_in_them():
@@ -45,7 +45,7 @@ def rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("kind", "runs"), [("sentences", 9), ("docstrings", 2)])
 def test_the_command_is_one_that_the_command_line_takes(kind, runs, rows):
     words = finetuning.command(kind, ["--dry-run"])
-    told = CliRunner().invoke(build_app(), words[3:])
+    told = CliRunner().invoke(app(), words[3:])
     assert told.exit_code == 0, told.output
     assert f"{runs} runs," in told.output
 

@@ -16,9 +16,9 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import galore_torch
-from galore_torch.cli import build_app
 from galore_torch.training.finetune.presets import configure as finetune
 from galore_torch.training.pretrain.presets import configure as pretrain
+from tests.command_line import app
 from tests.waiting import DEADLINE
 
 ROOT = Path(__file__).parents[2]
@@ -147,11 +147,11 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TYPED = """
 import json, sys
 from typer.testing import CliRunner
-from galore_torch.cli import build_app
-app, found = build_app(), []
+from tests.command_line import app
+found = []
 for line in json.loads(sys.stdin.read()):
     before = "torch" in sys.modules
-    told = CliRunner().invoke(app, line.split(), env={"COLUMNS": "400"})
+    told = CliRunner().invoke(app(), line.split(), env={"COLUMNS": "400"})
     found.append([told.exit_code, told.output, "torch" in sys.modules and not before])
 print(json.dumps(found))
 """
@@ -251,7 +251,7 @@ def test_where_the_hub_is_not_reached_nobody_tries_again(hub):
 
 
 def told_by(*arguments: str) -> str:
-    done = CliRunner().invoke(build_app(), list(arguments))
+    done = CliRunner().invoke(app(), list(arguments))
     assert done.exit_code == 0, done.output
     return done.output
 

@@ -6,14 +6,14 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.memory import KINDS, parse_bytes
+from tests.command_line import app
 
 TINY = ("llama-tiny", "--micro-batch", "2", "--batch", "4", "--seq", "16", "--vocab", "300")
 
 
 def galore_plan(*arguments: str):
-    return CliRunner().invoke(build_app(), ["plan", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    return CliRunner().invoke(app(), ["plan", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1"})
 
 
 def planned(*arguments: str) -> dict:

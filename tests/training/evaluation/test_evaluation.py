@@ -6,17 +6,17 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.run import new_run
+from tests.command_line import app
 from tests.training.finetune.conftest import *  # noqa: F403 - its fixtures
 from tests.training.finetune.conftest import sentences
 
 
 def told(*arguments) -> str:
-    done = CliRunner().invoke(build_app(), list(map(str, arguments)))
+    done = CliRunner().invoke(app(), list(map(str, arguments)))
     assert done.exit_code == 0, done.output
     return done.stdout
 
@@ -43,7 +43,7 @@ def test_a_classifier_is_judged_as_at_its_end_and_on_new_rows(classify, labelled
     assert json.loads(by_model) == pytest.approx(
         json.loads(told("evaluate", out, "--data", labelled, "--json")), rel=1e-5
     )
-    refused = CliRunner().invoke(build_app(), ["evaluate", str(out), "--data", str(new)])
+    refused = CliRunner().invoke(app(), ["evaluate", str(out), "--data", str(new)])
     assert refused.exit_code == 2
     assert "label_column = 'label'" in refused.stderr
 
@@ -54,7 +54,7 @@ def test_a_pre_training_is_judged_by_perplexity(tiny, texts, tmp_path):
     assert found["perplexity"] == pytest.approx(result.perplexity, rel=1e-4)
     other = json.loads(told("evaluate", tmp_path / "run", "--data", texts / "heapq.txt", "--json"))
     assert other["perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
-    refused = CliRunner().invoke(build_app(), ["predict", str(tmp_path / "run")])
+    refused = CliRunner().invoke(app(), ["predict", str(tmp_path / "run")])
     assert (refused.exit_code, "no rows to predict" in refused.stderr) == (2, True)
 
 

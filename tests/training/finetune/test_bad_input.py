@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.finetune.config import GLUE, TASKS
 from galore_torch.training.finetune.presets import configure
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run.files import write_manifest
 from galore_torch.training.run.run import new_run
+from tests.command_line import app
 from tests.training.finetune.conftest import sentences
 
 ROWS = [{"text": text, "label": label} for text, label in sentences()]
@@ -185,7 +185,7 @@ def test_answers_alone_need_a_template_that_marks_them(supervise, causal, write,
 @pytest.mark.parametrize("arguments", [["--task", "colla"], ["--data", "nowhere.csv"], ["--resume"], ["--rank", "x"]])
 def test_the_command_tells_it_in_a_line_and_leaves_nothing(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = CliRunner().invoke(build_app(), ["finetune", *arguments])
+    told = CliRunner().invoke(app(), ["finetune", *arguments])
     assert told.exit_code == 2
     assert "Traceback" not in told.output
     assert list(tmp_path.iterdir()) == []

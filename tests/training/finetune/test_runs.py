@@ -7,7 +7,6 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.finetune.config import GLUE
 from galore_torch.training.finetune.presets import BY_TASK, PRESETS, configure
 from galore_torch.training.finetune.run import Finetuning
@@ -16,6 +15,7 @@ from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.settings.methods import TUNING
+from tests.command_line import app
 from tests.training.during import During, ctrl_c
 from tests.training.finetune.conftest import losses, sentences
 from tests.training.signalled import signalled
@@ -150,7 +150,7 @@ def test_a_configuration_survives_its_toml(tmp_path, task, method):
 
 
 def test_the_help_teaches():
-    told = CliRunner().invoke(build_app(), ["finetune", "--help"], env={"COLUMNS": "90", "NO_COLOR": "1"})
+    told = CliRunner().invoke(app(), ["finetune", "--help"], env={"COLUMNS": "90", "NO_COLOR": "1"})
     assert told.exit_code == 0
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", told.output).split())
     for word in ("galore finetune --task rte", "--label-column", "--answers-only", "glue-rank4", "cola", *TUNING):
@@ -161,11 +161,11 @@ def test_the_help_teaches():
 def test_a_run_from_flags_is_shown_and_told(encoder, labelled, tmp_path):
     flags = ["--data", labelled, "--model", str(encoder), "--max-length", "32", "--steps", "6", "--batch", "8"]
     out = tmp_path / "run"
-    done = CliRunner().invoke(build_app(), ["finetune", *flags, "--method", "galore", "--out", str(out)])
+    done = CliRunner().invoke(app(), ["finetune", *flags, "--method", "galore", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert re.search(r"step 1/6  loss \d\.\d+  lr \S+  [\d,]+ examples/s  state [\d.]+ [kMG]B\n", done.output)
     assert re.search(r"accuracy 0\.\d{4}, matthews -?0\.\d{4} on held-out rows", done.output)
     assert f"predictions {out}/predictions.jsonl" in done.output.replace("\n", "")
-    told = CliRunner().invoke(build_app(), ["finetune", *flags, "--out", str(tmp_path / "other"), "--json"])
+    told = CliRunner().invoke(app(), ["finetune", *flags, "--out", str(tmp_path / "other"), "--json"])
     assert json.loads(told.stdout)["scores"].keys() == {"accuracy", "matthews"}
     assert len(losses(out)) == 6

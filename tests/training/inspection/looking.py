@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.inspection import figures as found
 from galore_torch.training.inspection.config import configure
 from galore_torch.training.inspection.jobs import job_of_model, job_of_run
 from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
+from tests.command_line import app
 
 SHORT = ["--steps", "6", "--every", "2"]
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -19,7 +19,7 @@ FILES = {"report.html", "inspection.json", "spectra.png", "ages.png", "overlap.p
 
 
 def inspected(*arguments, code=0):
-    result = CliRunner().invoke(build_app(), ["inspect", *map(str, arguments)], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app(), ["inspect", *map(str, arguments)], env={"COLUMNS": "80", "NO_COLOR": "1"})
     assert result.exit_code == code, result.output
     return result
 

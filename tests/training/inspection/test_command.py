@@ -10,9 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.inspection import report
 from galore_torch.training.run.folder import RunFolder
+from tests.command_line import app
 from tests.forked import Galore
 from tests.training.inspection.looking import FILES, MODULES, SHORT, digests, inspected, of_run
 from tests.waiting import wait_for
@@ -152,7 +152,7 @@ def test_a_stop_while_the_folder_is_written_lets_it_be_whole_and_a_second_one_le
 
 
 def test_help_teaches():
-    result = CliRunner().invoke(build_app(), ["inspect", "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app(), ["inspect", "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"})
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
     assert max(map(len, result.output.splitlines())) <= 80
     for option in ("--run", "--fresh", "--model", "--data", "--steps", "--oldest", "--capture-share", "--json"):
@@ -196,12 +196,12 @@ def test_a_run_trains_by_the_flags_of_the_advice(run, tmp_path):
 
     out, recorded = tmp_path / "by-it", run / "config.toml"
     flags = ["--config", str(recorded), "--steps", "4", "--out", str(out), *advice.split()]
-    done = CliRunner().invoke(build_app(), ["pretrain", *flags])
+    done = CliRunner().invoke(app(), ["pretrain", *flags])
     assert done.exit_code == 0, done.output
     state = torch.load(RunFolder(out).checkpoints.newest() / "optimizer.pt", weights_only=True)
     ranks = {name: group["rank"] for group in state["param_groups"] for name in group["param_names"] if "rank" in group}
     assert len(ranks) == 2 * len(wanted)
     assert all(rank == wanted[name.split(".")[-2]] for name, rank in ranks.items())
     assert f'rank_pattern = "{advice.split()[1]}"' in (out / "config.toml").read_text(encoding="utf-8")
-    longer = CliRunner().invoke(build_app(), ["pretrain", "--resume", "--out", str(out), "--steps", "6"])
+    longer = CliRunner().invoke(app(), ["pretrain", "--resume", "--out", str(out), "--steps", "6"])
     assert longer.exit_code == 0, longer.output

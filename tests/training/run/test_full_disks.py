@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run
+from tests.command_line import app
 from tests.training.during import last_record
 
 MEGABYTES = 48
@@ -45,7 +45,7 @@ def fill(disk: Path, left: int) -> None:
 
 
 def galore(*arguments) -> tuple[int, str]:
-    told = CliRunner().invoke(build_app(), [str(each) for each in arguments])
+    told = CliRunner().invoke(app(), [str(each) for each in arguments])
     if told.exception is not None and not isinstance(told.exception, SystemExit):
         raise told.exception
     return told.exit_code, told.output

@@ -12,13 +12,13 @@ from rich.console import Console
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.compare.process import call_in_process
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import disk
 from galore_torch.training.run import machine as surroundings
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
+from tests.command_line import app
 from tests.training.during import During, crash
 from tests.training.run.imported import import_all
 
@@ -26,7 +26,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
 
 def galore(*arguments) -> tuple[int, str]:
-    told = CliRunner().invoke(build_app(), [str(each) for each in arguments])
+    told = CliRunner().invoke(app(), [str(each) for each in arguments])
     if told.exception is not None and not isinstance(told.exception, SystemExit):
         raise told.exception
     return told.exit_code, told.output

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import stream_digest
@@ -19,6 +18,7 @@ from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.run.stream import Stream
 from galore_torch.training.text import packing
 from galore_torch.training.text.packing import prepare_text
+from tests.command_line import app
 from tests.training.during import During, ctrl_c
 
 
@@ -133,7 +133,7 @@ def test_a_run_does_not_go_on_with_another_stream(streamed, on_hub, tmp_path):
     with pytest.raises(OtherDataError, match=stream_digest(checkpoint)):
         resumed_run(Pretraining, out).train()
     assert files(out) == kept
-    told = CliRunner().invoke(build_app(), ["pretrain", "--resume", "--out", str(out)])
+    told = CliRunner().invoke(app(), ["pretrain", "--resume", "--out", str(out)])
     assert (told.exit_code, type(told.exception)) == (1, SystemExit)
     assert "'someone/texts' has changed" in told.output
     assert str(out) in told.output

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
 from galore_torch.training.settings.methods import HELP, METHODS
+from tests.command_line import app
 from tests.training.during import During, ctrl_c
 from tests.training.learning import learns
 
@@ -218,16 +218,16 @@ def test_the_command_takes_a_method_and_names_the_folder_after_it(texts, cache, 
         f"pretrain --method lora --data {texts} --cache {cache} --vocab 400 --seq 32 --eval-tokens 640 --hidden 32 "
         "--intermediate 64 --layers 1 --heads 2 --rank 4 --steps 2 --batch 4 --micro-batch 4 --eval-every 0"
     ).split()
-    done = CliRunner().invoke(build_app(), flags)
+    done = CliRunner().invoke(app(), flags)
     assert done.exit_code == 0, done.output
     assert "lora-adamw on a LLaMA" in done.output
     assert (tmp_path / "runs" / "llama-tiny-lora" / "model" / "model.safetensors").exists()
-    again = CliRunner().invoke(build_app(), ["pretrain", "--resume", "--out", "x", "--method", "lora"])
+    again = CliRunner().invoke(app(), ["pretrain", "--resume", "--out", "x", "--method", "lora"])
     assert "leave out method" in again.stderr
 
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_help_tells_every_method(width):
-    shown = CliRunner().invoke(build_app(), ["pretrain", "--help"], env={"COLUMNS": str(width), "NO_COLOR": "1"}).output
+    shown = CliRunner().invoke(app(), ["pretrain", "--help"], env={"COLUMNS": str(width), "NO_COLOR": "1"}).output
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", shown).split())
     assert all(f"{name} {line}" in text for name, line in HELP.items())

@@ -5,10 +5,10 @@ import inspect
 from typer.testing import CliRunner
 
 import galore_torch
-from galore_torch.cli import build_app
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.optimizer import OptimizerConfig
+from tests.command_line import app
 
 
 def count(monkeypatch, kind):
@@ -44,7 +44,7 @@ def test_a_flag_is_at_most_five_frames_from_the_group_and_nothing_is_built_twice
         if (value := getattr(section, name)) is not None and not isinstance(value, bool)
     ]
     out = str(tmp_path / "run")
-    done = CliRunner().invoke(build_app(), ["pretrain", *flags, "--rank=8", "--update-proj-gap=5", "--out", out])
+    done = CliRunner().invoke(app(), ["pretrain", *flags, "--rank=8", "--update-proj-gap=5", "--out", out])
     assert done.exit_code == 0, done.output
     assert len(frames) == 1
     assert len(frames[0]) <= 5, frames
