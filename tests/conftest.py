@@ -35,6 +35,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # while all is imported, which stays
 collect_ignore = ["frozen.py", "training/unplanned.py"]  # whose import has effects, which are not for pytest
 
 ON_ANY_DEVICE = {"optim", "projection", "lowbit", "gradients", "reference"}
@@ -92,11 +93,12 @@ def _leave_out_what_is_not_of_the_device(config: pytest.Config, items: list[pyte
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Lets the garbage collector look only at what tests make, and forks the servers of processes for them.
 
-    What is imported is some hundred thousand objects. Trainer collects at the end of each training, which took longer
-    than to train a model of a test.
+    What is imported is some hundred thousand objects. To look through them took a fifth of the collection, and at the
+    end of each training, where Trainer collects, longer than to train a model of a test.
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
     if session.items and not session.config.option.collectonly:
         from tests.forked import TORCH, TRAINING
 
