@@ -4,9 +4,10 @@ Each rule is a function from one source file to the list of what is wrong with i
 """
 
 import ast
+import functools
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,7 @@ class Source:
     is_package: bool = False
 
     @classmethod
+    @functools.cache
     def read(cls, path: Path) -> "Source":
         parts = path.relative_to(ROOT).with_suffix("").parts
         is_package = parts[-1] == "__init__"
@@ -88,9 +90,11 @@ class Source:
         """The package on a floor that the file belongs to, such as "optim"; empty for galore_torch/__init__.py."""
         return home_of(self.module)
 
-    def imports(self) -> Iterator[Import]:
-        """Yield what the file imports, relative names resolved."""
+    @functools.cached_property
+    def imports(self) -> "list[Import]":
+        """What the file imports, relative names resolved."""
         tree = ast.parse(self.text)
+        found = []
         inside = {id(node) for scope in ast.walk(tree) if is_function(scope) for node in ast.walk(scope)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -99,8 +103,8 @@ class Source:
                 names = self.resolve(node)
             else:
                 continue
-            for name in names:
-                yield Import(name, node.lineno, at_once=id(node) not in inside)
+            found += [Import(name, node.lineno, at_once=id(node) not in inside) for name in names]
+        return found
 
     def resolve(self, node: ast.ImportFrom) -> list[str]:
         """Name the modules of `from a import b`: a.b where b may be a package of ours, else a."""
@@ -136,7 +140,7 @@ def climbing_imports(source: Source) -> list[str]:
     if floor is None:
         return [f"{source.module} is on no floor of the house: {', '.join(FLOORS)}"]
     wrong = []
-    for imported in source.imports():
+    for imported in source.imports:
         if imported.module.split(".")[0] != PACKAGE or home_of(imported.module) == source.home:
             continue
         other = floor_of(home_of(imported.module))
@@ -154,7 +158,7 @@ def costly_imports(source: Source) -> list[str]:
     free = {*sys.stdlib_module_names, "torch", PACKAGE}
     return [
         f"{source.module}:{imported.line} imports {imported.module} when it is itself imported"
-        for imported in source.imports()
+        for imported in source.imports
         if imported.at_once and imported.module.split(".")[0] not in free
     ]
 
@@ -227,7 +231,7 @@ def climbing_rooms(source: Source) -> list[str]:
         return [f"{source.module} is in no room of training/: {', '.join(ROOMS)}"]
     return [
         f"{source.module}:{imported.line} (room {room}) imports {imported.module}"
-        for imported in source.imports()
+        for imported in source.imports
         if imported.module.startswith(f"{PACKAGE}.training.")
         and room_of(imported.module) != room
         and room_of(imported.module) not in ROOMS[: ROOMS.index(room)]
@@ -239,7 +243,7 @@ def climbing_benchmarks(source: Source) -> list[str]:
     home = home_of(source.module)
     return [
         f"{source.module}:{imported.line} imports {imported.module}"
-        for imported in source.imports()
+        for imported in source.imports
         if imported.module.split(".")[0] == "benchmarks" and home_of(imported.module) not in (home, "common")
     ]
 
@@ -264,4 +268,4 @@ def modules_in(source: Source) -> set[str]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    return named | {imported.module for imported in source.imports()}
+    return named | {imported.module for imported in source.imports}

@@ -101,9 +101,8 @@ def test_the_command_line_answers_before_torch_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "module", ["projection", *(pytest.param(one, marks=pytest.mark.slow) for one in ("messages", "lowbit.codes"))]
-)
+@pytest.mark.slow  # each imports torch anew
+@pytest.mark.parametrize("module", ["projection", "messages", "lowbit.codes"])
 def test_any_package_may_be_imported_first(module):
     code = f"import galore_torch.{module}; from galore_torch import attach"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
