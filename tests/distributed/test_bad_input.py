@@ -31,7 +31,7 @@ DISAGREEMENTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", [*DISAGREEMENTS, "weight"])
 @pytest.mark.parametrize("gradients", ["projected", "full"])
-@pytest.mark.broad
+@pytest.mark.broad("projected-rank", "full-weight")
 def test_processes_that_disagree_are_told(pool, name, gradients):
     for answer in pool.ask(disagreeing, 2, name=name, gradients=gradients):
         assert answer.kind == "ValueError"

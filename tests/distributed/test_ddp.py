@@ -63,6 +63,7 @@ def assert_as_one(pool: Any, world: int, bar: float = BAR, **given: Any) -> None
 
 
 @every_mode
+@pytest.mark.broad("full, at step", "fused, in backward")
 def test_two_processes_train_as_one(pool, mode):
     assert_as_one(pool, 2, mode=mode, steps=2 * GAP + 2)
 
@@ -75,14 +76,16 @@ def test_four_processes_train_as_one(pool, mode):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("gradients", ["projected", "fused"])
-@pytest.mark.broad
+@pytest.mark.broad(
+    "fused-clipped, accumulated", "projected-unused, accumulated", "fused-lazy", "projected-both sides", "fused-tied"
+)
 def test_a_variant_trains_as_one(pool, name, gradients):
     assert_as_one(pool, 2, mode=(gradients, "step"), steps=SHORT, **VARIANTS[name])
 
 
 @pytest.mark.parametrize("gradients", ["full", "fused"])
 @pytest.mark.parametrize("name", ["find_unused_parameters", "tied", "not staggered", "both sides", "every matrix"])
-@pytest.mark.broad
+@pytest.mark.broad("both sides-full", "tied-fused")
 def test_a_variant_applied_in_the_backward_trains_as_one(pool, name, gradients):
     assert_as_one(pool, 2, mode=(gradients, "backward"), steps=SHORT, **VARIANTS[name])
 
@@ -102,7 +105,7 @@ def in_small_buckets(rank: int, world: int, **given: Any) -> torch.Tensor:
 
 
 @every_low_rank_mode
-@pytest.mark.broad("projected, at step", "fused, in backward")
+@pytest.mark.broad("fused, in backward")
 def test_all_begin_from_the_first_ones_weights(pool, mode):
     ranks = pool.run(from_its_own_start, 2, mode=mode)
     assert torch.equal(*ranks)
@@ -114,6 +117,7 @@ def from_its_own_start(rank: int, world: int, mode: Any) -> torch.Tensor:
 
 
 @every_low_rank_mode
+@pytest.mark.broad("fused, at step")
 def test_a_model_that_is_run_by_itself_before_a_backward_trains_as_one(pool, mode):
     ranks = pool.run(run_by_itself_between, 2, mode=mode)
     assert torch.equal(*ranks)
@@ -135,6 +139,7 @@ def run_by_itself_between(rank: int, world: int, mode: Any) -> torch.Tensor:
 
 
 @every_mode
+@pytest.mark.broad("fused, at step", "full, in backward")
 def test_a_gradient_that_is_not_finite_on_one_process_is_so_on_all(pool, mode):
     ranks = pool.run(with_an_infinite_gradient, 2, mode=mode)
     for counts, weights in ranks:
@@ -158,18 +163,24 @@ def with_an_infinite_gradient(rank: int, world: int, mode: Any) -> Any:
 
 @pytest.mark.parametrize("mode", [("fused", "step"), ("fused", "backward"), ("full", "step")])
 @pytest.mark.parametrize("recipe", ["sgd", "adafactor"])
-@pytest.mark.broad
+@pytest.mark.broad("sgd-mode0")
 def test_a_recipe_trains_as_one(pool, recipe, mode):
-    assert_as_one(pool, 2, mode=mode, recipe=recipe, steps=2 * SHORT)
+    assert_as_one(pool, 2, mode=mode, recipe=recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["adamw", "torch's adafactor", "muon"])
+def test_so_does_every_other(pool, recipe):
+    assert_as_one(pool, 2, mode=("fused", "step"), recipe=recipe)
 
 
 @pytest.mark.parametrize("mode", [("fused", "step"), ("projected", "step"), ("full", "backward")])
-@pytest.mark.broad
+@pytest.mark.broad("8bit-mode0")
 @pytest.mark.parametrize(
     "given", [{"recipe": "adamw8bit"}, {"recipe": "qgalore", "int8": True}], ids=["8bit", "qgalore"]
 )
 def test_in_few_bits_all_processes_hold_the_same(pool, given, mode):
-    assert torch.equal(*pool.run(trained, 2, mode=mode, dtype=torch.float32, steps=SHORT, **given))
+    assert torch.equal(*pool.run(trained, 2, mode=mode, dtype=torch.float32, **given))
 
 
 @pytest.mark.slow
@@ -192,6 +203,7 @@ def test_in_float32_processes_differ_by_rounding_alone(pool, mode):
 
 
 @every_low_rank_mode
+@pytest.mark.broad("fused, at step")
 def test_an_ordinary_step_sends_projected_gradients_alone(pool, mode):
     for first, ordinary, projected_grads, full in pool.run(bytes_of_steps, 2, mode=mode):
         assert ordinary <= 1.02 * projected_grads

@@ -19,7 +19,7 @@ from galore_torch.distributed.cut import Cut
 from galore_torch.projection import Projection
 from tests.distributed.pool import assert_every_process_raises
 from tests.distributed.sharded import UNEVEN, fully_sharded, trained_in_shards
-from tests.distributed.trained import BAR, RANK, batch, distance, llama, loss_of, optimizer_of
+from tests.distributed.trained import BAR, RANK, STEPS, batch, distance, llama, loss_of, optimizer_of
 
 SHORT = 12
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -50,9 +50,15 @@ def assert_as_one(pool: Any, world: int, *, bar: float = BAR, **given: Any) -> N
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.broad("as it comes", "both sides", "clipped, accumulated", "moments rotated", "Adafactor", "Muon")
+@pytest.mark.broad("clipped, accumulated", "moments rotated")
 def test_shards_train_as_one_process(pool, name):
     assert_as_one(pool, 2, **{"steps": SHORT, **VARIANTS[name]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["adamw", "sgd", "adafactor", "torch's adafactor", "muon"])
+def test_shards_of_every_recipe_train_as_one_process(pool, recipe):
+    assert_as_one(pool, 2, recipe=recipe, shape=UNEVEN, steps=STEPS)
 
 
 EARLY: dict[str, dict[str, Any]] = {
@@ -72,7 +78,7 @@ EARLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", EARLY)
-@pytest.mark.broad("projected", "fused, clipped", "fused, accumulated", "applied in the backward")
+@pytest.mark.broad("fused, accumulated", "applied in the backward")
 def test_gradients_that_are_projected_early_train_as_one_process(pool, name):
     assert_as_one(pool, 2, **{"steps": SHORT, **EARLY[name]})
 
@@ -97,18 +103,19 @@ def test_replicas_of_shards_train_as_one_process(pool, mode):
 
 
 ALIKE = {
-    "8 bits": {"recipe": "adamw8bit", "dtype": torch.float32, "shape": {"width": 72, "inner": 104}},
+    "8 bits": {"recipe": "adamw8bit", "dtype": torch.float32, "shape": {"width": 72, "inner": 104}, "steps": STEPS},
     "8 bits in parts": {"recipe": "adamw8bit", "dtype": torch.float32, "shape": {"width": 129, "inner": 128}},
-    "4-bit bases": {"recipe": "qgalore", "dtype": torch.float32, "shape": {"width": 72, "inner": 104}},
-    "stochastic": {"recipe": "stochastic", "dtype": torch.bfloat16, "shape": UNEVEN},
+    "4-bit bases": {"recipe": "qgalore", "dtype": torch.float32, "shape": {"width": 72, "inner": 104}, "steps": STEPS},
+    "stochastic": {"recipe": "stochastic", "dtype": torch.bfloat16, "shape": UNEVEN, "steps": STEPS},
     "compensated": {"recipe": "compensated", "dtype": torch.bfloat16, "shape": UNEVEN},
 }
 
 
 @pytest.mark.parametrize("name", ALIKE)
-@pytest.mark.broad("8 bits in parts", "4-bit bases", "compensated")
+@pytest.mark.broad("compensated")
 def test_numbers_of_few_bits_are_those_of_one_process(pool, name):
-    assert_as_one(pool, 2, bar=0, alike=True, steps=SHORT, keys={"proj_type": "right", "rank": 64}, **ALIKE[name])
+    given = {"steps": SHORT, **ALIKE[name]}
+    assert_as_one(pool, 2, bar=0, alike=True, keys={"proj_type": "right", "rank": 64}, **given)
 
 
 @pytest.mark.slow

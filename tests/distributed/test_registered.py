@@ -14,7 +14,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-@pytest.mark.broad("torch last")
+@pytest.mark.slow  # each imports torch anew
 def test_it_is_registered_once_both_are_imported(order):
     asked = f"{order}; from galore_torch.optim.processes import JOIN, SHARD; print(len(JOIN), len(SHARD))"
     assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout == "1 1\n"

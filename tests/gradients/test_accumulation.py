@@ -33,6 +33,7 @@ every_projecting_mode = pytest.mark.parametrize("mode", PROJECTING, ids=" ".join
 
 
 @every_accumulating_mode
+@pytest.mark.broad("fused, at step")
 def test_four_micro_batches_of_one_are_a_batch_of_four(mode):
     """After a first step of one batch, so that both start from the same bases."""
     assert distance(trained(mode, micro_batches=4), trained(mode)) <= BAR
@@ -60,6 +61,7 @@ def test_the_first_basis_is_that_of_the_first_micro_batch(mode):
 
 
 @every_projecting_mode
+@pytest.mark.broad("fused step")
 def test_only_layers_whose_turn_it_is_keep_a_full_gradient_through_the_window(mode):
     model, optimizer, _ = attached(mode)
     walk(model, optimizer, [0])
@@ -75,6 +77,7 @@ def test_only_layers_whose_turn_it_is_keep_a_full_gradient_through_the_window(mo
 
 
 @every_projecting_mode
+@pytest.mark.broad("fused step")
 def test_bf16_projected_gradients_can_accumulate_in_fp32(mode):
     make = functools.partial(one_layer, torch.bfloat16)
     sums = {}
@@ -101,7 +104,7 @@ def test_bf16_projected_gradients_can_accumulate_in_fp32(mode):
 
 @every_projecting_mode
 @pytest.mark.parametrize("empties", ["optimizer, in place", "model", "model, in place"])
-@pytest.mark.broad
+@pytest.mark.broad("optimizer, in place-projected step", "model-fused step")
 def test_every_way_to_empty_gradients(mode, empties):
     def trained_with(empty):
         model, optimizer, _ = attached(mode, one_layer)
@@ -183,6 +186,7 @@ def test_clipped_training_agrees_among_modes(mode):
 
 
 @every_accumulating_mode
+@pytest.mark.broad("fused, at step")
 def test_a_loss_scaler(mode, device):
     """Scaled by a power of two nothing is rounded otherwise; what overflows moves nothing, and its turns stay due."""
     ours, optimizer, _ = attached(mode, one_layer)

@@ -34,6 +34,7 @@ def backward(model: nn.Module, step: int) -> None:
 
 
 @pytest.mark.parametrize("mode", STORING, ids=" ".join)
+@pytest.mark.broad("fused step")
 def test_after_a_backward_full_gradients_are_those_of_layers_that_renew(mode):
     model, optimizer, _ = attached(mode)
     with FullGradients(optimizer) as full:
@@ -63,6 +64,7 @@ def test_the_count_sees_full_gradients_where_they_are_kept():
 
 
 @pytest.mark.parametrize("mode", IN_BACKWARD, ids=" ".join)
+@pytest.mark.broad("fused backward")
 def test_applied_inside_the_backward_no_gradient_is_alive_after_it(mode):
     model, optimizer, _ = attached(mode)
     everything = {weight.numel() for weight in model.parameters()}

@@ -65,7 +65,7 @@ def uninterrupted(mode: tuple[str, str]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS, ids=str)
-@pytest.mark.broad
+@pytest.mark.broad("('full', 'step')-('fused', 'backward')", "('fused', 'step')-('full', 'backward')")
 def test_a_run_resumes_in_another_mode(before, after):
     saved = torch.load(io.BytesIO(saved_in_the_middle(before)), weights_only=True)
     resumed = started(after)

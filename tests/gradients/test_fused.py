@@ -38,7 +38,7 @@ one_layer = functools.partial(llama, num_hidden_layers=1)
 
 @every_fused_mode
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.broad
+@pytest.mark.broad("True-fused step")
 def test_gradient_checkpointing_changes_nothing(mode, reentrant):
     assert_same(checkpointed(mode, reentrant), checkpointed(mode, None))
 
@@ -256,6 +256,7 @@ def traces(model: nn.Module, optimizer: GaLore) -> dict[str, object]:
 
 
 @every_mode
+@pytest.mark.broad("fused, at step", "full, in backward")
 def test_what_users_see_of_a_model_is_unchanged_and_removing_takes_everything_off(mode):
     model = llama()
     optimizer = adamw(model)
@@ -292,7 +293,7 @@ def saved_whole(model: nn.Module) -> nn.Module:
 
 @every_mode
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_whole])
-@pytest.mark.broad
+@pytest.mark.broad("deepcopy-fused, in backward", "saved_whole-fused, at step", "pickled-projected, at step")
 def test_a_copy_is_a_plain_model_that_can_be_attached_itself(mode, copied):
     model, optimizer, attachment = attached(mode, one_layer)
     walk(model, optimizer, range(2))

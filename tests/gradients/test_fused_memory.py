@@ -33,6 +33,7 @@ def full_sizes(model: nn.Module, optimizer, step: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("proj_type", ["std", "left", "right", "full"])
+@pytest.mark.broad("right", "full")
 def test_between_renewals_nothing_of_a_weights_size_is_allocated(proj_type):
     model = llama()
     optimizer = adamw(model, proj_type=proj_type)

@@ -53,6 +53,7 @@ def test_here_gaps_grow_and_shrink_and_differ():
 
 
 @every_mode
+@pytest.mark.broad("projected, at step", "fused, in backward")
 def test_renewals_are_those_of_plain_steps(mode):
     model, optimizer, history = run(mode)
     theirs, other, expected = plain()
@@ -66,6 +67,7 @@ def test_renewals_are_those_of_plain_steps(mode):
 
 
 @every_accumulating_mode
+@pytest.mark.broad("fused, at step")
 def test_windows_of_micro_batches(mode):
     """A layer whose turn comes keeps its full gradient for the whole window, whatever its own gap."""
     model, _, history = run(mode, micro_batches=4)
@@ -76,7 +78,7 @@ def test_windows_of_micro_batches(mode):
 
 
 @every_mode
-@pytest.mark.broad("projected, at step", "fused, in backward")
+@pytest.mark.broad("projected, at step")
 def test_resuming_is_exact(mode):
     whole = run(mode)
     model = one_layer()

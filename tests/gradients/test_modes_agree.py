@@ -64,7 +64,7 @@ def plain(recipe: str) -> nn.Module:
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *ROUNDING_RECIPES])
 @pytest.mark.parametrize("mode", SAME_ORDER, ids=ids)
-@pytest.mark.broad
+@pytest.mark.broad("projected step-GaLoreAdamW", "full backward-GaLoreAdafactor")
 def test_the_same_order_of_operations_gives_the_same_bits(recipe, mode):
     ours = trained(mode, {**RECIPES, **ROUNDING_RECIPES}[recipe], one_layer)
     assert_same(list(ours.parameters()), list(plain(recipe).parameters()))
@@ -77,7 +77,7 @@ def test_gradients_as_autograd_makes_them_are_left_alone():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("mode", FUSED, ids=ids)
-@pytest.mark.broad
+@pytest.mark.broad("fused step-GaLoreAdamW", "fused backward-GaLoreAdafactor")
 def test_fused_agrees_with_plain_step(recipe, mode):
     ours = trained(mode, RECIPES[recipe], one_layer)
     assert 0 < distance(ours, plain(recipe)) <= BAR
@@ -85,7 +85,7 @@ def test_fused_agrees_with_plain_step(recipe, mode):
 
 @pytest.mark.parametrize("recipe", ROUNDING_RECIPES)
 @pytest.mark.parametrize("mode", FUSED, ids=ids)
-@pytest.mark.broad
+@pytest.mark.broad("fused step-GaLoreAdamW8bit")
 def test_fused_is_as_close_as_rounding_lets_a_recipe_be(recipe, mode):
     theirs, control = plain_and_disturbed(recipe)
     ours = trained(mode, ROUNDING_RECIPES[recipe], one_layer)
@@ -111,7 +111,7 @@ def plain_and_disturbed(recipe: str) -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("mode", FUSED, ids=ids)
 @pytest.mark.parametrize("keys", [{"attention_bias": True}, {"mlp_bias": True}], ids=str)
-@pytest.mark.broad
+@pytest.mark.broad("{'attention_bias': True}-fused step")
 def test_layers_with_a_bias(mode, keys):
     """All but the keys' bias: softmax sees nothing of it but through the positions, so its gradient is mostly noise."""
     ours, theirs = (trained(one, make=lambda: one_layer(**keys)) for one in (mode, None))
@@ -124,7 +124,7 @@ def test_layers_with_a_bias(mode, keys):
 
 @pytest.mark.parametrize("proj_type", ["left", "right", "full", "reverse_std"])
 @pytest.mark.parametrize("gradients", ["projected", "fused"])
-@pytest.mark.broad
+@pytest.mark.broad("projected-reverse_std", "fused-right")
 def test_every_side(proj_type, gradients):
     def build(model: nn.Module) -> GaLore:
         return adamw(model, proj_type=proj_type)
@@ -136,6 +136,7 @@ def test_every_side(proj_type, gradients):
 
 
 @every_mode
+@pytest.mark.broad("fused, at step", "full, in backward")
 def test_renewals_fall_on_the_same_steps(mode):
     counts = []
     for one in (mode, None):

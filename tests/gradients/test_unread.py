@@ -64,6 +64,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @every_mode
 @pytest.mark.parametrize("keys", KINDS.values(), ids=KINDS)
+@pytest.mark.broad
 def test_nothing_is_read_back_in_any_step(mode, keys, readings):
     assert_unread(mode, keys, 24, 8, readings)
 

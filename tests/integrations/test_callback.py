@@ -42,7 +42,7 @@ def ours(history):
 
 
 @pytest.mark.parametrize(("gradients", "update"), MODES)
-@pytest.mark.broad
+@pytest.mark.broad("projected-step", "fused-backward")
 def test_the_figures_arrive_and_are_the_optimizers_own(tmp_path, gradients, update):
     trainer, tracker = training(tmp_path, {"gradients": gradients, "update": update})
     trainer.train()

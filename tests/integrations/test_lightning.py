@@ -115,7 +115,7 @@ def assert_same_weights(one, other):
 
 
 @every_form
-@pytest.mark.broad
+@pytest.mark.broad("fused backward", "projected step")
 def test_automatic_optimization_is_the_plain_loop(tmp_path, gradients, update):
     """Accumulation, clipping and schedule included; the step runs with a closure, gradients enabled anew."""
     learner = Learner(gradients, update)
@@ -125,6 +125,7 @@ def test_automatic_optimization_is_the_plain_loop(tmp_path, gradients, update):
 
 
 @pytest.mark.parametrize("gradients", ["full", "projected", "fused"])
+@pytest.mark.broad("fused")
 def test_manual_optimization_is_the_plain_loop(tmp_path, gradients):
     learner = Learner(gradients, "step", manual=True)
     trainer(tmp_path).fit(learner, batches())
@@ -132,7 +133,7 @@ def test_manual_optimization_is_the_plain_loop(tmp_path, gradients):
 
 
 @every_form
-@pytest.mark.broad
+@pytest.mark.broad("fused backward")
 def test_a_fit_resumes_exactly(tmp_path, gradients, update):
     whole = Learner(gradients, update)
     once = trainer(tmp_path, **accumulating(update))

@@ -84,7 +84,7 @@ def test_three_groups_train(name, recipe, tmp_path):
 
 @pytest.mark.learning
 @every_name
-@pytest.mark.broad("adamw_torch", "adamw_8bit")
+@pytest.mark.broad("adamw_8bit")
 def test_layer_by_layer_each_weight_has_an_optimizer_and_a_schedule(name, recipe, tmp_path):
     model, keywords = mistral(), arguments_of(name, tmp_path)
     parts = split(model)

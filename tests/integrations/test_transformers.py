@@ -71,7 +71,7 @@ def test_trainer_finds_the_class_by_its_name(name, recipe, tmp_path):
 
 @pytest.mark.learning
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.broad("galore_adamw", "galore_adamw_8bit")
+@pytest.mark.broad("galore_adamw")
 def test_trainer_trains_and_resumes_as_if_it_had_never_stopped(name, tmp_path):
     whole = trainer(tmp_path, optim=name, save_strategy="steps", save_steps=7)
     whole.train()
@@ -89,6 +89,7 @@ def test_trainer_trains_and_resumes_as_if_it_had_never_stopped(name, tmp_path):
 
 @pytest.mark.learning
 @pytest.mark.parametrize("name", LAYERWISE)
+@pytest.mark.broad("galore_adamw_layerwise")
 def test_trainer_trains_layer_by_layer(name, tmp_path):
     run = trainer(tmp_path, optim=name)
     run.train()
@@ -104,13 +105,8 @@ def test_trainer_trains_layer_by_layer(name, tmp_path):
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("galore_adamw", "galore_adamw_8bit_layerwise") else pytest.param(name, marks=pytest.mark.slow)
-        for name in (*RECIPES, *LAYERWISE)
-    ],
-)
+@pytest.mark.parametrize("name", [*RECIPES, *LAYERWISE])
+@pytest.mark.broad("galore_adamw")
 def test_sft_trainer_trains_on_text(name, tmp_path):
     run = SFTTrainer(
         model=mistral(),

@@ -153,6 +153,7 @@ every_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTI
 
 
 @every_optimizer
+@pytest.mark.broad("AdamW", "SGD, L2", "left", "Adafactor", "states in float32")
 def test_a_step_is_the_plain_step_rounded_to_codes(build):
     """With decay, whatever its kind, and where the optimizer reads the weight."""
     model = quantized(stochastic_rounding=False)
@@ -171,6 +172,7 @@ def test_a_step_is_the_plain_step_rounded_to_codes(build):
 
 
 @every_optimizer
+@pytest.mark.broad("AdamW", "others", "left", "SGD, L2")
 def test_saved_and_resumed_it_goes_on_exactly(build):
     whole = quantized()
     walk(whole, build(whole), range(7))

@@ -12,7 +12,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 @every_dtype
 @pytest.mark.parametrize("scale", [1.0, 3e-7, 1e4])
-@pytest.mark.broad
+@pytest.mark.broad("1.0-dtype0")
 def test_rounding_at_random_goes_to_a_neighbour_and_is_right_on_average(dtype, scale):
     exact = scale * (1 + torch.rand(64, generator=torch.Generator().manual_seed(0)))
     drawn = torch.stack([round_at_random(exact, dtype, key).float() for key in range(2000)])

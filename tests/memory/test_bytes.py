@@ -70,13 +70,8 @@ def _tensors(tree):
     return [one for value in tree.values() for one in (_tensors(value) if isinstance(value, dict) else [value])]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        one if one in ("full", "galore", "qgalore", "lora") else pytest.param(one, marks=pytest.mark.slow)
-        for one in METHODS
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.broad("full", "galore", "lora")
 def test_of_every_method(method, tmp_path):
     planned = of("llama", tmp_path)
     job = planned.job(method)
@@ -86,7 +81,7 @@ def test_of_every_method(method, tmp_path):
 
 @pytest.mark.parametrize("gradients", ["full", "projected", "fused"])
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.broad
+@pytest.mark.broad("16-fused")
 def test_of_every_form_of_gradients(gradients, bits, tmp_path):
     given = {} if gradients == "full" else {"grad_bits": bits}
     planned = of("llama", tmp_path, gradients=gradients, **given)
@@ -104,7 +99,7 @@ PRESETS = [
 
 @pytest.mark.parametrize("method", ["full", "galore"])
 @pytest.mark.parametrize("architecture", [name for name in SMALL if name != "llama"])
-@pytest.mark.broad
+@pytest.mark.broad("gpt2-full", "encoder-full")
 def test_of_every_architecture(architecture, method, tmp_path):
     planned = of(architecture, tmp_path)
     job = planned.job(method)

@@ -179,7 +179,15 @@ def equal_cases() -> list[Any]:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize(("served", "maximize"), equal_cases())
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.broad
+@pytest.mark.broad(
+    "AdamW amsgrad maximize-0.3",
+    "SGD momentum-0.0",
+    "Lion-0.0",
+    "Adafactor-0.0",
+    "Muon-0.0",
+    "torchao AdamW8bit-0.0",
+    "bitsandbytes Lion8bit-0.0",
+)
 def test_with_the_identity_as_basis_it_is_the_optimizer_itself(served, maximize, weight_decay, identity_basis):
     arguments = {"lr": LR, "weight_decay": weight_decay} | ({"maximize": True} if maximize else {})
     start, ours, theirs = (weights(*SHAPES) for _ in range(3))
@@ -327,6 +335,7 @@ def batches(count: int) -> Callable[[int], Tensor]:
 @pytest.mark.learning
 @pytest.mark.parametrize("served", SERVED.values(), ids=SERVED)
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.broad("AdamW", "Muon", "RMSprop", "bitsandbytes Lion8bit")
 def test_it_lowers_the_loss_of_a_real_model(served):
     model, batch, losses = llama(), batches(10), []
     groups = param_groups(model, rank=16, update_proj_gap=10)

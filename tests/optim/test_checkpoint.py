@@ -72,7 +72,13 @@ def run_on(net: Net, optimizer: torch.optim.Optimizer, made: int) -> tuple[Any, 
 @pytest.mark.parametrize("made", [0, 1, 2])
 @every_dtype
 @every_recipe
-@pytest.mark.broad
+@pytest.mark.broad(
+    "GaLoreAdamW-float32-0",
+    "GaLoreAdamW uncorrected-bfloat16-1",
+    "GaLoreAdamW8bit-bfloat16, state in float32-2",
+    "GaLoreAdafactor-float32-0",
+    "GaLore Muon-float32-0",
+)
 def test_a_resumed_run_is_the_run_itself(recipe, dtype, arguments, made):
     straight = Net(dtype)
     optimizer = recipe(straight.groups(), **arguments)
@@ -102,7 +108,7 @@ def test_so_it_is_with_every_decomposition(decomposition, proj_type):
 
 @pytest.mark.parametrize("made", [0, 2])
 @every_recipe
-@pytest.mark.broad
+@pytest.mark.broad("GaLoreAdamW uncorrected-2", "GaLoreAdamW8bit-0", "GaLore Muon-0")
 def test_across_accelerate(recipe, made, tmp_path):
     straight = Net()
     optimizer = recipe(straight.groups())
@@ -122,7 +128,11 @@ def test_across_accelerate(recipe, made, tmp_path):
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
 @every_dtype
 @every_recipe
-@pytest.mark.broad
+@pytest.mark.broad(
+    "GaLoreAdamW uncorrected-bfloat16-flattened",
+    "GaLoreAdamW8bit-bfloat16, state in float32-nested",
+    "GaLoreAdafactor-float32-nested",
+)
 def test_across_distributed_checkpoints(recipe, dtype, arguments, flatten, tmp_path):
     """Their loading makes a step on zero gradients and rate 0 first, to see what state there is."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
@@ -162,7 +172,12 @@ def test_codes_that_come_back_as_floats_become_codes_again():
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
 @every_recipe
-@pytest.mark.broad
+@pytest.mark.broad(
+    "GaLoreAdamW uncorrected-pickle-2",
+    "GaLoreAdamW-deepcopy-0",
+    "QGaLoreAdamW8bit-deepcopy-0",
+    "GaLore Muon-deepcopy-0",
+)
 def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(recipe, copied, made):
     net = Net()
     optimizer = recipe(net.groups())
@@ -177,7 +192,7 @@ def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(recipe, copied, made):
 
 @pytest.mark.parametrize("made", [0, 2])
 @every_recipe
-@pytest.mark.broad
+@pytest.mark.broad("GaLoreAdamW-0", "GaLoreAdamW uncorrected-2", "GaLoreAdafactor-0", "QGaLoreAdamW8bit-0")
 def test_a_group_may_be_added_after_steps(recipe, made):
     """And the run can be resumed with it. Its weights begin with a basis and a state of their own."""
     straight, resumed = Net(), Net()

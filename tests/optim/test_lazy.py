@@ -202,7 +202,7 @@ def test_weights_without_names_are_all_told():
 
 @every_recipe
 @pytest.mark.parametrize("made", [3, 9, 14])
-@pytest.mark.broad
+@pytest.mark.broad("3-GaLoreAdamW", "9-GaLoreAdamW uncorrected", "14-GaLoreAdamW8bit", "3-GaLore Muon")
 def test_a_lazy_run_resumes_bit_for_bit(recipe, made):
     """The queue is filling, full, and has had its effect."""
     keys = {"cos_threshold": 0.0, "queue_size": 3, "update_proj_gap": 2}

@@ -147,6 +147,7 @@ def test_inside_the_backward_it_is_what_it_is_at_the_step(residual):
 @pytest.mark.learning
 @pytest.mark.parametrize("size", KEYS["normalize"].choices)
 @pytest.mark.parametrize("gradients", ["fused", "projected", "full"])
+@pytest.mark.broad("fused-columns", "projected-orthogonal", "full-blocks")
 def test_without_a_residual_projected_gradients_are_enough(gradients, size):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Linear(20, 12, bias=False))
@@ -234,6 +235,7 @@ def test_maximizing_is_minimizing_the_opposite(residual):
 
 @every_residual
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.broad
 def test_a_rate_in_a_tensor_is_that_rate(residual, size):
     ends = []
     for rate in (0.1, torch.tensor(0.1)):

@@ -98,6 +98,7 @@ class JointlyNormalized(Optimizer):
 
 
 @every_recipe
+@pytest.mark.broad("GaLoreAdamW", "GaLoreAdafactor", "GaLoreAdamW8bit", "GaLore Muon")
 def test_many_chunks_end_where_one_ends(recipe, monkeypatch):
     ends = []
     for elements in (1, 150, 2**23):
