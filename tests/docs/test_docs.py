@@ -17,9 +17,9 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from galore_torch.cli import build_app
 from galore_torch.training.finetune import presets as tuning_presets
 from galore_torch.training.pretrain import presets
+from tests.command_line import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -129,7 +129,7 @@ def galore():
         if not children:
             command.callback = lambda **values: told.append((path, values))
 
-    command = typer.main.get_command(build_app())
+    command = typer.main.get_command(app())
     disarm(command, ())
 
     def run(line):

@@ -74,7 +74,7 @@ def test_a_stage_is_judged_by_its_own_trainer(supervise, asked, tmp_path):
 def test_a_folder_that_is_missing_is_named_and_one_without_data_told_apart(tmp_path):
     missing, bare = str(tmp_path / "no" / "run"), str(tmp_path)
     for model, words in ((missing, "is no folder of a run or a model"), (bare, "no run that has data of its own")):
-        refused = CliRunner().invoke(build_app(), ["evaluate", model], env={"COLUMNS": "300"})
+        refused = CliRunner().invoke(app(), ["evaluate", model], env={"COLUMNS": "300"})
         assert refused.exit_code == 2
         said = " ".join(refused.stderr.split())
         assert model in said

@@ -11,11 +11,11 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from galore_torch.cli import build_app
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
+from tests.command_line import app
 from tests.training.during import During, crash, ctrl_c
 from tests.training.finetune.conftest import losses
 
@@ -126,7 +126,7 @@ def test_whatever_trains_ends_with_its_best(method, supervise, tmp_path):
     result = new_run(Finetuning, supervise(method=method, **given), tmp_path / "run").train()
     found = judged(tmp_path / "run")
     assert result.best_step == min(found, key=found.get)
-    again = CliRunner().invoke(build_app(), ["evaluate", str(tmp_path / "run"), "--json"])
+    again = CliRunner().invoke(app(), ["evaluate", str(tmp_path / "run"), "--json"])
     assert json.loads(again.stdout)["loss"] == pytest.approx(found[result.best_step], rel=1e-4)
 
 
@@ -189,7 +189,7 @@ def test_a_finished_model_is_pushed(hub, classify, tmp_path):
 def test_a_missing_token_is_told_before_anything_is_read(monkeypatch, encoder, labelled, tmp_path):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     flags = ["--data", labelled, "--model", str(encoder), "--push-to-hub", "reviews", "--out", str(tmp_path / "run")]
-    done = CliRunner().invoke(build_app(), ["finetune", *flags])
+    done = CliRunner().invoke(app(), ["finetune", *flags])
     assert done.exit_code == 2
     assert "hf auth login" in done.stderr
     assert "HF_TOKEN" in done.stderr
@@ -207,7 +207,7 @@ def test_a_push_that_fails_leaves_the_finished_run_and_says_how_to_go_on(hub, cl
     hub["failed"] = ConnectionError("no route to host")
     out, given = tmp_path / "run", tmp_path / "given.toml"
     given.write_text(classify(steps=2, push_to_hub="reviews").to_toml(), encoding="utf-8")
-    done = CliRunner().invoke(build_app(), ["finetune", "--config", str(given), "--out", str(out)])
+    done = CliRunner().invoke(app(), ["finetune", "--config", str(given), "--out", str(out)])
     assert done.exit_code == 1
     assert "no route to host" in done.stderr
     assert f"hf upload reviews {out}/model" in done.stderr
@@ -220,6 +220,6 @@ def test_a_push_that_fails_leaves_the_finished_run_and_says_how_to_go_on(hub, cl
 )
 def test_a_comparison_refuses_what_is_for_one_run(flags, told, encoder, labelled, tmp_path):
     given = ["--data", labelled, "--model", str(encoder), "--out", str(tmp_path / "compared"), *flags.split()]
-    done = CliRunner().invoke(build_app(), ["compare", "finetune", *given])
+    done = CliRunner().invoke(app(), ["compare", "finetune", *given])
     assert done.exit_code == 2
     assert told in done.stderr
