@@ -199,16 +199,14 @@ class QuantizedWeight(Tensor):
     def _blocks(self) -> Iterator[slice]:
         """Rows, block by block, such that each block but the last is a whole number of groups.
 
-        Of a weight that has sizes and no numbers, only the first and the last: those between them are alike.
+        Of a weight that has sizes and no numbers, only the first: no other is larger.
         """
         rows, columns = self.shape
         unit = self.group_size // math.gcd(self.group_size, columns)
         block = BLOCK_ELEMENTS * (32 if self.device.type == "cuda" else 1)
         step = unit * max(1, block // (unit * columns))
-        starts: Sequence[int] = range(0, rows, step)
-        if len(starts) > 2 and (self.codes.is_meta or isinstance(self.codes, FakeTensor)):
-            starts = starts[0], starts[-1]
-        for start in starts:
+        has_numbers = not (self.codes.is_meta or isinstance(self.codes, FakeTensor))
+        for start in range(0, rows if has_numbers else 1, step):
             yield slice(start, min(start + step, rows))
 
     def _stored(self, rows: slice) -> tuple[Tensor, Tensor]:

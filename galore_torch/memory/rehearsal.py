@@ -76,7 +76,7 @@ class Rehearsal:
 
 
 def rehearse(job: Job, blocks: int | None = None) -> Rehearsal:
-    """Make two steps of a training, the second with a renewal and with two micro-batches if there are more than one.
+    """Make two steps of a training, the second with a renewal and, where there are more micro-batches, with gradients left by others.
 
     Args:
         job: what is trained.
@@ -130,12 +130,13 @@ class _Training:
         held["gradients"] = stored_bytes(weight.grad for weight in self.trained)
         self._step()
         self._let_one_renew()
-        for _ in range(min(2, self.job.micro_batches)):
-            self.recorder.phase("forward")
-            loss = self._forward()
-            self.recorder.phase("backward" if loss is None else "head")
-            self._backward(loss)
-            del loss
+        if self.job.micro_batches > 1:  # the last of them meets what those before it have left
+            self._backward(None)
+        self.recorder.phase("forward")
+        loss = self._forward()
+        self.recorder.phase("backward" if loss is None else "head")
+        self._backward(loss)
+        del loss
         self.recorder.phase("step")
         self._step()
         held["weights"] = stored_bytes([*self.model.parameters(), *self.model.buffers()])
