@@ -3,11 +3,9 @@
     python -m benchmarks.many_cards                               # LLaMA-7B, 1,000 cards, 1 Gbit/s and 100 Mbit/s
     python -m benchmarks.many_cards --measure --links 100mbit --cards 4   # the model against processes, as root
 
-The model: every card has a link of its own, both ways, and a collective goes around a ring, so that an all-reduce of b
-bytes over N cards sends 2 (N - 1) / N b of each and takes 2 (N - 1) hops; a gather or a scatter is half of it.
-A link does one collective after the other, in the order in which they are ready; gradients are ready as the backward
-pass goes, by their share of the work, and buckets of 25 MiB when the last of theirs is. What is projected sends its
-coordinates' r max(m, n) numbers, and every `gap` steps a full gradient and a basis. Numbers are of 16 bits.
+The model is that of `galore_torch/memory/links.py`, by which `galore plan --world-size` tells what a run will send.
+What is projected sends its coordinates' r max(m, n) numbers, and every `gap` steps a full gradient and a basis. Numbers
+are of 16 bits.
 
 Measured are processes in network namespaces of their own, on a bridge, each behind a link that tc slows, with 32 bits.
 """
@@ -17,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,12 +25,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.command import at_least, parser, run
-from benchmarks.common.links import seconds_allowed, slowing, timed_steps
+from benchmarks.common.links import slowing, timed_steps
 from benchmarks.common.report import Report, Sheet
 from benchmarks.common.sizes import LLAMA
 from galore_torch import GaLoreAdamW, attach, param_groups
+from galore_torch.memory.links import Ring, SentWeight, renewal_bytes, replicated_step, sharded_step
+from galore_torch.units import parse_bandwidth
 
-BUCKET = 25 * 2**20
 METHODS = ("adamw", "power-sgd", "fsdp2", "galore", "galore/16 steps", "galore/fsdp2")
 MEASURED = ("adamw", "galore")
 
@@ -52,26 +51,11 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cards:
-    """The cards and their links: how many, bytes a second, seconds a hop, bytes a number, rank, gap, and the work."""
+class Cards(Ring):
+    """The cards and their links, and the rank and the gap of what is projected."""
 
-    count: int
-    bandwidth: float
-    hop: float
-    width: int
     rank: int
     gap: int
-    work: float  # seconds of a forward and a backward pass without any traffic
-
-    def half(self, numbers: float) -> tuple[float, float]:
-        """Return what a gather or a scatter of so many numbers sends of each card, and its seconds."""
-        sent = (self.count - 1) / self.count * numbers * self.width
-        return sent, sent / self.bandwidth + (self.count - 1) * self.hop
-
-    def reduced(self, numbers: float) -> tuple[float, float]:
-        """The same of an all-reduce."""
-        sent, seconds = self.half(numbers)
-        return 2 * sent, 2 * seconds
 
 
 def llama(name: str) -> list[Weight]:
@@ -94,46 +78,28 @@ def compressed(weight: Weight, cards: Cards) -> int:
     return min(weight.size, cards.rank * (weight.rows + weight.columns))
 
 
-def of_renewals(weights: Iterable[Weight], cards: Cards) -> float:
-    """Return how many bytes more a step sends for renewals, which are spread over the gap."""
-    more = 0.0
+def sent(method: str, weights: Iterable[Weight], cards: Cards) -> list[SentWeight]:
+    """Return what a method sends of each weight."""
+    made = []
     for one in weights:
-        if one.is_projected:
-            full, basis = one.size - coordinates(one, cards), cards.rank * min(one.rows, one.columns)
-            more += cards.reduced(full)[0] + cards.half(basis)[0]
-    return more / cards.gap
+        numbers, basis = one.size, 0
+        if method == "power-sgd":
+            numbers = compressed(one, cards)
+        elif method.startswith("galore") and one.is_projected:
+            numbers, basis = coordinates(one, cards), cards.rank * min(one.rows, one.columns)
+        made.append(SentWeight(one.size, numbers, basis, cards.gap))
+    return made
 
 
 def simulate(method: str, weights: Sequence[Weight], cards: Cards) -> tuple[float, float]:
     """Return what one card sends in an ordinary step, in bytes, and the seconds that the step takes."""
-    total, forward = sum(one.size for one in weights), cards.work / 3
-    sent = link = done = 0.0  # when the link is free, and when the work is done
-    if method.endswith("fsdp2"):
-        ready = []
-        for backward, order in ((False, weights), (True, weights[::-1])):
-            for one in order:
-                bytes_sent, seconds = cards.half(one.size)
-                sent, link = sent + bytes_sent, link + seconds
-                done = max(done, link) + cards.work * (2 if backward else 1) / 3 * one.size / total
-                if backward:
-                    ready.append((done, coordinates(one, cards) if method == "galore/fsdp2" else one.size))
-                    bytes_sent, seconds = cards.half(ready[-1][1])
-                    sent, link = sent + bytes_sent, max(link, done) + seconds
-        return sent, max(link, done)
-    done, waiting = forward, 0.0
-    for one in weights[::-1]:
-        done += 2 * forward * one.size / total
-        if method == "galore/16 steps" and one.is_projected:
-            continue
-        numbers = {"adamw": one.size, "power-sgd": compressed(one, cards)}.get(method, coordinates(one, cards))
-        waiting += numbers
-        if waiting * cards.width >= BUCKET or one is weights[0]:
-            bytes_sent, seconds = cards.reduced(waiting)
-            sent, link, waiting = sent + bytes_sent, max(link, done) + seconds, 0.0
+    known = sent(method, weights, cards)
     if method == "galore/16 steps":  # weights and two moments, at the end of a window
-        bytes_sent, seconds = cards.reduced(3 * sum(coordinates(one, cards) for one in weights if one.is_projected))
-        sent, link = sent + bytes_sent / 16, max(link, done) + seconds / 16
-    return sent, max(link, done)
+        window, seconds = cards.reduced(3 * sum(one.gradient for one in known if one.basis))
+        step = replicated_step([replace(one, gradient=0) if one.basis else one for one in known], cards)
+        return step.gradients + window / 16, step.seconds + seconds / 16
+    step = (sharded_step if method.endswith("fsdp2") else replicated_step)(known, cards)
+    return step.weights + step.gradients, step.seconds
 
 
 # Against processes ----------------------------------------------------------------------------------------------------
@@ -211,9 +177,9 @@ def compare(given: argparse.Namespace, messages: Console) -> Report:
             messages.print(f"{method} over {link} ...")
             alone = measured(method, "100gbit", given)[1]
             found, seconds = measured(method, link, given)
-            sent, predicted = simulate(method, weights, cards_of(given, link, width=4, work=alone))
+            modelled, predicted = simulate(method, weights, cards_of(given, link, width=4, work=alone))
             rows[f"{method}, {link}"] = {
-                "sent, MB": found / 1e6, "predicted, MB": sent / 1e6, "work, s": alone, "step, s": seconds,
+                "sent, MB": found / 1e6, "predicted, MB": modelled / 1e6, "work, s": alone, "step, s": seconds,
                 "predicted, s": predicted, "of, predicted": seconds / predicted,
             }  # fmt: skip
     title = f"{given.layers} layers of {given.hidden}, rank {given.rank}, {given.cards} processes"
@@ -222,11 +188,10 @@ def compare(given: argparse.Namespace, messages: Console) -> Report:
 
 def cards_of(given: argparse.Namespace, link: str, *, width: int, work: float) -> Cards:
     """Return the cards behind a link."""
-    seconds = seconds_allowed(1.0, link)
-    if seconds is None:
-        raise ValueError(f"--links {link}; use tc's words, such as 100mbit")
-    hop = given.hop_ms / 1e3
-    return Cards(count=given.cards, bandwidth=1 / seconds, hop=hop, width=width, rank=given.rank, gap=500, work=work)
+    return Cards(
+        count=given.cards, bandwidth=parse_bandwidth(link), hop=given.hop_ms / 1e3, width=width, rank=given.rank,
+        gap=500, work=work,
+    )  # fmt: skip
 
 
 def predict(given: argparse.Namespace, messages: Console) -> Report:
@@ -239,9 +204,9 @@ def predict(given: argparse.Namespace, messages: Console) -> Report:
         row = rows[method] = {}
         for link in given.links:
             cards = cards_of(given, link, width=2, work=given.work)
-            sent, row[f"{link}, s"] = simulate(method, weights, cards)
-            row["sent, GB"] = sent / 1e9
-            row["renewals, GB"] = of_renewals(weights, cards) / 1e9 if method.startswith("galore") else 0.0
+            bytes_sent, row[f"{link}, s"] = simulate(method, weights, cards)
+            row["sent, GB"] = bytes_sent / 1e9
+            row["renewals, GB"] = renewal_bytes(sent(method, weights, cards), cards) / 1e9
     title = (
         f"LLaMA-{given.model}, {given.cards} cards, rank {given.rank}, {given.work} s of work, {given.hop_ms} ms a hop"
     )

@@ -1,4 +1,4 @@
-"""How bytes, seconds and errors are written for people, and read: ``24GB``."""
+"""How bytes, bandwidths, seconds and errors are written for people, and read: ``24GB``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,25 @@ def parse_bytes(text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise ValueError(f"memory = {text!r} is no size; give a number with a unit, such as 24GB or 24GiB.")
     return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def parse_bandwidth(text: str) -> float:
+    """The bytes a second that a bandwidth says.
+
+    Args:
+        text: a number and a unit, in powers of 1000: kbit, mbit, gbit, tbit of any case, or kB/s, MB/s, GB/s, TB/s.
+
+    Raises:
+        ValueError: no number, no unit, an unknown one, or nothing at all.
+
+    Example:
+        >>> parse_bandwidth("100mbit"), parse_bandwidth("25 GB/s")
+        (12500000.0, 25000000000.0)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)([bB]it(?:/s)?|B/s)\s*", text)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"bandwidth = {text!r} is none; give a number with a unit, such as 10gbit or 25GB/s.")
+    return float(found[1]) * _UNITS[found[2].lower()] / (1 if found[3] == "B/s" else 8)
 
 
 def readable(count: float) -> str:

@@ -76,7 +76,9 @@ class Rehearsal:
 
 
 def rehearse(job: Job, blocks: int | None = None) -> Rehearsal:
-    """Make two steps of a training, the second with a renewal and, where there are more micro-batches, with gradients left by others.
+    """Make two steps of a training: one of gradients alone, and one with a renewal.
+
+    The latter has one micro-batch, which meets the gradients of others where there are more.
 
     Args:
         job: what is trained.
