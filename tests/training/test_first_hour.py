@@ -77,6 +77,13 @@ EARLY = [
     ("finetune --data reviews.csv", "choose one of review, stars"),
     ("finetune --data reviews.csv --text-column review", "label_column = 'label' is not a column"),
     ("finetune --data chats.jsonl", "Rows with these fit --task sft"),
+    (
+        "finetune --task sft --data reviews.csv",
+        "messages or prompt, completion or text, and the rows have review, stars",
+    ),
+    ("finetune --task dpo --data chats.jsonl", "rename those. Rows with these fit --task sft"),
+    ("finetune --data reviews.csv --early-stopping-patience 2", "choose load_best_model_at_end"),
+    ("finetune --data reviews.csv --rank-pattern q_proj", "give such as q_proj=32"),
     ("finetune --data pairs.jsonl", "Rows with these fit --task dpo"),
     ("finetune --data broken.jsonl", "line 2 is not JSON"),
     ("finetune --data gaps.csv", "text_column = 'text' is empty in rows 2, 4; leave such rows out"),

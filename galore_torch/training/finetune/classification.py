@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -193,6 +194,14 @@ class Classification:
         # micro-batches to them, and the loss would be as many times too large.
         trainer.model_accepts_loss_kwargs = False
         return trainer
+
+    @property
+    def guess(self) -> float | None:
+        """How often the commonest label of the rows to train on is right of those held out; None for numbers."""
+        if self.labels.classes is None:
+            return None
+        commonest, _ = Counter(self.train["labels"]).most_common(1)[0]
+        return float(np.mean(np.asarray(self.held_out["labels"]) == commonest))
 
     def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """The scores among the Trainer's metrics."""

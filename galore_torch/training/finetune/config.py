@@ -16,7 +16,14 @@ from galore_torch.training.settings.fields import (
     settings,
 )
 from galore_torch.training.settings.optimizer import MATRICES
-from galore_torch.training.text.files import first_rows, is_hub_name, missing_column, require_filled, require_rows
+from galore_torch.training.text.files import (
+    first_rows,
+    is_hub_name,
+    missing_column,
+    require_filled,
+    require_form,
+    require_rows,
+)
 
 TaskName = Literal[
     "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "classify", "sft", "dpo", "reward", "grpo"
@@ -238,6 +245,8 @@ def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) 
         return
     require_rows(field, name)
     rows = list(first_rows(field, name))
+    if config.task in ON_TRL and rows:
+        require_form(config.task, config.text_column, rows[0])
     checked = {"text_column": "is empty"} | ({"label_column": "is without a label"} if labelled else {})
     for of_column, what in checked.items() if config.task == "classify" else ():
         column = getattr(config, of_column)

@@ -29,7 +29,7 @@ from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run import records
 from galore_torch.training.run.base_model import load_base
-from galore_torch.training.text.files import in_rows, missing_column
+from galore_torch.training.text.files import in_rows, require_form
 from galore_torch.units import sentence
 
 
@@ -43,14 +43,14 @@ class OnTRL:
     task_type = "CAUSAL_LM"  # PEFT's name of what the model is trained for
     model_class: ClassVar[Any] = AutoModelForCausalLM
     model_settings: ClassVar[dict[str, Any]] = {}
+    guess = None  # accuracy of saying the commonest label always
     cut = 0  # how many rows are longer than a sequence may be
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         self.data = config.data
-        known = set(rows.train.column_names) & set(rows.held_out.column_names)
-        self.columns = next((form for form in self.forms if set(form) <= known), ())
-        if not self.columns:
-            raise missing_column("text_column", " or ".join(map(", ".join, self.forms)), rows.train.column_names)
+        known = [name for name in rows.train.column_names if name in rows.held_out.column_names]
+        require_form(self.data.task, self.data.text_column, known)
+        self.columns = next(form for form in self.forms if set(form) <= set(known))
         for column in self.columns:
             _require(rows, column)
         self.train, self.held_out = (part.select_columns(list(self.columns)) for part in (rows.train, rows.held_out))

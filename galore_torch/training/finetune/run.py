@@ -27,6 +27,7 @@ class FinetuneResult(RunResult):
 
     task: str
     examples: int  # rows seen
+    guess: float | None  # accuracy of saying the commonest label always, where labels are classes
     scores: dict[str, float]  # on the held-out rows, at the end, by name, the main one first
     examples_per_second: float  # mean over the training steps, without evaluations and saves
 
@@ -34,6 +35,14 @@ class FinetuneResult(RunResult):
     def headline(self) -> str:
         """The scores."""
         return "  ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
+
+    @property
+    def remarks(self) -> list[str]:
+        """That a guess would have been as good."""
+        if self.guess is None or self.scores.get("accuracy", math.inf) > self.guess:
+            return super().remarks
+        always = f"To say the commonest label always is right in {self.guess:.4f} of them"
+        return [*super().remarks, f"{always}: make more steps, or raise --lr."]
 
 
 class Finetuning(Job):
@@ -113,8 +122,8 @@ class Finetuning(Job):
         return self.kind.scores(metrics)
 
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
-        """The task and its scores."""
-        return {"task": self.config.data.task, "scores": scores}
+        """The task, its scores, and what they are to be compared with."""
+        return {"task": self.config.data.task, "scores": scores, "guess": self.kind.guess}
 
     def predictions(self, trainer: Trainer) -> list[dict[str, Any]]:
         """Those of the kind."""

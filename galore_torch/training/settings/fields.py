@@ -164,7 +164,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 Presets = Mapping[str, Mapping[str, Any]]
 _NO = "no_"
-_METAVARS = {int: "N", float: "X", str: "TEXT", bool: None}
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: ""}
 
 
 def with_settings(
@@ -185,6 +185,8 @@ def with_settings(
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     taken = {parameter.name for parameter in parameters}
+    for kind, option in (typing.get_args(parameter.annotation) for parameter in parameters):
+        option.metavar = "" if kind is bool else option.metavar
     for section, config in sections.items():
         kinds = typing.get_type_hints(config)
         for name in field_names(config):
@@ -222,6 +224,7 @@ def _flags(
 def _default(name: str, field: Any, presets: Presets, preset: str) -> str:
     """What a help text says of the default: that the preset decides, or the value."""
     if any(name in values and values[name] != field.default for values in presets.values()):
-        return rf" [dim]\[by preset; {preset}: {presets[preset].get(name, field.default)}][/]"
+        own = presets[preset].get(name, field.default)
+        return rf" [dim]\[by preset{'' if own is None else f'; {preset}: {own}'}][/]"
     default = field.json_schema_extra["help"] or field.default
     return "" if default is None else rf" [dim]\[default: {default}][/]"

@@ -37,10 +37,10 @@ _NAMED = 20  # rows that a message names
 _FORMS = {  # columns that rows of a kind have, and the tasks that take them
     ("chosen", "rejected"): "dpo or --task reward",
     ("prompt", "answer"): "grpo",
-    ("messages",): "sft",
-    ("conversations",): "sft",
-    ("prompt", "completion"): "sft",
     ("instruction", "output"): "sft",
+    ("conversations",): "sft",
+    ("messages",): "sft",
+    ("prompt", "completion"): "sft",
 }
 
 
@@ -191,9 +191,26 @@ def _row(where: str, line: str) -> dict[str, Any]:
 def missing_column(field: str, name: str, columns: Iterable[str]) -> ValueError:
     """That rows have no column that a setting names, with those that they have and the task that takes them."""
     columns = list(columns)
+    return ValueError(
+        f"{field} = {name!r} is not a column of the rows; choose one of {', '.join(columns)}.{_fitting(columns)}"
+    )
+
+
+def require_form(task: str, text_column: str, columns: Iterable[str]) -> None:
+    """Refuse, with a ValueError, rows in none of the forms that a stage of TRL's takes, by their columns."""
+    columns = list(columns)
+    forms = [form for form, tasks in _FORMS.items() if task in tasks.split()] + [(text_column,)] * (task == "sft")
+    if not any(set(form) <= set(columns) for form in forms):
+        raise ValueError(
+            f"task = {task!r} reads columns {' or '.join(map(', '.join, forms))}, and the rows have "
+            f"{', '.join(columns)}; rename those.{_fitting(columns)}"
+        )
+
+
+def _fitting(columns: Sequence[str]) -> str:
+    """The task that takes rows of these columns, if there is one, in a sentence."""
     fitting = next((tasks for form, tasks in _FORMS.items() if set(form) <= set(columns)), None)
-    hint = "" if fitting is None else f" Rows with these fit --task {fitting}."
-    return ValueError(f"{field} = {name!r} is not a column of the rows; choose one of {', '.join(columns)}.{hint}")
+    return "" if fitting is None else f" Rows with these fit --task {fitting}."
 
 
 def require_filled(field: str, name: str, column: Iterable[tuple[int, Any]], what: str = "is empty") -> None:

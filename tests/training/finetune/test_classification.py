@@ -1,5 +1,6 @@
 """Classes and numbers: every method learns them, what is left behind is whole, and scores are scikit-learn's."""
 
+import dataclasses
 import json
 
 import pytest
@@ -203,3 +204,18 @@ def test_every_metric_of_a_task_is_known():
     from galore_torch.training.finetune.config import GLUE
 
     assert {name for task in GLUE.values() for name in task.metrics} <= set(METRICS)
+
+
+def test_a_model_that_is_no_better_than_the_commonest_label_is_told(classify, write, tmp_path):
+    rows = [{"text": text, "label": label} for text, label in sentences()]
+    uneven = write("uneven.csv", [row for row in rows if row["label"] == "calendar"] + rows[1:40:2])
+    held_out = write("held.csv", [*[row for row in rows if row["label"] == "calendar"][:3], rows[1]])
+    given = {"data": uneven, "held_out": held_out, "steps": 2, "eval_every": None}
+    idle = new_run(Finetuning, classify(**given, lr=1e-9), tmp_path / "idle").train()
+    assert idle.guess == 0.75
+    assert records.final(tmp_path / "idle" / "metrics.jsonl")["guess"] == 0.75
+    (told,) = dataclasses.replace(idle, scores={"accuracy": 0.75}).remarks
+    assert "0.7500" in told
+    assert "raise --lr" in told
+    assert dataclasses.replace(idle, scores={"accuracy": 1.0}).remarks == []
+    assert dataclasses.replace(idle, scores={"pearson": 0.1}, guess=None).remarks == []
