@@ -1,10 +1,6 @@
 """The benchmark measures what it says: every byte that is kept, every optimizer in turn, every figure by its bar."""
 
-import os
-import subprocess
-import sys
 from io import StringIO
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +18,8 @@ from benchmarks.many_cards import Cards, Weight, simulate
 from benchmarks.step import ADAMW, FLOOR, GALORE, OURS, STEPPED, StepTimings
 from galore_torch.training.pretrain.presets import CONTINUED, PRESETS, configure
 from galore_torch.training.settings.methods import method_settings
+from tests.forked import TORCH
+from tests.waiting import DEADLINE
 
 CASE = OptimizerStep(method=None, size=LLAMA["60m"])
 
@@ -54,10 +52,10 @@ def test_a_peer_that_cannot_be_installed_leaves_nothing_behind(tmp_path, monkeyp
 
 
 def test_a_view_weighs_the_storage_that_it_keeps():
-    """In a process of its own, where no test before it has left tensors that come and go."""
-    code = f"from {__name__} import weigh_a_view; weigh_a_view()"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
+    """In a process that was forked before any test: none has left tensors that come and go."""
+    process = TORCH.start(weigh_a_view)
+    process.join(DEADLINE)
+    assert process.exitcode == 0
 
 
 def weigh_a_view() -> None:

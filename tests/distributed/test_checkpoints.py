@@ -96,7 +96,7 @@ def saved(pool, tmp_path_factory) -> Callable[[str, str], tuple[str, Tensor]]:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("loaded_by", KINDS)
 @pytest.mark.parametrize("saved_by", ["one", "ddp", "fsdp"])
-@pytest.mark.broad("ddp-fsdp-nested", "fsdp-one-nested")
+@pytest.mark.broad("fsdp-one-nested")
 def test_what_some_have_saved_others_load(pool, saved, saved_by, loaded_by, options):
     folder, went_on = saved(saved_by, options)
     kind, world = KINDS[loaded_by]

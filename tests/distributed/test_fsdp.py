@@ -50,7 +50,7 @@ def assert_as_one(pool: Any, world: int, *, bar: float = BAR, **given: Any) -> N
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.broad("clipped, accumulated", "moments rotated")
+@pytest.mark.broad("clipped, accumulated")
 def test_shards_train_as_one_process(pool, name):
     assert_as_one(pool, 2, **{"steps": SHORT, **VARIANTS[name]})
 
@@ -78,7 +78,7 @@ EARLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", EARLY)
-@pytest.mark.broad("fused, accumulated", "applied in the backward")
+@pytest.mark.broad("applied in the backward")
 def test_gradients_that_are_projected_early_train_as_one_process(pool, name):
     assert_as_one(pool, 2, **{"steps": SHORT, **EARLY[name]})
 
@@ -97,7 +97,7 @@ def test_gradients_that_are_projected_early_train_in_four_processes_as_in_one(po
 
 
 @pytest.mark.parametrize("mode", [None, ("fused", "step")], ids=["full", "fused"])
-@pytest.mark.broad("fused")
+@pytest.mark.slow
 def test_replicas_of_shards_train_as_one_process(pool, mode):
     assert_as_one(pool, 4, replicas=2, steps=SHORT, mode=mode)
 
@@ -189,6 +189,7 @@ def test_weights_cut_where_they_are_not_projected_train_as_one_process(pool, mod
     assert_as_one(pool, 2, placement=of_free_axes, steps=SHORT, mode=mode)
 
 
+@pytest.mark.slow
 def test_projected_gradients_of_layers_in_16_bits_move_weights_in_32(pool):
     given = {"dtype": torch.float32, "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32), "steps": SHORT}
     full = pool.run(trained_in_shards, 2, **given)[0]

@@ -77,6 +77,7 @@ def test_where_nothing_fits_the_smallest_plan_says_what_it_lacks(small):
     assert 10**6 < instead["peak_bytes"] < found["methods"]["galore"]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_a_smaller_micro_batch_of_what_gives_up_least_is_offered_too(small):
     most = ("--micro-batch", "32", "--batch", "64")
     methods = ("--method", "full", "--method", "galore")
@@ -125,6 +126,7 @@ def test_a_configuration_without_a_head_is_refused(architectures, tmp_path):
     assert "a head that gives a loss" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_a_forward_that_needs_numbers_leaves_the_bytes_that_do_not(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = transformers.MixtralConfig(**sizes, intermediate_size=48, num_local_experts=2, vocab_size=64)

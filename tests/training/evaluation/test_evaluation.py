@@ -58,6 +58,7 @@ def test_a_pre_training_is_judged_by_perplexity(tiny, texts, tmp_path):
     assert (refused.exit_code, "no rows to predict" in refused.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_stage_is_judged_by_its_own_trainer(supervise, asked, tmp_path):
     out = tmp_path / "run"
     new_run(Finetuning, supervise(steps=4), out).train()

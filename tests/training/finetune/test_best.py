@@ -67,6 +67,7 @@ def test_a_run_ends_early_with_the_model_and_the_scores_of_its_best_evaluation(e
 
 
 @pytest.mark.parametrize("act", [ctrl_c, crash])
+@pytest.mark.broad("crash")
 def test_it_is_resumed_exactly_with_its_best_and_its_count(act, ended, classify, tmp_path):
     whole, final = ended
     out = tmp_path / "run"
@@ -121,6 +122,7 @@ def test_a_damaged_best_checkpoint_is_told_before_it_is_needed(ended, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["galore-8bit-per-layer", "qgalore", "lora", "relora"])
+@pytest.mark.broad("lora")
 def test_whatever_trains_ends_with_its_best(method, supervise, tmp_path):
     given = {"steps": 12, "eval_every": 3, "lr": 0.3, "decay": "constant", "load_best_model_at_end": True, "rank": 4}
     result = new_run(Finetuning, supervise(method=method, **given), tmp_path / "run").train()

@@ -64,6 +64,7 @@ def test_what_is_left_behind_is_whole_and_says_what_was_scored(classify, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["lora", "relora"])
+@pytest.mark.broad("lora")
 def test_adapters_are_merged_into_what_is_left_behind(classify, tmp_path, method):
     out = tmp_path / "run"
     run = new_run(Finetuning, classify(method=method, steps=6), out)
@@ -86,6 +87,7 @@ def test_the_linear_layers_of_the_numbered_blocks_are_projected_and_nothing_else
 
 
 @pytest.mark.parametrize(("targets", "count"), [("query,value", 4), ("all-linear", 14)])
+@pytest.mark.broad("all-linear-14")
 def test_targets_can_be_named(classify, tmp_path, targets, count):
     run = new_run(Finetuning, classify(method="galore", target_modules=targets, steps=1), tmp_path / "run")
     run.train()
@@ -167,6 +169,7 @@ def test_the_form_of_the_file_changes_nothing(classify, write, tmp_path, kind):
     assert losses(tmp_path / "other") == losses(tmp_path / "csv")
 
 
+@pytest.mark.slow
 def test_micro_batches_make_their_batch(classify, tmp_path):
     for name, micro in (("whole", 8), ("parts", 2)):
         config = classify(steps=4, micro_batch=micro, method="galore", update_proj_gap=2, gradients="full")

@@ -116,6 +116,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("task", GLUE)
+@pytest.mark.broad("cola", "stsb", "mnli")
 def test_each_task_of_glue_is_judged_by_its_own_metrics_on_its_own_split(hub, encoder, tmp_path, task):
     config = configure(task=task, model=str(encoder), max_length=48, steps=1, epochs=1.0)
     assert config.schedule.batch == (32 if task == "cola" else 16)

@@ -99,6 +99,7 @@ def test_predictions_name_the_row_and_what_was_expected(staged, pairs, tmp_path)
 
 @pytest.mark.usefixtures("planned")
 @pytest.mark.parametrize("task", ["dpo", "reward", "grpo"])
+@pytest.mark.broad("dpo")
 def test_a_stage_is_made_ready_where_its_memory_is_to_be_planned(task, staged, tmp_path):
     assert new_run(Finetuning, staged(task), tmp_path / "run").checkpoint is None
 
@@ -132,6 +133,7 @@ def test_rows_of_other_forms_are_taken(row, columns, write, supervise, tmp_path)
 
 
 @pytest.mark.parametrize("given", [{"packing": True}, {"bf16": True}, {"gradient_checkpointing": True}])
+@pytest.mark.broad("given1")
 def test_what_saves_time_or_memory_trains(given, supervise, tmp_path):
     run = new_run(Finetuning, supervise(steps=2, answers=0, **given), tmp_path / "run")
     args = run.trainer.args

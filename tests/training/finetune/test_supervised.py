@@ -145,6 +145,7 @@ def packed(causal, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_trained_as_the_model_that_it_holds(packed, supervise, tmp_path):
     run = new_run(Finetuning, supervise(model=str(packed), gguf_file="model.gguf", steps=4), tmp_path / "packed-run")
     whole = new_run(Finetuning, supervise(steps=4), tmp_path / "run")

@@ -65,6 +65,7 @@ def _written(config, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("method", ["galore", "lora"])
+@pytest.mark.broad("galore")
 def test_another_architecture_is_trained_from_scratch(method, further, tmp_path):
     GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(tmp_path / "gpt2")
     config = further(config_of=str(tmp_path / "gpt2" / "config.json"), tokenizer="train", vocab=400, lr=1e-2,

@@ -216,7 +216,7 @@ def plain(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("gradients", "update"), [("projected", "step"), ("fused", "step"), ("fused", "backward")])
-@pytest.mark.broad
+@pytest.mark.broad("fused-backward")
 def test_forms_of_gradients_change_nothing_but_cost(gradients, update, plain, tiny, tmp_path):
     config = tiny(micro_batch=8, gradients=gradients, update=update)
     formed = new_run(Pretraining, config, tmp_path / "formed").train()
@@ -224,6 +224,7 @@ def test_forms_of_gradients_change_nothing_but_cost(gradients, update, plain, ti
     assert formed.state_bytes == plain.state_bytes
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(tiny, tmp_path):
     config = tiny(save_every=3)
     new_run(Pretraining, config, tmp_path / "whole").train()
@@ -245,6 +246,7 @@ def test_a_run_that_crashed_before_its_first_checkpoint_starts_again(tiny, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_text(tiny, tmp_path):
     book = tmp_path / "book.txt"
     paragraphs = [f"In paragraph {index} there are only a few words to be learnt." for index in range(400)]

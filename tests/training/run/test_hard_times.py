@@ -213,6 +213,7 @@ def test_what_accelerate_would_read_changes_nothing_and_is_told(tiny, tmp_path, 
     assert not [name for name in os.environ if name.startswith(surroundings._ACCELERATE + "MIXED")]
 
 
+@pytest.mark.slow
 def test_a_child_imports_nothing_from_the_working_directory(tmp_path, monkeypatch):
     for name in ("datasets", "typer", "torch", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")

@@ -136,6 +136,7 @@ def assert_recorded_is_built(config, out: Path, monkeypatch) -> set[str]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.broad("full", "galore", "galore-8bit", "galore-adafactor", "qgalore-per-layer", "relora")
 def test_a_method_is_recorded_as_it_was_built(method, by_method, tmp_path, monkeypatch):
     assert_recorded_is_built(by_method(method), tmp_path / "run", monkeypatch)
 
