@@ -12,6 +12,6 @@ def wait_for(met: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
     """Wait until a condition holds; fail if the process that is to make it hold ends before, or at the deadline."""
     end = time.monotonic() + DEADLINE
     while not met():
-        assert process.poll() is None, f"ended with {process.returncode}: {process.communicate()}"
+        assert process.poll() is None, f"ended with {process.poll()}: {process.communicate()}"
         assert time.monotonic() < end, "the deadline has passed"
         time.sleep(0.005)

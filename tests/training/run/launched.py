@@ -4,8 +4,8 @@
 
 runs `galore ARGUMENTS` and writes to the file SAID. LOSES = "RANK:STEP" kills that process after that step, in the
 first start. LOSES = "SEED*COUNT" kills a process in each of the first starts: which one, after which step and how long
-after it is drawn. LOSES = "node" kills after step 4 with the agent that has started it, "others" has a process that is
-alone wait after step 6 for others to join. LOSES = "none" kills none.
+after it is drawn. LOSES = "node:PID" kills after step 4 with the agent that has started it, "others" has a process that
+is alone wait after step 6 for others to join. LOSES = "none" kills none.
 """
 
 import os
@@ -46,8 +46,9 @@ def after_step(step: int, lose: Callable[[float], None]) -> None:
 def lose(given: str, rank: int, world: int, start: int) -> None:
     if given == "none":
         return
-    if given == "node":
-        after_step(4, lambda _: (os.kill(os.getppid(), signal.SIGKILL), kill()))
+    if given.startswith("node:"):
+        agent = int(given.removeprefix("node:"))
+        after_step(4, lambda _: (os.kill(agent, signal.SIGKILL), kill()))
         return
     if given == "others":
         if world == 1:

@@ -90,15 +90,20 @@ def launch(
     return done.returncode, said.read_text(encoding="utf-8") + done.stderr
 
 
-def agent(folder: Path, loses: str, port: int, *given: str) -> subprocess.Popen[bytes]:
-    """Start one of the agents of an elastic job, each of one process."""
+def agent(folder: Path, loses: str, port: int, *given: str) -> Any:
+    """Start one of the agents of an elastic job, each of one process; returns what has the methods of a `Popen`."""
     said = folder.with_name(f"{folder.name}.said")
     rendezvous = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", "--rdzv-backend=c10d"]
     noticed = "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
     how = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1", *rendezvous, noticed]
     command = [str(LAUNCHED), str(said), loses, "pretrain", *given, "--out", str(folder)]
-    env = {**os.environ, "PYTHONPATH": str(Path.cwd()), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen([Path(sys.executable).with_name("torchrun"), *how, *command], env=env)
+    process = TRAINING.start(be_agent, [*how, "--run-path", "--start-method=forkserver", *command], said)
+
+    def wait(seconds: float) -> int | None:
+        process.join(seconds)
+        return process.exitcode
+
+    return SimpleNamespace(poll=lambda: process.exitcode, wait=wait, communicate=said.read_text)
 
 
 def is_open(port: int) -> bool:
@@ -109,6 +114,12 @@ def is_open(port: int) -> bool:
 def be_torchrun(arguments: list[str], said: Path) -> None:
     begin([said, said])
     run.main(arguments)
+
+
+def be_agent(arguments: list[str], said: Path) -> None:
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    itself = {"node": f"node:{os.getpid()}"}
+    be_torchrun([itself.get(argument, argument) for argument in arguments], said)
 
 
 def losses(folder: Path) -> list[float]:
