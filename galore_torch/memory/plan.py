@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class MemoryPlan:
             before a step; of the others the most there is at a time.
         peak: by kind, what there is at the moment when it is the most.
         phase: when that is.
+        phases: by phase, what there is of each kind at its highest moment.
         parameters: how many the model has.
         trained: how many of them are trained.
         untraced: why activations, logits and work are not known, such as an operation's name; None if they are.
@@ -32,6 +34,7 @@ class MemoryPlan:
     held: dict[str, int]
     peak: dict[str, int]
     phase: str
+    phases: Mapping[str, Mapping[str, int]]
     parameters: int
     trained: int
     untraced: str | None = None
@@ -109,13 +112,18 @@ def _continued(fewer: Rehearsal, more: Rehearsal, count: int) -> Rehearsal:
 
 
 def _planned(rehearsal: Rehearsal) -> MemoryPlan:
-    phase, peak = max(rehearsal.peaks.items(), key=lambda one: one[1].total())
+    phase = max(rehearsal.peaks, key=lambda name: rehearsal.peaks[name].total())
     held = {kind: max(each[kind] for each in rehearsal.peaks.values()) for kind in KINDS} | rehearsal.held
     unknown = ("activations", "logits", "work") if rehearsal.untraced is not None else ()
+
+    def known(kinds: Mapping[str, int]) -> dict[str, int]:
+        return {kind: 0 if kind in unknown else kinds[kind] for kind in KINDS}
+
     return MemoryPlan(
-        held={kind: 0 if kind in unknown else held[kind] for kind in KINDS},
-        peak={kind: 0 if kind in unknown else peak[kind] for kind in KINDS},
+        held=known(held),
+        peak=known(rehearsal.peaks[phase]),
         phase=phase,
+        phases={name: known(kinds) for name, kinds in rehearsal.peaks.items()},
         parameters=rehearsal.parameters,
         trained=rehearsal.trained,
         untraced=rehearsal.untraced,

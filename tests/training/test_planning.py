@@ -63,7 +63,7 @@ def test_table_and_page(small, tmp_path):
     result = galore_plan(*small, "--method", "galore-8bit-per-layer", "--page", str(tmp_path / "plan.html"))
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 80
-    assert "galore-8bit" in result.output
+    assert "galore-8bit-per-layer" in result.output
     page = (tmp_path / "plan.html").read_text()
     assert "<svg" in page
     assert "galore-8bit-per-layer" in page
@@ -93,6 +93,47 @@ def test_where_nothing_fits_a_smaller_micro_batch_of_what_gives_up_least_is_offe
     assert usual["peak_bytes"] <= room
 
 
+SEVERAL = ("--method", "full", "--method", "galore", "--gradients", "fused", "--rank", "16")
+
+
+def test_under_ddp_each_process_keeps_buckets_and_sends_what_is_projected_in_low_rank(small):
+    alone = planned(*small, *SEVERAL)["methods"]
+    found = planned(*small, *SEVERAL, "--world-size", "2", "--bandwidth", "1gbit")
+    full, galore = found["methods"]["full"], found["methods"]["galore"]
+    assert (found["world_size"], found["parallel"]) == (2, "ddp")
+    assert full["held"]["gradients"] == 2 * alone["full"]["held"]["gradients"]
+    assert full["held"]["weights"] == alone["full"]["held"]["weights"]
+    # Of two processes each sends half of its gradients, twice.
+    assert full["cost"]["sent_bytes"] == {"weights": 0, "gradients": 4 * full["parameters"], "renewals": 0}
+    assert galore["cost"]["sent_bytes"]["gradients"] < full["cost"]["sent_bytes"]["gradients"]
+    assert galore["cost"]["sent_bytes"]["renewals"] > 0
+    assert full["cost"]["link_seconds"]["gradients"] == pytest.approx(4 * full["parameters"] * 8 / 1e9)
+    assert full["cost"]["step_seconds"] >= full["cost"]["link_seconds"]["gradients"]
+    assert full["cost"]["days"] is None
+
+
+def test_under_fsdp_weights_and_states_are_divided_and_gathered(small):
+    alone = planned(*small, *SEVERAL)["methods"]
+    found = planned(*small, *SEVERAL, "--world-size", "2", "--parallel", "fsdp")["methods"]
+    for kind in ("weights", "gradients", "states"):
+        assert found["full"]["held"][kind] == pytest.approx(alone["full"]["held"][kind] / 2, abs=1)
+    assert found["galore"]["held"]["bases"] == alone["galore"]["held"]["bases"]
+    assert found["full"]["cost"]["sent_bytes"]["weights"] == 4 * found["full"]["parameters"]  # half of them, twice
+    assert found["full"]["cost"]["step_seconds"] is None
+
+
+def test_days_follow_from_the_rate_where_nothing_waits_for_a_link(small):
+    rate = ("--tokens", "1e6", "--tokens-per-second", "100", "--method", "full")
+    one = planned(*small, *rate)["methods"]["full"]["cost"]
+    assert one["days"] == pytest.approx(1e6 / 100 / 86_400)
+    assert one["step_seconds"] == pytest.approx(4 * 16 / 100)
+    two = planned(*small, *rate, "--world-size", "2")["methods"]["full"]["cost"]
+    assert two["days"] == pytest.approx(one["days"] / 2)
+    result = galore_plan(*small, *rate, "--world-size", "2", "--bandwidth", "1gbit")
+    assert "in each of 2 processes (ddp)" in " ".join(result.output.split())
+    assert "days" in result.output
+
+
 def test_a_rank_that_saves_nothing_is_said(small):
     result = galore_plan(*small, "--method", "full", "--method", "galore", "--rank", "256")
     assert "galore: its rank saves nothing" in " ".join(result.output.split())
@@ -108,6 +149,17 @@ def test_a_rank_that_saves_nothing_is_said(small):
         (["llama-tiny", "--method", "galore", "--rank", "300"], "rank = 300 is beyond the matrices of 'llama-tiny'"),
         (["llama-tiny", "--method", "galore", "--rank", "0"], "rank = 0 is out of range"),
         ([*TINY, "--method", "galore", "--update", "backward"], "micro_batch = 2 is a part of batch = 4"),
+        ([*TINY, "--world-size", "0"], "world_size = 0 is out of range"),
+        ([*TINY, "--world-size", "3"], "batch = 4 cannot be divided among 3 processes"),
+        ([*TINY, "--world-size", "2", "--parallel", "tp"], "parallel = 'tp' is not known"),
+        ([*TINY, "--world-size", "2", "--bandwidth", "fast"], "bandwidth = 'fast' is none"),
+        ([*TINY, "--world-size", "2", "--bandwidth", "10 Gb/s"], "bandwidth = '10 Gb/s' is none"),
+        ([*TINY, "--bandwidth", "1gbit"], "bandwidth has no effect with world_size = 1"),
+        ([*TINY, "--parallel", "fsdp"], "parallel has no effect with world_size = 1"),
+        ([*TINY, "--world-size", "2", "--tokens", "1e9"], "give --tokens-per-second"),
+        ([*TINY, "--tokens", "-1", "--tokens-per-second", "10"], "tokens = -1.0 is out of range"),
+        ([*TINY, "--world-size", "2", "--method", "lora"], "adapter = 'lora' runs in one process"),
+        ([*TINY, "--world-size", "2", "--parallel", "fsdp", "--method", "qgalore"], "weight_bits = 8 is not served by"),
         (["folder/that/is/not", "--memory", "24GB"], "model = 'folder/that/is/not' has no configuration"),
     ],
 )  # fmt: skip

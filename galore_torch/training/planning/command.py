@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +18,11 @@ from galore_torch.training.run.command import reported_errors
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS, method_settings
+from galore_torch.units import parse_bandwidth, parse_bytes
 
 if TYPE_CHECKING:
     from galore_torch.memory import MemoryPlan
+    from galore_torch.training.planning.cards import Cost
 
 EPILOG = """[bold]Examples[/]
 
@@ -28,6 +31,9 @@ galore plan llama-7b --memory 24GB
 
 galore plan FOLDER/config.json --micro-batch 4 --seq 1024 --method full --method galore --rank 256
 [dim]any causal, masked or sequence-to-sequence model of Transformers, without its weights[/]
+
+galore plan llama-7b --world-size 8 --parallel fsdp --bandwidth 100gbit --tokens 20e9 --tokens-per-second 3000
+[dim]what each of eight processes needs and sends, and the days it takes[/]
 
 galore plan llama-1b --method galore --gradients projected --json
 [dim]one way to form gradients, for a script[/]
@@ -51,6 +57,13 @@ def plan(
     vocab: Annotated[int | None, _option(help="Entries of a preset's vocabulary.")] = None,
     dtype: Annotated[str | None, _option(help=r"Of weights. [dim]\[default: the preset's; bfloat16][/]")] = None,
     gradient_checkpointing: Annotated[bool | None, _option(help="Compute activations again in the backward.")] = None,
+    world_size: Annotated[int, _option(help="Processes, one a card; says what each needs and sends.")] = 1,
+    parallel: Annotated[
+        str, _option(help="What they share: ddp, the batch; fsdp, weights and states as well.")
+    ] = "ddp",
+    bandwidth: Annotated[str | None, _option(help="Of each card's link, such as 10gbit or 25GB/s.")] = None,
+    tokens: Annotated[float | None, _option(help="Of the training, such as 20e9; says the days.")] = None,
+    tokens_per_second: Annotated[float | None, _option(help="Of one process alone, as a run measured it.")] = None,
     page: Annotated[Path | None, _option(help="Write a page with the table and a chart there.")] = None,
     json: Annotated[bool, _option("--json", help="Print the plans as one JSON object.")] = False,
     **given: Any,
@@ -67,18 +80,30 @@ def plan(
             for name in method or ():
                 method_settings(name)
             with console.status("Loading Transformers"):
-                from galore_torch.memory import parse_bytes
+                from galore_torch.training.planning.cards import Cards
                 from galore_torch.training.planning.report import Planned, plans
                 from galore_torch.training.planning.subject import subject
 
             room = None if memory is None else parse_bytes(memory)
-            planned = subject(model, given, dtype)
+            cards = Cards(
+                world_size=world_size,
+                parallel=parallel,  # type: ignore[arg-type]
+                bandwidth=None if bandwidth is None else parse_bandwidth(bandwidth),
+                tokens=tokens,
+                tokens_per_second=tokens_per_second,
+            )
+            planned = subject(model, given, dtype, cards)
             found: dict[str, MemoryPlan] = {}
+            costs: dict[str, Cost] = {}
             with console.status("Planning") as status:
-                for name, one in plans(planned, method or list(METHODS)):
+                for name, one, price in plans(
+                    planned, method or [name for name in METHODS if not planned.refuses(name)]
+                ):
                     found[name] = one
+                    if price is not None:
+                        costs[name] = price
                     status.update(f"Planning: {name} is done")
-                shown = Planned(subject=planned, found=found, memory=room)
+                shown = Planned(subject=planned, found=found, memory=room, costs=costs)
                 texts = shown.texts
             if page is not None:
                 shown.page(shlex.join(["galore", *sys.argv[1:]])).write(page)
@@ -86,11 +111,17 @@ def plan(
             print(json_format.dumps(shown.as_json()))
             return
         console.print(shown.title, highlight=False, markup=False)
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for place, heading in enumerate(shown.columns):
-            table.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=bool(place))
-        for row in shown.rows:
-            table.add_row(*row)
-        console.print(table)
+        console.print(_table(shown.columns, shown.rows), "")
+        if costs:
+            console.print(_table(shown.cost_columns, shown.cost_rows), "")
         for text in texts:
             console.print(text, highlight=False, markup=False)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for place, heading in enumerate(columns):
+        table.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table

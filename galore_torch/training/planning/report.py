@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from galore_torch.memory import KINDS, MemoryPlan, plan
+from galore_torch.memory import KINDS, MemoryPlan
 from galore_torch.training.page.page import Page
+from galore_torch.training.planning.cards import Cost
 from galore_torch.training.planning.subject import Subject
 from galore_torch.training.run.plots import COLORS, GRAY, new_axes
 from galore_torch.training.settings.methods import METHODS
@@ -32,17 +33,31 @@ LEGEND = (
 )
 
 
-def plans(subject: Subject, methods: Sequence[str]) -> Iterator[tuple[str, MemoryPlan]]:
+SENT = ("weights", "grads", "renew")
+"""What of a step is sent."""
+SEVERAL = (
+    "What each of several processes needs is estimated from what one needs. The second table has what it sends around "
+    "a ring, at 0.1 ms a hop: GB and its link's seconds of weights, gradients and renewals; in a step's seconds passes "
+    "and traffic overlap."
+)
+
+
+def _figure(value: float | None) -> str:
+    """Three digits of a figure, and a dash for one that is not known."""
+    return "-" if value is None else f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def plans(subject: Subject, methods: Sequence[str]) -> Iterator[tuple[str, MemoryPlan, Cost | None]]:
     """Plan the training of a model by each method in turn; what differs in its learning rates alone is planned once."""
-    known: dict[str, MemoryPlan] = {}
+    known: dict[str, tuple[MemoryPlan, Cost | None]] = {}
     for method in methods:
         config = subject.settings(method)
         adapter = config.adapter.adapter.removeprefix("re")
         of_memory = dataclasses.replace(config.optimizer, lr=1.0, others_lr=None)
         key = f"{of_memory}{adapter}{config.adapter.adapter_rank}{config.schedule.batch}"
         if key not in known:
-            known[key] = plan(subject.job(method))
-        yield method, known[key]
+            known[key] = subject.planned(method)
+        yield method, *known[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +67,7 @@ class Planned:
     subject: Subject  # what is planned
     found: Mapping[str, MemoryPlan]  # by method
     memory: int | None  # what there is, in bytes; None if nobody said
+    costs: Mapping[str, Cost] = dataclasses.field(default_factory=dict)  # by method, where they were asked for
 
     def fits(self, one: MemoryPlan) -> bool:
         """Whether there is a memory that a plan fits."""
@@ -108,25 +124,27 @@ class Planned:
 
         Activations are computed again, and rows are ever fewer.
         """
-        micro_batch = self.subject.settings(method).micro_batch
+        micro_batch = self.subject.micro_batch(self.subject.settings(method))
         given: dict[str, Any] = {"gradient_checkpointing": True}
         while True:
             changed = dataclasses.replace(self.subject, given={**self.subject.given, **given})
-            found = plan(changed.job(method))
+            found, _ = changed.planned(method)
             if self.fits(found) or micro_batch == 1:
                 return method, given, found
             micro_batch = next(rows for rows in range(micro_batch // 2, 0, -1) if micro_batch % rows == 0)
             given |= {"micro_batch": micro_batch}
             if method == self.least or METHODS[method]["update"] == "backward":  # which leaves nothing to accumulate
-                given |= {"batch": micro_batch}
+                given |= {"batch": micro_batch * self.subject.cards.world_size}
 
     @property
     def title(self) -> str:
         """The model and its batch."""
         first = next(iter(self.found))
         config, one = self.subject.settings(first), self.found[first]
-        rows = f"{config.micro_batch} sequences of {config.data.seq} tokens at once"
-        return f"{self.subject.name}: {one.parameters:,} parameters in {self.subject.model.dtype}, {rows}"
+        rows = f"{self.subject.micro_batch(config)} sequences of {config.data.seq} tokens at once"
+        cards = self.subject.cards
+        each = f", in each of {cards.world_size} processes ({cards.parallel})" if cards.are_several else ""
+        return f"{self.subject.name}: {one.parameters:,} parameters in {self.subject.model.dtype}, {rows}{each}"
 
     @property
     def unit(self) -> float:
@@ -145,10 +163,29 @@ class Planned:
 
     def _cells(self, one: MemoryPlan) -> list[str]:
         unknown = ("activations", "logits", "work") if one.untraced is not None else ()
-        digits = 2 if self.unit == GB else 1
+        most = max(each.peak_bytes for each in self.found.values()) / GB
+        digits = 2 if 1 <= most < 100 else 1  # of GB, and one of MB, so that names have room beside them
         held = ["?" if kind in unknown else f"{one.held[kind] / self.unit:.{digits}f}" for kind in KINDS]
         peak = f"{'>' if unknown else ''}{one.peak_bytes / self.unit:.{digits}f}"
         return [*held, peak, *([] if self.memory is None else ["yes" if self.fits(one) else "no"])]
+
+    @property
+    def cost_columns(self) -> list[str]:
+        """The headings of the table of what a step costs."""
+        return ["GB a step", *(name for kind in SENT for name in (kind, "s")), "step, s", "days"]
+
+    @property
+    def cost_rows(self) -> list[list[str]]:
+        """Its rows; none where no costs were asked for."""
+        rows = []
+        for name, one in self.costs.items():
+            cells = [
+                text
+                for kind in one.sent
+                for text in (_figure(one.sent[kind] / GB), _figure(one.link_seconds.get(kind)))
+            ]
+            rows.append([name, *cells, _figure(one.seconds), _figure(one.days)])
+        return rows
 
     @property
     def texts(self) -> list[str]:
@@ -172,6 +209,8 @@ class Planned:
         lines.append(f"{shown}: the most of its peak, {readable(peak[kind])}, is {kind}.")
         if self.memory is not None:
             lines.append(self._verdict(self.memory))
+        if self.subject.cards.are_several:
+            lines.append(SEVERAL)
         return lines
 
     def _verdict(self, memory: int) -> str:
@@ -199,16 +238,23 @@ class Planned:
         return {
             "model": self.subject.name,
             "memory_bytes": self.memory,
+            "world_size": self.subject.cards.world_size,
+            "parallel": self.subject.cards.parallel,
             "best": self.best,
             "instead": with_settings(self.instead),
             "usual": with_settings(self.usual),
-            "methods": {name: one.as_json() for name, one in self.found.items()},
+            "methods": {name: {**one.as_json(), **self._cost_of(name)} for name, one in self.found.items()},
         }
+
+    def _cost_of(self, name: str) -> dict[str, Any]:
+        return {"cost": self.costs[name].as_json()} if name in self.costs else {}
 
     def page(self, command: str) -> Page:
         """A page with the table and a stacked bar for each method; it says the command by which it was made."""
         made = Page("Memory, planned", self.title)
         made.table(self.columns, self.rows)
+        if self.costs:
+            made.table(self.cost_columns, self.cost_rows)
         for text in self.texts:
             made.text(text)
         made.figure(self.chart(), "What there is of each kind at the moment when a method needs the most.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import nn
 
 import galore_torch
 from galore_torch.lowbit import quantize_weights
-from galore_torch.memory import Job
+from galore_torch.memory import Job, MemoryPlan, plan
+from galore_torch.memory.ranks import Sizes, of_a_rank
 from galore_torch.messages import nearest
 from galore_torch.training.baselines.layers import adapt
+from galore_torch.training.planning.cards import Cards, Cost, cost
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
@@ -29,6 +31,7 @@ from galore_torch.units import sentence
 
 _LIKE = "llama-60m"  # the preset whose recipe a model gets that is none
 _OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}
+_MOVE_WHOLE = ("adafactor", "muon")  # optimizers whose state is whole in each process
 _RANK_SHARE = 4  # of the width, as the paper has it for most of its models
 
 
@@ -41,25 +44,61 @@ class Subject:
     preset: str  # whose recipe it has
     given: Mapping[str, Any]  # settings that were given, by name, and those that the model brings
     target_modules: Any  # which modules hold the matrices; see `galore_torch.param_groups`
+    cards: Cards = field(default_factory=Cards)
 
     def settings(self, method: str) -> PretrainConfig:
         """All settings under a method; those that have no effect with it are left out.
 
         Raises:
-            ValueError: when the method or a value is not known or not allowed.
+            ValueError: when the method or a value is not known or not allowed, or not in so many processes.
         """
-        alone = configure(self.preset, micro_batch=1, batch=1, method=method)
+        alone, world = configure(self.preset, micro_batch=1, batch=1, method=method), self.cards.world_size
         kept = {name: one for name, one in self.given.items() if has_effect(name, alone.optimizer, alone.adapter)}
         if alone.optimizer.update == "backward":  # which leaves nothing to accumulate
             micro_batch = self.given.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
-            kept |= {"micro_batch": micro_batch, "batch": micro_batch}
-        return configure(self.preset, method=method, **kept)
+            kept |= {"micro_batch": micro_batch * world, "batch": micro_batch * world}
+        config = configure(self.preset, method=method, **kept)
+        if not self.cards.are_several:
+            return config
+        refusal = self.cards.refusal(config.adapter.adapter, config.optimizer.weight_bits, config.optimizer.grad_bits)
+        if refusal is not None:
+            raise ValueError(f"{refusal}; choose another method, or leave out --world-size.")
+        batch, micro_batch = config.schedule.batch, self.micro_batch(config)
+        if batch % (micro_batch * world):
+            raise ValueError(
+                f"batch = {batch} cannot be divided among {world} processes by micro-batches of {micro_batch}; "
+                "choose a batch that is a multiple of both, or another number of processes."
+            )
+        return config
+
+    def micro_batch(self, config: PretrainConfig) -> int:
+        """How many sequences a process takes at once, of a step that may have less for each."""
+        return min(config.micro_batch, max(1, config.schedule.batch // self.cards.world_size))
+
+    def refuses(self, method: str) -> bool:
+        """Whether a method by itself is refused in so many processes."""
+        config = configure(self.preset, micro_batch=1, batch=1, method=method)
+        given = config.adapter.adapter, config.optimizer.weight_bits, config.optimizer.grad_bits
+        return self.cards.refusal(*given) is not None
+
+    def planned(self, method: str) -> tuple[MemoryPlan, Cost | None]:
+        """What a method needs of memory, in each process, and what a step costs, where that was asked for."""
+        config, job, cards = self.settings(method), self.job(method), self.cards
+        found = plan(job)
+        if not cards.are_several and cards.tokens_per_second is None:
+            return found, None
+        sizes = Sizes.of(job)
+        optim = config.optimizer.optim
+        divides = not any(name in optim for name in _MOVE_WHOLE)
+        found = of_a_rank(found, sizes, cards.world_size, cards.parallel, divides_states=divides)
+        at_once = self.micro_batch(config) * config.data.seq
+        return found, cost(cards, sizes, tokens_at_once=at_once, micro_batches=job.micro_batches)
 
     def job(self, method: str) -> Job:
         """What is to be rehearsed under a method."""
         config = self.settings(method)
         self._require_rank(config)
-        model, settings, rows = self.model, config.optimizer, (config.micro_batch, config.data.seq)
+        model, settings, rows = self.model, config.optimizer, (self.micro_batch(config), config.data.seq)
         labels = rows if "Classification" not in type(model).__name__ else rows[:1]
 
         def prepare(copied: nn.Module) -> None:
@@ -77,7 +116,7 @@ class Subject:
             gradients=settings.gradients,
             update=settings.update,
             grad_bits=settings.grad_bits,
-            micro_batches=config.schedule.batch // config.micro_batch,
+            micro_batches=config.schedule.batch // (rows[0] * self.cards.world_size),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
 
@@ -93,28 +132,29 @@ class Subject:
                 raise ValueError(f"rank = {rank} is beyond the matrices of {self.name!r}; give at most {most}.")
 
 
-def subject(name: str, given: Mapping[str, Any], dtype: str | None) -> Subject:
+def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards | None = None) -> Subject:
     """The model of a name, without weights.
 
     Args:
         name: a preset, a folder or a ``config.json``, or a name on the Hugging Face Hub.
         given: settings by name.
         dtype: of the weights; None for the preset's, or bfloat16.
+        cards: where it would be trained; one if None.
 
     Raises:
         ValueError: when there is no such model, or it has no head that gives a loss.
     """
+    cards = cards or Cards()
     if name in PRESETS:
         config = configure(name, **{**given, "dtype": dtype})
         sizes, kind = llama_sizes(config, vocab_size=config.data.vocab), transformers.LlamaForCausalLM
         built = _without_weights(kind, sizes, config.model.dtype)
-        return Subject(name=name, model=built, preset=name, given=given, target_modules=MATRICES)
+        return Subject(name=name, model=built, preset=name, given=given, target_modules=MATRICES, cards=cards)
     sizes = _configuration(name)
     built = _without_weights(_kind(name, sizes), sizes, dtype or "bfloat16")
     rank = max(1, int(getattr(sizes.get_text_config(), "hidden_size", 512)) // _RANK_SHARE)
-    return Subject(
-        name=name, model=built, preset=_LIKE, given={**_OF_TUNING, "rank": rank, **given}, target_modules=None
-    )
+    of_tuning = {**_OF_TUNING, "rank": rank, **given}
+    return Subject(name=name, model=built, preset=_LIKE, given=of_tuning, target_modules=None, cards=cards)
 
 
 def _configuration(name: str) -> Any:

@@ -1,0 +1,137 @@
+"""Several cards: what each process sends in a step, and how long a training takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from galore_torch.memory.links import Ring, renewal_bytes, replicated_step, sharded_step
+from galore_torch.memory.ranks import Sizes
+from galore_torch.training.settings.fields import Parallel
+
+HOP = 1e-4
+"""Seconds that a message takes from one card to the next, whatever its size."""
+
+_DAY = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cards:
+    """Where a training would run, one process a card.
+
+    Attributes:
+        world_size: how many processes there are.
+        parallel: what they share, as in ``galore pretrain``.
+        bandwidth: of each card's link, in bytes a second; None if nobody said.
+        tokens: of the whole training; None if nobody said.
+        tokens_per_second: of one process without any traffic; None if nobody said.
+
+    Raises:
+        ValueError: a value that is not allowed, or has no effect without another.
+    """
+
+    world_size: int = 1
+    parallel: Parallel = "ddp"
+    bandwidth: float | None = None
+    tokens: float | None = None
+    tokens_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.parallel not in get_args(Parallel):
+            raise ValueError(f"parallel = {self.parallel!r} is not known; choose from {', '.join(get_args(Parallel))}.")
+        for name in ("world_size", "tokens", "tokens_per_second"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value} is out of range; give a number above 0.")
+        if self.world_size == 1 and (self.bandwidth is not None or self.parallel != "ddp"):
+            name = "parallel" if self.bandwidth is None else "bandwidth"
+            raise ValueError(f"{name} has no effect with world_size = 1; give --world-size.")
+        if self.tokens is not None and self.tokens_per_second is None:
+            raise ValueError(
+                f"tokens = {self.tokens:g} takes a time that depends on the card; give --tokens-per-second, of one "
+                "process, as a run prints it."
+            )
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there is more than one."""
+        return self.world_size > 1
+
+    def refusal(self, adapter: str, weight_bits: int, grad_bits: int) -> str | None:
+        """Why a run with such settings is refused in so many processes; None if it is not.
+
+        Args:
+            adapter: what is put into the model.
+            weight_bits: of projected weights.
+            grad_bits: of projected gradients that wait.
+        """
+        if self.are_several and adapter != "none":
+            return f"adapter = {adapter!r} runs in one process"
+        if self.are_several and self.parallel == "fsdp" and (weight_bits != 16 or grad_bits != 16):
+            name, bits = ("weight_bits", weight_bits) if weight_bits != 16 else ("grad_bits", grad_bits)
+            return f"{name} = {bits} is not served by parallel = 'fsdp'"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a step takes, on average over renewals.
+
+    Attributes:
+        sent: bytes that a card sends in a step, by what is sent: weights, gradients, renewals.
+        link_seconds: of its link that each of them takes; none if its bandwidth is not known.
+        seconds: of a step, in which passes and traffic overlap; None if neither bandwidth nor rate is known.
+        days: of the training; None if its tokens are not known.
+    """
+
+    sent: Mapping[str, float]
+    link_seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    days: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The cost for a JSON file."""
+        return {
+            "sent_bytes": dict(self.sent),
+            "link_seconds": dict(self.link_seconds),
+            "step_seconds": self.seconds,
+            "days": self.days,
+        }
+
+
+def cost(cards: Cards, sizes: Sizes, *, tokens_at_once: int, micro_batches: int) -> Cost:
+    """What a step of a training costs.
+
+    Under DDP gradients are averaged once a step; FSDP2 gathers weights and scatters gradients in each micro-batch.
+
+    Args:
+        cards: where it runs.
+        sizes: of what is sent.
+        tokens_at_once: of a micro-batch of one process.
+        micro_batches: of a step, of one process.
+    """
+    rate = cards.tokens_per_second
+    work = 0.0 if rate is None else tokens_at_once / rate
+    bandwidth = cards.bandwidth or math.inf
+    hop = 0.0 if cards.bandwidth is None else HOP
+    ring = Ring(count=cards.world_size, bandwidth=bandwidth, hop=hop, width=sizes.width, work=work)
+    renewals = renewal_bytes(sizes.weights, ring)
+    if cards.parallel == "fsdp":
+        step = sharded_step(sizes.weights, ring)
+        seconds, times = step.seconds * micro_batches, micro_batches
+    else:
+        step = replicated_step(sizes.weights, ring)
+        seconds, times = step.seconds + work * (micro_batches - 1), 1
+    sent = {"weights": step.weights * times, "gradients": step.gradients * times, "renewals": renewals}
+    if cards.bandwidth is None and rate is None:
+        return Cost(sent=sent)
+    seconds += renewals / bandwidth
+    a_step = tokens_at_once * micro_batches * cards.world_size
+    return Cost(
+        sent=sent,
+        link_seconds={} if cards.bandwidth is None else {kind: one / bandwidth for kind, one in sent.items()},
+        seconds=seconds,
+        days=None if cards.tokens is None else cards.tokens / a_step * seconds / _DAY,
+    )
