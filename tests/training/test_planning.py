@@ -7,6 +7,7 @@ import transformers
 from typer.testing import CliRunner
 
 from galore_torch.memory import KINDS, parse_bytes
+from galore_torch.training.planning.report import HEADINGS
 from tests.command_line import app
 
 TINY = ("llama-tiny", "--micro-batch", "2", "--batch", "4", "--seq", "16", "--vocab", "300")
@@ -60,8 +61,10 @@ def test_what_gives_up_least_is_the_best_that_fits(two, small):
 
 
 def test_table_and_page(small, tmp_path):
-    result = galore_plan(*small, "--method", "galore-8bit-per-layer", "--page", str(tmp_path / "plan.html"))
+    page = ("--memory", "1GB", "--page", str(tmp_path / "plan.html"))
+    result = galore_plan(*small, "--method", "galore-8bit-per-layer", *page)
     assert result.exit_code == 0, result.output
+    assert set(HEADINGS) < set(result.output.split())
     assert max(map(len, result.output.splitlines())) <= 80
     assert "galore-8bit-per-layer" in result.output
     page = (tmp_path / "plan.html").read_text()

@@ -119,7 +119,7 @@ def plan(
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for place, heading in enumerate(columns):
         table.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=True)
     for row in rows:
