@@ -153,7 +153,8 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take up the count."""
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        kept: Any = state.stateful_callbacks  # by name, which Transformers declares otherwise
+        saved = kept.setdefault(type(self).__name__, self.state())
         self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
 
     @property

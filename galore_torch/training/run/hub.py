@@ -13,21 +13,23 @@ class NotPushedError(Exception):
 
 def require_token(name: str | None) -> None:
     """Refuse, with a ValueError, to push to a repository without a token: before libraries are imported."""
+    if name is None:
+        return
     from huggingface_hub import get_token
 
-    if name is not None and get_token() is None:
+    if get_token() is None:
         raise ValueError(
             f"push_to_hub = {name!r} needs a token of the Hugging Face Hub, and there is none; log in by "
             "hf auth login, or set HF_TOKEN."
         )
 
 
-def make_repository(name: str) -> None:
-    """Make the repository unless it is there: a ValueError says before the training that the Hub does not allow it."""
+def make_repository(name: str) -> str:
+    """Make the repository unless it is there, and return its whole name; a ValueError says that it is not allowed."""
     from huggingface_hub import HfApi
 
     try:
-        HfApi().create_repo(name, exist_ok=True)
+        return str(HfApi().create_repo(name, exist_ok=True).repo_id)
     except Exception as error:  # the Hub's client raises errors of many kinds
         raise ValueError(
             f"push_to_hub = {name!r} is refused by the Hugging Face Hub: {sentence(error)} Check the name, the token "
@@ -39,12 +41,10 @@ def push(folder: Path, name: str) -> str:
     """Upload a model's folder in one commit, and return its address; a `NotPushedError` says how to do it later."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    message = "Upload the trained model"
     try:
-        repository = api.create_repo(name, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload the trained model")
+        return str(HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
     except Exception as error:
         raise NotPushedError(
             f"push_to_hub = {name!r} has failed: {sentence(error)} Push the model by\n  hf upload {name} {folder}"
         ) from error
-    return str(repository)

@@ -174,7 +174,7 @@ class _FollowedCheckpoints(Checkpoints):
 
     def complete(self, step: int, before: Path | None, stream: str | None = None) -> Path:  # noqa: ARG002
         """Nothing: the first process does."""
-        return self.root / f"checkpoint-{step}"
+        return self.of(step)
 
     def clear(self) -> None:
         """Nothing."""

@@ -102,8 +102,8 @@ class Run:
                 callback.logging_dir = str(folder.events)  # else they lie, and go, with a checkpoint that is written
         processes.require_same_text(job.digest)
         self._planned = machine.planned_peak(job, self.trainer, console)
-        if config.schedule.push_to_hub is not None and processes.is_first():
-            hub.make_repository(config.schedule.push_to_hub)
+        name = config.schedule.push_to_hub
+        self._repository = hub.make_repository(name) if name is not None and processes.is_first() else None
         if before is not None and processes.is_first():
             _record_changes(folder, before, config, self.checkpoint, console)
 
@@ -122,8 +122,8 @@ class Run:
                 if result.finished and processes.is_first():
                     self._finish(result, weights)
             processes.wait_for_all()
-            if result.finished and processes.is_first() and self.config.schedule.push_to_hub is not None:
-                self._console.out(hub.push(self.folder.model, self.config.schedule.push_to_hub), highlight=False)
+            if result.finished and self._repository is not None:
+                self._console.out(hub.push(self.folder.model, self._repository), highlight=False)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or was_asked():
                 self.folder.abandon()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
+from galore_torch.training.run.checkpoints import Checkpoints, step_of
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
 from tests.command_line import app
@@ -153,6 +155,19 @@ def test_a_score_that_is_not_measured_is_refused_with_those_that_are(classify, t
     assert not (tmp_path / "run").exists()
 
 
+def test_the_best_checkpoint_of_the_one_before_the_newest_stays_too(tmp_path):
+    kept, before = Checkpoints(tmp_path), None
+    for step, best in ((4, 4), (8, 4), (12, 12), (16, 12), (20, 12), (24, 24)):
+        written = kept.tmp / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        (written / "trainer_state.json").write_text(json.dumps({"best_global_step": best}), encoding="utf-8")
+        before = kept.complete(step, before=before)
+        assert kept.best(before) == kept.of(best)
+        for each in kept.newest_first()[:2]:  # from any of which a run may have to go on
+            assert kept.best(each).is_dir()
+    assert [step_of(each) for each in kept.newest_first()] == [24, 20, 12]
+
+
 # Pushing -------------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +188,8 @@ def hub(monkeypatch):
         if told["failed"] is not None:
             raise told["failed"]
         told["uploaded"][repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+        address = f"https://huggingface.co/{repo_id}"
+        return SimpleNamespace(commit_url=f"{address}/commit/1")
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
@@ -212,7 +229,7 @@ def test_a_push_that_fails_leaves_the_finished_run_and_says_how_to_go_on(hub, cl
     done = CliRunner().invoke(app(), ["finetune", "--config", str(given), "--out", str(out)])
     assert done.exit_code == 1
     assert "no route to host" in done.stderr
-    assert f"hf upload reviews {out}/model" in done.stderr
+    assert f"hf upload me/reviews {out}/model" in done.stderr
     assert "holds the finished run" in done.stderr
     assert records.final(out / "metrics.jsonl")["step"] == 2
 

@@ -153,3 +153,15 @@ def test_a_chat_template_can_be_given(write, supervise, causal, tmp_path):
     assert run.job.tokenizer.decode(run.job.kind._ids(run.job.kind.train[0])) == "[a][b]"
     with pytest.raises(ValueError, match=r"chat_template = '\./nowhere\.jinja' is no file"):
         new_run(Finetuning, supervise(data=data, chat_template="./nowhere.jinja"), tmp_path / "no")
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward", "grpo"])
+def test_a_stage_ends_with_its_best_by_the_score_that_is_shown_first(task, staged, tmp_path):
+    given = {"load_best_model_at_end": True, "eval_every": 2, "lr": 0.1}
+    result = new_run(Finetuning, staged(task, **given), tmp_path / "run").train()
+    judged = [one for one in records.read(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in one]
+    name = next(iter(result.scores))
+    of_steps = {one["step"]: one[name] for one in judged if not one.get("final")}
+    assert len(of_steps) > 1
+    assert result.best_step == max(of_steps, key=of_steps.get)
+    assert result.scores[name] == of_steps[result.best_step]
