@@ -43,6 +43,7 @@ def test_a_peer_that_is_missing_is_told_with_its_remedy(tmp_path, monkeypatch):
         peers.environment(peers.GALORE_1)
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_be_installed_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "ROOT", tmp_path)
     peer = Peer(name="none", requirement=str(tmp_path / "no-such-file.whl"))

@@ -71,7 +71,7 @@ def _tensors(tree):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.broad("full", "galore", "lora")
+@pytest.mark.broad("full", "galore")
 def test_of_every_method(method, tmp_path):
     planned = of("llama", tmp_path)
     job = planned.job(method)
@@ -99,7 +99,7 @@ PRESETS = [
 
 @pytest.mark.parametrize("method", ["full", "galore"])
 @pytest.mark.parametrize("architecture", [name for name in SMALL if name != "llama"])
-@pytest.mark.broad("gpt2-full", "encoder-full")
+@pytest.mark.broad("gpt2-full")
 def test_of_every_architecture(architecture, method, tmp_path):
     planned = of(architecture, tmp_path)
     job = planned.job(method)

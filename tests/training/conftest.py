@@ -1,5 +1,6 @@
 """Real text and a model small enough to train in a second."""
 
+import gc
 import inspect
 import os
 import shutil
@@ -53,7 +54,11 @@ def tiny(texts: Path, cache: Path):
 
 @pytest.fixture(scope="module", autouse=True)
 def _quickly() -> Iterator[None]:
-    """Spares every run, one that is made for several tests too, what takes longer than its training."""
+    """Spares every run, one that is made for several tests too, what takes longer than its training.
+
+    So does a look through the garbage of all modules before, at the end of each.
+    """
+    gc.freeze()
     with quickly():
         yield
 

@@ -36,8 +36,13 @@ def small(tmp_path_factory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def two() -> dict:
-    return planned(*TINY, "--method", "full", "--method", "galore", "--memory", "1GB")
+def two(small) -> dict:
+    return planned(*small, "--method", "full", "--method", "galore", "--memory", "1GB")
+
+
+@pytest.mark.slow
+def test_a_preset_is_planned_by_its_name():
+    assert planned(*TINY, "--method", "galore", "--memory", "1GB")["best"] == "galore"
 
 
 def test_json_holds_every_kind_of_every_method(two):
@@ -56,7 +61,7 @@ def test_galore_has_bases_and_less_state(two):
 
 def test_what_gives_up_least_is_the_best_that_fits(two, small):
     assert two["best"] == "full"
-    least = planned(*small, "--method", "galore")["methods"]["galore"]["peak_bytes"]
+    least = two["methods"]["galore"]["peak_bytes"]
     assert planned(*small, "--method", "full", "--method", "galore", "--memory", f"{least}B")["best"] == "galore"
 
 

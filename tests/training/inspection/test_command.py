@@ -184,6 +184,7 @@ def test_what_cannot_be_recommended_is_said(run, tmp_path):
     assert json.loads((tmp_path / "out" / "inspection.json").read_text(encoding="utf-8"))["recommended"]["rank"] is None
 
 
+@pytest.mark.slow
 def test_a_run_trains_by_the_flags_of_the_advice(run, tmp_path):
     told = inspected("--run", run, *SHORT, "--rank-multiple", "4", "--out", tmp_path / "looks")
     (line,) = [line for line in told.output.splitlines() if line.startswith(report.BY_IT)]

@@ -81,7 +81,7 @@ def fills(monkeypatch, where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["text", "records", "checkpoint", "model", "plot"])
-@pytest.mark.broad("text", "model")
+@pytest.mark.broad("text")
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(where, settings, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as now:

@@ -106,6 +106,7 @@ def test_every_harm_to_every_file_is_seen(harm, crashed, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", MANIFEST])
+@pytest.mark.broad("optimizer.pt")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_model(name, copied, whole):
     flip(copied / "checkpoints" / "checkpoint-6" / name)
     with pytest.warns(UserWarning, match=r"checkpoint-6 is damaged: .*\. Resuming from checkpoint-4\.") as told:
