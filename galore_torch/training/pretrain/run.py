@@ -57,7 +57,6 @@ class Pretraining(Job):
     """
 
     unit = "tokens"
-    in_processes = True
     settings = PretrainConfig
     result = PretrainResult
 
@@ -77,6 +76,11 @@ class Pretraining(Job):
             f"{escape(self.data)} ({self.text.amount}); "
             f"{schedule.steps:,} steps of {config.tokens_per_step:,} tokens"
         )
+
+    @classmethod
+    def in_processes(cls, config: PretrainConfig) -> bool:  # noqa: ARG003
+        """It always can."""
+        return True
 
     def schedule(self) -> dict[str, Any]:
         """A warmup, then a cosine down to a share of the peak."""

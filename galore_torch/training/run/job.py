@@ -22,7 +22,6 @@ class Job(ABC):
     unit: ClassVar[str]  # what its records count: tokens or examples
     settings: ClassVar[type]  # the dataclass of its settings
     result: ClassVar[Callable[..., Any]]  # the subclass of `RunResult` that says what it came to
-    in_processes: ClassVar[bool] = False  # whether it can run in several
     task_type: str | None = None  # PEFT's name of what the model is trained for; None for newly initialized weights
 
     config: Any  # its settings: ``optimizer``, ``adapter``, ``schedule`` and ``title``
@@ -58,6 +57,11 @@ class Job(ABC):
     def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What the Trainer's metrics of an evaluation say of the model besides the loss."""
 
+    @classmethod
+    def in_processes(cls, config: Any) -> bool:  # noqa: ARG003
+        """Whether one with these settings can run in several processes."""
+        return False
+
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The fields that `result` has of the last scores; of none, where the run was stopped."""
         return {"scores": scores}
@@ -84,7 +88,7 @@ def make_trainer(
         given: `TrainingArguments` that take the place of the job's.
     """
     settings, schedule = job.config.optimizer, job.config.schedule
-    micro_batch = processes.require_served(job.config, in_processes=job.in_processes)
+    micro_batch = processes.require_served(job.config, in_processes=job.in_processes(job.config))
     arguments: dict[str, Any] = {
         "learning_rate": settings.lr,
         "max_grad_norm": settings.max_grad_norm,
@@ -105,10 +109,12 @@ def make_trainer(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     processes.connect()
+    arguments |= job.schedule()
     if processes.count() > 1 and not torch.cuda.is_available():  # Accelerate would leave each process to itself
         arguments |= {"use_cpu": True, "ddp_backend": "gloo"}
-    args = TrainingArguments(output_dir=folder, **(arguments | job.schedule() | given))
-    if args.world_size != processes.count():
+    args = TrainingArguments(output_dir=folder, **(arguments | given))
+    together = args.distributed_state is not None and args.distributed_state.use_distributed
+    if args.world_size != processes.count() or together != (processes.count() > 1):
         raise ValueError(
             f"WORLD_SIZE = {processes.count()}, and Accelerate finds {args.world_size} processes; start the run by "
             "torchrun, on a machine whose devices all processes can use."

@@ -61,7 +61,7 @@ class Run:
         quiet(console)
         config.require_there()
         hub.require_token(config.schedule.push_to_hub)
-        processes.require_served(config, in_processes=kind.in_processes)
+        processes.require_served(config, in_processes=kind.in_processes(config))
         console = console if processes.is_first() else Console(quiet=True)
         machine.ignore_accelerate(console)
         reported = machine.trackers(config.schedule.report_to) if processes.is_first() else []
@@ -118,9 +118,11 @@ class Run:
             with deferred():
                 self._take_best()
                 result = self._result()
+                # By all processes, of which one writes.
                 weights = sharded.whole_weights(self.model) if result.finished else None
+                predictions = self.job.predictions(self.trainer) if result.finished else []
                 if result.finished and processes.is_first():
-                    self._finish(result, weights)
+                    self._finish(result, weights, predictions)
             processes.wait_for_all()
             if result.finished and self._repository is not None:
                 self._console.out(hub.push(self.folder.model, self._repository), highlight=False)
@@ -184,9 +186,8 @@ class Run:
             **self.job.figures(recorder.scores if finished else {}),
         )
 
-    def _finish(self, result: RunResult, weights: dict[str, Any] | None) -> None:
+    def _finish(self, result: RunResult, weights: dict[str, Any] | None, predictions: list[dict[str, Any]]) -> None:
         """Leave behind predictions, model, tokenizer, plot and, as the sign that all is there, the last record."""
-        predictions = self.job.predictions(self.trainer)
         self.folder.predictions.unlink(missing_ok=True)
         for line in predictions:
             records.append(self.folder.predictions, line)

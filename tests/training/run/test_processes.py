@@ -57,13 +57,20 @@ def test_what_several_processes_cannot_run_is_refused(world, given, in_processes
 
 
 def launch(
-    folder: Path, *given: str, world: int = 2, restarts: int = 0, loses: str = "none", forks: bool = True
+    folder: Path,
+    *given: str,
+    job: str = "pretrain",
+    world: int = 2,
+    restarts: int = 0,
+    loses: str = "none",
+    forks: bool = True,
 ) -> tuple[int, str]:
     """Run `galore pretrain` in so many processes that torchrun starts.
 
     Args:
         folder: of the run.
         *given: the command's other arguments.
+        job: another command in its place.
         world: how many processes.
         restarts: how often they are started anew where one is lost.
         loses: which is, as `launched.py` says.
@@ -76,7 +83,7 @@ def launch(
     said = folder.with_name(f"{folder.name}.said")
     said.unlink(missing_ok=True)
     arguments = ["--standalone", f"--nproc-per-node={world}", f"--max-restarts={restarts}"]
-    command = [str(LAUNCHED), str(said), loses, "pretrain", *given, "--out", str(folder)]
+    command = [str(LAUNCHED), str(said), loses, job, *given, "--out", str(folder)]
     if forks:
         process = TRAINING.start(be_torchrun, [*arguments, "--run-path", "--start-method=forkserver", *command], said)
         process.join(DEADLINE)
