@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,35 +73,28 @@ def build(
         return make(groups, **_arguments(make, name, config, seed))  # type: ignore[no-any-return]
 
 
-def _by_rank(groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The groups, with one of its own for each rank of a projected group's weights."""
+def _by_rank(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The groups, with one of its own for each rank of projected weights: that of the longest end of a name, if any."""
     made: list[dict[str, Any]] = []
-    names: list[str] = []
+    unused = set(config.ranks)
     for group in groups:
-        if "rank" not in group:
-            made.append(group)
-            continue
-        names += group["param_names"]
-        by_rank: dict[int, dict[str, Any]] = {}
+        parts: dict[int | None, dict[str, Any]] = {}
         for name, weight in zip(group["param_names"], group["params"], strict=True):
-            rank = _rank_of(name, config)
-            own = by_rank.setdefault(rank, {**group, "params": [], "param_names": [], "rank": rank})
+            fits = [end for end in config.ranks if _ends_with(name, end)] if "rank" in group else []
+            unused.difference_update(fits)
+            ranked = {"rank": config.ranks[max(fits, key=len)]} if fits else {}
+            own = {**group, **ranked, "params": [], "param_names": []}
+            own = parts.setdefault(own.get("rank"), own)
             own["params"].append(weight)
             own["param_names"].append(name)
-        made += by_rank.values()
-    unknown = [end for end in config.ranks if not any(_ends_with(name, end) for name in names)]
-    if unknown:
+        made += parts.values()
+    if unused:
+        names = [name for group in groups if "rank" in group for name in group["param_names"]]
         raise ValueError(
-            f"rank_pattern = {config.rank_pattern!r}: no projected weight's name ends by {unknown[0]}; they are "
+            f"rank_pattern = {config.rank_pattern!r}: no projected weight's name ends by {min(unused)}; they are "
             f"{list_names(names, 20)}."
         )
     return made
-
-
-def _rank_of(name: str, config: OptimizerConfig) -> int:
-    """The rank of the longest end that a weight's name has, or the one of all others."""
-    found = [end for end in config.ranks if _ends_with(name, end)]
-    return config.ranks[max(found, key=len)] if found else config.rank
 
 
 def _ends_with(name: str, end: str) -> bool:
