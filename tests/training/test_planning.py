@@ -178,6 +178,14 @@ def test_bad_input_is_named_with_its_remedy(arguments, words, monkeypatch):
     assert words in " ".join(result.output.split())
 
 
+def test_a_rank_that_nobody_gave_fits_keys_and_values_of_few_heads(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 8}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=64, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    found = planned(str(tmp_path), "--seq", "8", "--method", "low-rank", "--method", "galore")["methods"]
+    assert found["galore"]["held"]["bases"] > 0
+
+
 @pytest.mark.parametrize("architectures", [None, ["LlamaModel"], ["NoSuchForCausalLM"]])
 def test_a_configuration_without_a_head_is_refused(architectures, tmp_path):
     transformers.LlamaConfig(architectures=architectures).save_pretrained(tmp_path)

@@ -124,10 +124,7 @@ class Subject:
         """Refuse a rank beyond all matrices, which would be cut to theirs in each."""
         rank = config.optimizer.rank
         if is_projected(config.optimizer.optim):
-            with warnings.catch_warnings():  # of what is not projected; the run will say it
-                warnings.simplefilter("ignore")
-                groups = galore_torch.param_groups(self.model, 1, self.target_modules)
-            most = max(min(weight.shape[-2:]) for group in groups if "rank" in group for weight in group["params"])
+            most = max(_sides(self.model, self.target_modules))
             if rank > most:
                 raise ValueError(f"rank = {rank} is beyond the matrices of {self.name!r}; give at most {most}.")
 
@@ -152,9 +149,18 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards
         return Subject(name=name, model=built, preset=name, given=given, target_modules=MATRICES, cards=cards)
     sizes = _configuration(name)
     built = _without_weights(_kind(name, sizes), sizes, dtype or "bfloat16")
-    rank = max(1, int(getattr(sizes.get_text_config(), "hidden_size", 512)) // _RANK_SHARE)
+    width = int(getattr(sizes.get_text_config(), "hidden_size", 512))
+    rank = max(1, min(width // _RANK_SHARE, *_sides(built, None)))  # keys and values may have fewer rows than that
     of_tuning = {**_OF_TUNING, "rank": rank, **given}
     return Subject(name=name, model=built, preset=_LIKE, given=of_tuning, target_modules=None, cards=cards)
+
+
+def _sides(model: nn.Module, target_modules: Any) -> list[int]:
+    """The smaller side of each matrix that would be projected."""
+    with warnings.catch_warnings():  # of what is not projected; the run will say it
+        warnings.simplefilter("ignore")
+        groups = galore_torch.param_groups(model, 1, target_modules)
+    return [min(weight.shape[-2:]) for group in groups if "rank" in group for weight in group["params"]]
 
 
 def _configuration(name: str) -> Any:
