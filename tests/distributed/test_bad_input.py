@@ -124,11 +124,12 @@ def as_a_copy(rank: int, world: int) -> torch.Tensor:
     return weights_of(other)
 
 
-def test_a_model_of_which_all_is_projected_leaves_one_weight_to_ddp(pool):
-    for mode in (("fused", "step"), ("fused", "backward")):
-        ranks = pool.run(all_projected, 2, mode=mode)
-        assert torch.equal(*ranks)
-        assert distance(ranks[0], all_projected(0, 1, mode=mode)) <= 1e-12
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.broad("backward")
+def test_a_model_of_which_all_is_projected_leaves_one_weight_to_ddp(pool, update):
+    ranks = pool.run(all_projected, 2, mode=("fused", update))
+    assert torch.equal(*ranks)
+    assert distance(ranks[0], all_projected(0, 1, mode=("fused", update))) <= 1e-12
 
 
 def all_projected(rank: int, world: int, mode: Any) -> torch.Tensor:

@@ -119,6 +119,7 @@ def test_sft_trainer_trains_on_text(name, tmp_path):
 
 
 @pytest.mark.learning
+@pytest.mark.slow
 def test_sft_trainer_takes_the_arguments_of_trainer(tmp_path):
     """The published example's own form: TrainingArguments with a name, the targets and nothing else of ours."""
     args = arguments(tmp_path, optim="galore_adamw", optim_args="rank=16", max_steps=6)

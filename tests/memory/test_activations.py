@@ -57,10 +57,12 @@ def kept(gradients: str) -> int:
 
 
 @pytest.mark.parametrize("gradients", ["full", "fused"])
+@pytest.mark.broad("fused")
 def test_they_are_what_a_real_forward_keeps(gradients):
     assert plan(job(gradients)).held["activations"] == pytest.approx(kept(gradients), rel=0.01)
 
 
+@pytest.mark.slow
 def test_fused_layers_save_as_little_where_the_device_is_not_asked_about_a_renewal(monkeypatch):
     asked = plan(job("fused")).held
     monkeypatch.setattr(devices, "runs_ahead", lambda _: True)

@@ -154,7 +154,7 @@ def test_every_seed_is_judged_by_the_same_rows_and_the_same_seed_says_the_same(c
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.broad("parquet")
+@pytest.mark.slow
 def test_the_form_of_the_file_changes_nothing(classify, write, tmp_path, kind):
     import datasets
 

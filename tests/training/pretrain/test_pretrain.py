@@ -140,6 +140,7 @@ def test_the_micro_batch_changes_nothing_else(tiny, tmp_path):
 
 
 @pytest.mark.learning
+@pytest.mark.slow
 def test_the_recipe_of_least_memory_trains_and_recomputing_changes_nothing(tiny, tmp_path):
     recipe = {"optim": "galore-adamw8bit", "gradients": "fused", "update": "backward", "dtype": "bfloat16"}
     losses = []

@@ -75,6 +75,7 @@ def test_a_stream_that_has_become_too_short_is_told_with_both_numbers(endless, r
         list(islice(stream, 100))
 
 
+@pytest.mark.slow
 def test_a_run_of_several_passes_goes_on_exactly(streamed, on_hub, tmp_path):
     on_hub[2:] = [text[:1500] for text in on_hub[2:4]]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -180,7 +180,7 @@ def test_state_is_two_moments_of_what_is_trained(by_method, tmp_path):
 
 
 @pytest.mark.parametrize("pair", [("full", "full-per-layer"), ("galore", "galore-per-layer")], ids=" ".join)
-@pytest.mark.broad("galore galore-per-layer")
+@pytest.mark.slow
 def test_moving_each_weight_inside_the_backward_changes_nothing_but_cost(pair, by_method, tmp_path):
     at_step, per_layer = (new_run(Pretraining, by_method(method), tmp_path / method).train() for method in pair)
     assert per_layer.eval_loss == pytest.approx(at_step.eval_loss, rel=1e-4)
