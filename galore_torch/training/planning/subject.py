@@ -25,6 +25,7 @@ from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.base_model import recompute_activations
+from galore_torch.training.run.processes import divided
 from galore_torch.training.settings.methods import has_effect
 from galore_torch.training.settings.optimizer import MATRICES, is_projected
 from galore_torch.units import sentence
@@ -58,28 +59,23 @@ class Subject:
             micro_batch = self.given.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
             kept |= {"micro_batch": micro_batch * world, "batch": micro_batch * world}
         config = configure(self.preset, method=method, **kept)
-        if not self.cards.are_several:
-            return config
-        refusal = self.cards.refusal(config.adapter.adapter, config.optimizer.weight_bits, config.optimizer.grad_bits)
+        refusal = self._refusal(config)
         if refusal is not None:
             raise ValueError(f"{refusal}; choose another method, or leave out --world-size.")
-        batch, micro_batch = config.schedule.batch, self.micro_batch(config)
-        if batch % (micro_batch * world):
-            raise ValueError(
-                f"batch = {batch} cannot be divided among {world} processes by micro-batches of {micro_batch}; "
-                "choose a batch that is a multiple of both, or another number of processes."
-            )
+        self.micro_batch(config)  # raises where the batch cannot be divided
         return config
 
     def micro_batch(self, config: PretrainConfig) -> int:
         """How many sequences a process takes at once, of a step that may have less for each."""
-        return min(config.micro_batch, max(1, config.schedule.batch // self.cards.world_size))
+        return divided(config.schedule, self.cards.world_size)
 
     def refuses(self, method: str) -> bool:
         """Whether a method by itself is refused in so many processes."""
-        config = configure(self.preset, micro_batch=1, batch=1, method=method)
-        given = config.adapter.adapter, config.optimizer.weight_bits, config.optimizer.grad_bits
-        return self.cards.refusal(*given) is not None
+        return self._refusal(configure(self.preset, micro_batch=1, batch=1, method=method)) is not None
+
+    def _refusal(self, config: PretrainConfig) -> str | None:
+        optimizer = config.optimizer
+        return self.cards.refusal(config.adapter.adapter, optimizer.weight_bits, optimizer.grad_bits)
 
     def planned(self, method: str) -> tuple[MemoryPlan, Cost | None]:
         """What a method needs of memory, in each process, and what a step costs, where that was asked for."""

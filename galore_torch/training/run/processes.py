@@ -69,15 +69,25 @@ def require_served(config: Any, *, in_processes: bool) -> int:
     Raises:
         ValueError: it cannot, or its batch cannot be divided.
     """
-    world, schedule = count(), config.schedule
-    micro_batch: int = min(schedule.micro_batch or schedule.batch, max(1, schedule.batch // world))
-    if world == 1:
-        return micro_batch
     if not in_processes:
         require_one()
-    if config.adapter.adapter != "none":
+    if count() > 1 and config.adapter.adapter != "none":
         raise ValueError(f"adapter = {config.adapter.adapter!r} runs in one process; start it without a launcher.")
-    if schedule.batch % (micro_batch * world):
+    return divided(config.schedule, count())
+
+
+def divided(schedule: Any, world: int) -> int:
+    """How many sequences of a step each of so many processes takes at a time.
+
+    Args:
+        schedule: with `batch` and `micro_batch`.
+        world: how many processes there are.
+
+    Raises:
+        ValueError: the batch cannot be divided among them.
+    """
+    micro_batch: int = min(schedule.micro_batch or schedule.batch, max(1, schedule.batch // world))
+    if world > 1 and schedule.batch % (micro_batch * world):
         raise ValueError(
             f"batch = {schedule.batch} cannot be divided among {world} processes by micro-batches of {micro_batch}; "
             "choose a batch that is a multiple of both, or another number of processes."
