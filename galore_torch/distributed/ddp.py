@@ -30,8 +30,8 @@ from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import RENEWALS, STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 
-BUCKET_BYTES = 25 * 2**20
-"""What DDP's buckets hold by default."""
+FIRST_BUCKET_BYTES = 2**20
+"""What the first bucket holds at most, as DDP's own does by default: sending begins while the backward goes on."""
 
 _TRAFFIC: weakref.WeakKeyDictionary[nn.Module, ReplicaTraffic] = weakref.WeakKeyDictionary()
 """By the model. Its hooks are plain functions that look here: a copy of it is a plain model."""
@@ -84,7 +84,7 @@ class ReplicaTraffic(Traffic):
         root = model.module if isinstance(model, DistributedDataParallel) else model
         super().__init__(optimizer, reversed(_leave_out(root, weights)), applies)  # about as the backward goes
         self.is_on = False
-        self._dtype, self._every = dtype, average_every
+        self._dtype, self._every, self._bucket_bytes = dtype, average_every, 0
         if average_every > 1:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._wrapper: Any = lambda: None
@@ -125,7 +125,7 @@ class ReplicaTraffic(Traffic):
         if self._together is None or self._wrapper() is not wrapper:
             self._together = self._meet(wrapper, optimizer)
             self._wrapper = weakref.ref(wrapper)
-        self._synchronizes = wrapper.require_backward_grad_sync
+        self._synchronizes, self._bucket_bytes = wrapper.require_backward_grad_sync, wrapper.bucket_bytes_cap
         optimizer._processes = self._together
 
     def _meet(self, wrapper: DistributedDataParallel, optimizer: GaLore) -> Together:
@@ -171,12 +171,12 @@ class ReplicaTraffic(Traffic):
         return self._complete
 
     def _plan(self, trained: list[TrainedWeight]) -> None:
-        """Lets weights of one kind share a bucket while it has room: of bytes, or of one basis for each process."""
+        """Lets weights of one kind share a bucket while it has room: of DDP's bytes, or of one basis a process."""
         world_size = dist.get_world_size(self._together.group)
         self._waiting, self._of_weight = deque(), {}
         self.is_on = True  # the model may have run by itself since
         kind: Any = None
-        room = 0
+        room, bucket_bytes = 0, min(FIRST_BUCKET_BYTES, self._bucket_bytes)
         for one in trained:
             weight, grad = one.weight, one.weight.grad
             fills = one.completes_basis and not self._applies and not isinstance(grad, ProjectedGradient)
@@ -185,7 +185,8 @@ class ReplicaTraffic(Traffic):
             dtype = torch.promote_types(weight.dtype, self._dtype or weight.dtype)
             size = 1 if fills else dtype.itemsize * (weight.numel() if one.needs_renewal else one.coordinate_count)
             if kind != (fills, dtype, weight.device) or size > room:
-                kind, room = (fills, dtype, weight.device), world_size if fills else BUCKET_BYTES
+                kind, room = (fills, dtype, weight.device), world_size if fills else bucket_bytes
+                bucket_bytes = self._bucket_bytes
                 self._waiting.append(Bucket(fills, dtype))
             room -= size
             self._waiting[-1].add(one)

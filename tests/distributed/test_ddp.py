@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_torch import attach
-from galore_torch.distributed import ddp
 from galore_torch.optim.trained_weight import TrainedWeight
 from tests.distributed.pool import Pool
 from tests.distributed.trained import BAR, GAP, RANK, batch, distance, llama, loss_of, optimizer_of, trained, weights_of
@@ -91,15 +90,7 @@ def test_a_variant_applied_in_the_backward_trains_as_one(pool, name, gradients):
 @every_low_rank_mode
 @pytest.mark.slow
 def test_small_buckets_change_nothing(pool, mode):
-    ranks = pool.run(in_small_buckets, 2, mode=mode, steps=SHORT)
-    assert torch.equal(*ranks)
-    assert distance(ranks[0], trained(0, 1, mode=mode, steps=SHORT)) <= BAR
-
-
-def in_small_buckets(rank: int, world: int, **given: Any) -> torch.Tensor:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ddp, "BUCKET_BYTES", 600)
-        return trained(rank, world, **given)
+    assert_as_one(pool, 2, mode=mode, steps=SHORT, ddp={"bucket_cap_mb": 600 / 2**20})
 
 
 @every_low_rank_mode
@@ -243,54 +234,6 @@ def bytes_of_steps(rank: int, world: int, mode: Any) -> tuple[float, float, floa
     projected_grads = sum(RANK * max(weight.shape) * weight.element_size() for weight in held)
     full = sum(weight.numel() * weight.element_size() for weight in held)
     return steps[0], steps[2], 2 * share * projected_grads, 2 * share * full
-
-
-# Averages every few steps ---------------------------------------------------------------------------------------------
-
-
-@every_low_rank_mode
-@pytest.mark.slow
-def test_steps_of_processes_by_themselves_are_those_of_one_on_the_same_data(pool, mode):
-    ranks = pool.run(trained, 2, mode=mode, alike=True, attachment={"average_every": 5})
-    assert torch.equal(*ranks)
-    assert distance(ranks[0], trained(0, 1, mode=mode)) <= BAR
-
-
-def test_on_other_data_they_meet_after_every_average_at_a_part_of_the_bytes(pool):
-    (apart, met, sent), (_, _, of_each_step) = (pool.run(averaging, 2, every=every)[0] for every in (3, 1))
-    assert apart > 1e-6
-    assert met <= BAR
-    assert sent <= of_each_step  # weights and two moments, once, for three averages of gradients
-
-
-def averaging(rank: int, world: int, every: int) -> tuple[float, float, float]:
-    """How far the processes are apart before an average and after it, and the bytes of a window of three steps."""
-    model = llama()
-    optimizer = optimizer_of(model, stagger=False)
-    attach(model, optimizer, average_every=every)
-    net = DistributedDataParallel(model)
-    sent: list[int] = []
-    distances = []
-    reduce = dist.all_reduce
-
-    def counted(one: torch.Tensor, **given: Any) -> Any:
-        sent.append(one.nbytes if one.is_floating_point() else 0)
-        return reduce(one, **given)
-
-    for step in range(6):
-        if step == 3:
-            sent.clear()
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(dist, "all_reduce", counted)
-            loss_of(net, batch(step).tensor_split(world)[rank]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        theirs = weights_of(model)
-        dist.broadcast(theirs, 0)
-        apart = torch.tensor(distance(weights_of(model), theirs))
-        dist.all_reduce(apart, op=dist.ReduceOp.MAX)
-        distances.append(float(apart))
-    return distances[4], distances[5], sum(sent)
 
 
 @pytest.mark.parametrize("mode", [("fused", "step"), ("full", "step")], ids=["fused", "full"])
