@@ -6,6 +6,7 @@ Libraries are imported where they are used: the process that only hands tests to
 import gc
 import getpass
 import os
+import sys
 import tempfile
 from collections import defaultdict
 
@@ -38,6 +39,9 @@ from pathlib import Path
 
 import pytest
 
+# Tests start many interpreters, which are to find compiled what the first of them has compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 gc.disable()  # while all is imported, which stays
 collect_ignore = ["frozen.py", "training/unplanned.py"]  # whose import has effects, which are not for pytest
 
