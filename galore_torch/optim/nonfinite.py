@@ -10,7 +10,7 @@ from torch import Tensor
 
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
-from galore_torch.projection import Projection
+from galore_torch.projection import Projection, devices
 
 
 def count_nonfinite(
@@ -23,8 +23,9 @@ def count_nonfinite(
     """Finds the projected gradients that are not finite, and counts them in the state of the projected weights.
 
     A number that is not finite in a full gradient spoils a whole slice of the projected one across its projected axes,
-    so the first entries along these are looked at. A gradient that came projected may have overflowed anywhere
-    since, and is looked at as a whole. Nothing is read back from the device.
+    so on a CPU the first entries along these are looked at. A gradient that came projected may have overflowed anywhere
+    since, and is looked at as a whole; so are all on a GPU, where a view takes longer than what it leaves out. Nothing
+    is read back from the device.
 
     Args:
         trained: the weights, at least one.
@@ -35,10 +36,12 @@ def count_nonfinite(
     Returns:
         One boolean for each, on the first one's device.
     """
-    seen = [
-        projected if everywhere or isinstance(one.grad, ProjectedGradient) else _across(projected, one.projection)
-        for one, projected in zip(trained, projected_grads, strict=True)
-    ]
+    seen = projected_grads
+    if not (everywhere or devices.runs_ahead(projected_grads[0])):
+        seen = [
+            projected if isinstance(one.grad, ProjectedGradient) else _across(projected, one.projection)
+            for one, projected in zip(trained, projected_grads, strict=True)
+        ]
     bad = agree(peaks(seen).lt(float("inf")).logical_not_())  # a NaN is not less either
     for start, stop in _runs(trained):
         first = trained[start]

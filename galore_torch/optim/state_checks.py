@@ -26,7 +26,7 @@ class StateChecks:
     def __init__(self) -> None:
         self._forms: dict[int, tuple[_Form, tuple[Any, ...]]] = {}
         self._seen: dict[int, _Seen] = {}
-        self._together: tuple[Sequence[TrainedWeight], list[Any], list[Any]] = ((), [], [])
+        self._together: tuple[Sequence[TrainedWeight], list[Any], list[int], list[Any]] = ((), [], [], [])
 
     def note(self, trained: Sequence[TrainedWeight]) -> None:
         """Notes that weights and their states fit, as they are.
@@ -45,17 +45,17 @@ class StateChecks:
         Args:
             trained: the weights.
         """
-        if not self._are_seen(trained):
+        if not self._have_seen_states(trained):
             self.note(trained)
-            self._together = trained, _parts(trained), _values(trained)
+            self._together = trained, list(map(_kind, trained)), _lengths(trained), _parts(trained)
 
-    def _are_seen(self, trained: Sequence[TrainedWeight]) -> bool:
-        """Whether all are as when they were last noted together: compared in a few calls for all of them."""
-        before, parts, values = self._together
+    def _have_seen_states(self, trained: Sequence[TrainedWeight]) -> bool:
+        """Whether all have the states with which they were last noted together: compared in a few calls for all."""
+        before, _, lengths, parts = self._together
         return (
             len(trained) == len(before)
             and all(map(operator.is_, trained, before))
-            and _values(trained) == values
+            and _lengths(trained) == lengths
             and len(now := _parts(trained)) == len(parts)
             and all(map(operator.is_, now, parts))
         )
@@ -74,7 +74,7 @@ class StateChecks:
             ValueError: a state does not fit, or a group was changed in a way that a state cannot follow; nothing has
                 changed then.
         """
-        if self._are_seen(trained):
+        if self._have_seen_states(trained) and list(map(_kind, trained)) == self._together[1]:
             return
         trained = [one for one in trained if not self._is_seen(one)]
         fitting = [self._fitting(one) for one in trained]
@@ -130,8 +130,8 @@ def _parts(trained: Sequence[TrainedWeight]) -> list[Any]:
 _kind = operator.attrgetter("weight.dtype", "weight.shape", "weight.device")
 
 
-def _values(trained: Sequence[TrainedWeight]) -> list[Any]:
-    return [*map(_kind, trained), *[len(one.state) for one in trained]]
+def _lengths(trained: Sequence[TrainedWeight]) -> list[int]:
+    return [len(one.state) for one in trained]
 
 
 def _others(trained: TrainedWeight) -> tuple[Any, ...]:
