@@ -25,8 +25,9 @@ if TYPE_CHECKING:
         GaLoreSGD,
         ProjectedGradient,
         QGaLoreAdamW8bit,
+        lower_ranks,
     )
-    from galore_torch.targets import param_groups
+    from galore_torch.targets import choose_ranks, param_groups
 
 __version__ = "2.0.0rc1"
 
@@ -40,7 +41,9 @@ __all__ = [
     "ProjectedGradient",
     "QGaLoreAdamW8bit",
     "attach",
+    "choose_ranks",
     "dequantize_weights",
+    "lower_ranks",
     "param_groups",
     "quantize_weights",
 ]
@@ -49,6 +52,7 @@ _PACKAGES = ("gradients", "lowbit", "optim", "projection", "targets")
 _WITH_TORCH = {*_PACKAGES, "distributed", "galore_projector", "integrations", "memory", "messages", "modules"}
 _HOMES = {
     "attach": "gradients",
+    "choose_ranks": "targets",
     "dequantize_weights": "lowbit",
     "param_groups": "targets",
     "quantize_weights": "lowbit",

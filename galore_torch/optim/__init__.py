@@ -1,6 +1,7 @@
 """`GaLore` around any torch optimizer, the named recipes, and `ProjectedGradient`. It knows no `nn.Module`."""
 
 from galore_torch.optim.galore import GaLore
+from galore_torch.optim.lowered_ranks import lower_ranks
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.recipes import (
     GaLoreAdafactor,
@@ -23,5 +24,6 @@ __all__ = [
     "ProjectedGradient",
     "QGaLoreAdamW8bit",
     "Subspace",
+    "lower_ranks",
     "state_bytes",
 ]

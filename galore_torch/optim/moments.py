@@ -94,7 +94,7 @@ def carry(trained: TrainedWeight, old: Basis, new: Basis, renewed: Tensor | None
     rotation = _Rotation(trained.projection, changes, 1 - beta1**steps, 1 - beta2**steps)
     opened = trained.opened(inner)
     parts = list(opened.values()) if "slice0" in opened else [opened]
-    kinds = _moments_of(trained.rule)
+    kinds = moments_of(trained.rule)
     moments = {
         name: torch.cat([kinds[name].read(part, name).reshape(-1) for part in parts])
         if len(parts) > 1
@@ -132,7 +132,7 @@ def require_moments(rule: Rule, group: Mapping[str, Any]) -> None:
         param = InnerParam(tensor=torch.zeros(4, 3), grad=torch.ones(4, 3), state=state, group=group)
         tried.step([param])
         state = param.state
-    known = _moments_of(rule)
+    known = moments_of(rule)
     unknown = [key for key, value in state.items() if isinstance(value, Tensor) and value.dim() and key not in known]
     if unknown:
         raise ValueError(
@@ -141,7 +141,12 @@ def require_moments(rule: Rule, group: Mapping[str, Any]) -> None:
         )
 
 
-def _moments_of(rule: Rule) -> Mapping[str, Moment]:
+def moments_of(rule: Rule) -> Mapping[str, Moment]:
+    """What is known of the tensors in an optimizer's state, by their names there.
+
+    Args:
+        rule: the optimizer.
+    """
     return {**MOMENTS, **MOMENTS_OF.get(rule.name, {})}
 
 

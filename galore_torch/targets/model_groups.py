@@ -17,6 +17,7 @@ from galore_torch.messages import list_names
 from galore_torch.modules import Suits, Targets, find_targets, owned, what_holds
 from galore_torch.optim.arguments import check_hyperparameters
 from galore_torch.optim.groups import check_group, is_projected, is_trainable, projection_in
+from galore_torch.optim.rank_patterns import split_by_rank
 from galore_torch.targets.adapters import leave_out_adapters
 from galore_torch.targets.flattened import require_matrices
 from galore_torch.units import readable
@@ -28,6 +29,7 @@ def param_groups(
     rank: int,
     target_modules: Targets = None,
     *,
+    rank_pattern: Mapping[str, int] | None = None,
     weight_decay: float | None = None,
     others_lr: float | None = None,
     project_adapters: bool = False,
@@ -48,6 +50,9 @@ def param_groups(
             regular expression for the whole name, or "all-linear". None: those of the model's repeated blocks (its
             layers, whatever the architecture calls them), and those with `attn` or `mlp` in their names; so embeddings,
             heads and what stands before or after the blocks are left out.
+        rank_pattern: ranks of modules by their names, or by ends of these without the numbers of layers, such as
+            {"q_proj": 32, "mlp.down_proj": 64}; the longest that fits counts, and others have `rank`. `choose_ranks`
+            gives one.
         weight_decay: decay of matrices. Norms, biases and other vectors then go to a group without decay. None leaves
             decay to the optimizer's own argument, for all.
         others_lr: learning rate of what is not projected. None leaves it to the optimizer's own argument.
@@ -62,7 +67,8 @@ def param_groups(
 
     Raises:
         ValueError: weights are not whole (FSDP1, DeepSpeed ZeRO 3), no module matches (the message lists what could),
-            all that match are frozen, by adapters or otherwise, an unknown key, or a value out of range.
+            all that match are frozen, by adapters or otherwise, an unknown key, a name in `rank_pattern` that fits
+            nothing, or a value out of range.
 
     Example:
         >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "head": nn.Linear(64, 8)})
@@ -100,7 +106,7 @@ def param_groups(
             group["weight_decay"] = 0.0 if undecayed else weight_decay
         check_group(group)
         groups.append(group)
-    groups = _merge_plain(groups)
+    groups = _merge_plain(groups) if rank_pattern is None else split_by_rank(_merge_plain(groups), rank_pattern)
     if summary:
         print(summarize(groups))
         _print_left(model, suits, targets)

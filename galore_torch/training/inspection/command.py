@@ -43,6 +43,7 @@ galore inspect --model FacebookAI/roberta-base --task classify --data reviews.cs
 
 The rank is the least multiple of --rank-multiple whose basis captures --capture-share of the next snapshot's gradient.
 The gap is the longest after which bases still capture --keep-share of what young ones do. Both are rules of thumb.
+With --state-budget the ranks that capture most within it are recommended, up to --capture-share.
 A line has the flags by which galore pretrain and galore finetune train by them.
 """
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from galore_torch.training.finetune.config import TASKS, TaskName
 from galore_torch.training.settings.config import from_values, sections_of
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
+from galore_torch.units import parse_bytes
 
 PLAIN_TEXT = "text"  # the task of a causal model on packed text, as in pre-training
 
@@ -77,6 +78,20 @@ class RecommendConfig:
         0.9, "Share of what young bases capture that one must still capture after the recommended gap.", gt=0, lt=1
     )
     rank_multiple: int = setting(8, "Recommended ranks are multiples of it.", ge=1)
+    state_budget: str | None = setting(
+        None,
+        "Most that bases and moments of all inspected weights may take, such as 200MB, in the weights' dtype: ranks go "
+        "where they capture most for their bytes, up to capture_share.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.state_budget is not None:
+            try:
+                parse_bytes(self.state_budget)
+            except ValueError:
+                raise ValueError(
+                    f"state_budget = {self.state_budget!r} is no size; give a number with a unit, such as 200MB."
+                ) from None
 
 
 @settings

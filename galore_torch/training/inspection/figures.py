@@ -12,6 +12,8 @@ Gap: the greatest age up to which, at that rank, bases of every age capture at l
 least age capture of the same gradients. The gradient's own best directions are no reference: what a basis loses within
 its first snapshot is mostly the noise of the batch, which no gap brings back. What it loses later, renewals do.
 
+With a budget of bytes for all, ranks go where they capture most for their bytes (`ranks_within`), up to that share.
+
 The default share of 0.6 is about what the least captured group of a tiny LLaMA had at the rank that lost nothing to
 full-rank training; at a rank with 0.5 it lost a little (docs/decisions.md). How much of the energy is noise, and how
 the loss fares, is not told by this: a larger batch has less noise and so a lower recommended rank; a lower learning
@@ -32,11 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch.projection import Projection
+from galore_torch.projection.rank_budget import ranks_within
 from galore_torch.projection.spectra import rank_that_holds
+from galore_torch.targets.rank_choice import bytes_a_rank
 from galore_torch.training.inspection.config import RecommendConfig
 from galore_torch.training.inspection.history import SHARES, GradientHistory
 from galore_torch.training.inspection.observer import GradientObserver
 from galore_torch.training.run.records import Record
+from galore_torch.training.settings.optimizer import is_of_fixed_size
+from galore_torch.units import parse_bytes
 
 _POINTS = 128  # of a curve in the JSON, at most
 LEAST_PAIRS = 2
@@ -122,8 +129,8 @@ class Recommendation:
     why_not: str = ""  # why something is None
 
 
-def recommend(group: ModuleGroup, config: RecommendConfig) -> Recommendation:
-    """Apply the rule to the figures of a group of modules."""
+def recommend(group: ModuleGroup, config: RecommendConfig, rank: int | None = None) -> Recommendation:
+    """Apply the rule to the figures of a group of modules; with a rank, only that of the gap."""
     ages = [age for age, pairs in sorted(group.pairs.items()) if pairs >= LEAST_PAIRS]
     if not ages or ages[0] != min(group.pairs):
         most = max(group.pairs.values(), default=0)
@@ -134,7 +141,7 @@ def recommend(group: ModuleGroup, config: RecommendConfig) -> Recommendation:
     first = group.captured[ages[0]]
     side = len(first)
     multiples = range(config.rank_multiple, side, config.rank_multiple)
-    rank = next((rank for rank in multiples if first[rank - 1] >= config.capture_share), side)
+    rank = rank or next((rank for rank in multiples if first[rank - 1] >= config.capture_share), side)
     if len(ages) == 1:
         return Recommendation(
             rank=rank,
@@ -142,6 +149,35 @@ def recommend(group: ModuleGroup, config: RecommendConfig) -> Recommendation:
         )
     last = next((before for before, age in pairwise(ages) if group.kept[age][rank - 1] < config.keep_share), None)
     return Recommendation(rank=rank, gap=last or ages[-1], at_least=last is None)
+
+
+def _within_budget(
+    modules: Mapping[str, ModuleGroup], advice: dict[str, Recommendation], observer: GradientObserver
+) -> dict[str, Recommendation]:
+    """The advice with ranks that fit the budget, if there are ranks and a budget."""
+    config = observer.config.recommendation
+    most = [one.rank for one in advice.values() if one.rank is not None]
+    if config.state_budget is None or len(most) < len(advice):
+        return advice
+    counts = [len(group.histories) for group in modules.values()]
+    curves = [
+        count * group.captured[min(group.captured)] for count, group in zip(counts, modules.values(), strict=True)
+    ]
+    ranks = ranks_within(
+        parse_bytes(config.state_budget),
+        curves,
+        [_bytes_a_rank(group, observer) for group in modules.values()],
+        most=most,
+        multiple=config.rank_multiple,
+    )
+    return {name: recommend(modules[name], config, rank) for name, rank in zip(advice, ranks, strict=True)}
+
+
+def _bytes_a_rank(group: ModuleGroup, observer: GradientObserver) -> int:
+    moments = 1 if is_of_fixed_size(observer.inspected.job.config.optimizer.optim) else 2
+    projection = Projection.of(group.shape, 1, layout="stack")
+    weights = [observer.weights[one.name] for one in group.histories]
+    return sum(bytes_a_rank(projection, moments, weight.element_size()) for weight in weights)
 
 
 def figures(observer: GradientObserver) -> dict[str, Any]:
@@ -159,6 +195,8 @@ def figures(observer: GradientObserver) -> dict[str, Any]:
             "there are no figures; give a lower one, or other data."
         )
     advice = {name: recommend(group, config.recommendation) for name, group in modules.items()}
+    advice = _within_budget(modules, advice, observer)
+    sizes = {name: _bytes_a_rank(group, observer) for name, group in modules.items()}
     home = {one.name: name for name, group in modules.items() for one in group.histories}
     histories = [one for one in observer.histories if one.name in home]
     recorded = _recorded(inspected.renewals, home)
@@ -169,7 +207,8 @@ def figures(observer: GradientObserver) -> dict[str, Any]:
         "rank": observer.rank,
         "ages": config.snapshots.ages,
         "notes": [*inspected.remarks, *_notes(histories, advice)],
-        "recommended": _for_all(advice.values()) | {"flags": _flags(advice)},
+        "recommended": _for_all(advice.values())
+        | {"flags": _flags(advice), "state_bytes": sum(sizes[name] * (one.rank or 0) for name, one in advice.items())},
         "losses": observer.losses,
         "modules": {
             name: _module(group, advice[name]) | {"run": recorded.get(name, [])} for name, group in modules.items()

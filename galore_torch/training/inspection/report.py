@@ -17,6 +17,7 @@ from rich.table import Table
 from galore_torch.training.page.page import Page
 from galore_torch.training.run.machine import versions
 from galore_torch.training.run.plots import GRAY, add_legend, line_style, new_axes
+from galore_torch.units import readable
 
 Found = Mapping[str, Any]
 """What `galore_torch.training.inspection.figures.figures` gives."""
@@ -81,7 +82,12 @@ def texts(found: Found) -> list[str]:
         f"{ages[0]} steps later. gap: the longest after which bases of that rank still capture {own['keep_share']:.0%} "
         f"of what {ages[0]} steps old ones do. Rules of thumb."
     )
-    if for_all["rank"] is not None:
+    if for_all["rank"] is not None and own["state_budget"] is not None:
+        rule += (
+            f" Within {own['state_budget']} of optimizer state, ranks go where they capture most for their bytes, "
+            f"at most as many: {readable(for_all['state_bytes'])}."
+        )
+    elif for_all["rank"] is not None:
         least = "at least " if for_all["gap_is_at_least"] else ""
         gap = "" if for_all["gap"] is None else f", gap {least}{for_all['gap']}"
         rule += f" One for all modules: rank {for_all['rank']}{gap}."

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 import galore_torch
 from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
-from galore_torch.messages import list_names
 from galore_torch.optim.groups import projection_in
 from galore_torch.training.settings.optimizer import (
     KINDS,
@@ -58,10 +57,9 @@ def build(
         target_modules=target_modules,
         project_adapters=not projected,  # the matrices of adapters have their learning rate
         others_lr=config.others_lr,
+        rank_pattern=config.ranks,
         **keys,
     )
-    if config.rank_pattern is not None:
-        groups = _by_rank(groups, config)
     if not projected:
         groups = [{key: value for key, value in group.items() if key not in KEYS} for group in groups]
     if config.update == "backward" and not projected:
@@ -71,36 +69,6 @@ def build(
             warnings.filterwarnings("ignore", message="no parameter group has a `rank`")  # as is meant here
         make = pkgutil.resolve_name(KINDS[name].made_by)
         return make(groups, **_arguments(make, name, config, seed))  # type: ignore[no-any-return]
-
-
-def _by_rank(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The groups, with one of its own for each rank of projected weights: that of the longest end of a name, if any."""
-    made: list[dict[str, Any]] = []
-    unused = set(config.ranks)
-    for group in groups:
-        parts: dict[int | None, dict[str, Any]] = {}
-        for name, weight in zip(group["param_names"], group["params"], strict=True):
-            fits = [end for end in config.ranks if _ends_with(name, end)] if "rank" in group else []
-            unused.difference_update(fits)
-            ranked = {"rank": config.ranks[max(fits, key=len)]} if fits else {}
-            own = {**group, **ranked, "params": [], "param_names": []}
-            own = parts.setdefault(own.get("rank"), own)
-            own["params"].append(weight)
-            own["param_names"].append(name)
-        made += parts.values()
-    if unused:
-        names = [name for group in groups if "rank" in group for name in group["param_names"]]
-        raise ValueError(
-            f"rank_pattern = {config.rank_pattern!r}: no projected weight's name ends by {min(unused)}; they are "
-            f"{list_names(names, 20)}."
-        )
-    return made
-
-
-def _ends_with(name: str, end: str) -> bool:
-    """Whether a weight's name, without the numbers of layers and experts, ends by whole parts."""
-    parts = [part for part in name.removesuffix(".weight").split(".") if not part.isdecimal()]
-    return parts[-len(end.split(".")) :] == end.split(".")
 
 
 def _arguments(make: Any, name: str, config: OptimizerConfig, seed: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from galore_torch.training.inspection import report
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.units import readable
 from tests.command_line import app
 from tests.forked import Galore
 from tests.training.inspection.looking import FILES, MODULES, SHORT, digests, inspected, of_run
@@ -182,6 +183,29 @@ def test_what_cannot_be_recommended_is_said(run, tmp_path):
     told = " ".join(result.output.split())
     assert "for any module: bases of an age were judged by 1 later gradient, and 2" in told
     assert json.loads((tmp_path / "out" / "inspection.json").read_text(encoding="utf-8"))["recommended"]["rank"] is None
+
+
+def test_within_a_budget_no_module_has_a_higher_rank_and_the_state_is_no_larger(run):
+    free = of_run(run, rank_multiple=2)
+    budget = 0.6 * free["recommended"]["state_bytes"]
+    found = of_run(run, rank_multiple=2, state_budget=f"{budget / 1000:.6f}kB")
+    ranks = [{name: own["recommended"]["rank"] for name, own in one["modules"].items()} for one in (free, found)]
+    assert all(0 < ranks[1][name] <= rank for name, rank in ranks[0].items())
+    assert ranks[1] != ranks[0]
+    taken = 0
+    for name, own in found["modules"].items():
+        short, long = sorted(own["shape"])
+        taken += 4 * own["weights"] * (short + 2 * long) * ranks[1][name]  # a basis and two moments in float32
+    assert found["recommended"]["state_bytes"] == taken <= budget
+    assert all(f"{name}={rank}" in found["recommended"]["flags"] for name, rank in ranks[1].items())
+    (told,) = [text for text in report.texts(found) if "of optimizer state" in text]
+    assert f"{readable(taken)}" in told
+
+
+def test_a_budget_that_the_least_ranks_exceed_is_told(run, tmp_path):
+    told = inspected("--run", run, *SHORT, "--state-budget", "1kB", "--out", tmp_path / "out", code=2).output
+    assert "budget of 1.0 kB" in " ".join(told.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

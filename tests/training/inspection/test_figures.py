@@ -185,6 +185,7 @@ def test_kinds_are_told_apart_by_name_and_shape():
         ({"capture_share": 1.0}, "capture_share = 1.0 is out of range"),
         ({"keep_share": 0}, "keep_share = 0 is out of range"),
         ({"rank_multiple": 0}, "rank_multiple = 0 is out of range"),
+        ({"state_budget": "lots"}, "state_budget = 'lots' is no size; give .* such as 200MB"),
         ({"lr": -1.0}, "lr = -1.0 is out of range"),
         ({"task": "sstt"}, "task = 'sstt' is not known.*did you mean 'sst2'"),
         ({"label_column": "stars"}, "label_column = 'stars' has no effect with task = 'text'"),
