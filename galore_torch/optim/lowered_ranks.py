@@ -67,7 +67,8 @@ def lower_ranks(optimizer: GaLore, rank_pattern: Mapping[str, int]) -> None:
                 state[by_weight[weight]] = _cut(trained, new)
     before = {index: groups[index]["rank"] for index in ranks}
     lowered = [
-        {**group, "rank": ranks.get(index, group.get("rank"))} for index, group in enumerate(saved["param_groups"])
+        {**group, "rank": ranks[index]} if index in ranks else group
+        for index, group in enumerate(saved["param_groups"])
     ]
     try:
         for index, rank in ranks.items():

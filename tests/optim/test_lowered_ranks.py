@@ -75,6 +75,22 @@ def test_its_memory_is_free_at_once(bits):
     assert lowered == sizes[8] < 0.3 * sizes[32]
 
 
+def test_groups_that_no_name_fits_stay_as_they_are():
+    projected, other, plain = weights((12, 20), (20, 12), (16,))
+    groups = [
+        {"params": [projected], "param_names": ["mlp.weight"], "rank": 6},
+        {"params": [other], "param_names": ["attn.weight"], "rank": 5},
+        {"params": [plain], "param_names": ["norm.weight"]},
+    ]
+    optimizer = GaLoreAdamW(groups, lr=0.05)
+    walk(optimizer, [projected, other, plain], range(2))
+    kept = [snapshot(optimizer)[1][index] for index in (1, 2)]
+    lower_ranks(optimizer, {"mlp": 2})
+    assert [group.get("rank") for group in optimizer.param_groups] == [2, 5, None]
+    assert "rank" not in optimizer.param_groups[2]
+    assert_same([snapshot(optimizer)[1][index] for index in (1, 2)], kept)
+
+
 @every_mode
 def test_an_attached_model_goes_on(mode):
     torch.manual_seed(0)
