@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from galore_torch.values import is_number, is_whole, plain
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
-Decomposition = Literal["svd", "randomized", "warm", "random", "switched", "sampled"]
+Decomposition = Literal["svd", "randomized", "warm", "tracked", "random", "switched", "sampled"]
 Layout = Literal["tucker", "stack", "reshape"]
 BasisBits = Literal[16, 8, 4]
 Residual = Literal["fira", "apollo", "alice", "sign", "full"]
@@ -99,8 +99,9 @@ KEYS: Mapping[str, Key] = {
         default="warm",
         choices=get_args(Decomposition),
         wanted=f"one of {', '.join(get_args(Decomposition))}",
-        help="How a basis is found: warm (two power iterations from the old one), randomized, svd (exact), random, "
-        "switched (half of it warm, half random), or sampled (singular vectors drawn by their values).",
+        help="How a basis is found: warm (two power iterations from the old one), tracked (one, for gaps of 1 to 10), "
+        "randomized, svd (exact), random, switched (half of it warm, half random), or sampled (singular vectors drawn "
+        "by their values).",
     ),
     "stagger": Key(
         default=True,

@@ -30,6 +30,7 @@ class Beyond:
     residual: str | None = None
     residual_scale: float = 1.0
     moments: str = "keep"
+    tracks: bool = False
     normalize: str | None = None
     beta1: float = 0.9
     beta2: float | None = 0.999
@@ -57,7 +58,7 @@ class Beyond:
     def update(self, G: Tensor) -> Tensor:
         """The update for a gradient that is projected from the left, before its size is fixed."""
         if self.t % self.gap == 0:
-            self.renew(linalg.svd(G, full_matrices=False).U[:, : self.rank])
+            self.renew(tracked(G, self.P) if self.tracks and self.t else linalg.svd(G).U[:, : self.rank])
         self.t, self.age = self.t + 1, self.age + 1
         R = self.P.T @ G
         if self.t == 1:
@@ -118,6 +119,14 @@ class Beyond:
             mean, square = self.M / of_mean, self.V / of_square
             self.V = of_square * ((C**2) @ (square - mean**2) + (C @ mean) ** 2).abs()
         self.M = C @ self.M
+
+
+def tracked(G: Tensor, P: Tensor) -> Tensor:
+    """The basis after a step of subspace iteration: P turned to the singular directions that it has, times G G^T."""
+    Y = G @ (G.T @ P)
+    axes = linalg.eigh(P.T @ Y).eigenvectors.flip(1)  # the strongest first
+    new = linalg.qr(Y @ axes).Q
+    return new * (new * P).sum(0).sign()  # along the old columns
 
 
 def orthogonal(U: Tensor) -> Tensor:

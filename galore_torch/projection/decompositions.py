@@ -6,6 +6,8 @@
   Tropp 2011, algorithm 4.4; GaLore 2, arXiv 2504.20437).
 * `warm`: the same started from the old basis, which is close already, since a gradient's subspace moves slowly; one
   iteration is then enough. The first basis is `randomized`'s.
+* `tracked`: a single iteration from the old basis and no other directions, for bases that are renewed in each step or
+  every few (a gap of 1 to 10; power iterations as in LDAdam, arXiv 2410.16103).
 * `random`: an orthonormal basis drawn at random, blind to the gradient (GoLore, arXiv 2410.11289).
 * `switched`: some of `warm`'s leading directions, and random ones of their complement, so that no direction is left out
   for good (Alice, arXiv 2502.07752).
@@ -196,11 +198,25 @@ def _drawn(facing_dk: Tensor, columns: int, seed: int, number: int) -> Tensor:
 
 def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     """Subspace iteration for one side; the other side, if wanted, follows from it."""
+    first = next(iter(wanted.ranks))
+    facing_dk = _facing(_multiplied(matrix), first)
+    start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.seed, wanted.old_is_whole)
+    iterations = POWER_ITERATIONS + (MORE_ITERATIONS if devices.runs_ahead(facing_dk) else 0)
+    return _iterated(matrix, wanted, start_dl, iterations)
+
+
+def _tracked(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    first, rank = next(iter(wanted.ranks.items()))
+    old_dr = wanted.old.get(first)
+    if old_dr is None or old_dr.shape[-1] != rank or not wanted.old_is_whole:
+        return _warm(matrix, wanted)
+    return _iterated(matrix, wanted, old_dr, 1)
+
+
+def _iterated(matrix: Tensor, wanted: Wanted, start_dl: Tensor, iterations: int) -> dict[str, Tensor]:
     matrix = _multiplied(matrix)
     first, *others = wanted.ranks
-    facing_dk = _facing(matrix, first)
-    start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.seed, wanted.old_is_whole)
-    found = {first: _subspace_iteration(facing_dk, start_dl, wanted.ranks[first])}
+    found = {first: _subspace_iteration(_facing(matrix, first), start_dl, wanted.ranks[first], iterations)}
     for side in others:
         # Right singular vectors span A^T U; the columns come in the order of the singular values.
         found[side] = orthonormal(_unit(_product(_facing(matrix, side), found[first])))[..., : wanted.ranks[side]]
@@ -222,14 +238,14 @@ def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, seed: int, is_wh
     return torch.cat((old_dr, more), dim=-1)
 
 
-def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int) -> Tensor:
+def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int, iterations: int) -> Tensor:
     """The leading `rank` left singular vectors, nearly: (A A^T)^q applied to a start, with a Rayleigh-Ritz rotation.
 
     The rotation turns the axes within the subspace to the singular directions, so that the leading ones can be kept:
     an elementwise rule such as Adam's depends on the axes. It is made in the last iteration, of products that are at
     hand; a rotation of the result would cost one more product with A and gain less than 0.001 of the energy.
     """
-    for _ in range(POWER_ITERATIONS - 1 + (MORE_ITERATIONS if devices.runs_ahead(facing_dk) else 0)):
+    for _ in range(iterations - 1):
         basis_dl = orthonormal(_apply_gram(facing_dk, basis_dl)[0])
     power_dl, across_kl = _apply_gram(facing_dk, basis_dl)
     return orthonormal(power_dl @ leading_directions(basis_dl, across_kl, power_dl, rank))
@@ -299,6 +315,7 @@ DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Tensor]]] = {
     "svd": _svd,
     "randomized": _randomized,
     "warm": _warm,
+    "tracked": _tracked,
     "random": _random,
     "switched": _switched,
     "sampled": _sampled,

@@ -192,7 +192,12 @@ def test_a_basis_has_the_dtype_of_the_gradient_and_is_computed_in_float32_at_lea
     assert basis.dtype == dtype
     precise = grad if dtype == torch.float64 else grad.float()
     expected = found(precise, 4, decomposition, ("right",))["right"].to(dtype)
-    if dtype == torch.bfloat16 and decomposition in ("randomized", "warm", "switched"):  # multiplied in bf16 itself
+    if dtype == torch.bfloat16 and decomposition in (
+        "randomized",
+        "warm",
+        "tracked",
+        "switched",
+    ):  # multiplied in bf16 itself
         overlap = (basis.float().mT @ expected.float()).square().sum() / 4
         assert overlap > 0.999
     else:
@@ -211,7 +216,7 @@ def test_the_smallest_matrices_have_bases(decomposition, shape):
 
 def test_an_unknown_decomposition_is_refused_by_name():
     with pytest.raises(
-        ValueError, match="decomposition is 'qr'; use one of svd, randomized, warm, random, switched, sampled"
+        ValueError, match="decomposition is 'qr'; use one of svd, randomized, warm, tracked, random, switched, sampled"
     ):
         found(torch.randn(4, 4), 2, "qr")
 

@@ -33,9 +33,9 @@ def walk(problem: Problem, optimizer: GaLore) -> torch.Tensor:
     return problem.walk(weight, step)
 
 
-def expected_of(problem: Problem, inside: str = "adamw", rank: int = RANK, **keys) -> torch.Tensor:
+def expected_of(problem: Problem, inside: str = "adamw", rank: int = RANK, gap: int = GAP, **keys) -> torch.Tensor:
     weight = problem.start.clone()
-    reference = Beyond(weight, rank, LR, GAP, scale=0.5, **keys, **INSIDE[inside][1])
+    reference = Beyond(weight, rank, LR, gap, scale=0.5, **keys, **INSIDE[inside][1])
     walked = problem.walk(weight, reference.step)
     assert distance(problem.start, walked[-1]) > 0.1  # it has gone somewhere
     return walked
@@ -58,3 +58,16 @@ def test_it_is_the_reference(shape, inside, residual, normalize, monkeypatch):
     keys = {"residual": residual, "normalize": normalize, "residual_scale": 0.5, "moments": "rotate"}
     expected = expected_of(problem, inside, **keys)
     assert distance(walk(problem, optimizer_of(weight, inside, **keys)), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("moments", ["keep", "rotate"])
+@pytest.mark.parametrize(("gap", "residual"), [(1, None), (5, "fira"), (1, "full")])
+def test_a_tracked_basis_is_the_reference(shape, inside, moments, gap, residual):
+    problem, weight = problem_of(shape)
+    keys = {"residual": residual, "moments": moments}
+    optimizer = optimizer_of(weight, inside, update_proj_gap=gap, **keys)  # an exact basis at first
+    optimizer.register_step_post_hook(lambda *_: optimizer.param_groups[0].update(decomposition="tracked"))
+    expected = expected_of(problem, inside, gap=gap, tracks=True, **keys)
+    assert distance(walk(problem, optimizer), expected) <= 1e-8
