@@ -6,9 +6,11 @@ run is what docs/frameworks.md shows.
 
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -38,6 +40,7 @@ LLAMA_FACTORY = Framework(
     ),
     needs_alone=("torchaudio",),
 )
+MS_SWIFT = Framework(distribution="ms-swift", command="swift")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,13 @@ def shown(language: str, holding: str) -> str:
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
     (found,) = (block for block in blocks if holding in block)
     return found
+
+
+def port() -> str:
+    """A port that is free, for processes to find one another."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return str(bound.getsockname()[1])
 
 
 def check_resumed(whole: Path, resumed: Path) -> None:
@@ -122,9 +132,67 @@ def test_the_lines_that_project_gradients_in_llama_factory(material, tmp_path, p
     """With accumulation, and in several processes."""
     script, whole, resumed = tmp_path / "train.py", tmp_path / "whole", tmp_path / "resumed"
     script.write_text(shown("python", "llamafactory"))
-    words = ("--nproc-per-node", str(processes), str(script))
+    words = ("--nproc-per-node", str(processes), "--master-port", port(), str(script))
     LLAMA_FACTORY.run_beside("torchrun", *words, llama_factory_settings(material, whole))
     checkpoint = str(whole / f"checkpoint-{SAVED}")
     settings = llama_factory_settings(material, resumed, resume_from_checkpoint=checkpoint)
     LLAMA_FACTORY.run_beside("torchrun", *words, settings)
+    check_resumed(whole, resumed)
+
+
+# ms-swift ------------------------------------------------------------------------------------------------------------
+
+
+def swift(material: Path, out: Path, said: str, processes: int = 1, **given: object) -> None:
+    """Train with a file of settings: the guide's, made small, and where things are."""
+    settings = {
+        **yaml.safe_load(said),
+        "model": str(material / "model"), "model_type": "llama", "template": "dummy", "torch_dtype": "float32",
+        "dataset": str(material / "rows.json"), "load_from_cache_file": False, "split_dataset_ratio": 0,
+        "max_length": 64, "truncation_strategy": "right", "output_dir": str(out), "add_version": False,
+        "max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1, "learning_rate": 0.01,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "report_to": "none", "use_cpu": True,
+        **given,
+    }  # fmt: skip
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings))
+    several = {"NPROC_PER_NODE": str(processes), "MASTER_PORT": port()} if processes > 1 else {}
+    MS_SWIFT.run("sft", str(file), **several)
+
+
+def ranks(out: Path) -> set[int]:
+    """The ranks that the saved optimizer projects at."""
+    saved = torch.load(out / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
+    return {group["rank"] for group in saved["param_groups"] if "rank" in group}
+
+
+def test_ms_swift_by_the_names_of_transformers(material, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    said, small = shown("yaml", "optim: galore_adamw\n"), {"optim_args": "rank=8,update_proj_gap=3,scale=1.0"}
+    swift(material, whole, said, **small)
+    assert ranks(whole) == {8}
+    swift(material, resumed, said, **small, resume_from_checkpoint=str(whole / f"checkpoint-{SAVED}"))
+    check_resumed(whole, resumed)
+
+
+def test_ms_swift_trains_adamw_by_its_own_galore(material, tmp_path):
+    """What the guide's lines are for."""
+    out = tmp_path / "out"
+    swift(material, out, "use_galore: true\ntuner_type: full")
+    assert ranks(out) == set()
+    saved = torch.load(out / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)["state"].values()
+    trained = LlamaForCausalLM.from_pretrained(out / f"checkpoint-{STEPS}").parameters()
+    assert sorted(state["exp_avg"].shape for state in saved) == sorted(weight.shape for weight in trained)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_lines_that_bring_ms_swift_this_package(material, tmp_path, processes):
+    """With accumulation, and in several processes."""
+    plugin, whole, resumed = tmp_path / "galore.py", tmp_path / "whole", tmp_path / "resumed"
+    plugin.write_text(shown("python", "swift.optimizers"))
+    small = {"external_plugins": str(plugin), "galore_rank": 8, "galore_update_proj_gap": 3, "galore_scale": 1.0}
+    said = shown("yaml", "external_plugins")
+    swift(material, whole, said, processes, **small)
+    assert ranks(whole) == {8}
+    swift(material, resumed, said, processes, **small, resume_from_checkpoint=str(whole / f"checkpoint-{SAVED}"))
     check_resumed(whole, resumed)
