@@ -12,6 +12,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import listed
 from galore_torch.optim.galore import GaLore
+from galore_torch.optim.recipes.others import OthersBits, adamw_of_bits
 from galore_torch.optim.rule import Traits, UpdateContext
 
 
@@ -31,6 +32,8 @@ class GaLoreAdamW(GaLore):
         fused: torch's fused kernel; where torch supports it when None.
         correct_bias: False leaves out the bias correction of the moments.
         no_deprecation_warning: understood for callers of galore-torch 1.0; there is no such warning.
+        others_bits: 8 or 4, for moments in so many bits of what is not projected (embeddings, head, norms), held by
+            torchao's AdamW; None: as AdamW keeps them.
         state_dtype: dtype of the moments; the weight's own when None.
         rounding: of updates into weights of 16 bits: `nearest`, `stochastic` or `compensated` (see `GaLore`).
         skip_nonfinite: leave out weights whose gradient is not finite.
@@ -38,6 +41,7 @@ class GaLoreAdamW(GaLore):
 
     Raises:
         ValueError: an argument or a group that is not supported.
+        ImportError: `others_bits` without torchao.
 
     Example:
         >>> layer = torch.nn.Linear(64, 256)
@@ -62,6 +66,7 @@ class GaLoreAdamW(GaLore):
         fused: bool | None = None,
         correct_bias: bool = True,
         no_deprecation_warning: bool = True,  # noqa: ARG002 (for old callers)
+        others_bits: OthersBits | None = None,
         state_dtype: torch.dtype | None = None,
         rounding: Rounding = "nearest",
         skip_nonfinite: bool = False,
@@ -71,6 +76,7 @@ class GaLoreAdamW(GaLore):
         super().__init__(
             params,
             optimizer_class=torch.optim.AdamW,
+            fallback_class=adamw_of_bits(others_bits),
             traits=None if correct_bias else Traits(decay="decoupled", factor=_undo_bias_correction, is_another=True),
             state_dtype=state_dtype,
             rounding=rounding,

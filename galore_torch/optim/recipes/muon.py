@@ -11,6 +11,7 @@ from galore_torch.group_keys import Moments, Normalize, Residual
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
+from galore_torch.optim.recipes.others import OthersBits, adamw_of_bits
 from galore_torch.optim.recipes.unsaid import where_unsaid
 from galore_torch.optim.rule import Traits
 
@@ -44,6 +45,8 @@ class GaLoreMuon(GaLore):
             gradients that the momentum is, and 1 for the others.
         moments: what becomes of the momentum when a basis is renewed.
         normalize: what gives updates their size; `blocks` costs fewer operations, `columns` fewest.
+        others_bits: 8 or 4, for moments in so many bits of what is not projected (embeddings, head, norms), held by
+            torchao's AdamW; None: as AdamW keeps them.
         state_dtype: dtype of the moments; the weight's own when None.
         rounding: of updates into weights of 16 bits: `nearest`, `stochastic` or `compensated` (see `GaLore`).
         skip_nonfinite: leave out weights whose gradient is not finite.
@@ -51,6 +54,7 @@ class GaLoreMuon(GaLore):
 
     Raises:
         ValueError: an argument or a group that is not supported.
+        ImportError: `others_bits` without torchao.
 
     Example:
         >>> layer = torch.nn.Linear(64, 256)
@@ -75,6 +79,7 @@ class GaLoreMuon(GaLore):
         residual_scale: float | None = None,
         moments: Moments = "rotate",
         normalize: Normalize | None = "orthogonal",
+        others_bits: OthersBits | None = None,
         state_dtype: torch.dtype | None = None,
         rounding: Rounding = "nearest",
         skip_nonfinite: bool = False,
@@ -93,7 +98,7 @@ class GaLoreMuon(GaLore):
         super().__init__(
             params,
             optimizer_class=torch.optim.SGD,
-            fallback_class=torch.optim.AdamW,
+            fallback_class=adamw_of_bits(others_bits) or torch.optim.AdamW,
             traits=Traits(decay="decoupled"),
             state_dtype=state_dtype,
             rounding=rounding,
