@@ -1,5 +1,6 @@
 """A run of the parts: the device, the time that is left, and where figures go."""
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -68,6 +69,8 @@ class Session:
             figures = measure() if enough else {"left out": "no time"}
         except Exception as error:
             figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        gc.collect()
+        gc.freeze()  # what the row imported stays, and is not to be looked through in each of the next ones
         self.report(row, figures)
 
     def print_tables(self) -> None:
