@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 
 Gradients = Literal["full", "projected", "fused"]
 Update = Literal["step", "backward"]
+SaveInputs = Literal["full", "projected", "sampled"]
 
 GRADIENTS: tuple[Gradients, ...] = get_args(Gradients)
 UPDATES: tuple[Update, ...] = get_args(Update)
 GRAD_BITS: tuple[int, ...] = get_args(BasisBits)
-"""The values of `gradients`, of `update` and of `grad_bits`; see `attach`."""
+SAVE_INPUTS: tuple[SaveInputs, ...] = get_args(SaveInputs)
+"""The values of `gradients`, of `update`, of `grad_bits` and of `save_inputs`; see `attach`."""
 
 DEFAULT_GRADIENTS: Gradients = "fused"
 DEFAULT_UPDATE: Update = "step"
+DEFAULT_SAVE_INPUTS: SaveInputs = "projected"
 
 
 def check_modes(
@@ -31,6 +34,7 @@ def check_modes(
     *,
     grad_dtype: torch.dtype | None = None,
     grad_bits: int = 16,
+    save_inputs: str = DEFAULT_SAVE_INPUTS,
     average_every: int = 1,
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float = 0.0,
@@ -42,6 +46,7 @@ def check_modes(
         update: when they are applied: one of `UPDATES`.
         grad_dtype: of projected gradients that wait for `step()`; None for the gradient's own.
         grad_bits: of projected gradients that wait for `step()`: one of `GRAD_BITS`.
+        save_inputs: what fused layers save of their inputs: one of `SAVE_INPUTS`.
         average_every: steps between two averages of what several processes train; 1 averages gradients.
         gradient_accumulation_steps: micro-batches whose gradients are added before a step.
         max_grad_norm: the norm to which gradients are clipped before a step; 0 for none.
@@ -63,6 +68,7 @@ gradients='full' or 'fused' with it
         raise ValueError(f"update is {update!r}; use {_one_of(UPDATES)}")
     if isinstance(grad_bits, bool) or grad_bits not in GRAD_BITS:
         raise ValueError(f"grad_bits is {grad_bits!r}; use 16 (the gradient's dtype), 8 or 4")
+    _check_save_inputs(save_inputs, gradients)
     _check_average(average_every, averages_full=gradients == "full" and update == "step")
     if gradients == "projected" and update == "backward":
         raise ValueError(
@@ -86,6 +92,16 @@ gradients='full' or 'fused' with it
         raise ValueError(
             f"max_grad_norm is {max_grad_norm} and update is 'backward', which leaves nothing to clip; set "
             "max_grad_norm=0, or use update='step'"
+        )
+
+
+def _check_save_inputs(save_inputs: str, gradients: str) -> None:
+    if save_inputs not in SAVE_INPUTS:
+        raise ValueError(f"save_inputs is {save_inputs!r}; use {_one_of(SAVE_INPUTS)}")
+    if save_inputs != DEFAULT_SAVE_INPUTS and gradients != "fused":
+        raise ValueError(
+            f"save_inputs is {save_inputs!r}, which has no effect with gradients={gradients!r}: only fused layers "
+            "choose what they save. Leave it out, or use gradients='fused'"
         )
 
 

@@ -20,7 +20,15 @@ from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
 from galore_torch.gradients.hooks import discard_stale, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, InputTracker, fuse, is_linear
 from galore_torch.messages import warn
-from galore_torch.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
+from galore_torch.modes import (
+    DEFAULT_GRADIENTS,
+    DEFAULT_SAVE_INPUTS,
+    DEFAULT_UPDATE,
+    Gradients,
+    SaveInputs,
+    Update,
+    check_modes,
+)
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.processes import JOIN, is_sharded
@@ -67,6 +75,7 @@ def attach(
     *,
     grad_dtype: torch.dtype | None = None,
     grad_bits: int = 16,
+    save_inputs: SaveInputs = DEFAULT_SAVE_INPUTS,
     average_every: int = 1,
 ) -> Attachment:
     """Chooses how the gradients of a model are formed and when they are applied.
@@ -90,6 +99,11 @@ def attach(
             gradient's own when None.
         grad_bits: 8 or 4 to keep the projected gradients that wait for `step()` in codes, with a range for each 256
             numbers; each micro-batch is then added to what the codes stand for, and rounded again.
+        save_inputs: what fused layers keep of an input X (tokens x n) for the weight's gradient, between renewals.
+            `projected`: X Q (tokens x r) where a basis Q is on the input side, which loses nothing, unless all layers
+            that share the input would then keep more than X. `sampled`: the others too keep less, every fourth token
+            from a random one on; their gradient is an unbiased estimate, of more variance. (With `proj_type="right"`
+            every layer has its basis on the input side.) `full`: X, so that gradients can be differentiated again.
         average_every: under DDP over a slow link, steps that each process moves projected weights by its own gradients
             before they and their moments are averaged, in the subspace; 1 averages gradients, exactly as one process.
 
@@ -112,7 +126,14 @@ def attach(
     """
     _check(model, optimizer)
     gradients = gradients or _default_gradients(optimizer)
-    check_modes(gradients, update, grad_dtype=grad_dtype, grad_bits=grad_bits, average_every=average_every)
+    check_modes(
+        gradients,
+        update,
+        grad_dtype=grad_dtype,
+        grad_bits=grad_bits,
+        save_inputs=save_inputs,
+        average_every=average_every,
+    )
     projected = _projected_weights(model, optimizer)
     if gradients != "full":
         _refuse_residuals(optimizer, f"gradients={gradients!r}")
@@ -135,7 +156,7 @@ def attach(
     elif early:
         attachment._undo.append(refuse_data_parallel(model, _ATTACHED).remove)
     if gradients == "fused":
-        _fuse_linears(model, optimizer, projected, attachment)
+        _fuse_linears(model, optimizer, projected, attachment, save_inputs)
     if update == "backward":
         _apply_in_backward(model, optimizer, attachment, projected, traffic)
     elif gradients != "full":
@@ -207,14 +228,20 @@ def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]
     return {name: weight for name, weight in trainable.items() if held[id(weight)]}
 
 
-def _fuse_linears(model: nn.Module, optimizer: GaLore, projected: dict[str, Tensor], attachment: Attachment) -> None:
+def _fuse_linears(
+    model: nn.Module,
+    optimizer: GaLore,
+    projected: dict[str, Tensor],
+    attachment: Attachment,
+    save_inputs: SaveInputs,
+) -> None:
     names = {id(weight): name for name, weight in projected.items()}
     tracker, fused = InputTracker(optimizer), set()
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if id(weight) not in names or not is_linear(module):
             continue
-        attachment._undo.append(fuse(module, FusedLinear(module, optimizer, tracker)))
+        attachment._undo.append(fuse(module, FusedLinear(module, optimizer, tracker, save_inputs)))
         fused.add(id(weight))
     attachment.formed_in_full = left = [name for key, name in names.items() if key not in fused]
     if left:

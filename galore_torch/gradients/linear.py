@@ -2,7 +2,8 @@
 
 For y = x W^T the gradient is dW = dY^T X. So P^T dW = (dY P)^T X and dW Q = dY^T (X Q): for N tokens that costs
 2 N r (m + n) operations in place of 2 N m n. A layer with a basis on the input side needs X Q for its backward, not X,
-and saves that: less memory, unless several layers share the input.
+and saves that: less memory, unless several layers share the input. One with a basis on the output side alone needs X;
+from some tokens of it, drawn at random, it has an unbiased estimate of its gradient.
 
 Shape suffixes: N tokens, m outputs, n inputs, r the rank.
 """
@@ -10,7 +11,6 @@ Shape suffixes: N tokens, m outputs, n inputs, r the rank.
 from __future__ import annotations
 
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
 
@@ -19,37 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from galore_torch.gradients.compiled_linear import LAYERS, compiled_linear
-from galore_torch.gradients.known_weights import KnownWeights
+from galore_torch.gradients.shared_inputs import InputTracker, SharedInput
 from galore_torch.lowbit import QuantizedWeight
+from galore_torch.modes import SaveInputs
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Basis, Projection
+from galore_torch.random_bits import key_of
 
-
-class SharedInput:
-    """The layers that were last given one and the same input, one after the other (q, k, v; gate, up).
-
-    Attributes:
-        layers: in the order of their calls.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[FusedLinear] = []
-        self._decided: tuple[int, bool] = (-1, False)
-
-    def project_inputs(self, version: int) -> bool:
-        """Whether saving every layer's X Q takes no more than saving X once. One layer that needs X decides for all.
-
-        Args:
-            version: of what is known of weights; as long as it is the same all layers get the same answer.
-        """
-        if self._decided[0] != version:
-            ranks = [layer.input_rank(version) for layer in self.layers]
-            fits = bool(ranks) and 0 not in ranks and sum(ranks) <= self.layers[0].module.in_features
-            self._decided = version, fits
-        return self._decided[1]
+SAMPLED = 4
+"""Of so many tokens one is kept, at random, for a gradient that is right on average. A power of two rounds nothing."""
 
 
 class Plan(NamedTuple):
@@ -60,7 +41,8 @@ class Plan(NamedTuple):
         weight: the layer's.
         projection: of it.
         basis: None where the full gradient is formed: to renew, or for want of a basis.
-        projects_input: whether X Q is saved for the backward, not X.
+        saves_part: whether no more is saved of X than the gradient needs: X Q, or these tokens.
+        tokens: of which the gradient is estimated, every `SAMPLED`th from a random one on; None for all.
         in_codes: whether the weight is kept in few bits.
     """
 
@@ -68,7 +50,8 @@ class Plan(NamedTuple):
     weight: Tensor
     projection: Projection
     basis: Basis | None
-    projects_input: bool
+    saves_part: bool
+    tokens: slice | None
     in_codes: bool
 
 
@@ -79,12 +62,14 @@ class FusedLinear:
         module: the layer.
         optimizer: holds its weight, projected.
         tracker: who shares an input with whom; one object for all layers of a model.
+        save_inputs: what is saved of inputs, see `attach`.
     """
 
-    def __init__(self, module: nn.Linear, optimizer: GaLore, tracker: InputTracker) -> None:
+    def __init__(self, module: nn.Linear, optimizer: GaLore, tracker: InputTracker, save_inputs: SaveInputs) -> None:
         self.module = module
         self.optimizer = optimizer
         self.tracker = tracker
+        self.save_inputs = save_inputs
         self.shared = SharedInput()
         self._plan: Plan | None = None
         self._looked: tuple[int, Tensor, TrainedWeight, Basis | None] | None = None
@@ -98,15 +83,19 @@ class FusedLinear:
             looked = self._looked = version, weight, trained, None if trained.needs_renewal else trained.basis
         return looked[2:]
 
-    def input_rank(self, version: int) -> int:
-        """The length of a row of X Q, if that is all that this layer's backward needs of X; else 0.
+    def width(self, version: int) -> float:
+        """Numbers a token that this layer saves, if its backward can do with fewer than X has; else 0.
 
         Args:
             version: of what is known of weights.
         """
         trained, basis = self._look(version)
-        modes = trained.projection.modes
-        return modes[0].rank if basis is not None and len(modes) == 1 and modes[0].name == "right" else 0
+        if basis is None or self.save_inputs == "full":
+            return 0
+        rank = next((mode.rank for mode in trained.projection.modes if mode.name == "right"), None)
+        if rank is not None:
+            return rank
+        return self.module.in_features / SAMPLED if self.save_inputs == "sampled" else 0
 
     def _planned(self, weight: Tensor) -> Plan:
         """What to do from now on. The first layer of a pass looks for what a user may have changed, in all weights."""
@@ -120,10 +109,12 @@ class FusedLinear:
         # What to save is decided once a step, by what the steps before have shown: a recomputed forward decides the
         # same. But a checkpoint that is loaded in between may take the basis away.
         if self._decided is None or self._decided[0] != step:
-            self._decided = step, self.shared.project_inputs(version)
-        projects_input = self._decided[1] and basis is not None
+            self._decided = step, self.shared.saves_parts(version)
+        saves_part, tokens = self._decided[1] and basis is not None, None
+        if self.save_inputs == "sampled" and basis is not None and "right" not in basis:
+            tokens = slice(key_of(trained.seed, trained.index, step) % SAMPLED, None, SAMPLED)
         in_codes = isinstance(weight, QuantizedWeight)
-        self._plan = Plan(version, weight, trained.projection, basis, projects_input, in_codes)
+        self._plan = Plan(version, weight, trained.projection, basis, saves_part, tokens, in_codes)
         return self._plan
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -160,40 +151,12 @@ class FusedLinear:
         trained = self.tracker.known.in_backward(weight)
         assert trained is not None
         basis = None if trained.needs_renewal else trained.basis
-        plan = Plan(self.optimizer._cache.version, weight, trained.projection, basis, False, False)
-        return _weight_gradient(plan, basis, grad_y_nm, x_nn, weight.dtype)
+        plan = Plan(self.optimizer._cache.version, weight, trained.projection, basis, False, None, False)
+        return _weight_gradient(plan, grad_y_nm, x_nn, weight.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled module is a plain layer: the hooks stay behind, and so does this."""
         return type(None), ()
-
-
-class InputTracker:
-    """Finds out which layers share an input, by the order of their calls.
-
-    Args:
-        optimizer: holds their weights.
-
-    Attributes:
-        known: what hooks know of the weights.
-        first: the layer that was called first since all weights were looked at, and looks at them again when it is
-            called again: once in each pass over the model.
-        version: of what was known of them then.
-    """
-
-    def __init__(self, optimizer: GaLore) -> None:
-        self.known = KnownWeights(optimizer)
-        self._last_input: Callable[[], Tensor | None] = lambda: None
-        self._current = SharedInput()
-        self.first: FusedLinear | None = None
-        self.version = -1
-
-    def record_call(self, layer: FusedLinear, x: Tensor) -> None:
-        """Notes a call. What is learned holds from the next step on, when all that share the input are known."""
-        if self._last_input() is not x or layer in self._current.layers:
-            self._last_input, self._current = weakref.ref(x), SharedInput()
-        self._current.layers.append(layer)
-        layer.shared = self._current
 
 
 class _Linear(torch.autograd.Function):
@@ -202,11 +165,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
         ctx.plan = plan
-        if plan.projects_input:
-            assert plan.basis is not None
-            ctx.save_for_backward(x @ _as(plan.basis["right"], x.dtype), weight)
-        else:
-            ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(_part(x, plan) if plan.saves_part else x, weight)
         return F.linear(x, _plain(weight, plan, x.dtype), bias)
 
     @staticmethod
@@ -221,7 +180,7 @@ class _Linear(torch.autograd.Function):
             grad_x = grad_y @ _plain(weight, plan, grad_y.dtype)
         grad_y_nm = _rows(grad_y)
         if needs_weight:
-            grad_weight = _weight_gradient(plan, plan.basis, grad_y_nm, _rows(kept), weight.dtype)
+            grad_weight = _weight_gradient(plan, grad_y_nm, _rows(kept), weight.dtype)
         if needs_bias:
             grad_bias = grad_y_nm.sum(0)
         return grad_x, grad_weight, grad_bias, None
@@ -235,12 +194,12 @@ def _differentiable_backward(ctx: Any, grad_y: Tensor, kept: Tensor, weight: Ten
         grad_x = grad_y @ _plain(weight, plan, grad_y.dtype)
         if plan.in_codes:
             grad_x = _Once.apply(grad_x, grad_y, weight)  # type: ignore[no-untyped-call]
-    if ctx.needs_input_grad[1] and plan.projects_input:
+    if ctx.needs_input_grad[1] and (plan.saves_part or plan.tokens is not None):
         with torch.no_grad():
-            grad_weight = _weight_gradient(plan, plan.basis, _rows(grad_y), _rows(kept), weight.dtype)
+            grad_weight = _weight_gradient(plan, _rows(grad_y), _rows(kept), weight.dtype)
         grad_weight = _Once.apply(grad_weight, grad_y, weight)  # type: ignore[no-untyped-call]
     elif ctx.needs_input_grad[1]:
-        grad_weight = _weight_gradient(plan, None, _rows(grad_y), _rows(kept), weight.dtype)
+        grad_weight = _as(_rows(grad_y).mT @ _rows(kept), weight.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = _rows(grad_y).sum(0)
     return grad_x, grad_weight, grad_bias, None
@@ -256,9 +215,9 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(*_: Any) -> Any:
         raise RuntimeError(
-            "a linear layer under attach(..., gradients='fused') has saved its input in projected form alone, so it "
+            "a linear layer under attach(..., gradients='fused') has saved a part of its input alone, so it "
             "cannot be differentiated twice (create_graph=True: gradient penalties, Hessian-vector products); use "
-            "gradients='projected' or 'full'"
+            "save_inputs='full', or gradients='projected' or 'full'"
         )
 
 
@@ -286,20 +245,36 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _weight_gradient(plan: Plan, basis: Basis | None, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
+def _part(x: Tensor, plan: Plan) -> Tensor:
+    """What the weight's gradient needs of X, where that has a basis."""
+    if plan.tokens is not None:
+        return _rows(x)[plan.tokens].clone()  # a view would keep all of X
+    assert plan.basis is not None
+    return x @ _as(plan.basis["right"], x.dtype) if "right" in plan.basis else x
+
+
+def _weight_gradient(plan: Plan, grad_y_nm: Tensor, kept_nn: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient dW = dY^T X, or with a basis the projected gradient."""
+    basis = plan.basis
     if basis is None:
         return _as(grad_y_nm.mT @ kept_nn, dtype)
-    for mode in plan.projection.modes:
-        if mode.name == "left":
-            grad_y_nm = grad_y_nm @ _as(basis["left"], grad_y_nm.dtype)
-        elif not plan.projects_input:
-            kept_nn = kept_nn @ _as(basis["right"], grad_y_nm.dtype)
-    return ProjectedGradient(_as(grad_y_nm.mT @ kept_nn, dtype), plan.projection, basis, dtype)
+    if not plan.saves_part:
+        kept_nn = _part(kept_nn, plan)
+    if plan.tokens is not None:
+        grad_y_nm = grad_y_nm[plan.tokens]
+    if "left" in basis:
+        grad_y_nm = grad_y_nm @ _as(basis["left"], grad_y_nm.dtype)
+    projected = grad_y_nm.mT @ kept_nn
+    if plan.tokens is not None:
+        projected *= SAMPLED
+    return ProjectedGradient(_as(projected, dtype), plan.projection, basis, dtype)
 
 
 _LAYER = "_galore_fused"
 """The attribute of a module that holds what runs in its forward's place."""
+
+_IN_GRAPH = "_galore_in_graph"
+"""That which tells whether a compiler may put it into its graph, where the whole input is saved."""
 
 
 def forward(module: nn.Linear, x: Tensor) -> Tensor:
@@ -308,7 +283,8 @@ def forward(module: nn.Linear, x: Tensor) -> Tensor:
     Its name is that of the method in whose place it is: by that a pickled module finds the method that it had.
     """
     if torch.compiler.is_compiling():
-        return _not_compiled(module, x) if isinstance(module.weight, QuantizedWeight) else compiled_linear(module, x)
+        in_graph = module.__dict__[_IN_GRAPH] and not isinstance(module.weight, QuantizedWeight)
+        return compiled_linear(module, x) if in_graph else _not_compiled(module, x)
     layer: FusedLinear | None = module.__dict__[_LAYER]
     return F.linear(x, module.weight, module.bias) if layer is None else layer(x)
 
@@ -335,12 +311,14 @@ def fuse(module: nn.Linear, layer: FusedLinear) -> Callable[[], None]:
     """
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
     setattr(module, _LAYER, layer)
+    setattr(module, _IN_GRAPH, layer.save_inputs != "sampled")
     key = id(module.weight)
     LAYERS[key] = layer
 
     def restore() -> None:
         del module.forward
         delattr(module, _LAYER)
+        delattr(module, _IN_GRAPH)
         LAYERS.pop(key, None)
 
     return restore

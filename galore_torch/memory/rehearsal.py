@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from galore_torch.gradients import attach
 from galore_torch.memory.copies import alike_blocks, copy_without_numbers
 from galore_torch.memory.recorder import Recorder, stored_bytes
+from galore_torch.modes import DEFAULT_SAVE_INPUTS
 from galore_torch.optim import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.outcomes import Outcomes
@@ -42,6 +43,7 @@ class Job:
         gradients: how gradients are formed, of a GaLore optimizer; see `galore_torch.attach`.
         update: when they are applied, of the same.
         grad_bits: of projected gradients that wait, of the same.
+        save_inputs: what fused layers save of their inputs, of the same.
         micro_batches: how many are accumulated for a step.
         device: where it would be trained.
     """
@@ -53,6 +55,7 @@ class Job:
     gradients: Any = "full"
     update: Any = "step"
     grad_bits: int = 16
+    save_inputs: Any = DEFAULT_SAVE_INPUTS
     micro_batches: int = 1
     device: str = "cpu"
 
@@ -112,7 +115,8 @@ class _Training:
             weight.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
         if isinstance(optimizer, GaLore):
             optimizer._outcomes = _AsHoped()
-            attach(model, optimizer, job.gradients, job.update, grad_bits=job.grad_bits)
+            modes = job.gradients, job.update
+            attach(model, optimizer, *modes, grad_bits=job.grad_bits, save_inputs=job.save_inputs)
         self.batch = {name: _as_tensor(one, job.device) for name, one in job.batch.items()}
         blocks = alike_blocks(model)
         for place, block in enumerate(blocks):

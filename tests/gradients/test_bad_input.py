@@ -58,6 +58,10 @@ def assert_untouched(model: nn.Module) -> None:
 
 BAD_CHOICES = {
     "an unknown way to form": ({"gradients": "fussed"}, "gradients is 'fussed'; use 'full', 'projected' or 'fused'"),
+    "a way to save inputs without fused layers": (
+        {"gradients": "projected", "save_inputs": "sampled"},
+        "save_inputs is 'sampled'",
+    ),
     "an unknown time": ({"update": "later"}, "update is 'later'; use 'step' or 'backward'"),
     "projected gradients that nothing keeps": ({"gradients": "projected", "update": "backward"}, "'full' or 'fused'"),
     "a dtype without projected gradients": (

@@ -19,6 +19,7 @@ from tests.modes import MODES
 FUSED = [mode for mode in MODES.values() if mode[0] == "fused"]
 DIMENSION = 64
 no_shared_heads = functools.partial(llama, num_key_value_heads=4)  # so that q, k and v are all square
+copied_attention = functools.partial(no_shared_heads, attn_implementation="eager")  # keeps nothing of o_proj's input
 
 
 def full_sizes(model: nn.Module, optimizer, step: int) -> tuple[int, int]:
@@ -119,7 +120,7 @@ INPUT_SIDE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 def test_input_side_layers_save_little_of_their_input(mode):
     everything = {}
     for one in (mode, None):
-        model = no_shared_heads()
+        model = copied_attention()
         optimizer = adamw(model, rank=DIMENSION // 4, update_proj_gap=1000)
         if one:
             attach(model, optimizer, *one)
@@ -127,6 +128,20 @@ def test_input_side_layers_save_little_of_their_input(mode):
         saved = saved_by(model, INPUT_SIDE, 2)
         everything[one] = saved_bytes([tensor for tensors in saved.values() for tensor in tensors])
     assert everything[mode] <= 0.6 * everything[None]
+
+
+def test_what_an_attention_keeps_itself_is_not_projected_besides():
+    kept = []
+    for attaches in (False, True):
+        model = no_shared_heads(num_hidden_layers=1)
+        optimizer = adamw(model, rank=DIMENSION // 4, update_proj_gap=1000)
+        if attaches:
+            attach(model, optimizer, "fused")
+        walk(model, optimizer, range(2))
+        (tensors,) = saved_by(model, ["self_attn"], 2).values()
+        kept.append(saved_bytes(tensors))
+    one_number = batch(2).numel() * 4
+    assert kept[0] - kept[1] == one_number * (DIMENSION - 3 * DIMENSION // 4)  # of q, k and v; nothing more of o
 
 
 @pytest.mark.parametrize("make", [no_shared_heads, llama], ids=["all input-side", "k and v output-side"])

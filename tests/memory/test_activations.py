@@ -7,6 +7,7 @@ from torch import nn
 
 from galore_torch import GaLoreAdamW, attach, param_groups
 from galore_torch.memory import Job, plan
+from galore_torch.optim.state_keys import RENEWED_STEP
 from galore_torch.projection import devices
 
 SIZES = {
@@ -28,20 +29,23 @@ def optimizer(model: nn.Module) -> GaLoreAdamW:
     return GaLoreAdamW(param_groups(model, rank=8))
 
 
-def job(gradients: str) -> Job:
-    return Job(model=llama(), optimizer=optimizer, batch={"input_ids": ROWS, "labels": ROWS}, gradients=gradients)
+def job(gradients: str, save_inputs: str = "projected") -> Job:
+    modes = {"gradients": gradients, "save_inputs": save_inputs}
+    return Job(model=llama(), optimizer=optimizer, batch={"input_ids": ROWS, "labels": ROWS}, **modes)
 
 
-def kept(gradients: str) -> int:
+def kept(gradients: str, save_inputs: str) -> int:
     """Bytes that a real forward, of a later step, keeps and that are neither weights, inputs nor logits."""
     model = llama()
     batch = {name: torch.randint(128, ROWS) for name in ("input_ids", "labels")}
     made = optimizer(model)
-    attach(model, made, gradients)
+    attach(model, made, gradients, save_inputs=save_inputs)
     for _ in range(2):
         model(**batch).loss.backward()
         made.step()
         made.zero_grad()
+    # One layer renews, as in a plan; of those that are as large it is the last.
+    made.state[model.model.layers[-1].mlp.down_proj.weight][RENEWED_STEP] = -1
     saved: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,10 +60,19 @@ def kept(gradients: str) -> int:
     return sum(storage.nbytes() for storage in saved.values())
 
 
-@pytest.mark.parametrize("gradients", ["full", "fused"])
-@pytest.mark.broad("fused")
-def test_they_are_what_a_real_forward_keeps(gradients):
-    assert plan(job(gradients)).held["activations"] == pytest.approx(kept(gradients), rel=0.01)
+@pytest.mark.parametrize(
+    ("gradients", "save_inputs"),
+    [("full", "projected"), ("fused", "projected"), ("fused", "sampled"), ("fused", "full")],
+)
+@pytest.mark.broad("fused-projected", "fused-sampled")
+def test_they_are_what_a_real_forward_keeps(gradients, save_inputs):
+    planned = plan(job(gradients, save_inputs)).held["activations"]
+    assert planned == pytest.approx(kept(gradients, save_inputs), rel=0.01)
+
+
+def test_what_is_saved_of_inputs_is_planned():
+    ways = ("full", "projected", "sampled")
+    assert sorted(ways, key=lambda way: -plan(job("fused", way)).held["activations"]) == [*ways]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from galore_torch.training.settings.optimizer import is_projected
 
 _LEAST_RATE = 0.1  # of the peak: where a schedule has ended at 0, gradients would differ by their batches alone
 _TEXT_LENGTH = 256  # as the paper's sequences
-_FULL_GRADIENTS: dict[str, Any] = {"gradients": "full", "update": "step"}
+_FULL_GRADIENTS: dict[str, Any] = {"gradients": "full", "update": "step", "save_inputs": "projected"}
 _PLAIN_NUMBERS: dict[str, Any] = {"grad_bits": 16, "weight_bits": 16, "weight_rounding": "stochastic"}
 
 

@@ -112,6 +112,7 @@ class Subject:
             gradients=settings.gradients,
             update=settings.update,
             grad_bits=settings.grad_bits,
+            save_inputs=settings.save_inputs,
             micro_batches=config.schedule.batch // (rows[0] * self.cards.world_size),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )

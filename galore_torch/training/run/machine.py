@@ -113,6 +113,7 @@ def planned_peak(job: Job, trainer: Trainer, console: Console) -> int | None:
                 gradients=settings.gradients,
                 update=settings.update,
                 grad_bits=settings.grad_bits,
+                save_inputs=settings.save_inputs,
                 micro_batches=schedule.batch // micro_batch,
                 device=trainer.args.device.type,
             )

@@ -112,5 +112,6 @@ class TrainerOptimizer:
     def __call__(self, model: Module, *, optimizer: Optimizer, config: OptimizerConfig) -> Optimizer:
         """Form and apply gradients as the settings say, and return the optimizer that `build` made of the model."""
         if isinstance(optimizer, galore_torch.GaLore):
-            galore_torch.attach(model, optimizer, config.gradients, config.update, grad_bits=config.grad_bits)
+            modes = config.gradients, config.update
+            galore_torch.attach(model, optimizer, *modes, grad_bits=config.grad_bits, save_inputs=config.save_inputs)
         return optimizer

@@ -90,7 +90,12 @@ def _check_modes(optimizer: OptimizerConfig, batch: int, micro_batch: int) -> No
     from galore_torch.modes import check_modes
 
     modes = (optimizer.gradients, optimizer.update)
-    check_modes(*modes, grad_bits=optimizer.grad_bits, max_grad_norm=optimizer.max_grad_norm)
+    check_modes(
+        *modes,
+        grad_bits=optimizer.grad_bits,
+        save_inputs=optimizer.save_inputs,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
     try:
         check_modes(*modes, gradient_accumulation_steps=batch // micro_batch)
     except ValueError as error:

@@ -49,7 +49,14 @@ class Kind:
 
 
 _MOMENTUM, _ADAM, _STATE = frozenset({"beta1"}), frozenset({"beta1", "beta2", "eps"}), frozenset({"state_dtype"})
-_PROJECTED = frozenset(KEYS) | {"gradients", "grad_bits", "weight_bits", "weight_rounding", "rank_pattern"}
+_PROJECTED = frozenset(KEYS) | {
+    "gradients",
+    "grad_bits",
+    "save_inputs",
+    "weight_bits",
+    "weight_rounding",
+    "rank_pattern",
+}
 _PROJECTED_DEFAULTS = {"gradients": "fused"}  # as `attach` has it
 _FEW_BITS = {"basis_bits": 4, "cos_threshold": 0.4}
 _MUON = {
@@ -180,6 +187,11 @@ class OptimizerConfig:
     )
     grad_bits: Literal[16, 8, 4] = setting(
         16, "Bits of the projected gradients that wait for the step: 16 (as the weights), 8 or 4."
+    )
+    save_inputs: Literal["full", "projected", "sampled"] = setting(
+        "projected",
+        "What fused layers keep of their inputs for the backward: projected where that loses nothing, sampled (every "
+        "fourth token of the others, for gradients that are right on average), or full.",
     )
     gradients: Literal["full", "projected", "fused"] = setting(
         "full",
