@@ -9,13 +9,15 @@ python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 peers     := $(patsubst %,.peers/%/.installed,galore-torch-1.0 apollo-torch-1.0.3)
 
-# One thread a test process: two processes on two cores are faster than one process with two threads.
-test test-fast frameworks: export OMP_NUM_THREADS = 1
+CORE := $(addprefix tests/,projection lowbit optim targets gradients)
 
-.PHONY: help setup demo test test-fast frameworks check format bench docs dist clean
+# One thread a test process: two processes on two cores are faster than one process with two threads.
+test test-fast test-oldest frameworks: export OMP_NUM_THREADS = 1
+
+.PHONY: help setup demo test test-fast test-oldest frameworks check format bench docs dist clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*##/ { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(installed) $(peers)  ## make .venv and install what was tested (constraints.txt)
 
@@ -27,6 +29,9 @@ test: $(installed) $(peers)  ## the whole test suite
 
 test-fast: $(installed) $(peers)  ## the test suite without what takes more than a few seconds
 	$(python) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+test-oldest: .oldest/.installed  ## the core's fast tests with the oldest releases that pyproject.toml allows
+	.oldest/bin/python -m pytest -n $(WORKERS) -m "not slow" $(CORE) $(ARGS)
 
 frameworks: export GALORE_FRAMEWORKS ?= .frameworks
 frameworks: $(installed)  ## run published frameworks with GaLore, each in an environment of its own under .frameworks
@@ -52,11 +57,16 @@ dist: $(installed)  ## wheel and source archive in dist/
 	PIP_CONSTRAINT=constraints.txt $(python) -m build
 
 clean:  ## remove everything that set-up and the tools made
-	rm -rf $(VENV) .peers .frameworks .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .oldest .peers .frameworks .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 $(installed): pyproject.toml constraints.txt
 	test -x $(python) || $(PYTHON) -m venv $(VENV)
 	$(python) -m pip install -c constraints.txt -e ".[all,dev]"
+	@touch $@
+
+.oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x .oldest/bin/python || $(PYTHON) -m venv .oldest
+	.oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[train]" pytest pytest-xdist hypothesis
 	@touch $@
 
 # galore-torch 1.0 and apollo-torch, whose trajectories ours must equal, lie in folders of their own: the first is
