@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -101,7 +102,11 @@ def rehearse(job: Job, blocks: int | None = None) -> Rehearsal:
         warnings.simplefilter("ignore")
         optimizer = job.optimizer(model)  # outside: it is tried on numbers
     _take_numbers(optimizer, mode)
-    with warnings.catch_warnings(), mode, recorder:
+    # What an optimizer compiles (torchao's do) takes no tensors without numbers; in eager mode it keeps as much. The
+    # compiler takes seconds to import; where nobody has done so yet, there is nothing that it has compiled.
+    compiles = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
+    with warnings.catch_warnings(), eager, mode, recorder:
         warnings.simplefilter("ignore")
         return _Training(job, model, optimizer, recorder).run()
 

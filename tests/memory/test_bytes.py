@@ -90,6 +90,18 @@ def test_of_every_form_of_gradients(gradients, bits, tmp_path):
     assert {kind: held[kind] for kind in HELD} == allocated(planned, job, "galore")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["galore", "galore-muon"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_of_embeddings_and_head_in_few_bits(bits, method, tmp_path):
+    planned = of("llama", tmp_path, others_bits=bits)
+    job = planned.job(method)
+    held = plan(job).held
+    assert {kind: held[kind] for kind in HELD} == allocated(planned, job, method)
+    whole = plan(of("llama", tmp_path).job(method)).held
+    assert whole["states"] - held["states"] > 2 * 128 * 32 * 2 * (4 - bits / 8 - 0.1) - 4 * 4 * 2**bits
+
+
 PRESETS = [
     *((preset, method, {}) for preset in ("llama-tiny", "llama-60m") for method in ("full", "galore", "qgalore")),
     *((preset, method, {"layers": 2}) for preset in ("llama-130m", "llama-350m") for method in ("full", "galore")),

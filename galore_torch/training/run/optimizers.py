@@ -84,6 +84,7 @@ def _arguments(make: Any, name: str, config: OptimizerConfig, seed: int) -> dict
         "momentum": config.beta1,
         "eps": config.eps,
         "seed": seed,
+        "others_bits": config.others_bits,
         **state_dtype,
         # Of groups that have a key as GaLore does by default, an optimizer with a default of its own thinks it unsaid.
         **config.group_keys,

@@ -49,6 +49,7 @@ class Kind:
 
 
 _MOMENTUM, _ADAM, _STATE = frozenset({"beta1"}), frozenset({"beta1", "beta2", "eps"}), frozenset({"state_dtype"})
+_OTHERS = frozenset({"others_bits"})
 _PROJECTED = frozenset(KEYS) | {
     "gradients",
     "grad_bits",
@@ -70,13 +71,13 @@ _MUON = {
 _UNSCALED = {"scale_parameter": False, "relative_step": False}  # an Adafactor by the learning rate alone
 
 KINDS: dict[str, Kind] = {
-    "galore-adamw": Kind("galore_torch:GaLoreAdamW", _ADAM | _STATE),
+    "galore-adamw": Kind("galore_torch:GaLoreAdamW", _ADAM | _STATE | _OTHERS),
     "galore-adamw8bit": Kind("galore_torch:GaLoreAdamW8bit", _ADAM),
     "qgalore-adamw8bit": Kind("galore_torch:QGaLoreAdamW8bit", _ADAM, defaults=_FEW_BITS),
     "galore-adafactor": Kind(
         "galore_torch:GaLoreAdafactor", _STATE, arguments=_UNSCALED, defaults={"state_dtype": "float32"}
     ),
-    "galore-muon": Kind("galore_torch:GaLoreMuon", _ADAM | _STATE, fixed_size=True, defaults=_MUON),
+    "galore-muon": Kind("galore_torch:GaLoreMuon", _ADAM | _STATE | _OTHERS, fixed_size=True, defaults=_MUON),
     "galore-sgd": Kind("galore_torch:GaLoreSGD", _MOMENTUM | _STATE),
     "adamw": Kind("torch.optim:AdamW", _ADAM, arguments={"fused": True}, prunable=True),
     "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", _ADAM),
@@ -98,7 +99,7 @@ def has_effect(name: str, optim: str) -> bool:
     """
     if name in _PROJECTED:
         return is_projected(optim)
-    return name not in _ADAM | _STATE or name in KINDS[optim].settings
+    return name not in _ADAM | _STATE | _OTHERS or name in KINDS[optim].settings
 
 
 def optimizers_with(name: str) -> list[str]:
@@ -184,6 +185,12 @@ class OptimizerConfig:
         None,
         f"What the moments are stored in ({', '.join(optimizers_with('state_dtype'))} only).",
         default_help="as the weights; galore-adafactor: float32",
+    )
+    others_bits: Literal[8, 4] | None = setting(
+        None,
+        "Bits of the moments of what is never projected, by torchao's AdamW "
+        f"({', '.join(optimizers_with('others_bits'))} only).",
+        default_help="as AdamW keeps them",
     )
     grad_bits: Literal[16, 8, 4] = setting(
         16, "Bits of the projected gradients that wait for the step: 16 (as the weights), 8 or 4."

@@ -132,3 +132,19 @@ def test_what_is_no_list_of_ranks_is_refused(pattern):
 def test_ranks_by_module_need_a_projection():
     with pytest.raises(ValueError, match="rank_pattern = 'q_proj=8' has no effect with optim = 'adamw'"):
         OptimizerConfig(optim="adamw", rank_pattern="q_proj=8")
+
+
+# Others in few bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["galore-adamw", "galore-muon"])
+def test_what_is_not_projected_is_moved_by_an_adamw_of_few_bits(model, optim):
+    pytest.importorskip("torchao")
+    optimizer = build(model, OptimizerConfig(optim=optim, others_bits=4, rank=4), seed=0)
+    assert optimizer._rules.fallback.name == "torchao.optim.adam.AdamW4bit"
+    assert optimizer._rules.rule.name.startswith("torch.optim")
+
+
+def test_few_bits_of_others_need_an_optimizer_with_them():
+    with pytest.raises(ValueError, match="others_bits = 8 has no effect with optim = 'galore-sgd'"):
+        OptimizerConfig(optim="galore-sgd", others_bits=8)

@@ -25,8 +25,9 @@ OTHER = {  # than by default and than any method's own
     "layout": "stack", "basis_group_size": 64,
     "beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.7, "state_dtype": "bfloat16",
     "basis_bits": 16, "gradients": "fused", "grad_bits": 8, "weight_bits": 8, "weight_rounding": "nearest",
-    "adapter_rank": 3, "adapter_alpha": 7.0, "adapter_dropout": 0.5, "restart_every": 3, "restart_warmup": 0.4,
-    "restart_prune": 0.5, "steps": 10, "batch": 16, "micro_batch": 4, "gradient_checkpointing": True, "warmup": 0.4,
+    "others_bits": 4, "adapter_rank": 3, "adapter_alpha": 7.0, "adapter_dropout": 0.5, "restart_every": 3,
+    "restart_warmup": 0.4, "restart_prune": 0.5,
+    "steps": 10, "batch": 16, "micro_batch": 4, "gradient_checkpointing": True, "warmup": 0.4,
     "final_lr": 0.3, "seed": 3, "eval_every": 5, "save_every": 4, "hidden": 64, "intermediate": 96, "layers": 1,
     "heads": 4, "dtype": "bfloat16", "vocab": 300, "seq": 48,
 }  # fmt: skip
@@ -58,6 +59,8 @@ def of_optimizer(run, attached) -> dict[str, object]:
     if isinstance(optimizer, GaLore):
         assert optimizer._settings["seed"] == run.config.schedule.seed
         dtype = optimizer._settings["state_dtype"]
+        bits = {"AdamW8bit": 8, "AdamW4bit": 4}
+        found["others_bits"] = bits.get(optimizer._rules.fallback.name.rpartition(".")[2])
         found["state_dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
     for group in (others, matrices):
         if "betas" in group:
