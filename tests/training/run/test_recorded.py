@@ -25,8 +25,8 @@ OTHER = {  # than by default and than any method's own
     "layout": "stack", "basis_group_size": 64,
     "beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.7, "state_dtype": "bfloat16",
     "basis_bits": 16, "gradients": "fused", "grad_bits": 8, "weight_bits": 8, "weight_rounding": "nearest",
-    "others_bits": 4, "adapter_rank": 3, "adapter_alpha": 7.0, "adapter_dropout": 0.5, "restart_every": 3,
-    "restart_warmup": 0.4, "restart_prune": 0.5,
+    "others_bits": 4, "save_inputs": "full", "adapter_rank": 3, "adapter_alpha": 7.0, "adapter_dropout": 0.5,
+    "restart_every": 3, "restart_warmup": 0.4, "restart_prune": 0.5,
     "steps": 10, "batch": 16, "micro_batch": 4, "gradient_checkpointing": True, "warmup": 0.4,
     "final_lr": 0.3, "seed": 3, "eval_every": 5, "save_every": 4, "hidden": 64, "intermediate": 96, "layers": 1,
     "heads": 4, "dtype": "bfloat16", "vocab": 300, "seq": 48,
@@ -71,7 +71,8 @@ def of_optimizer(run, attached) -> dict[str, object]:
     quantized = [weight for weight in matrices["params"] if isinstance(weight, QuantizedWeight)]
     found["weight_bits"] = 8 if quantized else 16
     found["weight_rounding"] = "nearest" if quantized and quantized[0].seed is None else "stochastic"
-    found["gradients"], found["update"], found["grad_bits"] = attached or ("full", "step", 16)
+    of_attach = ("gradients", "update", "grad_bits", "save_inputs")
+    found |= zip(of_attach, attached or ("full", "step", 16, "projected"), strict=True)
     return found
 
 
@@ -119,8 +120,8 @@ def assert_recorded_is_built(config, out: Path, monkeypatch) -> set[str]:
     """Compare the file's settings with what they built, and return the names of those that were compared."""
     attached = []
 
-    def attach(_model, _optimizer, gradients, update, *, grad_bits):
-        attached.extend([gradients, update, grad_bits])
+    def attach(_model, _optimizer, gradients, update, *, grad_bits, save_inputs):
+        attached.extend([gradients, update, grad_bits, save_inputs])
 
     monkeypatch.setattr(galore_torch, "attach", attach)
     run = new_run(Pretraining, config, out)
