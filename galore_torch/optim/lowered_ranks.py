@@ -107,6 +107,11 @@ def _cut(trained: TrainedWeight, new: Projection) -> dict[str, Any]:
     """A weight's state with the first directions alone."""
     state, old = dict(trained.state), trained.projection
     ranks = {mode.name: mode.rank for mode in new.modes}
+    if ranks.keys() != {mode.name for mode in old.modes}:
+        raise ValueError(
+            f"rank of {trained.name}: at {min(ranks.values())} more of its axes would be projected, of {old.shape}, "
+            "for which there is no basis; give a rank that is no less than the axes that are left as they are"
+        )
     basis = {name: factor[..., : ranks[name]].clone() for name, factor in trained.basis.items()}
     state[BASIS] = trained.storage.store(basis)
     if state[LACKING]:

@@ -182,6 +182,15 @@ def test_a_projected_gradient_that_waits_is_refused():
         lower_ranks(optimizer, {"mlp": 3})
 
 
+def test_a_convolution_whose_short_axes_would_be_projected_is_refused():
+    trained = weights((12, 10, 3, 3))
+    optimizer = made(trained)
+    walk(optimizer, trained, range(2))
+    with pytest.raises(ValueError, match=r"rank of 0\.mlp\.weight: at 2 more of its axes would be projected"):
+        lower_ranks(optimizer, {"mlp": 2})
+    assert optimizer.param_groups[0]["rank"] == 6
+
+
 def test_groups_without_names_are_refused():
     optimizer = GaLoreAdamW([{"params": weights((12, 20)), "rank": 4}])
     with pytest.raises(ValueError, match="parameter group 0 has no param_names"):
