@@ -91,7 +91,7 @@ def check_resumed(whole: Path, resumed: Path) -> None:
 def llama_factory_settings(material: Path, out: Path, **given: object) -> str:
     """A file of settings: the guide's, made small, and where things are."""
     settings = {
-        **yaml.safe_load(shown("yaml", "use_galore")),
+        **yaml.safe_load(shown("yaml", "galore_update_interval")),
         "galore_rank": 8, "galore_update_interval": 3, "galore_scale": 1.0,
         "stage": "sft", "do_train": True, "finetuning_type": "full", "template": "empty", "cutoff_len": 64,
         "model_name_or_path": str(material / "model"), "dataset": "rows", "dataset_dir": str(material),
