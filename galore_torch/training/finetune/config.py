@@ -146,6 +146,10 @@ class RowsConfig:
             raise ValueError(f"data = {self.data!r} leaves task = {self.task!r} without rows; give a file{also}.")
         if self.data == ARITHMETIC and self.task != "grpo":
             raise ValueError(f"data = {self.data!r} is made for task = 'grpo'; give rows of your own.")
+        if self.task == "classify" and self.label_column in (self.text_column, self.text_pair_column):
+            raise ValueError(
+                f"label_column = {self.label_column!r} is the column of the text too; give that of the labels."
+            )
         needs = {name: f"task = {' or '.join(map(repr, tasks))}" for name, tasks in _ONLY.items()}
         idle = {name: need for name, need in needs.items() if self.task not in _ONLY[name]}
         require_defaults(self, f"task = {self.task!r}", idle)
@@ -248,6 +252,7 @@ def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) 
     if config.task in ON_TRL and rows:
         require_form(config.task, config.text_column, rows[0])
     checked = {"text_column": "is empty"} | ({"label_column": "is without a label"} if labelled else {})
+    checked |= {"text_pair_column": "is empty"} if config.text_pair_column else {}
     for of_column, what in checked.items() if config.task == "classify" else ():
         column = getattr(config, of_column)
         if rows and column not in rows[0]:

@@ -145,7 +145,7 @@ def _arithmetic() -> Any:
 def require_texts(rows: Rows, field: str, name: str) -> None:
     """Refuse, with a ValueError, rows whose column, which a setting names, is missing, empty somewhere, or no text."""
     for number, text in rows.column(field, name):
-        if isinstance(text, (dict, list)):
-            kind = type(text).__name__
+        if isinstance(text, (dict, list, bytes)):
+            kind = type(text).__name__.removesuffix("s")
             raise ValueError(f"{field} = {name!r} holds {kind}s, not text, as in row {number}; choose another.")
     require_filled(field, name, rows.column(field, name))

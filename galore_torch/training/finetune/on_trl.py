@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import trl
+from datasets import Value
+from jinja2 import TemplateError
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run import records
 from galore_torch.training.run.base_model import load_base
+from galore_torch.training.run.names import local_path
 from galore_torch.training.text.files import in_rows, require_form
 from galore_torch.units import sentence
 
@@ -51,9 +53,15 @@ class OnTRL:
         known = [name for name in rows.train.column_names if name in rows.held_out.column_names]
         require_form(self.data.task, self.data.text_column, known)
         self.columns = next(form for form in self.forms if set(form) <= set(known))
+        is_chat = any(column == "messages" or isinstance(rows.train[0][column], list) for column in self.columns)
+        parts = [part.select_columns(list(self.columns)) for part in (rows.train, rows.held_out)]
         for column in self.columns:
-            _require(rows, column)
-        self.train, self.held_out = (part.select_columns(list(self.columns)) for part in (rows.train, rows.held_out))
+            if is_chat and column != "answer":
+                _require_messages(rows, column)
+            else:
+                require_texts(rows, "text_column", column)
+                parts = [part.cast_column(column, Value("string")) for part in parts]  # a CSV file's may be numbers
+        self.train, self.held_out = parts
         self._rows = rows.held_out_rows
         self.model, self.tokenizer = load_base(
             config.model, self.model_class, self.data.max_length, console, **self.model_settings
@@ -61,12 +69,27 @@ class OnTRL:
         self.model.config.use_cache = False
         if self.data.chat_template is not None:
             self.tokenizer.chat_template = _template(self.data.chat_template)
-        is_chat = any(isinstance(self.train[0][column], list) for column in self.columns)
         if is_chat and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"model = {config.model.model!r} has no chat template for messages; give one as --chat-template FILE, "
                 "or give prompt and completion as text."
             )
+        if is_chat:
+            self._require_rendered(rows)
+
+    def _require_rendered(self, rows: Rows) -> None:
+        """Refuse messages that the chat template refuses, as many do roles out of turn, and one that is broken."""
+        known = zip((*rows.train_rows, *rows.held_out_rows), chain(self.train, self.held_out), strict=True)
+        for number, row in known:
+            first, *others = (row[column] for column in self.columns if column != "answer")
+            try:
+                for more in others or [[]]:
+                    self.tokenizer.apply_chat_template(first + more, tokenize=False)
+            except TemplateError as error:
+                raise ValueError(
+                    f"the chat template does not take the messages of row {number}: {sentence(error)} Mend them, or "
+                    "give another --chat-template."
+                ) from error
 
     def options(self) -> dict[str, Any]:
         """What the trainer's configuration says besides `TrainingArguments`."""
@@ -118,14 +141,12 @@ class OnTRL:
         return {name: known[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 
-def _require(rows: Rows, column: str) -> None:
-    if not isinstance(rows.train[0][column], list):
-        require_texts(rows, "text_column", column)
-        return
+def _require_messages(rows: Rows, column: str) -> None:
     wrong = [
         number
         for number, messages in rows.column("text_column", column)
-        if not messages or not all(isinstance(one, dict) and one.get("role") and one.get("content") for one in messages)
+        if not (isinstance(messages, list) and messages)
+        or not all(isinstance(one, dict) and one.get("role") and one.get("content") for one in messages)
     ]
     if wrong:
         raise ValueError(f"{column} in {in_rows(sorted(wrong))} is no list of messages with role and content; mend it.")
@@ -133,8 +154,12 @@ def _require(rows: Rows, column: str) -> None:
 
 def _template(name: str) -> str:
     """The chat template in a file, or that of another model's tokenizer."""
-    if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
+    path = local_path("chat_template", name)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        if "messages" not in text:
+            raise ValueError(f"chat_template = {name!r} is a file without a template of messages; give another.")
+        return text
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

@@ -38,7 +38,12 @@ class FinetuneResult(RunResult):
 
     @property
     def remarks(self) -> list[str]:
-        """That a guess would have been as good."""
+        """That the training has failed, or that a guess would have been as good."""
+        if self.eval_loss is None or not math.isfinite(self.eval_loss):
+            return [
+                *super().remarks,
+                "The loss on held-out rows is not finite, and the model is of no use: lower --lr.",
+            ]
         if self.guess is None or self.scores.get("accuracy", math.inf) > self.guess:
             return super().remarks
         always = f"To say the commonest label always is right in {self.guess:.4f} of them"

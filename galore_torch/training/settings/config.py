@@ -180,7 +180,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file by a mark
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(
             f"config = {str(path)!r} cannot be read as TOML: {error}. Give a readable TOML file."
         ) from error
@@ -242,7 +242,8 @@ class PresetTable(Generic[C]):
         flags = {name: value for name, value in given.items() if value is not None}
         named, values = (None, {}) if file is None else read_file(self.config, file)
         chosen = over_file(values, method, flags)
-        preset = preset or named or self.default(chosen)
+        preset = named if preset is None else preset
+        preset = self.default(chosen) if preset is None else preset
         if preset not in self.presets:
             raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(self.presets)}.")
         start = {**self.presets[preset], **chosen}

@@ -53,7 +53,7 @@ PUSH_TO_HUB = setting(
     None, "Repository of the Hugging Face Hub that the finished model is uploaded to; made if it is not there."
 )
 
-_CHECKS = pydantic.ConfigDict(strict=True, allow_inf_nan=False, validate_default=True)
+_CHECKS = pydantic.ConfigDict(strict=True, allow_inf_nan=False, str_min_length=1, validate_default=True)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -74,9 +74,6 @@ def settings(kind: type[T]) -> type[T]:
             initialize(self, **given)
         except pydantic.ValidationError as error:
             raise ValueError(_sentence(checked, error)) from None
-        for name, value in given.items():  # bytes of the command line that no file of settings can hold
-            if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
-                raise ValueError(f"{name} = {value!r} is no valid UTF-8; rename what it names.")
 
     checked.__init__ = initialized
     section: type[T] = checked
@@ -104,6 +101,11 @@ def _sentence(kind: Any, error: pydantic.ValidationError) -> str:
     if first["type"] == "finite_number":
         above = [limit.gt for limit in kind.__pydantic_fields__[name].metadata if hasattr(limit, "gt")]
         return f"{name} = {value!r} is not finite; give a finite number{f' more than {above[0]}' if above else ''}."
+    if first["type"] == "string_unicode":  # bytes of the command line that no file of settings can hold
+        return f"{name} = {value!r} is no valid UTF-8; rename what it names."
+    if first["type"] == "string_too_short":
+        default = kind.__pydantic_fields__[name].default
+        return f"{name} = {value!r} names nothing; leave it out{f' for {default}' if default else ''}, or give one."
     for bound in _BOUNDS.keys() & context.keys():
         return f"{name} = {value!r} is out of range; it must be {_BOUNDS[bound]} {context[bound]}."
     wanted = plain_type(hint).__name__

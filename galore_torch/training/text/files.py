@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def first_rows(field: str, name: str) -> Iterator[dict[str, Any]]:
     path = local_path(field, name)
     suffix = path.suffix.lower()
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file by a mark of its encoding
             if suffix == ".csv":
                 yield from islice(csv.DictReader(file), _ROWS)
             for number, line in enumerate(islice(file, _ROWS) if suffix in _LINES else (), 1):
@@ -181,7 +182,7 @@ def first_rows(field: str, name: str) -> Iterator[dict[str, Any]]:
 def _row(where: str, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error}); fix the line.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no JSON object; give one a line.")
@@ -191,9 +192,9 @@ def _row(where: str, line: str) -> dict[str, Any]:
 def missing_column(field: str, name: str, columns: Iterable[str]) -> ValueError:
     """That rows have no column that a setting names, with those that they have and the task that takes them."""
     columns = list(columns)
-    return ValueError(
-        f"{field} = {name!r} is not a column of the rows; choose one of {', '.join(columns)}.{_fitting(columns)}"
-    )
+    whole = " Columns are parted by commas." if len(columns) == 1 and re.search(r"[;\t|]", columns[0]) else ""
+    found = f"choose one of {', '.join(columns)}.{whole}{_fitting(columns)}"
+    return ValueError(f"{field} = {name!r} is not a column of the rows; {found}")
 
 
 def require_form(task: str, text_column: str, columns: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -180,6 +181,49 @@ def test_answers_alone_need_a_template_that_marks_them(supervise, causal, write,
         tokenizer.save_pretrained(folder)
         with pytest.raises(ValueError, match=words):
             new_run(Finetuning, supervise(model=str(folder), data=data, answers_only=True), tmp_path / "run")
+
+
+ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("sft", {"messages": "hello"}, "messages in rows 1, 2, 3, 4 is no list of messages"),
+        ("sft", {"prompt": "a", "completion": [ANSWERED]}, "prompt in rows 1, 2, 3, 4 is no list of messages"),
+        ("dpo", {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": "b"}, "rejected in rows 1, 2, 3, 4 is no list"),
+        ("reward", {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": "b"}, "rejected in rows 1, 2, 3, 4 is no"),
+    ],
+)
+def test_texts_among_messages_are_told_by_their_rows(task, row, words, causal, write, tmp_path):
+    config = configure(task=task, model=str(causal), data=write("given.jsonl", [row] * 4), steps=1, max_length=32)
+    with pytest.raises(ValueError, match=words):
+        new_run(Finetuning, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bytes_are_no_text(classify, tmp_path):
+    file = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"text": [b"a", b"b"] * 4, "label": [0, 1] * 4}).to_parquet(file)
+    with pytest.raises(ValueError, match="text_column = 'text' holds bytes, not text"):
+        new_run(Finetuning, classify(data=str(file)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("text,label\n", "chat_template = .* is a file without a template of messages"),
+        ("{% for message in messages %}", "does not take the messages of row .*Unexpected end"),
+        ("{{ messages[0]['no'] or raise_exception('roles must alternate') }}", "row .*roles must alternate"),
+    ],
+)
+def test_messages_that_the_chat_template_refuses_are_told(template, words, supervise, write, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(template, encoding="utf-8")
+    data = write("chats.jsonl", [{"messages": [ASKED, ANSWERED]}] * 4)
+    with pytest.raises(ValueError, match=words):
+        new_run(Finetuning, supervise(data=data, chat_template=str(file)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--task", "colla"], ["--data", "nowhere.csv"], ["--resume"], ["--rank", "x"]])

@@ -143,6 +143,20 @@ def test_what_saves_time_or_memory_trains(given, supervise, tmp_path):
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("sft", {"prompt": "2 + 2 = ", "completion": 4}),
+        ("dpo", {"prompt": "2 + 2 = ", "chosen": 4, "rejected": 5}),
+        ("grpo", {"prompt": "2 + 2 = ", "answer": 4}),
+    ],
+)
+def test_numbers_are_taken_for_text(task, row, write, causal, tmp_path):
+    config = configure(task=task, model=str(causal), data=write("sums.csv", [row] * 8), max_length=32, steps=1)
+    run = new_run(Finetuning, config, tmp_path / "run")
+    assert run.job.kind.train[0] == {name: str(value) for name, value in row.items()}
+
+
 def test_a_chat_template_can_be_given(write, supervise, causal, tmp_path):
     file = tmp_path / "template.jinja"
     file.write_text("{% for message in messages %}[{{ message['content'] }}]{% endfor %}", encoding="utf-8")
