@@ -120,10 +120,10 @@ def main() -> None:
     which = "which are measured, the first as the base"
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=which)
     add("--processes", type=at_least(2), default=2)
-    add("--hidden", type=at_least(8), default=512)
-    add("--layers", type=at_least(1), default=4)
+    add("--hidden", type=at_least(8), default=256)
+    add("--layers", type=at_least(1), default=8)
     add("--rank", type=at_least(1), default=64)
-    add("--tokens", type=at_least(1), default=64, help="of each process, a step")
+    add("--tokens", type=at_least(1), default=16, help="of each process, a step")
     add("--steps", type=at_least(1), default=3)
     add("--link", default="none", help="bandwidth in tc's words, such as 100mbit or 1gbit")
     given = made.parse_args()
