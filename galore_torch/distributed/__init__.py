@@ -11,13 +11,13 @@ from typing import Any
 
 from galore_torch.optim.processes import JOIN, SHARD, is_sharded
 
-__all__ = ["shard_placement"]
+__all__ = ["shard_bases", "shard_placement"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _in("cut", name)
+    return _in("cut" if name == "shard_placement" else "sharded", name)
 
 
 def _in(module: str, name: str) -> Any:

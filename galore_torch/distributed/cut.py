@@ -7,7 +7,7 @@ and coordinates are cut as the weight is, and nothing is sent. Shape suffixes: d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from galore_torch.group_keys import PROJECTED_DEFAULTS
+from galore_torch.lowbit import StoredBasis
 from galore_torch.optim.groups import is_projected, projection_in
-from galore_torch.projection import Basis, Projection
+from galore_torch.projection import Basis, Mode, Projection
 from galore_torch.targets import param_groups
 
 
@@ -58,6 +59,22 @@ def _free_axis(projection: Projection, world_size: int) -> int:
     projected = {mode.axis + len(shape) for mode in projection.modes}
     free = [axis for axis in range(len(shape)) if axis not in projected and (not axis or shape[axis] % world_size == 0)]
     return free[0] if free and projection.view_shape == shape else 0
+
+
+class GatheredBasis(StoredBasis):
+    """A basis of which each process keeps a part. A factor is gathered each time it is read, and kept by no one.
+
+    Args:
+        parts: the factors by mode.
+    """
+
+    def __init__(self, parts: Mapping[str, DTensor]) -> None:
+        self.parts, self.bits = parts, 0  # of no storage: what is kept of it is made anew
+        self.stored = {name: {"part": part._local_tensor} for name, part in parts.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The factor of a mode, gathered anew: every process must ask for it."""
+        return self.parts[name].full_tensor()
 
 
 @dataclass(frozen=True)
@@ -147,13 +164,37 @@ class Cut:
         Args:
             basis: its factors.
         """
-        is_stacked = not self.whole.is_tucker and self._at < -2
         factors = {}
         for mode in self.whole.modes:
-            axis = -2 if mode.axis == self._at else self.axis if is_stacked else None
+            axis = self._axis_of(mode)
+            if axis is not None and isinstance(basis, GatheredBasis):
+                factors[mode.name] = basis.parts[mode.name]._local_tensor
+                continue
             factor = basis[mode.name]
             factors[mode.name] = factor if axis is None else factor.narrow(axis, self.start, self.length)
         return factors
+
+    def divide(self, basis: Basis) -> dict[str, Tensor]:
+        """A basis of which each process keeps a part: what it needs of it, or an equal share where it needs all.
+
+        Args:
+            basis: its factors, whole.
+        """
+        divided: dict[str, Tensor] = {}
+        for mode in self.whole.modes:
+            axis = self._axis_of(mode)
+            factor = self._placed(basis[mode.name], Replicate())
+            placements: list[Any] = [Replicate()] * self.mesh.ndim
+            placements[self.dimension] = Shard(factor.dim() - 2 if axis is None else axis % factor.dim())
+            part = factor.redistribute(placements=placements)
+            part._local_tensor = part._local_tensor.clone()  # a view would keep all of it
+            divided[mode.name] = part
+        return divided
+
+    def _axis_of(self, mode: Mode) -> int | None:
+        """The axis of a factor of which this process' part of the weight needs a part alone; None if it needs all."""
+        is_stacked = not self.whole.is_tucker and self._at < -2
+        return -2 if mode.axis == self._at else self.axis if is_stacked else None
 
     def wrap(self, part: Tensor) -> DTensor:
         """A tensor that is cut as the weight is, from this process' part; in equal parts if it is of another size."""

@@ -22,7 +22,7 @@ from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import parameter_name
 from galore_torch.optim.processes import Alone, is_sharded, whole
 from galore_torch.optim.projected_gradient import ProjectedGradient
-from galore_torch.optim.state_keys import INNER, RENEWALS, STEP
+from galore_torch.optim.state_keys import BASIS, INNER, RENEWALS, STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Basis
 
@@ -67,8 +67,13 @@ class Together(Alone):
                 )
         self._agreed = True
 
+    def ask_again(self) -> None:
+        """Has the next step compare once more what the processes say."""
+        self._agreed = False
+
     def _said(self, seed: int) -> dict[str, str]:
         said = {"torch": torch.__version__, "galore_torch": galore_torch.__version__, "seed": seed, **self._choices}
+        said["shard_bases"] = self._optimizer._settings.get("shard_bases", False)
         for number, group in enumerate(self._optimizer.param_groups):
             said |= {f"{key} of group {number}": group[key] for key in KEYS if key in group}
             for index, weight in enumerate(group["params"]):
@@ -112,14 +117,15 @@ class Together(Alone):
             return []
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         owners = [(place + one.state[STEP]) % size for place, one in enumerate(trained)]
-        grads: list[Tensor | None] = [None] * len(trained)
+        owned: list[tuple[Tensor, Basis] | None] = [None] * len(trained)
         for place, owner in enumerate(owners):  # all, before one is decomposed: the others would wait for that
-            full = whole(trained[place].weight.grad)  # gathered by every process, as FSDP2 gathers a weight
+            # gathered by every process, as FSDP2 gathers a weight
+            full, old = whole(trained[place].weight.grad), dict(trained[place].basis)
             if owner == rank:
-                grads[place] = full
-        del full
-        found = [None if grad is None else one.decompose(grad) for one, grad in zip(trained, grads, strict=True)]
-        del grads
+                owned[place] = full, old
+        del full, old
+        found = [None if own is None else one.decompose(*own) for one, own in zip(trained, owned, strict=True)]
+        del owned
         are_found = self._compare(trained, [basis is not None for basis in found])
         return [
             self._share(one, basis, owner) if is_found else None
@@ -195,7 +201,8 @@ class LocalReplicas(Together):
 def _checksum(one: TrainedWeight) -> Tensor:
     """Of a basis and of a weight that all hold whole: a sum of their bits, exact in any order and on any device."""
     weight = one.weight.codes if isinstance(one.weight, QuantizedWeight) else one.weight
-    parts = [*(() if is_sharded(weight) else (weight,)), *(one.basis.values() if one.state[RENEWALS] else ())]
+    basis = one.state[BASIS].values() if one.storage.bits == 16 else one.basis.values()
+    parts = [part for part in (weight, *(basis if one.state[RENEWALS] else ())) if not is_sharded(part)]
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = [one.contiguous().view(integers[one.itemsize]) if one.is_floating_point() else one for one in parts]
     sums = [one.detach().sum(dtype=torch.int64) for one in bits]

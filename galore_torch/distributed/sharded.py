@@ -1,14 +1,14 @@
 """Under FSDP2: arithmetic is on this process' part of each weight, and the rule's state is cut as the weight is.
 
-Bases are whole in all processes. A rule gets a part where it moves each number, or each block, by its own gradient,
-and else the whole, gathered in all processes.
+Bases are whole in all processes, or each keeps a part (`shard_bases`). A rule gets a part where it moves each number,
+or each block, by its own gradient, and else the whole, gathered in all processes.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_with_path
 
-from galore_torch.distributed.cut import Cut
+from galore_torch.distributed.cut import Cut, GatheredBasis
 from galore_torch.distributed.processes import Together
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.inner_group import moves_at_rate_one
-from galore_torch.optim.processes import local_part
+from galore_torch.optim.processes import local_part, whole
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import InnerParam, Rule
-from galore_torch.optim.state_keys import INNER
+from galore_torch.optim.state_keys import BASIS, INNER
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Basis
 
@@ -58,7 +58,54 @@ def shard(trained: TrainedWeight, optimizer: GaLore) -> ShardedWork:
     if not isinstance(optimizer._processes, Together):
         optimizer._processes = Together(optimizer, cut.group)
     given = {one.name: getattr(trained, one.name) for one in fields(trained) if one.init}
-    return ShardedWork(**given, cut=cut, is_gathered=not cut.is_whole and not _moves_parts(trained, cut))
+    is_gathered = not cut.is_whole and not _moves_parts(trained, cut)
+    return ShardedWork(**given, cut=cut, is_gathered=is_gathered, settings=optimizer._settings)
+
+
+def shard_bases(optimizer: GaLore) -> None:
+    """Has each process keep its part of every basis, under FSDP2, and gather the rest of it each time it is used.
+
+    Bases then take as little memory in a process as weights do. Where the projected axis is the one that is cut a
+    process needs its part alone; elsewhere a step gathers rank x d numbers of a weight, for the time until its update
+    is folded in, and layers with `projected` or `fused` gradients gather them too. Call it in all processes, before
+    the first step or between two.
+
+    Args:
+        optimizer: made after `fully_shard`.
+
+    Raises:
+        ValueError: no weight is projected, one that is is not sharded, or its basis is kept in few bits.
+
+    Example:
+        >>> from galore_torch import GaLoreAdamW, param_groups
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16))
+        >>> shard_bases(GaLoreAdamW(param_groups(model, rank=4, target_modules="all-linear")))
+        Traceback (most recent call last):
+        ...
+        ValueError: 0.weight is not sharded, so that nothing of its basis could be; leave out shard_bases, or call \
+fully_shard(model) before the optimizer is made
+    """
+    projected = [one for one in optimizer._checked_weights() if one.projection.modes]
+    if not projected:
+        raise ValueError("the optimizer projects no weight, so that there are no bases; give a group a rank")
+    for one in projected:
+        if not isinstance(one, ShardedWork):
+            raise ValueError(
+                f"{one.name} is not sharded, so that nothing of its basis could be; leave out shard_bases, or call "
+                "fully_shard(model) before the optimizer is made"
+            )
+        if one.storage.bits != 16:
+            raise ValueError(
+                f"basis_bits is {one.storage.bits} for {one.name}, and codes are not divided among processes; use "
+                "basis_bits=16, or leave out shard_bases"
+            )
+    optimizer._settings["shard_bases"] = True
+    for one in projected:
+        if BASIS in one.state:
+            one._keep(dict(one.basis))
+    optimizer._cache.changed()
+    together: Any = optimizer._processes
+    together.ask_again()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,10 +115,12 @@ class ShardedWork(TrainedWeight):
     Attributes:
         cut: which part.
         is_gathered: whether the rule moves tensors as wholes, so that every process gets all of what it is to move.
+        settings: of the optimizer.
     """
 
     cut: Cut
     is_gathered: bool
+    settings: dict[str, Any]
 
     def __post_init__(self) -> None:
         TrainedWeight.__post_init__(self)
@@ -93,6 +142,17 @@ class ShardedWork(TrainedWeight):
         if self._factors is None:
             self._factors = self.cut.factors(self.basis)
         return self._factors
+
+    def read_basis(self, stored: Mapping[str, Any]) -> Basis:
+        """The factors by mode, gathered each time they are asked for if each process has a part."""
+        if all(isinstance(one, DTensor) for one in stored.values()):
+            return GatheredBasis(stored)
+        return TrainedWeight.read_basis(self, stored)
+
+    def held_basis(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """What the optimizer holds of a basis: all of it, or this process' part."""
+        basis = {name: whole(factor) for name, factor in stored.items()}
+        return self.cut.divide(basis) if self.settings.get("shard_bases") else basis
 
     def lent(self) -> Tensor:
         """The weight as the rule moves it: this process' part, or a copy of all parts."""

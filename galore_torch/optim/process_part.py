@@ -46,6 +46,14 @@ class ProcessPart:
         """
         return moved
 
+    def held_basis(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """What of a basis is in this process: all of it.
+
+        Args:
+            stored: what is kept of its factors by mode.
+        """
+        return stored
+
     def project(self, tensor: Tensor) -> Tensor:
         """The projection of a tensor of the weight's shape.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from galore_torch.optim.slices import inner_params
 from galore_torch.optim.state_keys import (
+    BASIS,
     CAPTURED,
     COMPENSATION,
     GAP,
@@ -73,7 +74,8 @@ class Leaf:
     def of(cls, tensor: Tensor) -> Leaf:
         """The leaf that a tensor is."""
         names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-        parts = tuple((name, cls.of(getattr(tensor, name))) for name in names)
+        held = [(name, getattr(tensor, name)) for name in names]  # of a DTensor its mesh, too
+        parts = tuple((name, cls.of(part)) for name, part in held if isinstance(part, Tensor))
         kind = Tensor if type(tensor) is torch.nn.Parameter else type(tensor)
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, kind, parts)
 
@@ -125,6 +127,8 @@ def _fit(state: Mapping[str, Any], trained: TrainedWeight, known: LayoutCache, s
     expected = {**ours, INNER: inner} if inner or INNER in given else ours
     if INNER in given:
         given[INNER] = trained.opened(given[INNER])
+    if BASIS in ours and _has_shapes(given.get(BASIS), ours[BASIS]):
+        given[BASIS] = trained.held_basis(given[BASIS])
     for key in MADE_ANEW & expected.keys() - given.keys():
         given[key] = blank.state[key]
     if OVERLAPS in ours and isinstance(given[OVERLAPS], Tensor) and given[OVERLAPS].dim() == 1:
@@ -182,6 +186,16 @@ def _layout(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _layout(value) for key, value in tree.items()}
     return Leaf.of(tree) if isinstance(tree, Tensor) else tree
+
+
+def _has_shapes(value: Any, layout: Mapping[str, Any]) -> bool:
+    """Whether these are tensors of the names and shapes of a layout of tensors."""
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == layout.keys()
+        and all(isinstance(one, Tensor) for one in value.values())
+        and all(tuple(one.shape) == getattr(layout[name], "shape", None) for name, one in value.items())
+    )
 
 
 def _steps_in(inner: Any) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,9 +161,16 @@ class TrainedWeight(ProcessPart, Turns):
         """
         stored = self.state.get(BASIS)
         if stored is not self._read[0]:
-            shapes = self.projection.factor_shapes
-            self._read = stored, {} if stored is None else self.storage.read(stored, shapes, self.weight.dtype)
+            self._read = stored, {} if stored is None else self.read_basis(stored)
         return self._read[1]
+
+    def read_basis(self, stored: Mapping[str, Any]) -> Basis:
+        """The factors by mode, from what the state holds of them.
+
+        Args:
+            stored: as the storage made it.
+        """
+        return self.storage.read(stored, self.projection.factor_shapes, self.weight.dtype)
 
     @property
     def factors(self) -> Basis:
@@ -177,22 +185,23 @@ class TrainedWeight(ProcessPart, Turns):
         self._factors = None
 
     def _keep(self, basis: Basis) -> None:
-        self.state[BASIS] = self.storage.store(basis)
+        self.state[BASIS] = self.held_basis(self.storage.store(basis))
 
-    def decompose(self, grad: Tensor) -> dict[str, Tensor] | None:
+    def decompose(self, grad: Tensor, old: Basis | None = None) -> dict[str, Tensor] | None:
         """The basis that is found from a gradient. It changes nothing.
 
         The random numbers depend on the seed, on `index` and on the number of the renewal alone.
 
         Args:
             grad: the weight's, full, finite and not zero.
+            old: the basis in use until now, where that has been read already.
 
         Returns:
             The factors by mode, of the weight's dtype; None if the decomposition failed.
         """
         start = time.perf_counter()
         try:
-            basis = find_basis(self.projection, grad, fills=self.completes_basis, **self._asked())
+            basis = find_basis(self.projection, grad, fills=self.completes_basis, **self._asked(old))
             if devices.runs_ahead(grad) and not all(bool(factor.isfinite().all()) for factor in basis.values()):
                 raise torch.linalg.LinAlgError("it is not finite")  # type: ignore[attr-defined]
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -211,19 +220,19 @@ class TrainedWeight(ProcessPart, Turns):
         Returns:
             The same ones; in few bits what is left of them.
         """
-        return self.storage.read(self.storage.store(factors), self.projection.factor_shapes, self.weight.dtype)
+        return TrainedWeight.read_basis(self, self.storage.store(factors))
 
     def find_basis(self) -> Basis | None:
         """The basis found from the gradient, as the state would hold it; None if the decomposition failed."""
         found = self.decompose(self.grad)
         return None if found is None else self.as_stored(found)
 
-    def _asked(self) -> dict[str, Any]:
+    def _asked(self, old: Basis | None = None) -> dict[str, Any]:
         """What is asked of a decomposition."""
         return {
             "decomposition": self.group["decomposition"],
             "seed": key_of(self.seed, self.index, self.state[RENEWALS]),
-            "old": self.basis if self.state[RENEWALS] else None,
+            "old": (old or self.basis) if self.state[RENEWALS] else None,
             "old_is_whole": self.state[LACKING] == 0,
         }
 

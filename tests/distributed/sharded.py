@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from galore_torch import attach
+from galore_torch.distributed import shard_bases
 from tests.distributed.trained import STEPS, batch, llama, loss_of, optimizer_of, weights_of
 
 UNEVEN = {"width": 27, "inner": 41}
@@ -46,6 +47,7 @@ def trained_in_shards(
     alike: bool = False,
     to_none: bool = True,
     checkpoints: bool = False,
+    in_parts: bool = False,
 ) -> Tensor:
     """The weights after some steps, of one process or of one of several.
 
@@ -58,6 +60,8 @@ def trained_in_shards(
         given |= {} if mp_policy is None else {"mp_policy": mp_policy}
         fully_sharded(model, world, replicas=replicas, **given)
     optimizer = optimizer_of(model, recipe, **(keys or {}))
+    if in_parts:
+        shard_bases(optimizer)
     if mode is not None:
         attach(model, optimizer, *mode)
     for step in range(steps):

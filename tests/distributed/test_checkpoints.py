@@ -15,12 +15,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_torch import attach
+from galore_torch.distributed import shard_bases
 from tests.distributed.sharded import UNEVEN, fully_sharded
 from tests.distributed.trained import BAR, RANK, batch, distance, llama, loss_of, optimizer_of, weights_of
 
 HALF, STEPS = 6, 12
 KINDS = {"one": ("one", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp", 2), "fsdp of 3": ("fsdp", 3)}
-SAVERS = {**KINDS, "ddp of 4": ("ddp", 4), "fsdp of 4": ("fsdp", 4)}
+PARTS = {f"bases in parts, {world}": ("bases in parts", world) for world in (1, 2, 3, 4)}
+SAVERS = {**KINDS, **PARTS, "ddp of 4": ("ddp", 4), "fsdp of 4": ("fsdp", 4)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "nested": {},
     "flattened": {"flatten_optimizer_state_dict": True},
@@ -32,9 +34,11 @@ ROWS = 12
 def built(kind: str, world: int) -> tuple[Any, Any, Any]:
     """A model, what runs it, and its optimizer."""
     model = llama(**UNEVEN)
-    if kind == "fsdp":
+    if kind in ("fsdp", "bases in parts"):
         fully_sharded(model, world)
     optimizer = optimizer_of(model, update_proj_gap=4, rank=RANK)
+    if kind == "bases in parts":
+        shard_bases(optimizer)
     if kind == "ddp":
         attach(model, optimizer)
     return model, DistributedDataParallel(model) if kind == "ddp" else model, optimizer
@@ -112,10 +116,32 @@ def test_what_four_have_saved_one_and_two_and_three_load(pool, saved, saved_by, 
     test_what_some_have_saved_others_load(pool, saved, saved_by, loaded_by, "nested")
 
 
-def test_the_optimizers_own_state_dict_of_one_process_is_loaded_in_shards(pool, tmp_path):
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by", "options"),
+    [
+        *(("bases in parts, 4", f"bases in parts, {world}", "nested") for world in (1, 2, 3)),
+        ("bases in parts, 4", "one", "full"),
+        ("bases in parts, 4", "one", "nested"),
+        ("bases in parts, 4", "ddp", "nested"),
+        ("bases in parts, 4", "fsdp of 3", "flattened"),
+        ("one", "bases in parts, 2", "full"),
+        ("fsdp of 4", "bases in parts, 2", "nested"),
+    ],
+)
+@pytest.mark.broad("bases in parts, 4-bases in parts, 3-nested")
+def test_bases_in_parts_are_loaded_in_others_and_whole(pool, saved, saved_by, loaded_by, options):
+    folder, went_on = saved(saved_by, options)
+    kind, world = SAVERS[loaded_by]
+    ranks = pool.run(load, world, kind=kind, folder=folder, options=OPTIONS[options])
+    assert all(torch.equal(ranks[0], other) for other in ranks)
+    assert distance(ranks[0], went_on) <= BAR
+
+
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole bases", "bases in parts"])
+def test_the_optimizers_own_state_dict_of_one_process_is_loaded_in_shards(pool, tmp_path, in_parts):
     """`load_state_dict` by itself, as Accelerate calls it."""
     alone = pool.run(save_by_itself, 1, path=str(tmp_path / "state.pt"))[0]
-    ranks = pool.run(load_by_itself, 2, path=str(tmp_path / "state.pt"))
+    ranks = pool.run(load_by_itself, 2, path=str(tmp_path / "state.pt"), in_parts=in_parts)
     assert torch.equal(*ranks)
     assert distance(ranks[0], alone) <= BAR
 
@@ -128,12 +154,14 @@ def save_by_itself(rank: int, world: int, path: str) -> Tensor:
     return weights_of(model)
 
 
-def load_by_itself(rank: int, world: int, path: str) -> Tensor:
+def load_by_itself(rank: int, world: int, path: str, in_parts: bool) -> Tensor:
     saved = torch.load(path, weights_only=True)
     model = llama(**UNEVEN)
     model.load_state_dict(saved["model"])
     fully_sharded(model, world)
     optimizer = optimizer_of(model, update_proj_gap=4, rank=RANK)
+    if in_parts:
+        shard_bases(optimizer)
     optimizer.load_state_dict(saved["optimizer"])
     walk(model, optimizer, rank, world, range(HALF, STEPS))
     return weights_of(model)
