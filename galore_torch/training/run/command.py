@@ -7,6 +7,7 @@ import json as json_format
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -160,7 +161,7 @@ def _shown(result: RunResult, name: str) -> list[str]:
     if not result.finished:
         return [
             f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; resume with:",
-            f"  {name} --resume --out {result.out}",
+            f"  {name} --resume --out {quote(result.out)}",
         ]
     folder = RunFolder(Path(result.out))
     planned = result.planned_memory_bytes
@@ -182,7 +183,7 @@ def _failed(folder: RunFolder, name: str) -> str:
     saved = folder.checkpoints.newest()
     what = "has no checkpoint yet" if saved is None else f"is saved as of step {step_of(saved):,}"
     again = "start it over with" if saved is None else "resume with"
-    return f"{folder.root} {what}; then {again}:\n  {name} --resume --out {folder.root}"
+    return f"{folder.root} {what}; then {again}:\n  {name} --resume --out {quote(str(folder.root))}"
 
 
 def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
@@ -191,11 +192,12 @@ def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
         return "Stopped. Nothing was written."
     folder.abandon()
     root, saved = folder.root, folder.checkpoints.newest()
+    again = f"\n  {name} --resume --out {quote(str(root))}"
     if records.final(folder.metrics) is not None:
         return f"Stopped after the end: {root} holds the finished run."
     if saved is not None:
-        return f"Stopped. {root} is saved as of step {step_of(saved):,}; resume with:\n  {name} --resume --out {root}"
+        return f"Stopped. {root} is saved as of step {step_of(saved):,}; resume with:{again}"
     if folder.config.exists():
         text = f"Stopped. {root} is as it was, before its first checkpoint; start it over with:"
-        return f"{text}\n  {name} --resume --out {root}"
+        return f"{text}{again}"
     return f"Stopped before there was anything to save: {root} is {'as it was' if root.exists() else 'not there'}."

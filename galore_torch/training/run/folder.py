@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from galore_torch.training.run import records
@@ -100,7 +101,7 @@ class RunFolder:
         """Refuse a folder that already holds something, other than a start that was killed leaves."""
         if self.config.exists():
             raise self._refused(
-                f"already holds a run; resume it with --resume --out {self.root}, or choose another --out."
+                f"already holds a run; resume it with --resume --out {quote(str(self.root))}, or choose another --out."
             )
         started = {*self._lock.files, self.launch, self.text, self.config}
         started |= {being_written(file) for file in started}
@@ -168,7 +169,8 @@ class RunFolder:
         if fixed:
             raise ValueError(
                 f"--resume uses the settings of the run; leave out {', '.join(fixed)}. What may change is "
-                f"{', '.join(CHANGEABLE)}; with other settings a new run can start from its model: --model {self.root}."
+                f"{', '.join(CHANGEABLE)}; with other settings a new run can start from its model: "
+                f"--model {quote(str(self.root))}."
             )
         if not self.config.exists():
             raise self._refused("holds no run to resume; leave out --resume to start one there.")
@@ -179,6 +181,11 @@ class RunFolder:
             raise self._refused(
                 f"holds a run that ended after step {done}; choose another --out to train from scratch, or make it "
                 "longer by --steps."
+            )
+        if final is not None and newest is None:
+            raise self._refused(
+                f"holds a run that ended after step {done}, and its checkpoints are gone: it cannot be longer. "
+                f"A new run can start from its model: --model {quote(str(self.root))}."
             )
         if changes.get("steps", done + 1) <= done:
             raise ValueError(f"steps = {changes['steps']}, and the run has made {done}; give more.")

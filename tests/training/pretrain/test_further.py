@@ -1,6 +1,7 @@
 """Training further: from any causal model or another architecture, and runs that are made longer."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,12 @@ def test_changes_that_a_run_cannot_take_are_refused_and_leave_it_as_it_was(chang
     assert {path: text for path, text in now.items() if path.name != "run.lock"} == {
         path: text for path, text in before.items() if path.name != "run.lock"
     }
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_started_over(first, tmp_path):
+    run = tmp_path / "my run"
+    shutil.copytree(first, run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match=r"checkpoints are gone: .*--model '.*my run'"):
+        RunFolder(run).require_unfinished({"steps": 8})
+    assert (run / "model").is_dir()
