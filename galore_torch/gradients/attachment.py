@@ -18,7 +18,8 @@ from galore_torch.gradients.applied_gradient import AppliedGradient
 from galore_torch.gradients.backward_updates import BackwardUpdates
 from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
 from galore_torch.gradients.hooks import discard_stale, project_when_complete
-from galore_torch.gradients.linear import FusedLinear, InputTracker, fuse, is_linear
+from galore_torch.gradients.linear import FusedLinear, fuse, is_linear
+from galore_torch.gradients.shared_inputs import InputTracker
 from galore_torch.messages import warn
 from galore_torch.modes import (
     DEFAULT_GRADIENTS,
