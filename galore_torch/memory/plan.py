@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from galore_torch.memory.copies import alike_blocks
 from galore_torch.memory.recorder import KINDS
-from galore_torch.memory.rehearsal import FIRST_BLOCK, Job, Rehearsal, rehearse
-
-FEW = (1, 2)
-"""Blocks of the copies that are rehearsed in place of a model of many that are all alike. Each phase of a step takes so
-much more for one block more."""
+from galore_torch.memory.rehearsal import Job, Rehearsal, rehearse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,33 +76,7 @@ def plan(job: Job, *, exact: bool = False) -> MemoryPlan:
         >>> planned.held["weights"], planned.held["gradients"], planned.held["bases"]
         (460160, 460032, 28672)
     """
-    count = len(alike_blocks(job.model))
-    if exact or count <= FEW[-1]:
-        return _planned(rehearse(job))
-    fewer, more = (rehearse(job, blocks) for blocks in FEW)
-    return _planned(_continued(fewer, more, count))
-
-
-def _continued(fewer: Rehearsal, more: Rehearsal, count: int) -> Rehearsal:
-    """What so many blocks need: of each kind and in each phase as much more a block as `more` is than `fewer`."""
-    further = (count - FEW[1]) // (FEW[1] - FEW[0])
-
-    def total(one: int, other: int) -> int:
-        return other + further * (other - one)
-
-    def kinds(one: Counter[str], other: Counter[str]) -> Counter[str]:
-        work = max(one["work"], other["work"])  # of one operation or one block at a time
-        return Counter({kind: work if kind == "work" else total(one[kind], other[kind]) for kind in KINDS})
-
-    # The only block is the last one and the first one.
-    before = {**fewer.peaks, FIRST_BLOCK: fewer.peaks.get("last block", Counter())}
-    return Rehearsal(
-        held=Counter({kind: total(fewer.held[kind], more.held[kind]) for kind in more.held}),
-        peaks={name: kinds(before.get(name, peak), peak) for name, peak in more.peaks.items()},
-        parameters=total(fewer.parameters, more.parameters),
-        trained=total(fewer.trained, more.trained),
-        untraced=more.untraced,
-    )
+    return _planned(rehearse(job, exact=exact))
 
 
 def _planned(rehearsal: Rehearsal) -> MemoryPlan:

@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +21,19 @@ from torch.utils._pytree import tree_leaves
 
 from galore_torch.gradients import attach
 from galore_torch.memory.copies import alike_blocks, copy_without_numbers
-from galore_torch.memory.recorder import Recorder, stored_bytes
+from galore_torch.memory.recorder import FIRST_BLOCK, FIRST_STEP, Recorder
 from galore_torch.modes import DEFAULT_SAVE_INPUTS
 from galore_torch.optim import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.outcomes import Outcomes
 from galore_torch.optim.state_keys import BASIS, RENEWED_STEP
 
-FIRST_BLOCK = "first block"
-"""The phase of that block's backward, the last in a step. A model of one block has none."""
+FEW = 2
+"""Blocks of the copy that is rehearsed in place of a model of many that are all alike."""
+
+
+_Owned = Iterable[tuple[Tensor, Any]]
+"""Tensors, each with the weight or buffer that it is or belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,24 +83,22 @@ class Rehearsal:
     untraced: str | None
 
 
-def rehearse(job: Job, blocks: int | None = None) -> Rehearsal:
+def rehearse(job: Job, *, exact: bool = False) -> Rehearsal:
     """Make two steps of a training: one of gradients alone, and one with a renewal.
 
-    The latter has one micro-batch, which meets the gradients of others where there are more.
+    The latter has one micro-batch, which meets the gradients of others where there are more. Of a model of many blocks
+    that are all alike two are rehearsed, and each of the others takes as much as they do.
 
     Args:
         job: what is trained.
-        blocks: of how many of the model's `alike_blocks`; of all of it if None.
+        exact: whether all of such a model is rehearsed.
 
     Returns:
         The bytes.
     """
-    meta, mode = torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True)
-    model = copy_without_numbers(job.model, meta, blocks).train()
-    with warnings.catch_warnings(), meta, Recorder():
-        warnings.simplefilter("ignore")
-        job.prepare(model)
-    model = copy_without_numbers(model, torch.device(job.device), mode=mode)
+    further = 0 if exact else max(0, len(alike_blocks(job.model)) - FEW)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = copy_without_numbers(prepared(job, FEW if further else None), torch.device(job.device), mode=mode)
     recorder = Recorder(_vocabulary(model), _tokens(job.batch))
     with warnings.catch_warnings():  # what is to be said will be said of the real run
         warnings.simplefilter("ignore")
@@ -108,14 +110,34 @@ def rehearse(job: Job, blocks: int | None = None) -> Rehearsal:
     eager = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
     with warnings.catch_warnings(), eager, mode, recorder:
         warnings.simplefilter("ignore")
-        return _Training(job, model, optimizer, recorder).run()
+        training = _Training(job, model, optimizer, recorder)
+        found = training.run(further)
+    return rehearse(job, exact=True) if further and not training.blocks_are_alike else found
+
+
+def prepared(job: Job, blocks: int | None = None) -> nn.Module:
+    """A copy of a job's model on the meta device, as it is trained.
+
+    Args:
+        job: what is trained.
+        blocks: how many of the model's `alike_blocks` it has; all if None.
+    """
+    meta = torch.device("meta")
+    model = copy_without_numbers(job.model, meta, blocks).train()
+    with warnings.catch_warnings(), meta, Recorder():
+        warnings.simplefilter("ignore")
+        job.prepare(model)
+    return model
 
 
 class _Training:
     def __init__(self, job: Job, model: nn.Module, optimizer: Optimizer, recorder: Recorder) -> None:
         self.job, self.model, self.optimizer, self.recorder = job, model, optimizer, recorder
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
-        recorder.hold("weights", [*model.parameters(), *model.buffers()])
+        blocks = alike_blocks(model)
+        self.block_of = _owners(blocks)
+        self.blocks_are_alike = len(blocks) > 1
+        self._hold("weights", self._weights())
         for weight in self.trained:  # before the hooks that free gradients
             weight.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
         if isinstance(optimizer, GaLore):
@@ -123,22 +145,18 @@ class _Training:
             modes = job.gradients, job.update
             attach(model, optimizer, *modes, grad_bits=job.grad_bits, save_inputs=job.save_inputs)
         self.batch = {name: _as_tensor(one, job.device) for name, one in job.batch.items()}
-        blocks = alike_blocks(model)
         for place, block in enumerate(blocks):
-            name = "last block" if place == len(blocks) - 1 else "other blocks" if place else FIRST_BLOCK
-            block.register_forward_hook(self._marking(name))
-        if blocks:
-            blocks[0].register_forward_pre_hook(lambda _, given: self._mark("embeddings", given))
+            block.register_forward_pre_hook(self._beginning(place))
+            block.register_forward_hook(self._ending(place, len(blocks)))
         self.untraced: str | None = None
 
-    def run(self) -> Rehearsal:
-        """Make a first step, of gradients alone, and an ordinary one."""
-        held: Counter[str] = Counter()
+    def run(self, further: int) -> Rehearsal:
+        """Make a first step, of gradients alone, and an ordinary one, of a model of so many blocks more."""
         if self.job.gradients == "fused":
             self._forward()  # layers learn who shares an input
-        self.recorder.phase("first step")
+        self.recorder.phase(FIRST_STEP)
         self._backward(None)
-        held["gradients"] = stored_bytes(weight.grad for weight in self.trained)
+        held = {"gradients": self._bytes("gradients", self._gradients(), further)}
         self._step()
         self._let_one_renew()
         if self.job.micro_batches > 1:  # the last of them meets what those before it have left
@@ -150,16 +168,25 @@ class _Training:
         del loss
         self.recorder.phase("step")
         self._step()
-        held["weights"] = stored_bytes([*self.model.parameters(), *self.model.buffers()])
-        held["bases"] = stored_bytes(self._state(bases=True))
-        held["states"] = stored_bytes(self._state(bases=False))
+        held["weights"] = self._bytes("weights", self._weights(), further)
+        held["bases"] = self._bytes("bases", self._state(bases=True), further)
+        held["states"] = self._bytes("states", self._state(bases=False), further)
+        numbers = [(one.numel(), one.requires_grad, self.block_of.get(id(one)) == 0) for one in self.model.parameters()]
         return Rehearsal(
-            held=held,
-            peaks=self.recorder.peaks(),
-            parameters=sum(weight.numel() for weight in self.model.parameters()),
-            trained=sum(weight.numel() for weight in self.trained),
+            held=Counter(held),
+            peaks=self.recorder.peaks(further),
+            parameters=sum(size * (1 + further * repeats) for size, _, repeats in numbers),
+            trained=sum(size * (1 + further * repeats) for size, is_trained, repeats in numbers if is_trained),
             untraced=self.untraced,
         )
+
+    def _bytes(self, kind: str, owned: _Owned, further: int) -> int:
+        """The bytes of tensors of a kind, with those of so many blocks more."""
+        pairs = list(owned)
+        self._hold(kind, pairs)
+        found = self.recorder.bytes_of(tensor for _, tensor in pairs)
+        self.blocks_are_alike &= found[0] == found[1]
+        return found[None] + further * found[0]
 
     def _forward(self) -> Tensor | None:
         """The loss; None if an operation stops on the way."""
@@ -189,21 +216,33 @@ class _Training:
         torch.autograd.backward(self.trained, zeros)
 
     def _step(self) -> None:
-        self.recorder.hold("gradients", [weight.grad for weight in self.trained])
+        self._hold("gradients", self._gradients())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.recorder.hold("bases", self._state(bases=True))
-        self.recorder.hold("states", self._state(bases=False))
+        self._hold("bases", self._state(bases=True))
+        self._hold("states", self._state(bases=False))
 
-    def _marking(self, name: str) -> Callable[..., None]:
-        """A hook on a block's forward, by which its backward is a phase, and what follows the last block's forward."""
+    def _beginning(self, place: int) -> Callable[..., None]:
+        """A hook on a block's input."""
 
-        def mark(_: nn.Module, __: Any, output: Any) -> None:
-            if name == "last block":
+        def begin(_: nn.Module, given: Any) -> None:
+            self.recorder.block = place
+            if not place:
+                self._mark("embeddings", given)
+
+        return begin
+
+    def _ending(self, place: int, count: int) -> Callable[..., None]:
+        """A hook on a block's output, by which its backward is a phase, and what follows the last block's forward."""
+        is_last = place == count - 1
+
+        def end(_: nn.Module, __: Any, output: Any) -> None:
+            self.recorder.block = None
+            if is_last:
                 self.recorder.phase("head")
-            self._mark(name, output)
+            self._mark("last block" if is_last else "other blocks" if place else FIRST_BLOCK, output)
 
-        return mark
+        return end
 
     def _mark(self, name: str, tensors: Any) -> None:
         """Let a phase begin when the gradient of the first of tensors is there."""
@@ -212,13 +251,23 @@ class _Training:
                 tensor.register_hook(lambda _: self.recorder.phase(name))  # type: ignore[no-untyped-call]
 
     def _note_gradient(self, weight: Tensor) -> None:
-        self.recorder.hold("gradients", [weight.grad])
+        self._hold("gradients", [(weight, weight.grad)])
 
-    def _state(self, *, bases: bool) -> Iterator[Any]:
-        for state in self.optimizer.state.values():
+    def _hold(self, kind: str, owned: _Owned) -> None:
+        for owner, tensor in owned:
+            self.recorder.hold(kind, [tensor], self.block_of.get(id(owner)))
+
+    def _weights(self) -> _Owned:
+        return ((one, one) for one in (*self.model.parameters(), *self.model.buffers()))
+
+    def _gradients(self) -> _Owned:
+        return ((weight, weight.grad) for weight in self.trained)
+
+    def _state(self, *, bases: bool) -> _Owned:
+        for weight, state in self.optimizer.state.items():
             for key, value in state.items():
                 if (key == BASIS) == bases:
-                    yield from tree_leaves(value)
+                    yield from ((weight, leaf) for leaf in tree_leaves(value))
 
     def _let_one_renew(self) -> None:
         """As many as renew in one step: the largest of them, or all where they do not take turns."""
@@ -228,6 +277,13 @@ class _Training:
                 at_once = -(-len(held) // group["update_proj_gap"]) if group["stagger"] else len(held)
                 for weight in sorted(held, key=Tensor.numel)[-at_once:]:
                     self.optimizer.state[weight][RENEWED_STEP] = -1
+
+
+def _owners(blocks: Sequence[nn.Module]) -> dict[int, int]:
+    """Which of some blocks has a weight or a buffer, by its identity; those that several share are of none."""
+    pairs = [(id(one), place) for place, block in enumerate(blocks) for one in (*block.parameters(), *block.buffers())]
+    times = Counter(number for number, _ in pairs)
+    return {number: place for number, place in pairs if times[number] == 1}
 
 
 class _AsHoped(Outcomes):
