@@ -28,7 +28,8 @@ def versions(lines: list[str], operator: str) -> dict[str, Version]:
 
 def test_the_oldest_versions_are_the_lower_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = versions([*project["dependencies"], *project["optional-dependencies"]["train"]], ">=")
+    extras = project["optional-dependencies"]
+    wanted = versions([*project["dependencies"], *extras["train"]], ">=")
     lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
     pinned = versions([line for line in lines if not line.startswith("#")], "==")
     assert {name: pinned.get(name) for name in wanted} == wanted
