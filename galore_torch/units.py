@@ -46,6 +46,25 @@ def parse_bandwidth(text: str) -> float:
     return float(found[1]) * _UNITS[found[2].lower()] / (1 if found[3] == "B/s" else 8)
 
 
+def parse_tokens(text: str) -> float:
+    """The tokens that a number says.
+
+    Args:
+        text: a number, or one and K, M, B or T of any case, in powers of 1000.
+
+    Raises:
+        ValueError: no number above 0, or another unit.
+
+    Example:
+        >>> parse_tokens("20B"), parse_tokens("1.5t"), parse_tokens("20e9")
+        (20000000000.0, 1500000000000.0, 20000000000.0)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmbt]?)\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"tokens = {text!r} is no number of tokens; give one such as 20B, 300M or 20e9.")
+    return float(found[1]) * _UNITS[found[2].lower().replace("b", "g")]
+
+
 def readable(count: float) -> str:
     """Bytes for people, in powers of 1000.
 

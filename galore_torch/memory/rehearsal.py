@@ -198,7 +198,8 @@ class _Training:
         try:
             with _not_traced():
                 loss: Tensor = self.model(**self.batch).loss
-        except RuntimeError as error:  # of many kinds: memory that depends on numbers, an operation without sizes, ...
+        except (RuntimeError, AttributeError) as error:
+            # Memory that depends on numbers, an operation without sizes, a layer that lacks what the model reads of it.
             self.untraced = str(getattr(error, "func", error)).strip().splitlines()[0]
             return None
         finally:

@@ -131,7 +131,7 @@ def test_under_fsdp_weights_and_states_are_divided_and_gathered(small):
 
 
 def test_days_follow_from_the_rate_where_nothing_waits_for_a_link(small):
-    rate = ("--tokens", "1e6", "--tokens-per-second", "100", "--method", "full")
+    rate = ("--tokens", "1M", "--tokens-per-second", "100", "--method", "full")
     one = planned(*small, *rate)["methods"]["full"]["cost"]
     assert one["days"] == pytest.approx(1e6 / 100 / 86_400)
     assert one["step_seconds"] == pytest.approx(4 * 16 / 100)
@@ -165,7 +165,8 @@ def test_a_rank_that_saves_nothing_is_said(small):
         ([*TINY, "--bandwidth", "1gbit"], "bandwidth has no effect with world_size = 1"),
         ([*TINY, "--parallel", "fsdp"], "parallel has no effect with world_size = 1"),
         ([*TINY, "--world-size", "2", "--tokens", "1e9"], "give --tokens-per-second"),
-        ([*TINY, "--tokens", "-1", "--tokens-per-second", "10"], "tokens = -1.0 is out of range"),
+        ([*TINY, "--tokens", "-1", "--tokens-per-second", "10"], "tokens = '-1' is no number of tokens"),
+        ([*TINY, "--tokens", "20 apples", "--tokens-per-second", "10"], "tokens = '20 apples' is no number of tokens"),
         ([*TINY, "--world-size", "2", "--method", "lora"], "adapter = 'lora' runs in one process"),
         ([*TINY, "--world-size", "2", "--parallel", "fsdp", "--method", "qgalore"], "weight_bits = 8 is not served by"),
         (["folder/that/is/not", "--memory", "24GB"], "model = 'folder/that/is/not' has no configuration"),
@@ -212,3 +213,21 @@ def test_a_forward_that_needs_numbers_leaves_the_bytes_that_do_not(tmp_path):
 def test_sizes_that_are_none(text):
     with pytest.raises(ValueError, match="is no size"):
         parse_bytes(text)
+
+
+def test_a_layer_that_lacks_what_a_model_reads_of_it_leaves_the_bytes_that_need_no_forward(tmp_path):
+    """T5 reads the dtype of a linear layer's weight, and W = BA has none."""
+    sizes = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 128,
+        "decoder_start_token_id": 0,
+    }
+    transformers.T5Config(**sizes, architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
+    found = planned(str(tmp_path), "--seq", "8", "--method", "low-rank", "--method", "full")
+    assert found["methods"]["low-rank"]["held"]["weights"] > 0
+    assert "has no attribute 'weight'" in json.dumps(found["methods"]["low-rank"])
+    assert "has no attribute" not in json.dumps(found["methods"]["full"])

@@ -18,7 +18,7 @@ from galore_torch.training.run.command import reported_errors
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS, method_settings
-from galore_torch.units import parse_bandwidth, parse_bytes
+from galore_torch.units import parse_bandwidth, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from galore_torch.memory import MemoryPlan
@@ -32,7 +32,7 @@ galore plan llama-7b --memory 24GB
 galore plan FOLDER/config.json --micro-batch 4 --seq 1024 --method full --method galore --rank 256
 [dim]any causal, masked or sequence-to-sequence model of Transformers, without its weights[/]
 
-galore plan llama-7b --world-size 8 --parallel fsdp --bandwidth 100gbit --tokens 20e9 --tokens-per-second 3000
+galore plan llama-7b --world-size 8 --parallel fsdp --bandwidth 100gbit --tokens 20B --tokens-per-second 3000
 [dim]what each of eight processes needs and sends, and the days it takes[/]
 
 galore plan llama-1b --method galore --gradients projected --json
@@ -62,7 +62,7 @@ def plan(
         str, _option(help="What they share: ddp, the batch; fsdp, weights and states as well.")
     ] = "ddp",
     bandwidth: Annotated[str | None, _option(help="Of each card's link, such as 10gbit or 25GB/s.")] = None,
-    tokens: Annotated[float | None, _option(help="Of the training, such as 20e9; says the days.")] = None,
+    tokens: Annotated[str | None, _option(help="Of the training, such as 20B; says the days.")] = None,
     tokens_per_second: Annotated[float | None, _option(help="Of one process alone, as a run measured it.")] = None,
     page: Annotated[Path | None, _option(help="Write a page with the table and a chart there.")] = None,
     json: Annotated[bool, _option("--json", help="Print the plans as one JSON object.")] = False,
@@ -89,7 +89,7 @@ def plan(
                 world_size=world_size,
                 parallel=parallel,  # type: ignore[arg-type]
                 bandwidth=None if bandwidth is None else parse_bandwidth(bandwidth),
-                tokens=tokens,
+                tokens=None if tokens is None else parse_tokens(tokens),
                 tokens_per_second=tokens_per_second,
             )
             planned = subject(model, given, dtype, cards)
