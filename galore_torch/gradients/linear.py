@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from galore_torch.gradients.compiled_linear import LAYERS, compiled_linear
 from galore_torch.gradients.shared_inputs import InputTracker, SharedInput
@@ -122,7 +123,7 @@ class FusedLinear:
         parameters = self.module._parameters  # what the layer's attributes look into, too
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None
-        if not (torch.is_grad_enabled() and weight.requires_grad):
+        if not (torch.is_grad_enabled() and weight.requires_grad) or _is_transformed():
             return F.linear(x, weight, bias)
         plan, tracker = self._plan, self.tracker
         if (
@@ -221,14 +222,13 @@ class _Once(torch.autograd.Function):
         )
 
 
-_apply = super(torch.autograd.Function, _Linear).apply
+_linear: Callable[[Tensor, Tensor, Tensor | None, Plan], Tensor] = super(torch.autograd.Function, _Linear).apply
+"""`_Linear.apply` without its question for torch.func's transforms, which takes as long as the rest."""
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """`_Linear.apply` without its question for torch.func's transforms, which takes as long as the rest."""
-    apply = _Linear.apply if torch._C._are_functorch_transforms_active() else _apply
-    y: Tensor = apply(x, weight, bias, plan)  # type: ignore[no-untyped-call]
-    return y
+def _is_transformed() -> bool:
+    """Whether derivatives are those of torch.func or in forward mode, which know no projected gradients."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _plain(weight: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:

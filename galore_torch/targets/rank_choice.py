@@ -50,6 +50,7 @@ def choose_ranks(
             the least ranks exceed.
 
     Example:
+        >>> import torch
         >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64)})
         >>> model["mlp"](torch.randn(8, 32)).square().sum().backward()
         >>> choose_ranks(model, budget=10_000, energy=1.0, multiple=4)

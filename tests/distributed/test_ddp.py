@@ -249,7 +249,7 @@ def decompositions(rank: int, world: int, mode: Any) -> int:
     found = []
     decompose = TrainedWeight.decompose
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(TrainedWeight, "decompose", lambda one, grad: found.append(one) or decompose(one, grad))
+        patched.setattr(TrainedWeight, "decompose", lambda one, *given: found.append(one) or decompose(one, *given))
         trained(rank, world, mode=mode, steps=GAP + 1, stagger=False)
     return len(found)
 

@@ -25,7 +25,7 @@ MATRIX = (24, 16)
         ({"rank": "4"}, "rank is '4'", "whole number"),
         ({"rank": None}, "rank is None", "whole number"),
         ({"proj_type": "sideways"}, "proj_type is 'sideways'", "std, reverse_std, left, right, full"),
-        ({"decomposition": "qr"}, "decomposition is 'qr'", "svd, randomized, warm, random"),
+        ({"decomposition": "qr"}, "decomposition is 'qr'", "svd, randomized, warm, tracked, random"),
         ({"layout": "flat"}, "layout is 'flat'", "tucker, stack, reshape"),
         ({"update_proj_gap": 0}, "update_proj_gap is 0", "at least 1"),
         ({"update_proj_gap": -1}, "update_proj_gap is -1", "at least 1"),

@@ -123,10 +123,12 @@ def test_a_module_has_the_rank_of_the_longest_end_of_its_name(model):
     assert ranks == {name: wanted.get(name.split(".")[-2], 4) for name in ranks}
 
 
-@pytest.mark.parametrize("pattern", ["q_proj", "q_proj=", "q_proj=0", "q_proj=8,", "=8", "q_proj=8=9", "q_proj=x", ""])
+@pytest.mark.parametrize("pattern", ["q_proj", "q_proj=", "q_proj=0", "q_proj=8,", "=8", "q_proj=8=9", "q_proj=x"])
 def test_what_is_no_list_of_ranks_is_refused(pattern):
     with pytest.raises(ValueError, match=r"rank_pattern = .* give such as q_proj=32"):
         OptimizerConfig(rank_pattern=pattern)
+    with pytest.raises(ValueError, match=r"rank_pattern = '' names nothing"):
+        OptimizerConfig(rank_pattern="")
 
 
 def test_ranks_by_module_need_a_projection():
