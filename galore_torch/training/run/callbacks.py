@@ -115,6 +115,7 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave nothing but checkpoints."""
+        wait_for_all()  # each Trainer looks once more into its folder
         self._folder.checkpoints.clear()
 
     def _seen(self, state: TrainerState) -> Record:

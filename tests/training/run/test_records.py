@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from galore_torch.training.pretrain.run import Pretraining
-from galore_torch.training.run import records
+from galore_torch.training.run import callbacks, records
 from galore_torch.training.run.plots import COLORS, plot_losses, smooth
 from galore_torch.training.run.run import new_run
 
@@ -79,6 +79,14 @@ def test_a_terminal_gets_a_bar_with_an_estimated_end(tiny, tmp_path):
     new_run(Pretraining, tiny(), tmp_path / "run", console=Console(file=screen, force_terminal=True, width=100)).train()
     text = screen.getvalue()
     assert all(word in text for word in ("8/8", "loss", "lr", "tok/s", "state", "left", "perplexity"))
+
+
+def test_what_is_being_written_stays_until_all_processes_have_ended(tiny, tmp_path, monkeypatch):
+    tmp, seen = tmp_path / "out" / "checkpoints" / "tmp", []
+    monkeypatch.setattr(callbacks, "wait_for_all", lambda: seen.append(tmp.exists()))
+    new_run(Pretraining, tiny(steps=2), tmp_path / "out").train()
+    assert seen == [True] * 2  # at the checkpoint, and at the end
+    assert not tmp.exists()
 
 
 @pytest.mark.slow
