@@ -125,7 +125,7 @@ def tracked(G: Tensor, P: Tensor) -> Tensor:
     """The basis after a step of subspace iteration: P turned to the singular directions that it has, times G G^T."""
     Y = G @ (G.T @ P)
     axes = linalg.eigh(P.T @ Y).eigenvectors.flip(1)  # the strongest first
-    new = linalg.qr(Y @ axes).Q
+    new: Tensor = linalg.qr(Y @ axes).Q
     return new * (new * P).sum(0).sign()  # along the old columns
 
 
