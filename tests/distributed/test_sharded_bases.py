@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.broad("fused, at step", "both sides")
+@pytest.mark.broad("fused, at step")
 def test_steps_are_those_with_whole_bases_to_the_bit(pool, name):
     assert_the_same_in_parts(pool, 2, steps=2 * GAP + 2, **CASES[name])
 
@@ -96,6 +96,7 @@ def gathers(rank: int, world: int, side: str) -> int:
     return len(counts)
 
 
+@pytest.mark.slow
 def test_bases_can_be_divided_between_two_steps(pool):
     whole, parts = (pool.run(divided_after, 2, in_parts=in_parts)[0] for in_parts in (False, True))
     assert torch.equal(whole, parts)

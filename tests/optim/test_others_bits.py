@@ -26,6 +26,7 @@ def drawn():
     return weights((64, 32), (128, 64), (64,))
 
 
+@pytest.mark.slow
 @every_recipe
 @every_bits
 def test_others_move_as_torchaos_adamw_does_and_matrices_as_ever(recipe, bits):

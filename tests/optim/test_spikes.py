@@ -102,6 +102,7 @@ def test_muon_of_low_rank_recovers_from_garbage_within_twenty_steps(kind, seed):
 
 
 @pytest.mark.parametrize("residual", LIMITED)
+@pytest.mark.broad("fira")
 def test_the_limiter_resumes_bit_for_bit_through_a_spike(residual):
     """Saved before the garbage, after its step, and while the limit still holds: each goes on as the whole run."""
 
