@@ -47,7 +47,7 @@ def dual(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @every_mode
-@pytest.mark.broad()
+@pytest.mark.broad
 @pytest.mark.parametrize("steps", [0, 2, 3])  # before the first basis, with one, and where it is to be renewed
 @pytest.mark.parametrize(
     "derivative",

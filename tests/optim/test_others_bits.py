@@ -43,6 +43,7 @@ def test_others_move_as_torchaos_adamw_does_and_matrices_as_ever(recipe, bits):
     assert not torch.equal(trained[1], plain[1])
 
 
+@pytest.mark.slow
 @every_recipe
 @every_bits
 def test_their_state_takes_as_few_bits(recipe, bits):
@@ -58,6 +59,7 @@ def test_their_state_takes_as_few_bits(recipe, bits):
     assert freed - tables - 64 <= sizes[0] - sizes[1] <= freed
 
 
+@pytest.mark.slow
 @every_recipe
 @every_bits
 def test_it_resumes_bit_for_bit(recipe, bits):
