@@ -152,10 +152,12 @@ def recommend(group: ModuleGroup, config: RecommendConfig, rank: int | None = No
 
 
 def _within_budget(
-    modules: Mapping[str, ModuleGroup], advice: dict[str, Recommendation], observer: GradientObserver
+    modules: Mapping[str, ModuleGroup],
+    advice: dict[str, Recommendation],
+    sizes: Mapping[str, int],
+    config: RecommendConfig,
 ) -> dict[str, Recommendation]:
-    """The advice with ranks that fit the budget, if there are ranks and a budget."""
-    config = observer.config.recommendation
+    """The advice with ranks that fit the budget, if there are ranks and a budget; sizes are the bytes of a rank."""
     most = [one.rank for one in advice.values() if one.rank is not None]
     if config.state_budget is None or len(most) < len(advice):
         return advice
@@ -166,7 +168,7 @@ def _within_budget(
     ranks = ranks_within(
         parse_bytes(config.state_budget),
         curves,
-        [_bytes_a_rank(group, observer) for group in modules.values()],
+        list(sizes.values()),
         most=most,
         multiple=config.rank_multiple,
     )
@@ -195,8 +197,8 @@ def figures(observer: GradientObserver) -> dict[str, Any]:
             "there are no figures; give a lower one, or other data."
         )
     advice = {name: recommend(group, config.recommendation) for name, group in modules.items()}
-    advice = _within_budget(modules, advice, observer)
     sizes = {name: _bytes_a_rank(group, observer) for name, group in modules.items()}
+    advice = _within_budget(modules, advice, sizes, config.recommendation)
     home = {one.name: name for name, group in modules.items() for one in group.histories}
     histories = [one for one in observer.histories if one.name in home]
     recorded = _recorded(inspected.renewals, home)
