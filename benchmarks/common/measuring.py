@@ -106,12 +106,16 @@ def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def tensors_alive() -> list[Tensor]:
-    """Return every tensor with memory that Python holds anywhere in this process: a compiler's stand-ins have none."""
+    """Return every tensor with memory that Python holds anywhere in this process.
+
+    What stands for another tensor while a compiler or `torch.func` looks at a function has none of its own.
+    """
     gc.collect()
     alive = gc.get_objects()
     kinds = {kind for kind in set(map(type, alive)) if issubclass(kind, Tensor)}
     real = {kind for kind in kinds if not kind.__module__.startswith("torch._subclasses.")}
-    return [thing for thing in alive if type(thing) in real]
+    tensors = (thing for thing in alive if type(thing) in real)
+    return [one for one in tensors if torch._C._has_storage(one) and not torch._is_functional_tensor(one)]
 
 
 def held_bytes(known: list[Tensor]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from io import StringIO
 import pytest
 import torch
 from rich.console import Console
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from benchmarks.common import peers, report
 from benchmarks.common.cases import OptimizerStep, floor, weights_with_gradients
@@ -67,6 +68,16 @@ def weigh_a_view() -> None:
     assert held_bytes([*known, *weights]) == {"state": 10 * 100 * 4, "counters": 4}
     assert kept.numel() == 200
     assert counter.item() == 1
+
+
+def test_what_stands_for_another_tensor_weighs_nothing():
+    """A function that was compiled or differentiated may have left such tensors behind."""
+    kept = []
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(torch.ones(3))
+    with FunctionalTensorMode():
+        kept.append(FunctionalTensor.to_functional(torch.ones(3)).elem)
+    assert len(kept) == 2
+    held_bytes([])
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != CONTINUED])
