@@ -19,6 +19,7 @@ from galore_torch.gradients.backward_updates import BackwardUpdates
 from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
 from galore_torch.gradients.hooks import discard_stale, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, fuse, is_linear
+from galore_torch.gradients.other_optimizers import refuse_other_optimizers
 from galore_torch.gradients.shared_inputs import InputTracker
 from galore_torch.messages import warn
 from galore_torch.modes import (
@@ -156,6 +157,8 @@ def attach(
         projected = {name: weight for name, weight in projected.items() if traffic.takes(weight)}
     elif early:
         attachment._undo.append(refuse_data_parallel(model, _ATTACHED).remove)
+    formed = f"gradients={gradients!r}, update={update!r}"
+    attachment._undo.append(refuse_other_optimizers(optimizer, early.values(), formed))
     if gradients == "fused":
         _fuse_linears(model, optimizer, projected, attachment, save_inputs)
     if update == "backward":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NoReturn
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_torch.galore_projector import GaLoreProjector
@@ -71,6 +72,29 @@ def load_uncast(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def require_held(state: Mapping[Any, Any], groups: Groups, known: Callable[[Tensor], TrainedWeight | None]) -> None:
+    """Checks that all weights which have a state have a place in the groups, by which it is saved.
+
+    Args:
+        state: of an optimizer.
+        groups: its groups.
+        known: what was known of a weight when it had a place.
+
+    Raises:
+        ValueError: one has none any more.
+    """
+    held = {id(weight) for group in groups for weight in group["params"]}
+    lost = [weight for weight in state if isinstance(weight, Tensor) and id(weight) not in held]
+    if lost:
+        found = known(lost[0])
+        name = found.name if found is not None else f"a weight of shape {tuple(lost[0].shape)}"
+        raise ValueError(
+            f"the optimizer has state of {name}, which is in no parameter group any more, so that it has no place in a "
+            f"checkpoint ({len(lost)} such weights). Take their state away with them, "
+            "optimizer.state.pop(weight), or put them back into a group"
+        )
 
 
 def _check_form(state_dict: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
-from galore_torch.optim.checkpoint import load_uncast
+from galore_torch.optim.checkpoint import load_uncast, require_held
 from galore_torch.optim.chunks import chunks, step_chunk
 from galore_torch.optim.gradient_checks import check_gradient
 from galore_torch.optim.group_warnings import report_all, report_each
@@ -203,10 +203,8 @@ class GaLore(Optimizer):
             ValueError: a sparse or complex gradient, named, or a weight that `quantize_weights` has replaced; no
                 parameter has been moved then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         all_trained = self._checked_weights()
         for one in all_trained:
             require_current(one.weight)
@@ -217,13 +215,10 @@ class GaLore(Optimizer):
 
     def nonfinite_counts(self) -> dict[str, int]:
         """How many non-finite gradients each projected weight has met, for those that met any. Synchronizes."""
-        counts = {}
-        for group in self.param_groups:
-            for index, weight in enumerate(group["params"]):
-                count = int(self.state.get(weight, {}).get(NONFINITE, 0))
-                if count:
-                    counts[parameter_name(group, index)] = count
-        return counts
+        held = [
+            (place, int(self.state.get(place.weight, {}).get(NONFINITE, 0))) for place in positions(self.param_groups)
+        ]
+        return {parameter_name(place.group, place.index): count for place, count in held if count}
 
     def subspaces(self) -> dict[str, Subspace]:
         """How often each projected weight that has made a step renewed its basis, its gap, and how far it last moved.
@@ -236,8 +231,13 @@ class GaLore(Optimizer):
         return subspaces_of([self._trained_weight(weight) for weight in held if RENEWALS in self.state.get(weight, {})])
 
     def state_dict(self) -> dict[str, Any]:
-        """State and groups as `torch.optim.Optimizer` has them when a GPU has told what became of the last renewals."""
+        """State and groups as `torch.optim.Optimizer` has them when a GPU has told what became of the last renewals.
+
+        Raises:
+            ValueError: state of a weight that is in no group any more, and has no place among those that are saved.
+        """
         self._outcomes.settle_all()
+        require_held(self.state, self.param_groups, self._cache.known)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

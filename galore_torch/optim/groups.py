@@ -27,9 +27,9 @@ def is_projected(group: Mapping[str, Any]) -> bool:
 
 
 def parameter_name(group: Mapping[str, Any], index: int) -> str:
-    """What to call a parameter in a message: its name if the group has names, else its place and shape."""
+    """What to call a parameter in a message: its name if the group has one for each, else its place and shape."""
     names = group.get("param_names")
-    if names is not None:
+    if names is not None and len(names) == len(group["params"]):  # a user may have taken a parameter out, not its name
         return str(names[index])
     return f"parameter {index} of its group, of shape {tuple(group['params'][index].shape)}"
 

@@ -82,9 +82,12 @@ def lower_ranks(optimizer: GaLore, rank_pattern: Mapping[str, int]) -> None:
 
 def _of_groups(groups: Sequence[dict[str, Any]], pattern: Mapping[str, int]) -> dict[int, int]:
     """The new ranks of those groups that have one, by their places."""
-    unnamed = next((index for index, group in enumerate(groups) if "param_names" not in group), None)
-    if unnamed is not None:
-        raise ValueError(f"parameter group {unnamed} has no param_names, by which ranks are lowered; give them")
+    unnamed = [at for at, group in enumerate(groups) if len(group.get("param_names", ())) != len(group["params"])]
+    if unnamed:
+        raise ValueError(
+            f"parameter group {unnamed[0]} has no param_names, one for each parameter, by which ranks are lowered; "
+            "give them"
+        )
     by_name, found = ranks_of(groups, pattern), {}
     for index, group in enumerate(groups):
         if not is_projected(group):

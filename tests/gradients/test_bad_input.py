@@ -21,6 +21,7 @@ from tests.gradients.llama import (
     batch,
     distance,
     every_accumulating_mode,
+    groups,
     llama,
     loss_of,
     projected_weights,
@@ -114,6 +115,49 @@ def test_what_is_no_galore_optimizer():
         assert type(other).__name__ in message
         assert ".optimizer" in message
     attach(model, wrapped.optimizer)
+
+
+EARLY = [mode for mode in MODES.values() if mode != ("full", "step")]
+
+
+@pytest.mark.parametrize("second", [GaLoreAdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("mode", EARLY, ids=" ".join)
+def test_a_second_optimizer_may_not_step_by_the_gradients_of_the_first(mode, second):
+    model, optimizer, attachment = attached(mode, one_layer)
+    other = second([{**group, "params": list(group["params"])} for group in groups(model)])
+    walk(model, optimizer, range(2))
+    loss_of(model, batch(2)).backward()
+    moved = [weight.detach().clone() for weight in weights(model)]
+    said = refusing(other.step)
+    assert all(word in said for word in (second.__name__, "q_proj.weight", mode[0], "remove()"))
+    assert_same(weights(model), moved)
+    assert not other.state
+    optimizer.step()
+    assert "remove()" in refusing(lambda: other.step(lambda: loss_of(model, batch(3)).backward()))
+    attachment.remove()
+    model.zero_grad()
+    walk(model, other, range(2, 4))
+
+
+def test_those_that_wrap_the_first_or_train_other_weights_may():
+    model, optimizer, attachment = attached(("projected", "step"), one_layer)
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner, self.param_groups = inner, inner.param_groups
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    walk(model, Wrapper(optimizer), range(2))
+    strangers = [nn.Parameter(torch.ones(4, 4))]
+    strangers[0].grad = torch.ones(4, 4)
+    torch.optim.SGD(strangers, lr=0.1).step()
+    loss_of(model, batch(2)).backward()
+    others = [weight for group in optimizer.param_groups if "rank" not in group for weight in group["params"]]
+    torch.optim.SGD(others, lr=0.1).step()
+    attachment.remove()
 
 
 def test_an_optimizer_that_must_move_all_at_once():

@@ -22,7 +22,7 @@ from galore_torch.galore_projector import GaLoreProjector
 from galore_torch.projection import DECOMPOSITIONS
 from tests.device import accelerator
 from tests.optim.recipes import RECIPES, every_recipe
-from tests.optim.small import assert_same, groups, mixed, refusing, snapshot, walk, weights
+from tests.optim.small import MATRICES, assert_same, groups, mixed, refusing, snapshot, walk, weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:rank .* saves no memory"),
@@ -323,3 +323,19 @@ def test_a_state_of_galore_torch_1_is_refused_with_what_to_do(weights_only):
 def test_a_projector_of_galore_torch_1_is_only_a_name():
     with pytest.raises(NotImplementedError, match="GaLoreAdamW"):
         GaLoreProjector(4, update_proj_gap=200)
+
+
+@pytest.mark.parametrize("names", [["first", "second"], None], ids=["named", "unnamed"])
+def test_state_of_a_weight_without_a_place_is_named_with_the_remedy(names):
+    trained = weights(*MATRICES)
+    optimizer = GaLoreAdamW([{"params": list(trained), "rank": 4, **({"param_names": names} if names else {})}])
+    walk(optimizer, trained, range(2))
+    optimizer.param_groups[0]["params"].pop(0)
+    said = refusing(optimizer.state_dict)
+    assert "first" in said if names else str(tuple(trained[0].shape)) in said
+    assert "optimizer.state.pop" in said
+    walk(optimizer, trained[1:], [2])  # it goes on, as torch's own do, and calls no weight by another's name
+    assert str(tuple(trained[0].shape)) in refusing(optimizer.state_dict)
+    assert all(str(tuple(trained[1].shape)) in name for name in optimizer.subspaces())
+    optimizer.state.pop(trained[0])
+    assert len(optimizer.state_dict()["state"]) == 1

@@ -1,0 +1,63 @@
+"""Refuses that an optimizer steps by gradients that are projected for another.
+
+Nothing shows an optimizer, of torch or of this package, for whom the gradients of its weights were formed: a projected
+one reads like a full one, and would move the weight within the other's subspace alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from galore_torch.optim.galore import GaLore
+from galore_torch.optim.groups import parameter_name
+
+
+def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: str) -> Callable[[], Any]:
+    """Lets the step of any other optimizer raise an error where it would take the gradients of some weights.
+
+    Those that wrap the optimizer and share its groups, as SAM and Lookahead do, are none of these.
+
+    Args:
+        optimizer: for which the gradients are formed. It is held weakly, as its weights are.
+        weights: whose gradients these are.
+        how: they are formed, for the message.
+
+    Returns:
+        What ends it; the end of the optimizer does so too.
+    """
+    held, own = {id(weight): weakref.ref(weight) for weight in weights}, weakref.ref(optimizer)
+    if not held:
+        return lambda: None
+    harmless: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # the one inside is asked in every step
+
+    def check(other: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ours = own()
+        if ours is None or other is ours or other in harmless:
+            return
+        taken = [
+            (group, index)
+            for group in other.param_groups
+            if not any(group is one for one in ours.param_groups)
+            for index, weight in enumerate(group["params"])
+            if id(weight) in held and held[id(weight)]() is weight
+        ]
+        if not taken:
+            harmless.add(other)
+            return
+        computes = any(map(callable, (*args[1:], *kwargs.values())))  # the gradients, in a closure
+        for group, index in taken:
+            if computes or group["params"][index].grad is not None:
+                raise ValueError(
+                    f"{type(other).__name__} holds {parameter_name(group, index)}, whose gradients are formed for "
+                    f"another optimizer, a {type(ours).__name__} (attach, {how}), and would move it by what that one's "
+                    "subspace holds. Call remove() on the handle that attach() returned, zero_grad(), and attach the "
+                    "model with the optimizer that is to train it"
+                )
+
+    return weakref.finalize(optimizer, register_optimizer_step_pre_hook(check).remove)
