@@ -22,6 +22,7 @@ from galore_torch.distributed.cut import Cut, GatheredBasis
 from galore_torch.distributed.processes import Together
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.inner_group import moves_at_rate_one
+from galore_torch.optim.kinds import require_galore
 from galore_torch.optim.processes import local_part, whole
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import InnerParam, Rule
@@ -74,7 +75,8 @@ def shard_bases(optimizer: GaLore) -> None:
         optimizer: made after `fully_shard`.
 
     Raises:
-        ValueError: no weight is projected, one that is is not sharded, or its basis is kept in few bits.
+        ValueError: no GaLore optimizer, no weight is projected, one that is is not sharded, or its basis is kept in few
+            bits.
 
     Example:
         >>> from galore_torch import GaLoreAdamW, param_groups
@@ -85,6 +87,7 @@ def shard_bases(optimizer: GaLore) -> None:
         ValueError: 0.weight is not sharded, so that nothing of its basis could be; leave out shard_bases, or call \
 fully_shard(model) before the optimizer is made
     """
+    require_galore(optimizer)
     projected = [one for one in optimizer._checked_weights() if one.projection.modes]
     if not projected:
         raise ValueError("the optimizer projects no weight, so that there are no bases; give a group a rank")

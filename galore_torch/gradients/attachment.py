@@ -33,6 +33,7 @@ from galore_torch.modes import (
 )
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
+from galore_torch.optim.kinds import require_galore
 from galore_torch.optim.processes import JOIN, is_sharded
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -209,11 +210,7 @@ def _traffic(
 def _check(model: nn.Module, optimizer: GaLore) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; pass the nn.Module whose parameters the optimizer holds")
-    if not isinstance(optimizer, GaLore):
-        raise ValueError(
-            f"optimizer is a {type(optimizer).__name__}; pass the GaLore optimizer itself (inside a wrapper, such as "
-            "Accelerate's, it is called .optimizer)"
-        )
+    require_galore(optimizer)
     if not _ATTACHED.isdisjoint(model.modules()):
         raise ValueError("the model is attached already; call remove() on the handle that attach() returned")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from galore_torch.optim.agreement import is_one_of_several
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected, projection_in
+from galore_torch.optim.kinds import require_galore
 from galore_torch.optim.moments import moments_of
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rank_patterns import ranks_of
@@ -32,9 +33,9 @@ def lower_ranks(optimizer: GaLore, rank_pattern: Mapping[str, int]) -> None:
         rank_pattern: ranks by names, as `param_groups` has them; `choose_ranks` gives one. What none fits stays.
 
     Raises:
-        ValueError: a rank that is higher, or not one for a whole group; a state that cannot be cut, for it is in few
-            bits or of an optimizer of which is not known what it keeps; a projected gradient that waits; or several
-            processes. Nothing has changed then.
+        ValueError: no GaLore optimizer; a rank that is higher, or not one for a whole group; a state that cannot be
+            cut, for it is in few bits or of an optimizer of which is not known what it keeps; a projected gradient that
+            waits; or several processes. Nothing has changed then.
 
     Example:
         >>> from galore_torch import GaLoreAdamW
@@ -46,6 +47,7 @@ def lower_ranks(optimizer: GaLore, rank_pattern: Mapping[str, int]) -> None:
         >>> optimizer.state[weight]["inner"]["exp_avg"].shape
         torch.Size([64, 4])
     """
+    require_galore(optimizer)
     if is_one_of_several():
         raise ValueError(
             f"rank_pattern = {rank_pattern!r} in one of several processes, which lower no ranks; do it in one "

@@ -7,6 +7,7 @@ from typing import Any
 
 from galore_torch.group_keys import checked_key
 from galore_torch.messages import list_names
+from galore_torch.optim.checkpoint import WRAPPERS
 from galore_torch.optim.groups import is_projected
 
 
@@ -15,22 +16,31 @@ def ranks_of(groups: Sequence[dict[str, Any]], pattern: Mapping[str, int]) -> di
 
     Args:
         groups: parameter groups, with names.
-        pattern: ranks by names: of weights, or ends of them by whole parts, without `weight` and the numbers of
-            layers and experts. The longest that fits counts.
+        pattern: ranks by names: of weights, or ends of them by whole parts, without the numbers of layers and experts
+            (or with * in their place), with or without `weight`. The longest that fits counts.
 
     Returns:
         Ranks by weights' names; what no name fits is not among them.
 
     Raises:
-        ValueError: a rank out of range, or a name that fits no projected weight.
+        ValueError: a rank out of range, a name that is no string or given twice, or one that fits no projected weight.
     """
     if not isinstance(pattern, Mapping):
         raise ValueError(f'rank_pattern = {pattern!r} is no mapping; give ranks by names, such as {{"q_proj": 32}}')
-    pattern = {end: checked_key("rank", rank) for end, rank in pattern.items()}
+    ranks = {_end(key, pattern): checked_key("rank", rank) for key, rank in pattern.items()}
+    if len(ranks) < len(pattern):
+        raise ValueError(f"rank_pattern = {pattern!r} names the same weights twice; give one rank for each name")
     names = [name for group in groups if is_projected(group) for name in group["param_names"]]
-    fits = {name: [end for end in pattern if _is_end(end, name)] for name in names}
-    _require_use(pattern, fits)
-    return {name: pattern[max(ends, key=len)] for name, ends in fits.items() if ends}
+    fits = {name: [end for end in ranks if _is_end(end, name)] for name in names}
+    _require_use(ranks, fits)
+    return {name: ranks[max(ends, key=len)] for name, ends in fits.items() if ends}
+
+
+def _end(key: Any, pattern: Mapping[str, int]) -> str:
+    """A name of the pattern as a model has it that nobody has wrapped, without what all weights have in common."""
+    if not isinstance(key, str):
+        raise ValueError(f'rank_pattern = {pattern!r} has {key!r} for a name; give strings, such as "q_proj"')
+    return WRAPPERS.sub("", key).removesuffix(".weight").replace("*.", "")
 
 
 def _require_use(pattern: Mapping[str, int], fits: Mapping[str, Iterable[str]]) -> None:
@@ -43,7 +53,7 @@ def _require_use(pattern: Mapping[str, int], fits: Mapping[str, Iterable[str]]) 
 
 
 def _is_end(end: str, name: str) -> bool:
-    whole = name.removesuffix(".weight")
+    whole = WRAPPERS.sub("", name).removesuffix(".weight")
     parts = [part for part in whole.split(".") if not part.isdecimal()]
     return end == whole or parts[-len(end.split(".")) :] == end.split(".")
 

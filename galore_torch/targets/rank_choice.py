@@ -6,7 +6,6 @@ import math
 
 from torch import Tensor, nn
 
-from galore_torch.group_keys import checked_key
 from galore_torch.modules import Targets
 from galore_torch.optim import ProjectedGradient
 from galore_torch.optim.groups import is_projected, projection_in
@@ -14,7 +13,7 @@ from galore_torch.projection import Projection
 from galore_torch.projection.rank_budget import ranks_within
 from galore_torch.projection.spectra import Spectrum, gram, rank_that_holds
 from galore_torch.targets.model_groups import param_groups
-from galore_torch.values import is_number
+from galore_torch.values import is_number, is_whole, plain
 
 
 def choose_ranks(
@@ -56,7 +55,13 @@ def choose_ranks(
         >>> choose_ranks(model, budget=10_000, energy=1.0, multiple=4)
         {'mlp': 8}
     """
-    checked_key("rank", multiple)
+    budget, multiple, moments = plain(budget), plain(multiple), plain(moments)
+    for name, value, least in (("multiple", multiple, 1), ("moments", moments, 0)):
+        if not is_whole(value, least):
+            raise ValueError(f"{name} is {value!r}; use a whole number of at least {least}")
+    if not (is_number(budget) or budget == math.inf):
+        raise ValueError(f"budget is {budget!r}; use a number of bytes, such as 24e9")
+    energy = plain(energy)
     if not (is_number(energy) and 0 < energy <= 1):
         raise ValueError(f"energy is {energy!r}; use a share above 0, and at most 1")
     held: dict[str, Tensor] = {}

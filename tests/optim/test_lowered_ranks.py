@@ -191,6 +191,12 @@ def test_a_convolution_whose_short_axes_would_be_projected_is_refused():
     assert optimizer.param_groups[0]["rank"] == 6
 
 
+@pytest.mark.parametrize("given", [None, torch.nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1)], lr=1)])
+def test_what_is_no_galore_optimizer_is_refused(given):
+    with pytest.raises(ValueError, match=rf"optimizer is a {type(given).__name__};.*\.optimizer"):
+        lower_ranks(given, {"up": 2})
+
+
 def test_groups_without_names_are_refused():
     optimizer = GaLoreAdamW([{"params": weights((12, 20)), "rank": 4}])
     with pytest.raises(ValueError, match="parameter group 0 has no param_names"):

@@ -1,5 +1,6 @@
 """Ranks by layer from a model's gradients: planted ranks are found, and a budget is kept by the state that results."""
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -61,7 +62,13 @@ def test_a_gradient_that_tells_nothing_is_refused(change, words):
         ({"budget": 10}, "budget of 10 B is .* less than ranks of 8"),
         ({"energy": 0}, "energy is 0;"),
         ({"energy": 1.5}, "energy is 1.5;"),
-        ({"multiple": 0}, "rank is 0"),
+        ({"multiple": 0}, "multiple is 0;"),
+        ({"multiple": 1.5}, r"multiple is 1\.5;"),
+        ({"moments": "2"}, "moments is '2';"),
+        ({"moments": -1}, "moments is -1;"),
+        ({"budget": float("nan")}, "budget is nan;"),
+        ({"budget": "10kB"}, "budget is '10kB';"),
+        ({"budget": None}, "budget is None;"),
     ],
 )
 def test_values_out_of_range_are_refused(given, words):
@@ -87,6 +94,28 @@ def test_names_of_layers_and_ends_of_names_are_a_pattern():
         ({"lp": 4}, "name ends by lp"),
         ({"mlp": 0}, "rank is 0"),
         (["mlp"], "is no mapping"),
+        ({1: 4}, "has 1 for a name"),
+        ({"mlp": 4, "mlp.weight": 8}, "twice"),
     ):
         with pytest.raises(ValueError, match=words):
             param_groups(model, rank=3, rank_pattern=pattern)
+
+
+@pytest.mark.parametrize("name", ["1.mlp.weight", "1.mlp", "_orig_mod.1.mlp"])
+@pytest.mark.parametrize("wrap", [nn.Module.train, torch.compile], ids=["plain", "compiled"])
+def test_a_layer_may_be_called_as_the_model_or_its_wrapper_calls_it(name, wrap):
+    model = wrap(nn.Sequential(*[nn.ModuleDict({"mlp": nn.Linear(24, 40)}) for _ in range(2)]))
+    ranked = [group["rank"] for group in param_groups(model, rank=3, rank_pattern={name: 7}) if "rank" in group]
+    assert ranked == [3, 7]
+
+
+@pytest.mark.parametrize("name", ["mlp.weight", "*.mlp.weight", "*.mlp"])
+def test_ends_may_be_written_as_messages_show_them(name):
+    model = nn.Sequential(*[nn.ModuleDict({"mlp": nn.Linear(24, 40)}) for _ in range(2)])
+    assert param_groups(model, rank=3, rank_pattern={name: 7})[0]["rank"] == 7
+
+
+def test_numbers_of_numpy_and_no_limit_are_served():
+    given = {"energy": numpy.float32(0.999), "multiple": numpy.int64(1)}
+    assert choose_ranks(planted(), numpy.float64(1e6), **given) == PLANTED
+    assert choose_ranks(planted(), float("inf"), **given) == PLANTED

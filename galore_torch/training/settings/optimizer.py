@@ -235,6 +235,8 @@ class OptimizerConfig:
             raise ValueError(
                 f"rank_pattern = {self.rank_pattern!r} is no list of ranks; give such as q_proj=32,mlp.down_proj=64."
             )
+        if len(self.ranks) < len(self._ranks()):
+            raise ValueError(f"rank_pattern = {self.rank_pattern!r} has a name twice; give one rank for each.")
 
     def _ranks(self) -> list[str]:
         return [] if self.rank_pattern is None else self.rank_pattern.replace(" ", "").split(",")

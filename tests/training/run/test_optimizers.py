@@ -127,6 +127,8 @@ def test_a_module_has_the_rank_of_the_longest_end_of_its_name(model):
 def test_what_is_no_list_of_ranks_is_refused(pattern):
     with pytest.raises(ValueError, match=r"rank_pattern = .* give such as q_proj=32"):
         OptimizerConfig(rank_pattern=pattern)
+    with pytest.raises(ValueError, match=r"rank_pattern = 'q=4,q=8' has a name twice"):
+        OptimizerConfig(rank_pattern="q=4,q=8")
     with pytest.raises(ValueError, match=r"rank_pattern = '' names nothing"):
         OptimizerConfig(rank_pattern="")
 
