@@ -11,16 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from galore_torch.memory.copies import alike_blocks, copy_without_numbers
+from galore_torch.distributed.traffic import IN_FLIGHT
+from galore_torch.memory.copies import alike_blocks
 from galore_torch.memory.links import BUCKET_BYTES, SentWeight
 from galore_torch.memory.plan import MemoryPlan
 from galore_torch.memory.recorder import stored_bytes
-from galore_torch.memory.rehearsal import Job
+from galore_torch.memory.rehearsal import Job, prepared
 from galore_torch.optim import GaLore
 from galore_torch.optim.groups import is_projected, projection_in
 
 _GATHERED_BLOCKS = 2  # the one that is at work, and the next
-_ON_THE_WAY = 8  # buckets of projected gradients, besides the one that is filled
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,9 @@ class Sizes:
         Args:
             job: what is trained, and how.
         """
-        meta = torch.device("meta")
-        model = copy_without_numbers(job.model, meta).train()
+        model = prepared(job)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with meta:
-                job.prepare(model)
             optimizer = job.optimizer(model)
         projected = {}
         for group in optimizer.param_groups if isinstance(optimizer, GaLore) else ():
@@ -102,7 +99,7 @@ def of_a_rank(
     if parallel == "ddp":
         averaged = sum(one.gradient for one in sizes.weights if one.gradient == one.size) * sizes.width
         projected = sum(one.gradient for one in sizes.weights if one.gradient != one.size) * sizes.width
-        on_the_way = min(projected, (_ON_THE_WAY + 1) * BUCKET_BYTES)
+        on_the_way = min(projected, (IN_FLIGHT + 1) * BUCKET_BYTES)  # and the one that is filled
 
     def shared(kinds: Mapping[str, int], phase: str) -> dict[str, int]:
         passes = phase not in ("step", "held")

@@ -104,15 +104,13 @@ class Subject:
             if config.schedule.gradient_checkpointing:
                 recompute_activations(copied)
 
-        return Job(
-            model=model,
-            optimizer=lambda copied: optimizers.build(copied, settings, config.schedule.seed, self.target_modules),
+        return optimizers.job(
+            model,
+            settings,
+            config.schedule.seed,
+            self.target_modules,
             batch={"input_ids": rows, "labels": labels},
             prepare=prepare,
-            gradients=settings.gradients,
-            update=settings.update,
-            grad_bits=settings.grad_bits,
-            save_inputs=settings.save_inputs,
             micro_batches=config.schedule.batch // (rows[0] * self.cards.world_size),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )

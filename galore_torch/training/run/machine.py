@@ -14,7 +14,6 @@ from rich.console import Console
 from transformers import Trainer
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from galore_torch.memory import Job as Planned
 from galore_torch.memory import plan
 from galore_torch.training.run import optimizers, processes
 from galore_torch.training.run.job import Job
@@ -101,19 +100,17 @@ def planned_peak(job: Job, trainer: Trainer, console: Console) -> int | None:
     columns = getattr(trainer.train_dataset, "column_names", None) or ()  # of a stream they may not be known
     if processes.count() > 1 or "input_ids" not in columns:  # pairs and prompts, which the trainer makes sequences of
         return None
-    settings, schedule, micro_batch = job.config.optimizer, job.config.schedule, job.config.micro_batch
+    schedule, micro_batch = job.config.schedule, job.config.micro_batch
     rows = [trainer.train_dataset[row] for row in range(min(_ROWS, len(trainer.train_dataset)))]  # type: ignore[index, arg-type]
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))[:micro_batch]
     try:
         found = plan(
-            Planned(
-                model=job.model,
-                optimizer=lambda model: optimizers.build(model, settings, schedule.seed, job.target_modules),
+            optimizers.job(
+                job.model,
+                job.config.optimizer,
+                schedule.seed,
+                job.target_modules,
                 batch=dict(trainer.data_collator(rows * (micro_batch // len(rows)))),
-                gradients=settings.gradients,
-                update=settings.update,
-                grad_bits=settings.grad_bits,
-                save_inputs=settings.save_inputs,
                 micro_batches=schedule.batch // micro_batch,
                 device=trainer.args.device.type,
             )

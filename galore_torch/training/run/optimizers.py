@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 import galore_torch
 from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
+from galore_torch.memory import Job
 from galore_torch.optim.groups import projection_in
 from galore_torch.training.settings.optimizer import (
     KINDS,
@@ -31,7 +32,7 @@ from galore_torch.training.settings.optimizer import (
 
 
 def build(
-    model: Module, config: OptimizerConfig, seed: int, target_modules: str | Sequence[str] = MATRICES
+    model: Module, config: OptimizerConfig, seed: int, target_modules: str | Sequence[str] | None = MATRICES
 ) -> Optimizer:
     """Make the optimizer that the settings name, over the model's parameters.
 
@@ -90,6 +91,29 @@ def _arguments(make: Any, name: str, config: OptimizerConfig, seed: int) -> dict
         **config.group_keys,
     }
     return {key: value for key, value in found.items() if key in known} | dict(KINDS[name].arguments)
+
+
+def job(
+    model: Module, config: OptimizerConfig, seed: int, target_modules: str | Sequence[str] | None, **more: Any
+) -> Job:
+    """What a training with the optimizer that `build` makes needs is found by rehearsing this.
+
+    Args:
+        model: on any device.
+        config: the optimizer's settings.
+        seed: of random bases and of rounding.
+        target_modules: which modules hold the matrices.
+        **more: the other fields of `galore_torch.memory.Job`.
+    """
+    return Job(
+        model=model,
+        optimizer=lambda copied: build(copied, config, seed, target_modules),
+        gradients=config.gradients,
+        update=config.update,
+        grad_bits=config.grad_bits,
+        save_inputs=config.save_inputs,
+        **more,
+    )
 
 
 def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
