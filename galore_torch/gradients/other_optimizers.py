@@ -6,6 +6,8 @@ one reads like a full one, and would move the weight within the other's subspace
 
 from __future__ import annotations
 
+import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,6 +18,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import parameter_name
+
+_GUARDS: dict[int, Callable[[Optimizer, bool], None]] = {}
+"""What looks at every optimizer that is about to step. The garbage collector may take one out at any moment, so that
+they are no hooks of torch's own: it does not bear that among those that it is going through."""
+
+_numbers = itertools.count()
 
 
 def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: str) -> Callable[[], Any]:
@@ -36,7 +44,7 @@ def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: s
         return lambda: None
     harmless: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # the one inside is asked in every step
 
-    def check(other: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check(other: Optimizer, computes_gradients: bool) -> None:
         ours = own()
         if ours is None or other is ours or other in harmless:
             return
@@ -50,9 +58,8 @@ def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: s
         if not taken:
             harmless.add(other)
             return
-        computes = any(map(callable, (*args[1:], *kwargs.values())))  # the gradients, in a closure
         for group, index in taken:
-            if computes or group["params"][index].grad is not None:
+            if computes_gradients or group["params"][index].grad is not None:
                 raise ValueError(
                     f"{type(other).__name__} holds {parameter_name(group, index)}, whose gradients are formed for "
                     f"another optimizer, a {type(ours).__name__} (attach, {how}), and would move it by what that one's "
@@ -60,4 +67,19 @@ def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: s
                     "model with the optimizer that is to train it"
                 )
 
-    return weakref.finalize(optimizer, register_optimizer_step_pre_hook(check).remove)
+    _look_before_steps()
+    number = next(_numbers)
+    _GUARDS[number] = check
+    return weakref.finalize(optimizer, _GUARDS.pop, number)
+
+
+@functools.cache
+def _look_before_steps() -> None:
+    """Has torch call the guards, from the first one on."""
+
+    def look(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        computes_gradients = any(map(callable, (*args[1:], *kwargs.values())))  # in a closure
+        for guard in [*_GUARDS.values()]:
+            guard(optimizer, computes_gradients)
+
+    register_optimizer_step_pre_hook(look)

@@ -261,8 +261,12 @@ class GaLore(Optimizer):
     def _checked_weights(self) -> list[TrainedWeight]:
         """All weights as the next step would see them: whatever a user may have changed is noticed or refused here."""
         all_trained = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
-        self._state_checks.prepare([one for one in all_trained if one.state])
+        self._prepare([one for one in all_trained if one.state])
         return all_trained
+
+    def _prepare(self, trained: list[TrainedWeight]) -> None:
+        if self._state_checks.prepare(trained):
+            self._cache.changed()  # layers that know a basis of another dtype look again
 
     def _known_weight(self, weight: Tensor) -> TrainedWeight:
         """What `_trained_weight` returns, for those who have called `_checked_weights` in this pass over the model."""
@@ -270,13 +274,9 @@ class GaLore(Optimizer):
         return trained if trained is not None and trained.state else self._trained_weight(weight)
 
     def _trained_weight(self, weight: Tensor) -> TrainedWeight:
-        """One weight as the next step would see it; for those who form or apply a gradient before `step()`.
+        """One weight as the next step would see it, its state prepared; it may have no gradient yet.
 
-        Args:
-            weight: one of the optimizer's parameters; it may have no gradient yet.
-
-        Returns:
-            What is known of it, its state prepared.
+        For those who form or apply a gradient before `step()`.
 
         Raises:
             ValueError: the optimizer does not hold the weight.
@@ -288,7 +288,7 @@ class GaLore(Optimizer):
                 f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard has "
                 'replaced it, make the optimizer and attach after that (gradients="full" where a trainer does so)'
             )
-        self._state_checks.prepare([trained])  # the gradient may still be thrown away: `_apply` alone keeps a new state
+        self._prepare([trained])  # the gradient may still be thrown away: `_apply` alone keeps a new state
         return trained
 
     def _apply(self, trained: list[TrainedWeight]) -> None:

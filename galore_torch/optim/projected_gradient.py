@@ -128,6 +128,21 @@ class ProjectedGradient(Tensor):
         """Whether it is stored as codes."""
         return isinstance(self._stored, Codes)
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The gradient without its history. `Module.to` assigns it, cast or moved; torch would swap the shell alone."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        if not isinstance(other, ProjectedGradient):
+            raise ValueError(
+                "assigning to .data of a projected gradient would leave what it stores; change it by operations that "
+                'scale or add, set weight.grad itself, or use attach(..., gradients="full")'
+            )
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self._stored, self.projection, self.basis = other._stored, other.projection, other.basis
+
     @classmethod
     def of(cls, full: Tensor, projection: Projection, basis: Mapping[str, Tensor]) -> ProjectedGradient:
         """The projection of a full gradient.

@@ -64,18 +64,21 @@ class StateChecks:
         seen = self._seen.get(id(trained.weight))
         return seen is not None and seen.is_still(trained)
 
-    def prepare(self, trained: Sequence[TrainedWeight]) -> None:
+    def prepare(self, trained: Sequence[TrainedWeight]) -> bool:
         """Creates the state of weights where there is none, and casts it where a weight has another dtype or device.
 
         Args:
             trained: the weights, as the next step would see them.
+
+        Returns:
+            Whether a state was cast, so that its tensors are others now.
 
         Raises:
             ValueError: a state does not fit, or a group was changed in a way that a state cannot follow; nothing has
                 changed then.
         """
         if self._have_seen_states(trained) and list(map(_kind, trained)) == self._together[1]:
-            return
+            return False
         trained = [one for one in trained if not self._is_seen(one)]
         fitting = [self._fitting(one) for one in trained]
         for one, state in zip(trained, fitting, strict=True):
@@ -84,6 +87,7 @@ class StateChecks:
                 one.state.update(state)
             one.prepare_state()
             self.note([one])
+        return any(state is not None for state in fitting)
 
     def _fitting(self, trained: TrainedWeight) -> dict[str, Any] | None:
         """What must take the place of a state; None, as in every ordinary step, where it fits as it is."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from galore_torch import GaLore, GaLoreAdamW, ProjectedGradient, param_groups
 from galore_torch.gradients import attach
@@ -158,6 +160,19 @@ def test_those_that_wrap_the_first_or_train_other_weights_may():
     others = [weight for group in optimizer.param_groups if "rank" not in group for weight in group["params"]]
     torch.optim.SGD(others, lr=0.1).step()
     attachment.remove()
+
+
+def test_an_attached_model_may_be_dropped_while_another_steps():
+    """The garbage collector comes when it likes."""
+    parts = list(attached(("projected", "step"), one_layer))
+    other = [nn.Parameter(torch.ones(2, 2))]
+    optimizer = torch.optim.SGD(other, lr=0.1)
+    handle = register_optimizer_step_pre_hook(lambda *_: parts.clear() or (gc.collect() and None))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert not parts
 
 
 def test_an_optimizer_that_must_move_all_at_once():

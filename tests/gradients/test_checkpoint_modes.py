@@ -151,3 +151,26 @@ def test_pending_gradients_survive_removal_and_attaching_anew(gradients):
         optimizer.step()
         ends.append(model)
     assert distance(*ends) <= (0 if gradients == "projected" else 1e-6)
+
+
+@pytest.mark.parametrize("gradients", ["projected", "fused"])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-6), (torch.bfloat16, 2e-2)])
+def test_a_model_is_cast_while_gradients_wait(gradients, dtype, bar):
+    ends = []
+    for mode in (gradients, "full"):
+        model = one_layer()
+        optimizer = adamw(model)
+        attach(model, optimizer, mode)
+        walk(model, optimizer, range(2))
+        first, second = batch(2).chunk(2)
+        loss_of(model, first).backward()
+        model.to(dtype)
+        waiting = [weight.grad for weight in model.parameters() if isinstance(weight.grad, ProjectedGradient)]
+        assert {held.dtype for grad in waiting for held in (grad, grad.projected, *grad.basis.values())} <= {dtype}
+        assert (mode == "full") == (not waiting)
+        loss_of(model, second).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        walk(model, optimizer, [3])
+        ends.append(model)
+    assert distance(*ends) <= bar
