@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -118,7 +117,7 @@ def fold_all(
             one.given_back(tensor)
         elif common is not None and one.is_plain:
             one.state[STEP] += 1
-            one.projection.fold(one.weight, tensor, one.factors, alpha=common[0], beta=common[1])
+            one.fold(tensor, alpha=common[0], beta=common[1])
         else:
             is_changed = grad._version != version and moves_at_rate_one(one.group)  # some rules write into gradients
             fold(one, one.given_back(tensor), one.inner_grad() if is_changed else grad)
@@ -153,23 +152,25 @@ def _coordinates_of(chunk: Sequence[TrainedWeight], grads: Sequence[Tensor]) -> 
     Returns:
         One tensor for each, of the gradient's shape; None where the rule moves the weight itself.
     """
+    alike: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+    for index, (one, grad) in enumerate(zip(chunk, grads, strict=True)):
+        if one.through_coordinates:
+            alike.setdefault((grad.dtype, grad.shape), []).append(index)
     sizes: dict[torch.dtype, int] = {}
-    starts: list[int | None] = []
-    for one, grad in zip(chunk, grads, strict=True):
-        if not one.through_coordinates:
-            starts.append(None)
-            continue
-        start = sizes.get(grad.dtype, 0)
-        starts.append(start)
-        sizes[grad.dtype] = start + -(-grad.numel() // ALIGNMENT) * ALIGNMENT
+    starts = {}
+    for (dtype, shape), indices in alike.items():
+        starts[dtype, shape] = start = sizes.get(dtype, 0)
+        sizes[dtype] = start + len(indices) * _apart(shape)
     zeros = {dtype: torch.zeros(size, dtype=dtype, device=grads[0].device) for dtype, size in sizes.items()}
-    return [
-        None if start is None else zeros[grad.dtype].as_strided(*_laid_out(grad.shape), start)
-        for grad, start in zip(grads, starts, strict=True)
-    ]
+    coordinates: list[Tensor | None] = [None] * len(chunk)
+    for (dtype, shape), indices in alike.items():
+        strides = (_apart(shape), *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
+        views = zeros[dtype].as_strided((len(indices), *shape), strides, starts[dtype, shape]).unbind()
+        for index, view in zip(indices, views, strict=True):
+            coordinates[index] = view
+    return coordinates
 
 
-@functools.cache
-def _laid_out(shape: torch.Size) -> tuple[torch.Size, tuple[int, ...]]:
-    """A shape, and the strides of a contiguous tensor of it."""
-    return shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+def _apart(shape: torch.Size) -> int:
+    """How many numbers lie between the beginnings of two tensors of a shape that follow each other in memory."""
+    return -(-shape.numel() // ALIGNMENT) * ALIGNMENT

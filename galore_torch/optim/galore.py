@@ -22,7 +22,7 @@ from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast, require_held
 from galore_torch.optim.chunks import chunks, step_chunk
-from galore_torch.optim.gradient_checks import check_gradient
+from galore_torch.optim.gradient_checks import check_gradients
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
 from galore_torch.optim.inner_group import GroupWrites, inner_group, set_inner_groups
@@ -301,8 +301,7 @@ class GaLore(Optimizer):
             ValueError: a sparse or complex gradient, named; no weight has been moved then.
         """
         self._processes.require(self._settings["seed"])
-        for one in trained:  # all are checked before anything changes
-            check_gradient(one)
+        check_gradients(trained)
         new = [one for one in trained if not one.is_kept]
         for one in new:
             self.state[one.weight], one.is_kept = one.state, True

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.residual import residual_of
 from galore_torch.optim.trained_weight import TrainedWeight
 
 
-def check_gradient(trained: TrainedWeight) -> None:
-    """Checks that a weight's gradient is of a supported kind.
+def check_gradients(trained: Sequence[TrainedWeight]) -> None:
+    """Checks that the gradients of weights are of a supported kind, before anything acts on one of them.
 
     Args:
-        trained: the weight, with a gradient.
+        trained: the weights, with gradients.
 
     Raises:
-        ValueError: it is sparse or complex, or projected where the residual is wanted; the message names the weight.
+        ValueError: one is sparse or complex, or projected where the residual is wanted; the message names the weight.
     """
-    grad, name = trained.grad, trained.name
+    kinds = {(type(grad), grad.layout, grad.dtype) for grad in [one.weight.grad for one in trained] if grad is not None}
+    if all(kind is Tensor and layout is torch.strided and not dtype.is_complex for kind, layout, dtype in kinds):
+        return
+    for one in trained:
+        _check(one, one.grad)
+
+
+def _check(trained: TrainedWeight, grad: Tensor) -> None:
+    name = trained.name
     if isinstance(grad, ProjectedGradient):
         kind = residual_of(trained)
         if kind is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch import Tensor
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Projection, devices
+
+FEW = 2**12
+"""Numbers of a tensor on a CPU that are looked at together with those of others: a view takes as long, and torch's norm
+twice as long."""
 
 
 def count_nonfinite(
@@ -24,8 +29,8 @@ def count_nonfinite(
 
     A number that is not finite in a full gradient spoils a whole slice of the projected one across its projected axes,
     so on a CPU the first entries along these are looked at. A gradient that came projected may have overflowed anywhere
-    since, and is looked at as a whole; so are all on a GPU, where a view takes longer than what it leaves out. Nothing
-    is read back from the device.
+    since, and is looked at as a whole; so are small ones, and all on a GPU, where a view takes longer than what it
+    leaves out. Nothing is read back from the device.
 
     Args:
         trained: the weights, at least one.
@@ -39,7 +44,9 @@ def count_nonfinite(
     seen = projected_grads
     if not (everywhere or devices.runs_ahead(projected_grads[0])):
         seen = [
-            projected if isinstance(one.grad, ProjectedGradient) else _across(projected, one.projection)
+            projected
+            if projected.numel() <= FEW or isinstance(one.grad, ProjectedGradient)
+            else _across(projected, one.projection)
             for one, projected in zip(trained, projected_grads, strict=True)
         ]
     bad = agree(peaks(seen).lt(float("inf")).logical_not_())  # a NaN is not less either
@@ -52,6 +59,13 @@ def count_nonfinite(
 
 def _runs(trained: Sequence[TrainedWeight]) -> Iterator[tuple[int, int]]:
     """Where weights follow each other as their counters do: one run in an ordinary step."""
+    first = trained[0]
+    if [one.slot for one in trained] == list(range(first.slot, first.slot + len(trained))) and all(
+        one.counters is first.counters for one in trained
+    ):
+        if first.counters is not None:
+            yield 0, len(trained)
+        return
     start = 0
     for stop in range(1, len(trained) + 1):
         before = trained[stop - 1]
@@ -73,17 +87,29 @@ def peaks(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         (number of tensors,); not finite where an entry is not finite, 0 only where all entries are 0.
     """
+    gathers = not devices.runs_ahead(tensors[0])
+    kinds: dict[Any, list[int]] = {}
+    for index, one in enumerate(tensors):
+        kind = (one.shape, one.dtype, one.device) if gathers and one.numel() <= FEW else None
+        kinds.setdefault(kind, []).append(index)
+    found = [_peaks([tensors[index] for index in indices], kind) for kind, indices in kinds.items()]
+    if len(found) == 1:
+        return found[0]
+    found = [peak.to(tensors[0].device) for peak in found]
+    order = torch.tensor([index for indices in kinds.values() for index in indices]).argsort()
+    return torch.cat(found)[order]
+
+
+def _peaks(tensors: Sequence[Tensor], kind: Any) -> Tensor:
+    """The same of tensors of one shape, which are put together to be looked at; or one by one where `kind` is None."""
+    if kind is not None and tensors[0].numel():
+        return torch.stack(tensors).view(len(tensors), -1).abs_().amax(1)
     device = tensors[0].device
     # A process' part of a weight may be empty.
     filled = [one if one.numel() else one.new_zeros(1) for one in tensors]
-    largest = list(torch._foreach_norm(filled, float("inf")))
-    if any(peak.device != device for peak in largest):
-        largest = [peak.to(device) for peak in largest]
-    dtypes = {peak.dtype for peak in largest}
-    if len(dtypes) > 1:
-        dtype = functools.reduce(torch.promote_types, dtypes)
-        largest = [peak.to(dtype) for peak in largest]
-    return torch.stack(largest)
+    largest = [peak.to(device) for peak in torch._foreach_norm(filled, float("inf"))]
+    dtype = functools.reduce(torch.promote_types, {peak.dtype for peak in largest})
+    return torch.stack([peak.to(dtype) for peak in largest])
 
 
 def _across(projected: Tensor, projection: Projection) -> Tensor:

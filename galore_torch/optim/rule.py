@@ -146,7 +146,9 @@ class Rule:
         # torchao holds the learning rate in a tensor. Ours stays the number that was passed, for schedulers to read.
         self.defaults = {key: _plain(value, arguments.get(key)) for key, value in self._template.items()}
         self._weights: dict[int, Tensor] = {}
-        for library in {base.__module__.partition(".")[0] for base in optimizer.__mro__} & ADAPTED.keys():
+        libraries = {base.__module__.partition(".")[0] for base in optimizer.__mro__} & ADAPTED.keys()
+        self._knows_weights = bool(libraries)
+        for library in libraries:
             ADAPTED[library](self._optimizer, self._weights)
         self._forget()
 
@@ -204,19 +206,8 @@ class Rule:
             What the rule has written into each group, by the group's identity; the groups themselves do not change.
         """
         parameters = [one.tensor.requires_grad_() if one.is_fresh else torch.nn.Parameter(one.tensor) for one in params]
-        groups: dict[int, dict[str, Any]] = {}
-        states = self._optimizer.state
         try:
-            for one, parameter in zip(params, parameters, strict=True):
-                parameter.grad = one.grad
-                if one.weight is not None:
-                    self._weights[id(parameter)] = one.weight
-                if one.state or self._is_born_with_state:
-                    states[parameter] = self._state_of(one, parameter)
-                group = groups.get(id(one.group))
-                if group is None:
-                    group = groups[id(one.group)] = self.hyperparameters(one.group)
-                group["params"].append(parameter)
+            groups = self._lend(params, parameters)
             before = {key: _noted(group) for key, group in groups.items()}
             self._optimizer.param_groups = list(groups.values())
             try:
@@ -235,11 +226,22 @@ class Rule:
         finally:
             self._forget()
 
-    def _state_of(self, one: InnerParam, parameter: Tensor) -> dict[str, Any]:
-        """The state of a parameter; at first the one that the optimizer makes in its constructor."""
-        if not one.state and one.grad is not None:
-            one.state.update(self.alone([parameter]).state[parameter])
-        return one.state
+    def _lend(self, params: Sequence[InnerParam], parameters: Sequence[Tensor]) -> dict[int, dict[str, Any]]:
+        """Gives the optimizer gradients and states; at first a state is the one that it makes in its constructor."""
+        groups: dict[int, dict[str, Any]] = {}
+        for one, parameter in zip(params, parameters, strict=True):
+            parameter.grad = one.grad
+            if self._knows_weights and one.weight is not None:
+                self._weights[id(parameter)] = one.weight
+            if self._is_born_with_state and one.grad is not None and not one.state:
+                one.state.update(self.alone([parameter]).state[parameter])
+            if one.state or self._is_born_with_state:
+                self._optimizer.state[parameter] = one.state
+            group = groups.get(id(one.group))
+            if group is None:
+                group = groups[id(one.group)] = self.hyperparameters(one.group)
+            group["params"].append(parameter)
+        return groups
 
     def rest(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """What the rule writes into a group in a step in which no parameter of it has a gradient.

@@ -27,16 +27,14 @@ def inner_params(
     Returns:
         The tensor that the rule moves, and the parameters that it gets: the tensor, or slices of it.
     """
-    fresh = trained.through_coordinates
+    fresh, size = trained.through_coordinates, trained.traits.slice_elements
     tensor = coordinates
     if tensor is None:
         tensor = torch.zeros_like(projected) if fresh else trained.lent()
     inner = {} if begins_anew(trained) else trained.opened(trained.state.get(INNER, {}))
-    size = trained.traits.slice_elements
     group, weight = trained.inner_group, trained.weight
     # One that has sizes and no numbers stays whole: slices are whole blocks, so that their states take the same bytes.
-    is_fake = isinstance(tensor, FakeTensor)
-    if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous() or is_fake:
+    if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous() or isinstance(tensor, FakeTensor):
         return tensor, [
             InnerParam(tensor=tensor, grad=projected, state=inner, group=group, weight=weight, is_fresh=fresh)
         ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from galore_torch.lowbit import Rounding, Storage
 from galore_torch.messages import warn
+from galore_torch.optim.factors import Factors
 from galore_torch.optim.groups import storage_in
 from galore_torch.optim.moments import carry
 from galore_torch.optim.outcomes import Found, Outcomes
@@ -53,7 +53,7 @@ from galore_torch.random_bits import key_of
 
 
 @dataclass(slots=True, kw_only=True)
-class TrainedWeight(ProcessPart, Turns):
+class TrainedWeight(Factors, ProcessPart, Turns):
     """One weight in one step.
 
     Attributes:
@@ -107,6 +107,7 @@ class TrainedWeight(ProcessPart, Turns):
     first: int = field(init=False, default=0)
     _read: tuple[Any, Basis] = field(init=False, default=(None, {}))
     _factors: Basis | None = field(init=False, default=None)
+    _turned: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.local_projection = self.projection
@@ -152,37 +153,6 @@ class TrainedWeight(ProcessPart, Turns):
             dtype, device = self.weight.dtype, self.weight.device
             shapes = self.projection.factor_shapes
             self._keep({name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
-
-    @property
-    def basis(self) -> Basis:
-        """The factors by mode, of the weight's dtype; none without a projection, zeros before the first renewal.
-
-        The same object as long as the basis is the same. In few bits it is decoded each time it is asked for a factor.
-        """
-        stored = self.state.get(BASIS)
-        if stored is not self._read[0]:
-            self._read = stored, {} if stored is None else self.read_basis(stored)
-        return self._read[1]
-
-    def read_basis(self, stored: Mapping[str, Any]) -> Basis:
-        """The factors by mode, from what the state holds of them.
-
-        Args:
-            stored: as the storage made it.
-        """
-        return self.storage.read(stored, self.projection.factor_shapes, self.weight.dtype)
-
-    @property
-    def factors(self) -> Basis:
-        """The basis as plain tensors, which are kept from the projection of a gradient until its update is folded."""
-        if self._factors is None:
-            basis = self.basis
-            self._factors = basis if isinstance(basis, dict) else dict(basis.items())
-        return self._factors
-
-    def drop_factors(self) -> None:
-        """Forgets the factors: in few bits they take more memory than what is stored."""
-        self._factors = None
 
     def _keep(self, basis: Basis) -> None:
         self.state[BASIS] = self.held_basis(self.storage.store(basis))
@@ -327,11 +297,10 @@ class TrainedWeight(ProcessPart, Turns):
         if type(grad) is ProjectedGradient:
             projected = grad.projected_by(self.projection, self.basis)
         else:
-            projected = self.project(grad) if not self.is_plain else self.projection.project(grad, self.factors)
+            projected = self.project_plain(grad) if self.is_plain else self.project(grad)
         if projected.dtype is not self.dtype:
             projected = projected.to(self.dtype)
-        decay = self.group.get("weight_decay", 0)
-        if self.traits.decay == "l2" and decay != 0:
+        if self.traits.decay == "l2" and (decay := self.group.get("weight_decay", 0)) != 0:
             sign = -1 if self.group.get("maximize") else 1
             projected = projected.add(self.project(self.local), alpha=sign * decay)
         return projected

@@ -173,8 +173,8 @@ class Projection:
         return any(mode.name.startswith("mode") for mode in self.modes)
 
     @cached_property
-    def _one_side(self) -> str | None:
-        """The projected side of a plain matrix that has one: what nearly all weights are, and what must be fast."""
+    def one_side(self) -> str | None:
+        """The projected side of a plain matrix that has one, as nearly all weights have; None for all else."""
         is_plain = len(self.modes) == 1 and len(self.shape) == 2 and self.view_shape == self.shape
         return self.modes[0].name if is_plain and not self.is_tucker else None
 
@@ -188,7 +188,7 @@ class Projection:
         Returns:
             The projected tensor, of `projected_shape`, contiguous.
         """
-        side = self._one_side
+        side = self.one_side
         if side == "left":
             return basis[side].mT @ full
         if side == "right":
@@ -242,7 +242,7 @@ class Projection:
         """
         if coordinates.dtype is not weight.dtype:
             coordinates = coordinates.to(weight.dtype)
-        side = self._one_side
+        side = self.one_side
         if side == "left":
             weight.addmm_(basis[side], coordinates, beta=beta, alpha=alpha)
             return

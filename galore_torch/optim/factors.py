@@ -1,0 +1,99 @@
+"""`Factors`: the basis of a weight as its state holds it, and the two products with it that an ordinary step makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from galore_torch.lowbit import Storage
+from galore_torch.optim.state_keys import BASIS
+from galore_torch.projection import Basis, Projection
+
+
+class Factors:
+    """What a weight is projected with."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        weight: Tensor
+        state: dict[str, Any]
+        projection: Projection
+        storage: Storage
+        _read: tuple[Any, Basis]
+        _factors: Basis | None
+        _turned: tuple[Tensor, Tensor] | None
+
+    @property
+    def basis(self) -> Basis:
+        """The factors by mode, of the weight's dtype; none without a projection, zeros before the first renewal.
+
+        The same object as long as the basis is the same. In few bits it is decoded each time it is asked for a factor.
+        """
+        stored = self.state.get(BASIS)
+        if stored is not self._read[0]:
+            self._read = stored, {} if stored is None else self.read_basis(stored)
+        return self._read[1]
+
+    def read_basis(self, stored: Mapping[str, Any]) -> Basis:
+        """The factors by mode, from what the state holds of them.
+
+        Args:
+            stored: as the storage made it.
+        """
+        return self.storage.read(stored, self.projection.factor_shapes, self.weight.dtype)
+
+    @property
+    def factors(self) -> Basis:
+        """The basis as plain tensors: decoded ones are kept from a gradient's projection until its update is folded."""
+        basis = self.basis
+        if isinstance(basis, dict):
+            return basis
+        if self._factors is None:
+            self._factors = dict(basis.items())
+        return self._factors
+
+    def drop_factors(self) -> None:
+        """Forgets decoded factors: they take more memory than what is stored."""
+        if self._factors is not None:
+            self._factors, self._turned = None, None
+
+    @property
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """The one factor of a matrix, and its transpose, which is made once: a view takes the host half a product."""
+        side, turned = self.projection.one_side, self._turned
+        assert side is not None
+        factor = self.factors[side]
+        if turned is None or turned[0] is not factor:
+            turned = self._turned = factor, factor.mT
+        return turned
+
+    def project_plain(self, grad: Tensor) -> Tensor:
+        """The projection of a full gradient, for plain weights.
+
+        Args:
+            grad: of `projection.shape`.
+        """
+        side = self.projection.one_side
+        if side is None:
+            return self.projection.project(grad, self.factors)
+        return torch.mm(self._pair[1], grad) if side == "left" else torch.mm(grad, self._pair[0])
+
+    def fold(self, coordinates: Tensor, *, alpha: float, beta: float) -> None:
+        """In place: weight <- beta * weight + alpha * project_back(coordinates), for plain weights.
+
+        Args:
+            coordinates: of `projection.projected_shape`.
+            alpha: factor of what is added.
+            beta: factor of the weight.
+        """
+        side, weight = self.projection.one_side, self.weight
+        if side is None or coordinates.dtype is not weight.dtype:
+            self.projection.fold(weight, coordinates, self.factors, alpha=alpha, beta=beta)
+        elif side == "left":
+            weight.addmm_(self._pair[0], coordinates, beta=beta, alpha=alpha)
+        else:
+            weight.addmm_(coordinates, self._pair[1], beta=beta, alpha=alpha)
