@@ -24,7 +24,6 @@ from galore_torch.lowbit import quantize_weights
 from galore_torch.training.pretrain.config import SIZES, PretrainConfig
 from galore_torch.training.run.base_model import load_base, recompute_activations
 from galore_torch.training.settings.optimizer import MATRICES
-from galore_torch.training.text.tokenizer import entries
 from galore_torch.units import sentence
 
 
@@ -77,6 +76,16 @@ def llama_sizes(config: PretrainConfig, **tokens: Any) -> LlamaConfig:
     named = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes: dict[str, Any] = {name: getattr(config.model, size) for name, size in zip(named, SIZES, strict=True)}
     return LlamaConfig(**sizes, max_position_embeddings=max(1024, config.data.seq), use_cache=False, **tokens)
+
+
+def entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many embeddings a model needs: the highest token that text can give, plus one.
+
+    T5's tokenizer ends in 100 sentinels that no text gives, so the paper's models have 32,000 embeddings, not 32,100.
+    """
+    text_specials = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+    sentinels = set(tokenizer.all_special_tokens) - text_specials
+    return 1 + max(index for token, index in tokenizer.get_vocab().items() if token not in sentinels)
 
 
 def _architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:

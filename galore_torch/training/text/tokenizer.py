@@ -43,16 +43,6 @@ def tokenizer_for(corpus: Corpus, config: DataConfig, cache: Path) -> PreTrained
         ) from error
 
 
-def entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many embeddings a model needs: the highest token that text can give, plus one.
-
-    T5's tokenizer ends in 100 sentinels that no text gives, so the paper's models have 32,000 embeddings, not 32,100.
-    """
-    text_specials = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
-    sentinels = set(tokenizer.all_special_tokens) - text_specials
-    return 1 + max(index for token, index in tokenizer.get_vocab().items() if token not in sentinels)
-
-
 def _trained(corpus: Corpus, vocab: int, cache: Path) -> PreTrainedTokenizerBase:
     texts = list(_sample(corpus))
     key = hashlib.sha256(json.dumps([vocab, END_OF_TEXT, texts]).encode()).hexdigest()[:16]

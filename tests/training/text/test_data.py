@@ -13,11 +13,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from galore_torch.training.pretrain.model import entries
 from galore_torch.training.text import files as files_of_text
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.packing import prepare_text
-from galore_torch.training.text.tokenizer import END_OF_TEXT, entries, tokenizer_for
+from galore_torch.training.text.tokenizer import END_OF_TEXT, tokenizer_for
 
 
 def rows(texts: Path) -> list[str]:
