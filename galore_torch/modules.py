@@ -112,8 +112,9 @@ def block_names(model: nn.Module) -> list[str]:
         ['layers.0']
     """
     found: list[str] = []
+    inside: tuple[str, ...] = ()  # how names in the blocks so far begin
     for name, module in model.named_modules():
-        if f"{name}.".startswith(tuple(f"{block}." for block in found)):
+        if f"{name}.".startswith(inside):
             continue
         children = [(key, child) for key, child in module.named_children() if next(child.children(), None) is not None]
         if isinstance(module, nn.Sequential):
@@ -124,6 +125,7 @@ def block_names(model: nn.Module) -> list[str]:
         elif isinstance(module, nn.ModuleDict):
             children = [(key, child) for key, child in children if key.isdigit()]
         found += [f"{name}.{key}" if name else key for key, _ in children]
+        inside += tuple(f"{block}." for block in found[len(inside) :])
     return found
 
 

@@ -106,7 +106,9 @@ def plan(
                 shown = Planned(subject=planned, found=found, memory=room, costs=costs)
                 texts = shown.texts
             if page is not None:
-                shown.page(shlex.join(["galore", *sys.argv[1:]])).write(page)
+                from galore_torch.training.planning.page import page_of  # with matplotlib, which the table does without
+
+                page_of(shown, shlex.join(["galore", *sys.argv[1:]])).write(page)
         if json:
             print(json_format.dumps(shown.as_json()))
             return

@@ -1,4 +1,4 @@
-"""What ``galore plan`` finds and shows: a plan by method, what fits, its table, its notes, its page with a chart."""
+"""What ``galore plan`` finds and says: a plan by method, what fits, its table, its notes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from galore_torch.memory import KINDS, MemoryPlan
-from galore_torch.training.page.page import Page
 from galore_torch.training.planning.cards import Cost
 from galore_torch.training.planning.subject import Subject
-from galore_torch.training.run.plots import COLORS, GRAY, new_axes
 from galore_torch.training.settings.methods import METHODS
 from galore_torch.units import readable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MB, GB = 1e6, 1e9
 
@@ -248,30 +243,3 @@ class Planned:
 
     def _cost_of(self, name: str) -> dict[str, Any]:
         return {"cost": self.costs[name].as_json()} if name in self.costs else {}
-
-    def page(self, command: str) -> Page:
-        """A page with the table and a stacked bar for each method; it says the command by which it was made."""
-        made = Page("Memory, planned", self.title)
-        made.table(self.columns, self.rows)
-        if self.costs:
-            made.table(self.cost_columns, self.cost_rows)
-        for text in self.texts:
-            made.text(text)
-        made.figure(self.chart(), "What there is of each kind at the moment when a method needs the most.")
-        made.heading("How it was made")
-        made.code(command)
-        return made
-
-    def chart(self) -> Figure:
-        """A stacked bar for each method, and a line for what there is."""
-        names = list(self.found)[::-1]
-        figure, axes = new_axes("GB", "", size=(5.8, 1.2 + 0.28 * len(names)))
-        start = [0.0] * len(names)
-        for kind, color in zip(KINDS, COLORS, strict=False):
-            widths = [self.found[name].peak[kind] / GB for name in names]
-            axes.barh(names, widths, left=start, color=color, label=kind)
-            start = [one + width for one, width in zip(start, widths, strict=True)]
-        if self.memory is not None:
-            axes.axvline(self.memory / GB, color=GRAY, linestyle="--")
-        axes.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-        return figure
