@@ -4,8 +4,8 @@
     python -m benchmarks.communication --link 100mbit       # slowed by tc, in a network namespace of its own: as root
 
 Each method trains the same layers on few tokens, so that traffic is what takes time. Bytes are those that cross the
-loopback, both ways and headers included, in a step without a renewal. What the link allows is that many bytes over its
-bandwidth.
+loopback, both ways and headers included, in a step without a renewal and in one in which all layers renew. What the
+link allows is that many bytes of the former over its bandwidth.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.common.links import seconds_allowed, slowing, timed_steps
 from benchmarks.common.report import Report, Sheet
 from galore_torch import GaLoreAdamW, attach, param_groups
 
-METHODS = ("adamw", "power-sgd", "galore/full", "galore/fused")
+METHODS = ("adamw", "power-sgd", "galore/full", "galore/fused", "galore/sketched")
 INSIDE = "GALORE_BENCHMARK_LINK"  # the link that this process has been put behind
 
 
@@ -62,9 +62,11 @@ def build(method: str, given: argparse.Namespace) -> tuple[DistributedDataParall
             )
             net.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         return net, torch.optim.AdamW(model.parameters(), lr=1e-3)
-    groups = param_groups(model, rank=given.rank, update_proj_gap=1000, stagger=False)
+    found = "sketched" if method == "galore/sketched" else "warm"
+    keys: dict[str, Any] = {"update_proj_gap": given.steps + 3, "stagger": False, "decomposition": found}
+    groups = param_groups(model, rank=given.rank, **keys)
     optimizer = GaLoreAdamW(groups, lr=1e-3)
-    attach(model, optimizer, gradients=method.split("/")[1])  # type: ignore[arg-type]
+    attach(model, optimizer, gradients="full" if method == "galore/full" else "fused")
     return DistributedDataParallel(model), optimizer
 
 
@@ -76,7 +78,7 @@ def work(rank: int, given: argparse.Namespace, method: str, folder: str) -> None
     net, optimizer = build(method, given)
     torch.manual_seed(rank)
     # first bases, and what PowerSGD does before it compresses, take three
-    steps = timed_steps(net, optimizer, (given.tokens, given.hidden), given.steps + 3, "lo")
+    steps = timed_steps(net, optimizer, (given.tokens, given.hidden), given.steps + 4, "lo")
     if rank == 0:
         torch.save(steps, f"{folder}/steps")
     dist.destroy_process_group()
@@ -98,15 +100,16 @@ def measure(given: argparse.Namespace, messages: Console) -> Report:
         with tempfile.TemporaryDirectory() as folder:
             spawn(work, (given, method, folder), nprocs=given.processes)  # type: ignore[no-untyped-call]
             steps = torch.load(f"{folder}/steps")
-        sent, seconds = (sorted(values)[given.steps // 2] for values in zip(*steps[3:], strict=True))
-        rows[method] = {"first, MB": steps[0][0] / 1e6, "step, MB": sent / 1e6, "step, s": seconds}
+        sent, seconds = (sorted(values)[given.steps // 2] for values in zip(*steps[3:-1], strict=True))
+        first, *_, renewal = (bytes_sent / 1e6 for bytes_sent, _ in steps)
+        rows[method] = {"first, MB": first, "renewal, MB": renewal, "step, MB": sent / 1e6, "step, s": seconds}
         allowed = seconds_allowed(sent, given.link)
         if allowed is not None:
             rows[method] |= {"allowed, s": allowed, "of, allowed": seconds / allowed}
-    first = rows[given.methods[0]]
+    base = rows[given.methods[0]]
     for figures in rows.values():
-        figures["times, faster"] = first["step, s"] / figures["step, s"]
-        figures["bytes of, the first's"] = figures["step, MB"] / first["step, MB"]
+        figures["times, faster"] = base["step, s"] / figures["step, s"]
+        figures["bytes of, the first's"] = figures["step, MB"] / base["step, MB"]
     title = (
         f"{given.layers} layers of {given.hidden}, rank {given.rank}, {given.processes} processes, link {given.link}"
     )

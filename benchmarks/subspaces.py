@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.common.report import Sheet, limits
-from galore_torch.projection import decompositions
+from galore_torch.projection import decompositions, sketches
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Wanted
 from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
@@ -46,16 +46,21 @@ def iteration(start: str, power_iterations: int, oversampling: int, dtype: torch
     """Return a subspace iteration with its own constants, from a Gaussian or the old basis, on a cut-down gradient."""
 
     def find(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-        constants: dict[str, Any] = {"POWER_ITERATIONS": power_iterations, "OVERSAMPLING": oversampling}
-        with mock.patch.multiple(decompositions, **constants):
+        few = mock.patch.object(sketches, "OVERSAMPLING", oversampling)
+        with few, mock.patch.object(decompositions, "POWER_ITERATIONS", power_iterations):
             return decompositions._warm(matrix.to(dtype), wanted if start == "old" else replace(wanted, old={}))
 
     return find
 
 
+def sketched(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    """Return the basis that is found in a sketch of the gradient."""
+    return decompositions.find_bases(matrix, wanted.ranks, "sketched", seed=wanted.seed)
+
+
 def candidates() -> dict[str, Finder]:
     """Return the finders that are compared, by start, power iterations, oversampling and precision."""
-    found: dict[str, Finder] = {"exact SVD, float32": DECOMPOSITIONS["svd"]}
+    found: dict[str, Finder] = {"exact SVD, float32": DECOMPOSITIONS["svd"], "a sketch, extra 16": sketched}
     constants = [(power, extra, torch.float32) for power, extra in ((1, 0), (1, 16), (1, 32), (2, 0), (2, 8), (2, 16))]
     for start in ("Gaussian", "old"):
         for power, extra, dtype in (*constants, (3, 16, torch.float32), (2, 16, torch.bfloat16)):

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from galore_torch.values import is_number, is_whole, plain
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
-Decomposition = Literal["svd", "randomized", "warm", "tracked", "random", "switched", "sampled"]
+Decomposition = Literal["svd", "randomized", "warm", "tracked", "random", "switched", "sampled", "sketched"]
 Layout = Literal["tucker", "stack", "reshape"]
 BasisBits = Literal[16, 8, 4]
 Residual = Literal["fira", "apollo", "alice", "sign", "full"]
@@ -100,8 +100,8 @@ KEYS: Mapping[str, Key] = {
         choices=get_args(Decomposition),
         wanted=f"one of {', '.join(get_args(Decomposition))}",
         help="How a basis is found: warm (two power iterations from the old one), tracked (one, for gaps of 1 to 10), "
-        "randomized, svd (exact), random, switched (half of it warm, half random), or sampled (singular vectors drawn "
-        "by their values).",
+        "randomized, svd (exact), random, switched (half of it warm, half random), sampled (singular vectors drawn "
+        "by their values), or sketched (from random combinations of columns, which DDP averages, not the gradient).",
     ),
     "stagger": Key(
         default=True,

@@ -1,8 +1,9 @@
 """Under DDP: it leaves projected weights out, and their gradients are averaged in low rank.
 
 Projected gradients are averaged in buckets from hooks, while the backward goes on. A weight that renews in this step
-sends its full gradient once; one that has no basis yet gets it at once, from the average. The idea of compressing the
-same way on all processes is PowerSGD's (arXiv 1905.13727); here it is what the optimizer needs, and nothing is lost.
+sends its full gradient once, or a sketch of it and its projection; one that has no basis yet gets it at once, from the
+average. The idea of compressing the same way on all processes is PowerSGD's (arXiv 1905.13727); here it is what the
+optimizer needs, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -180,14 +181,18 @@ class ReplicaTraffic(Traffic):
         for one in trained:
             weight, grad = one.weight, one.weight.grad
             fills = one.completes_basis and not self._applies and not isinstance(grad, ProjectedGradient)
-            if not fills and (not self._synchronizes or (self._every > 1 and not one.needs_renewal)):
+            sketches = self._every == 1 and one.renews_from_sketch and not isinstance(grad, ProjectedGradient)
+            sketches &= self._synchronizes or one.completes_basis
+            if not (fills or sketches) and (not self._synchronizes or (self._every > 1 and not one.needs_renewal)):
                 continue
             dtype = torch.promote_types(weight.dtype, self._dtype or weight.dtype)
-            size = 1 if fills else dtype.itemsize * (weight.numel() if one.needs_renewal else one.coordinate_count)
-            if kind != (fills, dtype, weight.device) or size > room:
-                kind, room = (fills, dtype, weight.device), world_size if fills else bucket_bytes
+            size = dtype.itemsize * (weight.numel() if one.needs_renewal else one.coordinate_count)
+            size = 1 if fills or sketches else size
+            if kind != (fills, sketches, dtype, weight.device) or size > room:
+                kind = fills, sketches, dtype, weight.device
+                room = world_size if fills or sketches else bucket_bytes
                 bucket_bytes = self._bucket_bytes
-                self._waiting.append(Bucket(fills, dtype))
+                self._waiting.append(Bucket(fills or sketches, dtype, sketches))
             room -= size
             self._waiting[-1].add(one)
             self._of_weight[id(weight)] = self._waiting[-1], one
@@ -215,7 +220,9 @@ class ReplicaTraffic(Traffic):
 
     def _reduce(self, bucket: Bucket) -> None:
         bucket.reduce(self._together.group)
-        if bucket.fills:
+        if bucket.sketches:
+            self._renew(bucket)
+        elif bucket.fills:
             self._fill(bucket)
         else:
             self._send(bucket)
@@ -237,6 +244,23 @@ class ReplicaTraffic(Traffic):
                 grad = torch.zeros_like(average) if one.weight.grad is None else one.weight.grad
                 one.weight.grad = ProjectedGradient.of(grad.to(one.weight.dtype), one.projection, basis)
                 self._form(one.weight)
+
+    def _renew(self, bucket: Bucket) -> None:
+        """Finds bases from averaged sketches, and sends what these hold of the gradients; all of one that has none."""
+        averages = list(bucket.averages())
+        found = peaks([average for _, average in averages]).tolist() if averages else []
+        told = [pair for pair, peak in zip(averages, found, strict=True) if 0 < peak < float("inf")]
+        bases = self._together.bases([one for one, _ in told], [average.to(one.weight.dtype) for one, average in told])
+        for (one, _), basis in zip(told, bases, strict=True):
+            weight, grad = one.weight, one.weight.grad
+            if basis is not None:
+                grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if grad is None else grad
+                weight.grad = ProjectedGradient.of(grad, one.projection, basis)
+                self._form(weight)
+        if averages and self._synchronizes:
+            sent = Bucket(False, bucket.dtype, trained=[one for one, _ in averages])
+            sent.reduce(self._together.group)
+            self._send(sent)
 
     def _take(self, sent: Bucket) -> None:
         for one, average in sent.averages():

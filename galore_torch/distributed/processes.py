@@ -101,11 +101,12 @@ class Together(Alone):
             if basis is not None:
                 one.take(basis)
 
-    def bases(self, trained: Sequence[TrainedWeight]) -> list[Basis | None]:
+    def bases(self, trained: Sequence[TrainedWeight], given: Sequence[Tensor] | None = None) -> list[Basis | None]:
         """The bases that full gradients tell.
 
         Args:
             trained: the weights, the same ones in all processes.
+            given: what to find them from in the place of the weights' gradients: the sketches of these.
 
         Returns:
             One for each; None where the decomposition failed, in every process alike.
@@ -120,7 +121,8 @@ class Together(Alone):
         owned: list[tuple[Tensor, Basis] | None] = [None] * len(trained)
         for place, owner in enumerate(owners):  # all, before one is decomposed: the others would wait for that
             # gathered by every process, as FSDP2 gathers a weight
-            full, old = whole(trained[place].weight.grad), dict(trained[place].basis)
+            full = whole(trained[place].weight.grad) if given is None else given[place]
+            old = dict(trained[place].basis)
             if owner == rank:
                 owned[place] = full, old
         del full, old
@@ -176,12 +178,12 @@ class LocalReplicas(Together):
     Adam's (arXiv 2409.13155); in the subspace an average costs r/m of theirs.
     """
 
-    def bases(self, trained: Sequence[TrainedWeight]) -> list[Basis | None]:
+    def bases(self, trained: Sequence[TrainedWeight], given: Sequence[Tensor] | None = None) -> list[Basis | None]:
         """The bases that full gradients tell. All processes have the same weights before these change."""
         self.average([one for one in trained if one.state[RENEWALS]])
         for one in trained:
             dist.broadcast(one.weight.data, group_src=0, group=self.group)
-        return super().bases(trained)
+        return super().bases(trained, given)
 
     @torch.no_grad()
     def average(self, trained: Sequence[TrainedWeight]) -> None:

@@ -131,6 +131,7 @@ class Bucket:
 
     Attributes:
         fills: whether their bases are found from these gradients, which are full.
+        sketches: whether they are found from the sketches of these gradients, which are averaged in their place.
         dtype: in which they are averaged.
         trained: the weights, of one dtype and device, in the order that all processes know.
         waits_for: the identities of the weights whose gradients are not complete.
@@ -141,6 +142,7 @@ class Bucket:
 
     fills: bool
     dtype: torch.dtype
+    sketches: bool = False
     trained: list[TrainedWeight] = field(default_factory=list)
     waits_for: set[int] = field(default_factory=set)
     flat: Tensor = field(init=False)
@@ -167,6 +169,9 @@ class Bucket:
 
     def _part(self, one: TrainedWeight) -> Tensor:
         grad, weight = one.weight.grad, one.weight
+        if self.sketches:
+            grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if grad is None else grad
+            return one.sketch(grad).to(self.dtype)
         if grad is None:
             shape = weight.shape if self.fills or one.needs_renewal else one.projection.projected_shape
             return torch.zeros(shape, dtype=self.dtype, device=weight.device)

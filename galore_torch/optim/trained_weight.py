@@ -48,6 +48,7 @@ from galore_torch.projection import (
     is_usable,
     lacking,
     overlap,
+    sketch,
 )
 from galore_torch.random_bits import key_of
 
@@ -163,7 +164,7 @@ class TrainedWeight(Factors, ProcessPart, Turns):
         The random numbers depend on the seed, on `index` and on the number of the renewal alone.
 
         Args:
-            grad: the weight's, full, finite and not zero.
+            grad: the weight's, full, finite and not zero; or the sketch of one.
             old: the basis in use until now, where that has been read already.
 
         Returns:
@@ -180,6 +181,14 @@ class TrainedWeight(Factors, ProcessPart, Turns):
         found = {name: factor.to(self.weight.dtype) for name, factor in basis.items()}
         self.outcomes.seconds += time.perf_counter() - start
         return found
+
+    def sketch(self, grad: Tensor) -> Tensor:
+        """What `decompose` takes in a gradient's place where `renews_from_sketch`: linear in it, of one dimension.
+
+        Args:
+            grad: the weight's, full.
+        """
+        return sketch(self.projection, grad, seed=self._asked()["seed"])
 
     def as_stored(self, factors: Basis) -> Basis:
         """A basis as the state would hold it.

@@ -63,18 +63,27 @@ class Turns:
         return self.needs_renewal and not (self.state[RENEWALS] and self._is_due_anew)
 
     @property
+    def renews_from_sketch(self) -> bool:
+        """Whether all that a renewal in this step needs of the full gradient is its sketch."""
+        if self.group["decomposition"] != "sketched" or self.projection.is_tucker or not self.needs_renewal:
+            return False
+        return not (self.completes_basis and self.state[RENEWALS])  # of a stack some bases may be whole
+
+    @property
     def is_due(self) -> bool:
         """Whether the basis is to be renewed with the gradient there is.
 
-        A projected gradient holds too little to find one from. But it may bring the basis that was found from it inside
-        the backward, which counts from this step on: with a gradient that is thrown away it goes.
+        A projected gradient holds too little to find one from. But it may bring the basis that was found from the full
+        one, or its sketch, inside the backward, which counts from this step on: with a gradient that is thrown away it
+        goes.
         """
         if not self.needs_renewal:
             return False
         grad = self.weight.grad
         if not isinstance(grad, ProjectedGradient):
             return True
-        if not self.completes_basis or grad.projection != self.projection:
+        is_found_before = self.completes_basis or self.renews_from_sketch
+        if not is_found_before or grad.projection != self.projection:
             return False
         return not is_same_basis(grad.basis, self.basis, reads=not self.renews_unread)
 

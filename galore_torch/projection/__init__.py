@@ -12,7 +12,7 @@ from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, P
 from galore_torch.projection.numerical_rank import count_lacking, lacking
 from galore_torch.projection.renewal import adapt_gap, is_due, turn_offset
 from galore_torch.projection.spectra import captured_energy
-from galore_torch.projection.subspace import find_basis, find_unread, is_usable
+from galore_torch.projection.subspace import find_basis, find_unread, is_usable, sketch
 from galore_torch.projection.subspace_overlap import overlap
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "lacking",
     "multiply_mode",
     "overlap",
+    "sketch",
     "turn_offset",
 ]

@@ -11,6 +11,8 @@
 * `random`: an orthonormal basis drawn at random, blind to the gradient (GoLore, arXiv 2410.11289).
 * `switched`: some of `warm`'s leading directions, and random ones of their complement, so that no direction is left out
   for good (Alice, arXiv 2502.07752).
+* `sketched`: `randomized` of r and a few random combinations of the columns, in the place of all of them (algorithm 4.1
+  of Halko, Martinsson and Tropp). These are linear in the matrix: over slow links they travel for it.
 * `sampled`: singular vectors drawn without replacement, with probabilities as their singular values (SARA,
   arXiv 2502.05790).
 
@@ -31,14 +33,20 @@ from torch import Tensor
 from galore_torch.projection import devices
 from galore_torch.projection.numerical_rank import Directions, determined_columns, is_lacking, keep_determined
 from galore_torch.projection.orthonormal import above_zero, exact_products, exact_svd, leading_directions, orthonormal
-from galore_torch.random_bits import bell_curve, key_of, random_bits
+from galore_torch.projection.sketches import (
+    exact,
+    multiplied,
+    random_columns,
+    seen_from,
+    sketch_columns,
+    sketches,
+)
 
 Side = Literal["left", "right"]
 
-OVERSAMPLING = 16
 POWER_ITERATIONS = 2
-"""Extra directions that a subspace iteration carries along, and how often it applies A A^T. docs/decisions.md has the
-measured energies: with fewer of either, some layers lose more than 1 % of what the exact basis captures."""
+"""How often a subspace iteration applies A A^T. docs/decisions.md has the measured energies: with fewer, some layers
+lose more than 1 % of what the exact basis captures."""
 
 LEADING = 0.5
 """Share of a `switched` basis that leads; the rest is random."""
@@ -65,14 +73,14 @@ class Wanted:
 
 
 def _svd(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    left, _, right = exact_svd(_exact(matrix))
+    left, _, right = exact_svd(exact(matrix))
     vectors = {"left": left, "right": right.mT}
     return {side: vectors[side][..., :rank] for side, rank in wanted.ranks.items()}
 
 
 def _random(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     return {
-        side: orthonormal(_drawn(_facing(matrix, side), rank, wanted.seed, number))
+        side: orthonormal(random_columns(seen_from(matrix, side), rank, wanted.seed, number))
         for number, (side, rank) in enumerate(wanted.ranks.items())
     }
 
@@ -111,7 +119,7 @@ def find_bases(
         ValueError: an unknown decomposition.
         torch.linalg.LinAlgError: the decomposition did not converge.
     """
-    old = {side: _exact(basis) for side, basis in (old or {}).items()}
+    old = {side: exact(basis) for side, basis in (old or {}).items()}
     found = find_directions(matrix, ranks, decomposition, seed=seed, old=old, old_is_whole=old_is_whole)
     bases = {side: keep_determined(directions, old.get(side)) for side, directions in found.items()}
     # A slice of the whole factor would keep all of it alive.
@@ -145,7 +153,15 @@ def find_directions(
     """
     if decomposition not in DECOMPOSITIONS:
         raise ValueError(f"decomposition is {decomposition!r}; use one of {', '.join(DECOMPOSITIONS)}")
-    old = {side: _exact(basis) for side, basis in (old or {}).items()}
+    old = {side: exact(basis) for side, basis in (old or {}).items()}
+    if decomposition == "sketched":
+        of_sketch = {}
+        for side, sketch_dl in sketches(matrix, ranks, seed).items():
+            known = {"left": old[side]} if side in old else {}
+            seen = find_directions(sketch_dl, {"left": ranks[side]}, "randomized", seed=seed, old=known)["left"]
+            told = determined_columns(sketch_dl, seen.columns_dr, matrix.dtype)
+            of_sketch[side] = Directions(seen.columns_dr, told)
+        return of_sketch
     with exact_products():
         found = DECOMPOSITIONS[decomposition](
             matrix, Wanted(ranks=ranks, old=old, seed=seed, old_is_whole=old_is_whole)
@@ -156,7 +172,7 @@ def find_directions(
         drawn = {side: matrix.abs().amax(dim=(-2, -1)).unsqueeze(-1) > 0 for side in found}
         drawn = {side: told if side in old else torch.ones_like(told) for side, told in drawn.items()}
         return {side: Directions(basis, drawn[side].expand(_columns(basis))) for side, basis in found.items()}
-    facing = {side: _facing(_multiplied(matrix), side) for side in found}
+    facing = {side: seen_from(multiplied(matrix), side) for side in found}
     return {
         side: Directions(basis, determined_columns(facing[side], basis, matrix.dtype)) for side, basis in found.items()
     }
@@ -178,28 +194,15 @@ def align_signs(basis_dr: Tensor, old_dr: Tensor | None) -> Tensor:
     return torch.where(agreement < 0, -basis_dr, basis_dr)
 
 
-def _facing(matrix: Tensor, side: str) -> Tensor:
-    """The matrix seen from a side: its columns are what the side's basis spans."""
-    return matrix if side == "left" else matrix.mT
-
-
 def _columns(basis_dr: Tensor) -> tuple[int, ...]:
     """The shape (..., r) of one number for each column."""
     return (*basis_dr.shape[:-2], basis_dr.shape[-1])
 
 
-def _drawn(facing_dk: Tensor, columns: int, seed: int, number: int) -> Tensor:
-    """Columns of independent random numbers, others for each number."""
-    shape, device = (*facing_dk.shape[:-1], columns), facing_dk.device
-    key = torch.full((), key_of(seed, number), dtype=torch.int32, device=device)
-    places = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
-    return bell_curve(random_bits(places, key)).to(torch.promote_types(facing_dk.dtype, torch.float32))
-
-
 def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     """Subspace iteration for one side; the other side, if wanted, follows from it."""
     first = next(iter(wanted.ranks))
-    facing_dk = _facing(_multiplied(matrix), first)
+    facing_dk = seen_from(multiplied(matrix), first)
     start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.seed, wanted.old_is_whole)
     iterations = POWER_ITERATIONS + (MORE_ITERATIONS if devices.runs_ahead(facing_dk) else 0)
     return _iterated(matrix, wanted, start_dl, iterations)
@@ -214,12 +217,12 @@ def _tracked(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 
 
 def _iterated(matrix: Tensor, wanted: Wanted, start_dl: Tensor, iterations: int) -> dict[str, Tensor]:
-    matrix = _multiplied(matrix)
+    matrix = multiplied(matrix)
     first, *others = wanted.ranks
-    found = {first: _subspace_iteration(_facing(matrix, first), start_dl, wanted.ranks[first], iterations)}
+    found = {first: _subspace_iteration(seen_from(matrix, first), start_dl, wanted.ranks[first], iterations)}
     for side in others:
         # Right singular vectors span A^T U; the columns come in the order of the singular values.
-        found[side] = orthonormal(_unit(_product(_facing(matrix, side), found[first])))[..., : wanted.ranks[side]]
+        found[side] = orthonormal(_unit(_product(seen_from(matrix, side), found[first])))[..., : wanted.ranks[side]]
     return found
 
 
@@ -228,12 +231,12 @@ def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, seed: int, is_wh
 
     They are in the place of columns of zeros too, which no iteration would leave.
     """
-    size = min(rank + OVERSAMPLING, *facing_dk.shape[-2:])
+    size = sketch_columns(facing_dk.shape[-2:], rank)
     if old_dr is None or old_dr.shape[-1] > size:
-        return _drawn(facing_dk, size, seed, 0)
-    more = _drawn(facing_dk, size - old_dr.shape[-1], seed, 0)
+        return random_columns(facing_dk, size, seed, 0)
+    more = random_columns(facing_dk, size - old_dr.shape[-1], seed, 0)
     if not is_whole:
-        others = _drawn(facing_dk, old_dr.shape[-1], seed, 1)
+        others = random_columns(facing_dk, old_dr.shape[-1], seed, 1)
         old_dr = torch.where(is_lacking(old_dr).unsqueeze(-2), others, old_dr)
     return torch.cat((old_dr, more), dim=-1)
 
@@ -271,26 +274,13 @@ def _product(matrix: Tensor, columns: Tensor) -> Tensor:
     return (matrix @ columns.to(matrix.dtype)).to(columns.dtype)
 
 
-def _multiplied(matrix: Tensor) -> Tensor:
-    """The matrix as it is multiplied.
-
-    bf16 as it is: it loses no energy and takes a third of the time. fp16 has too short a range.
-    """
-    return matrix if matrix.dtype == torch.bfloat16 else _exact(matrix)
-
-
-def _exact(matrix: Tensor) -> Tensor:
-    """The matrix in the precision of the computation."""
-    return matrix if matrix.dtype == torch.float64 else matrix.float()
-
-
 def _switched(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     leading = {side: math.ceil(LEADING * rank) for side, rank in wanted.ranks.items()}
     old = {side: basis_dr[..., : leading[side]] for side, basis_dr in wanted.old.items()}
     found = _warm(matrix, replace(wanted, ranks=leading, old=old))
     for number, (side, basis_dl) in enumerate(list(found.items()), start=2):
         if more := wanted.ranks[side] - leading[side]:
-            drawn_dr = _drawn(_facing(matrix, side), more, wanted.seed, number).to(basis_dl.dtype)
+            drawn_dr = random_columns(seen_from(matrix, side), more, wanted.seed, number).to(basis_dl.dtype)
             for _ in range(2):  # once more for what rounding left
                 drawn_dr = orthonormal(drawn_dr - basis_dl @ (basis_dl.mT @ drawn_dr))
             found[side] = torch.cat((basis_dl, drawn_dr), dim=-1)
@@ -300,10 +290,10 @@ def _switched(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 def _sampled(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     found = {}
     for number, (side, rank) in enumerate(wanted.ranks.items()):
-        facing_dk = _unit(_exact(_facing(matrix, side)))
+        facing_dk = _unit(exact(seen_from(matrix, side)))
         squares, vectors_dd = torch.linalg.eigh(facing_dk @ facing_dk.mT)  # ascending
         # The largest of logarithms with Gumbel noise are a draw without replacement.
-        uniform = torch.special.ndtr(_drawn(squares.unsqueeze(-1), 1, wanted.seed, number)).squeeze(-1)
+        uniform = torch.special.ndtr(random_columns(squares.unsqueeze(-1), 1, wanted.seed, number)).squeeze(-1)
         keys = squares.clamp_min(0).log() / 2 - (-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
         places = keys.topk(rank).indices.sort(descending=True).values
         drawn_dr = vectors_dd.gather(-1, places.unsqueeze(-2).expand(*vectors_dd.shape[:-1], rank))
@@ -319,5 +309,6 @@ DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Tensor]]] = {
     "random": _random,
     "switched": _switched,
     "sampled": _sampled,
+    "sketched": _randomized,  # of a sketch: see find_directions
 }
 """The decompositions by name. `galore_torch.group_keys.Decomposition` names them too, for it imports no torch."""

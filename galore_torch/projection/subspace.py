@@ -13,6 +13,7 @@ from torch import Tensor
 from galore_torch.projection.decompositions import find_bases, find_directions
 from galore_torch.projection.geometry import Basis, Mode, Projection, multiply_mode
 from galore_torch.projection.numerical_rank import is_lacking, keep_whole
+from galore_torch.projection.sketches import sketch_columns, sketches
 
 TUCKER_SWEEPS = 4
 """Sweeps over the axes after the first pass, which already finds each axis' own best subspace. Enough to miss no more
@@ -33,12 +34,12 @@ def find_basis(
 
     Args:
         projection: how the weight is projected.
-        grad: its full gradient, finite and not all zero, of the weight's shape.
+        grad: its full gradient, finite and not all zero, of the weight's shape; or the `sketch` of that.
         decomposition: one of `DECOMPOSITIONS`.
         seed: of the random numbers, which are the same on every device.
         old: the basis in use until now, if any.
         old_is_whole: whether it is known to have no columns of zeros.
-        fills: whether only matrices of a stack whose old basis lacks directions get another.
+        fills: of a full gradient, whether only matrices of a stack whose old basis lacks directions get another.
 
     Returns:
         The factors by mode, contiguous, in `grad`'s dtype; none for a projection without modes. Columns that neither
@@ -56,6 +57,8 @@ def find_basis(
     """
     if not projection.modes:
         return {}
+    if grad.dim() == 1:
+        return _of_sketch(projection, grad, seed, old or {})
     view = grad.reshape(projection.view_shape)
     if fills and old and view.dim() > 2 and not projection.is_tucker:
         found = _filled(projection, view, decomposition, seed, old)
@@ -64,6 +67,46 @@ def find_basis(
     else:
         found = find_bases(view, _ranks(projection), decomposition, seed=seed, old=old, old_is_whole=old_is_whole)
     return {name: factor.to(grad.dtype) for name, factor in found.items()}
+
+
+def sketch(projection: Projection, grad: Tensor, *, seed: int) -> Tensor:
+    """All that the decomposition `sketched` reads of a gradient, which is linear in it.
+
+    Args:
+        projection: how the weight is projected, with modes; no Tucker projection.
+        grad: its full gradient.
+        seed: of the random numbers, which are the same on every device.
+
+    Returns:
+        Of one dimension, in `grad`'s dtype: l numbers for each row of each factor, l the rank and a few more.
+
+    Example:
+        >>> projection = Projection.of((60, 40), rank=2)
+        >>> one, other = torch.randn(2, 60, 40)
+        >>> summed = sketch(projection, one, seed=0) + sketch(projection, other, seed=0)
+        >>> torch.allclose(summed, sketch(projection, one + other, seed=0), atol=1e-5)
+        True
+    """
+    found = sketches(grad.reshape(projection.view_shape), _ranks(projection), seed)
+    return torch.cat([part.flatten() for part in found.values()]).to(grad.dtype)
+
+
+def _parts(projection: Projection, flat: Tensor) -> dict[str, Tensor]:
+    """The sketches by mode, (..., d, l)."""
+    shapes = projection.factor_shapes
+    of_matrix = projection.view_shape[-2:]
+    wide = {name: (*shape[:-1], sketch_columns(of_matrix, shape[-1])) for name, shape in shapes.items()}
+    parts = torch.split(flat, [torch.Size(shape).numel() for shape in wide.values()])
+    return {name: part.view(shape) for part, (name, shape) in zip(parts, wide.items(), strict=True)}
+
+
+def _of_sketch(projection: Projection, flat: Tensor, seed: int, old: Basis) -> dict[str, Tensor]:
+    ranks, found = _ranks(projection), {}
+    for name, part in _parts(projection, flat).items():
+        known = {"left": old[name]} if name in old else {}
+        basis = find_bases(part, {"left": ranks[name]}, "randomized", seed=seed, old=known)["left"]
+        found[name] = basis.to(flat.dtype)
+    return found
 
 
 def find_unread(

@@ -137,9 +137,9 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_so_on_all(pool, mode):
     assert torch.equal(*(weights for _, weights in ranks))
 
 
-def with_an_infinite_gradient(rank: int, world: int, mode: Any) -> Any:
+def with_an_infinite_gradient(rank: int, world: int, mode: Any, **keys: Any) -> Any:
     model = llama()
-    optimizer = optimizer_of(model, skip_nonfinite=True)
+    optimizer = optimizer_of(model, skip_nonfinite=True, **keys)
     attach(model, optimizer, *mode)
     net = DistributedDataParallel(model)
     for step in range(SHORT):
@@ -199,13 +199,13 @@ def test_an_ordinary_step_sends_projected_gradients_alone(pool, mode):
         assert first <= 1.8 * full
 
 
-def bytes_of_steps(rank: int, world: int, mode: Any) -> tuple[float, float, float, float]:
-    """Of projected layers, what a process sends: at first, without a renewal; of projected gradients, of full ones.
+def bytes_of_steps(rank: int, world: int, mode: Any, **keys: Any) -> tuple[float, float, float, float]:
+    """Of projected layers, what a process sends: at first, in the third step; of projected gradients, of full ones.
 
     In an all-reduce each process sends 2 (world - 1) / world of it, in a broadcast one sends what all others get.
     """
     model = llama(width=96, inner=160)
-    optimizer = optimizer_of(model, stagger=False)
+    optimizer = optimizer_of(model, stagger=False, **keys)
     attach(model, optimizer, *mode)
     net = DistributedDataParallel(model)
     sent: list[float] = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from galore_torch.projection import DECOMPOSITIONS, Projection, find_bases, find_basis
+from galore_torch.projection import DECOMPOSITIONS, Projection, find_bases, find_basis, sketch
 from galore_torch.projection.orthonormal import exact_svd
 from tests.projection.bases import energy, orthonormal, with_spectrum
 
@@ -103,6 +103,24 @@ def test_warm_follows_a_subspace_that_turns():
         basis = found(matrix, 8, "warm", old=basis)
         worst = min(worst, energy(matrix, basis) / float(values[:8].square().sum()))
     assert worst >= 0.99
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right", "full"])
+def test_the_sketch_of_an_average_finds_the_basis_of_the_average(proj_type):
+    projection, parts = Projection.of((3, 60, 40), 5, proj_type=proj_type, layout="stack"), torch.randn(4, 3, 60, 40)
+    old = find_basis(projection, torch.randn(3, 60, 40), "sketched", seed=1)
+    for known in (None, old):
+        whole = find_basis(projection, parts.double().mean(0), "sketched", seed=7, old=known)
+        sketched = torch.stack([sketch(projection, one, seed=7) for one in parts.double()]).mean(0)
+        for name, factor in find_basis(projection, sketched, "sketched", seed=7, old=known).items():
+            torch.testing.assert_close(factor, whole[name], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
+def test_a_sketch_finds_most_of_what_the_exact_basis_captures(spectrum):
+    matrix = with_spectrum(320, 128, spectrum(torch.arange(128.0, dtype=torch.float64)))
+    basis = found(matrix, 24, "sketched", ("right",))
+    assert energy(matrix, basis) >= 0.8 * energy(matrix, {"right": exact(matrix, 24)["right"]})
 
 
 def test_a_random_basis_is_seeded_and_blind_to_the_gradient():
