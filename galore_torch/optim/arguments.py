@@ -181,6 +181,39 @@ def checked_arguments(
     return made
 
 
+def share_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which of the arguments each of one or two classes gets: all, if there is one; else those that it names.
+
+    Args:
+        classes: the optimizers.
+        arguments: for both, by name.
+
+    Returns:
+        One dictionary for each class.
+
+    Raises:
+        ValueError: an argument that neither class names, or `maximize` for one of them alone.
+    """
+    if len(classes) == 1:
+        return [arguments]
+    shares = []
+    for one in classes:
+        named = inspect.signature(one).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+        shares.append({key: value for key, value in arguments.items() if takes_any or key in named})
+    others_descend = [one for one, share in zip(classes, shares, strict=True) if "maximize" not in share]
+    if arguments.get("maximize") and others_descend:
+        raise ValueError(
+            f"maximize={arguments['maximize']!r} is no argument of {others_descend[0].__name__}, which would go down "
+            "where the other goes up; leave it out and negate the loss"
+        )
+    unknown = arguments.keys() - shares[0].keys() - shares[1].keys()
+    if unknown:
+        both = " and ".join(one.__name__ for one in classes)
+        raise ValueError(f"{both} have no argument named {', '.join(sorted(unknown))}; check the spelling")
+    return shares
+
+
 def check_hyperparameters(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str = "") -> None:
     """Checks hyperparameters that all optimizers understand alike, and that no number is a string.
 

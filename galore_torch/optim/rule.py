@@ -12,7 +12,6 @@ before the step; what they have written is put there once, when the step is clos
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -305,33 +304,6 @@ def _written(group: Mapping[str, Any], before: Mapping[str, tuple[Any, int]]) ->
         for key, value in group.items()
         if value is not before.get(key, missing)[0] or (isinstance(value, Tensor) and value._version != before[key][1])
     }
-
-
-def share_arguments(classes: Sequence[type[torch.optim.Optimizer]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Which of the arguments each of one or two classes gets: all, if there is one; else those that it names.
-
-    Args:
-        classes: the optimizers.
-        arguments: for both, by name.
-
-    Returns:
-        One dictionary for each class.
-
-    Raises:
-        ValueError: an argument that neither class names.
-    """
-    if len(classes) == 1:
-        return [arguments]
-    shares = []
-    for one in classes:
-        named = inspect.signature(one).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
-        shares.append({key: value for key, value in arguments.items() if takes_any or key in named})
-    unknown = arguments.keys() - shares[0].keys() - shares[1].keys()
-    if unknown:
-        both = " and ".join(one.__name__ for one in classes)
-        raise ValueError(f"{both} have no argument named {', '.join(sorted(unknown))}; check the spelling")
-    return shares
 
 
 def _plain(value: Any, passed: Any) -> Any:

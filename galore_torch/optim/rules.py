@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_torch.lowbit import QuantizedWeight, Rounding
+from galore_torch.optim.arguments import share_arguments
 from galore_torch.optim.groups import is_projected, projection_in
 from galore_torch.optim.inner_group import check_decay, check_names, moves_at_rate_one
 from galore_torch.optim.moments import require_moments
 from galore_torch.optim.precision import asked_rounding, is_16_bit
 from galore_torch.optim.probe import traits_of
 from galore_torch.optim.rate import require_rate
-from galore_torch.optim.rule import Rule, Traits, share_arguments
+from galore_torch.optim.rule import Rule, Traits
 
 
 class Rules:

@@ -90,3 +90,15 @@ def test_without_torchao_it_is_said_how_to_install_it(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ImportError, match=r"others_bits=4 needs torchao.*\[torchao\]"):
         made(recipe, 4, drawn())
+
+
+@every_bits
+@pytest.mark.parametrize("given", [{"amsgrad": True}, {"correct_bias": False}, {"maximize": True}], ids=str)
+def test_what_torchaos_does_not_serve_is_refused(bits, given):
+    name, value = next(iter(given.items()))
+    trained = drawn()
+    groups = [{"params": trained[:1], "rank": 4}, {"params": trained[1:]}]
+    said = refusing(lambda: GaLoreAdamW(groups, others_bits=bits, **given))
+    assert f"{name}={value}" in said
+    assert f"AdamW{bits}bit" in said
+    assert "leave" in said

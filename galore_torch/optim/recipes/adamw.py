@@ -73,10 +73,17 @@ class GaLoreAdamW(GaLore):
         seed: int = 0,
     ) -> None:
         params = listed(params)
+        others_class = adamw_of_bits(others_bits)
+        if others_class is not None and (amsgrad or not correct_bias):
+            raise ValueError(
+                f"{f'amsgrad={amsgrad!r}' if amsgrad else f'correct_bias={correct_bias!r}'} with "
+                f"others_bits={others_bits!r}: torchao's {others_class.__name__}, which then moves what is not "
+                "projected, does not serve it; leave out one of them"
+            )
         super().__init__(
             params,
             optimizer_class=torch.optim.AdamW,
-            fallback_class=adamw_of_bits(others_bits),
+            fallback_class=others_class,
             traits=None if correct_bias else Traits(decay="decoupled", factor=_undo_bias_correction, is_another=True),
             state_dtype=state_dtype,
             rounding=rounding,
