@@ -53,6 +53,7 @@ class Server:
         if pid == 0:
             try:
                 _leave_pytest({listener.fileno(), alive, resource_tracker.getfd()})
+                _preempt_no_other()
                 select.select([listener, alive], [], [])
                 forkserver.main(listener.detach(), alive, self._modules)
             finally:
@@ -96,6 +97,16 @@ def _leave_pytest(ours: set[int]) -> None:
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.stderr)
+
+
+def _preempt_no_other() -> None:
+    """On Linux, let no thread take the core of another as soon as it is woken.
+
+    A thread of gloo that wakes while another of its process holds the lock spins until that one runs again: four
+    processes on two cores took a quarter more.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 TORCH = Server(

@@ -19,7 +19,7 @@ from galore_torch.distributed import shard_bases
 from tests.distributed.sharded import UNEVEN, fully_sharded
 from tests.distributed.trained import BAR, RANK, batch, distance, llama, loss_of, optimizer_of, weights_of
 
-HALF, STEPS = 6, 12
+HALF, STEPS = 5, 10
 KINDS = {"one": ("one", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp", 2), "fsdp of 3": ("fsdp", 3)}
 PARTS = {f"bases in parts, {world}": ("bases in parts", world) for world in (1, 2, 3, 4)}
 SAVERS = {**KINDS, **PARTS, "ddp of 4": ("ddp", 4), "fsdp of 4": ("fsdp", 4)}

@@ -21,17 +21,17 @@ from tests.distributed.pool import assert_every_process_raises
 from tests.distributed.sharded import UNEVEN, fully_sharded, trained_in_shards
 from tests.distributed.trained import BAR, RANK, STEPS, batch, distance, llama, loss_of, optimizer_of
 
-SHORT = 12
+SHORT = 7
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as it comes": {"steps": 20},
+    "as it comes": {"steps": 10},
     "uneven": {"shape": UNEVEN},
     "left": {"keys": {"proj_type": "left"}},
     "right": {"keys": {"proj_type": "right"}},
     "both sides": {"keys": {"proj_type": "full"}},
     "clipped, accumulated": {"micro": 2, "clip": 0.05},
-    "lazy": {"keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 20},
+    "lazy": {"keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 10},
     "SGD": {"recipe": "sgd"},
-    "moments rotated": {"keys": {"moments": "rotate"}, "shape": UNEVEN, "steps": 20},
+    "moments rotated": {"keys": {"moments": "rotate"}, "shape": UNEVEN, "steps": 10},
     "attached": {"mode": ("full", "step")},
     "not finite in one part": {"spoils": (3, 1), "keys": {"skip_nonfinite": True}},
     "Adafactor": {"recipe": "adafactor", "shape": UNEVEN},
@@ -62,15 +62,15 @@ def test_shards_of_every_recipe_train_as_one_process(pool, recipe):
 
 
 EARLY: dict[str, dict[str, Any]] = {
-    "projected": {"mode": ("projected", "step"), "shape": UNEVEN, "steps": 20},
-    "fused": {"mode": ("fused", "step"), "steps": 20},
+    "projected": {"mode": ("projected", "step"), "shape": UNEVEN, "steps": 10},
+    "fused": {"mode": ("fused", "step"), "steps": 10},
     "fused, uneven": {"mode": ("fused", "step"), "shape": UNEVEN},
     "fused, clipped": {"mode": ("fused", "step"), "clip": 0.05, "clips_from": 1},  # in the first step all are full
     "fused, accumulated": {"mode": ("fused", "step"), "micro": 2, "theirs": None},
     "projected, zeros left": {"mode": ("projected", "step"), "to_none": False},
     "fused, SGD with L2 decay": {"mode": ("fused", "step"), "recipe": "sgd", "keys": {"weight_decay": 0.1}},
     "fused, Muon": {"mode": ("fused", "step"), "recipe": "muon", "shape": UNEVEN},
-    "fused, lazy": {"mode": ("fused", "step"), "keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 20},
+    "fused, lazy": {"mode": ("fused", "step"), "keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 10},
     "fused, run again in the backward": {"mode": ("fused", "step"), "checkpoints": True},
     "applied in the backward": {"mode": ("fused", "backward"), "shape": UNEVEN},
     "full, applied in the backward": {"mode": ("full", "backward")},

@@ -107,7 +107,7 @@ def divided_after(rank: int, world: int, in_parts: bool) -> torch.Tensor:
     fully_sharded(model, world)
     optimizer = optimizer_of(model)
     attach(model, optimizer)
-    for step in range(GAP):
+    for step in range(2 * GAP):
         if in_parts and step in (3, 5):  # the second time it changes nothing
             shard_bases(optimizer)
         loss_of(model, batch(step).tensor_split(world)[rank]).backward()

@@ -63,7 +63,7 @@ def test_on_other_data_they_meet_after_every_average_at_a_part_of_the_bytes(pool
 def averaging(rank: int, world: int, every: int) -> tuple[float, float, float]:
     """How far the processes are apart before an average and after it, and the bytes of a window of three steps."""
     model = llama()
-    optimizer = optimizer_of(model, stagger=False)
+    optimizer = optimizer_of(model, stagger=False, update_proj_gap=8)
     attach(model, optimizer, average_every=every)
     net = DistributedDataParallel(model)
     sent: list[int] = []
