@@ -24,7 +24,7 @@ from transformers import (
 from galore_torch.training.finetune.config import GLUE, FinetuneConfig, RowsConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run.base_model import load_base
-from galore_torch.training.text.files import in_rows, require_filled
+from galore_torch.training.text.files import in_rows, require_filled, require_two_labels
 
 METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "accuracy": metrics.accuracy_score,
@@ -100,8 +100,8 @@ def find_labels(config: RowsConfig, rows: Rows, names: tuple[str, ...] = ()) -> 
     known = set(values)
     by_name = {str(value): value for value in {*known, *held_out}}
     of_model = set(by_name) <= set(names)
-    if len(known) < 2 and not of_model:
-        raise ValueError(f"label_column = {column!r} is {values[0]!r} in all rows; give rows of at least two labels.")
+    if not of_model:
+        require_two_labels(column, values)
     if task.numbers if task else _are_numbers(config.labels, values, column):
         infinite = [value for value in (*values, *held_out) if not math.isfinite(value)]
         if infinite:

@@ -1,10 +1,11 @@
 """The settings of a fine-tuning, and its tasks. Sections of optimizer and adapters are those of a pre-training."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from galore_torch.training.run.names import model_of_run, require_model, require_on_hub
+from galore_torch.training.run.names import local_path, model_of_run, require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import (
     GRADIENT_CHECKPOINTING,
@@ -17,12 +18,14 @@ from galore_torch.training.settings.fields import (
 )
 from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text.files import (
+    ROWS,
     first_rows,
     is_hub_name,
     missing_column,
     require_filled,
     require_form,
     require_rows,
+    require_two_labels,
 )
 
 TaskName = Literal[
@@ -49,6 +52,8 @@ class Task:
     numbers: bool = False  # whether labels are numbers to be met, not classes
 
 
+DEFAULT_MODEL = "FacebookAI/roberta-base"
+
 _PAIR = ("sentence1", "sentence2")
 GLUE: dict[str, Task] = {
     "cola": Task(("sentence",), ("matthews", "accuracy")),
@@ -69,7 +74,7 @@ class BaseModelConfig:
     """What is fine-tuned."""
 
     model: str = setting(
-        "FacebookAI/roberta-base",
+        DEFAULT_MODEL,
         "Name on the Hugging Face Hub, or folder, of the model, or folder of a run, whose finished model is meant.",
     )
     gguf_file: str | None = setting(None, "A GGUF file in that folder, which holds the weights.")
@@ -109,7 +114,7 @@ class RowsConfig:
     )
     data: str | None = setting(
         None,
-        "CSV, JSON lines or Parquet file of rows, or a data set of the Hugging Face Hub; needed but for GLUE. "
+        "CSV, TSV, JSON lines or Parquet file of rows, or a data set of the Hugging Face Hub; needed but for GLUE. "
         f"{ARITHMETIC} makes sums for grpo.",
     )
     held_out: str | None = setting(
@@ -226,10 +231,29 @@ class FinetuneConfig(TrainConfig):
         for field in ("data", "held_out"):
             name = getattr(self.data, field)
             if name is not None and name != ARITHMETIC:
-                _require_rows(self.data, field, name, labelled=labelled)
+                rows = _require_rows(self.data, field, name, labelled=labelled)
+                if field == "data" and labelled and self.data.task == "classify":
+                    self._require_labels([row.get(self.data.label_column) for row in rows])
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")
         require_model("model", self.model.model, self.model.gguf_file or "config.json")
+
+    def _require_labels(self, values: list[Any]) -> None:
+        """Refuse labels that are all the same, unless there are more to read or the model may know them."""
+        labels = [value for value in values if isinstance(value, str | int | float)]
+        if 1 < len(labels) < ROWS and not self._may_know(set(map(str, labels))):
+            require_two_labels(self.data.label_column, labels)
+
+    def _may_know(self, labels: set[str]) -> bool:
+        """Whether the model may have learnt to tell these labels; one that is not here may."""
+        file = local_path("model", self.model.model) / "config.json"
+        if not file.is_file():
+            return self.model.model != DEFAULT_MODEL
+        try:
+            names = json.loads(file.read_text(encoding="utf-8")).get("id2label") or {}
+            return labels <= set(map(str, names.values()))
+        except (ValueError, AttributeError):  # told where it is loaded
+            return True
 
     def going_on_from(self, weights: Path) -> "FinetuneConfig":
         """The same from other weights than its own: a model's folder, with its tokenizer."""
@@ -243,10 +267,11 @@ class FinetuneConfig(TrainConfig):
         return "all-linear" if self.model.target_modules == "all-linear" else self.model.target_modules.split(",")
 
 
-def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) -> None:
+def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) -> list[dict[str, Any]]:
+    """Refuse rows that cannot be used, as far as that is seen at once; the first ones are returned, or none."""
     if is_hub_name(field, name):
         require_on_hub(field, name, "dataset")
-        return
+        return []
     require_rows(field, name)
     rows = list(first_rows(field, name))
     if config.task in ON_TRL and rows:
@@ -258,6 +283,7 @@ def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) 
         if rows and column not in rows[0]:
             raise missing_column(of_column, column, rows[0])
         require_filled(of_column, column, enumerate((row.get(column) for row in rows), 1), what)
+    return rows
 
 
 SECTIONS = sections_of(FinetuneConfig)

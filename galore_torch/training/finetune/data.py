@@ -102,7 +102,7 @@ def _of_hub(field: str, value: str, *name: str) -> Any:
     except Exception as error:  # the Hub's client raises errors of many kinds
         raise ValueError(
             f"{field} = {value!r} is not given by the Hugging Face Hub: {sentence(error)} Check the network and the "
-            "name, or give a CSV, JSON lines or Parquet file."
+            "name, or give a CSV, TSV, JSON lines or Parquet file."
         ) from error
 
 

@@ -10,7 +10,8 @@ class DataConfig:
     data: str = setting(
         "stdlib",
         "What to train on: stdlib (the Python standard library's own sources, no download), allenai/c4 or any other "
-        "data set of the Hugging Face Hub (streamed), or a file or folder of text, JSON lines or Parquet.",
+        "data set of the Hugging Face Hub (streamed), or a file or folder of text, CSV, TSV, JSON lines or "
+        "Parquet.",
     )
     subset: str | None = setting(None, "Which configuration of a Hub data set.", default_help="en for allenai/c4")
     text_column: str = setting("text", "Which column of a Hub data set, JSON lines or Parquet holds the text.")

@@ -27,13 +27,17 @@ _SUFFIXES = {  # by what Datasets calls a file's kind
     "parquet": (".parquet",),
     "json": (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
     "csv": (".csv",),
+    "tsv": (".tsv",),
     "text": (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java",
              ".go", ".rs", ".sh"),
 }  # fmt: skip
 _LINES = {".jsonl", ".ndjson"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_FILES, _BEGINNING, _ROWS = 1000, 1 << 20, 100_000  # how many files, bytes of a text and rows are looked at
+_FILES, _BEGINNING, ROWS = 1000, 1 << 20, 100_000  # how many files, bytes of a text and rows are looked at
+_BEGINNING_ROWS = 1000  # of each of many files
 _NAMED = 20  # rows that a message names
+csv.field_size_limit((1 << 31) - 1)  # a document may be longer than the 131,072 characters of the standard library
 
 _FORMS = {  # columns that rows of a kind have, and the tasks that take them
     ("chosen", "rejected"): "dpo or --task reward",
@@ -62,7 +66,7 @@ def is_hub_name(field: str, name: str) -> bool:
 class LocalFiles:
     """Files that hold the documents, in order, and what of a folder is left out."""
 
-    kind: str  # text, csv, json or parquet
+    kind: str  # text, csv, tsv, json or parquet
     paths: list[Path]
     left_out: list[Path]  # those of a folder that are empty or of no kind of text
 
@@ -133,8 +137,10 @@ def require_readable(config: DataConfig) -> None:
             with path.open("rb") as file:
                 start = file.read(_BEGINNING)
             decode(path, start, final=len(start) < _BEGINNING)
+        elif files.kind == "parquet":
+            require_parquet("data", str(path), path)
         elif files.kind != "text":
-            for row in islice(first_rows("data", str(path)), 1):
+            for row in islice(first_rows("data", str(path)), _BEGINNING_ROWS):
                 if config.text_column not in row:
                     raise missing_column("text_column", config.text_column, row)
 
@@ -158,25 +164,66 @@ def require_rows(field: str, name: str) -> str:
         raise ValueError(f"{field} = {name!r} is not a CSV, JSON lines or Parquet file; give one that exists.")
     if not path.stat().st_size:
         raise ValueError(f"{field} = {name!r} is empty; give a file that holds rows.")
+    if kind == "parquet":
+        require_parquet(field, name, path)
     return str(kind)
+
+
+def require_parquet(field: str, name: str, path: Path) -> None:
+    """Refuse, with a ValueError, a file that a setting names and that does not begin and end as Parquet's do."""
+    with path.open("rb") as file:
+        start, size = file.read(4), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        end = file.read(8)
+    if start != end[4:] or start not in (b"PAR1", b"PARE") or int.from_bytes(end[:4], "little") + 12 > size:
+        raise ValueError(
+            f"{field} = {name!r} cannot be read as parquet: it does not begin and end as such files do, and may have "
+            "been cut off. Fix it, or give another."
+        )
 
 
 def first_rows(field: str, name: str) -> Iterator[dict[str, Any]]:
     """The first rows of a file, as its format has them; none where reading them needs a library.
 
-    A ValueError says which line of a file of JSON lines is not one.
+    A ValueError says which line of a file of JSON lines is not one, which of a table has more fields than its header,
+    or that there are no rows.
     """
     path = local_path(field, name)
     suffix = path.suffix.lower()
+    found = suffix not in {*_LINES, *_DELIMITERS}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file by a mark of its encoding
-            if suffix == ".csv":
-                yield from islice(csv.DictReader(file), _ROWS)
-            for number, line in enumerate(islice(file, _ROWS) if suffix in _LINES else (), 1):
-                if line.strip():
-                    yield _row(f"{field} = {name!r}: line {number}", line)
+            rows = _fields(file, suffix, field, name) if suffix in _DELIMITERS else _lines(file, suffix, field, name)
+            for row in islice(rows, ROWS):
+                found = True
+                yield row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{field} = {name!r} cannot be read as text: {error}. Save it as UTF-8.") from error
+    if not found:
+        raise ValueError(f"{field} = {name!r} holds no rows; give a file that does, and leave out this one.")
+
+
+def _fields(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[dict[str, Any]]:
+    rows = csv.DictReader(file, delimiter=_DELIMITERS[suffix])
+    for row in rows:
+        columns = list(rows.fieldnames or ())
+        more: Any = row.pop(None, None)  # type: ignore[call-overload] # where the standard library puts them
+        if more is not None and not _is_otherwise_parted(columns):  # Datasets would take the first for a row's name
+            raise ValueError(
+                f"{field} = {name!r}: line {rows.line_num} has {len(columns) + len(more)} fields, and the header "
+                f'{len(columns)}; put texts that hold {_DELIMITERS[suffix]!r} into "quotes", or fix the line.'
+            )
+        yield row
+
+
+def _is_otherwise_parted(columns: Sequence[str]) -> bool:
+    return len(columns) == 1 and re.search(r"[;\t|]", columns[0]) is not None
+
+
+def _lines(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file if suffix in _LINES else (), 1):
+        if line.strip():
+            yield _row(f"{field} = {name!r}: line {number}", line)
 
 
 def _row(where: str, line: str) -> dict[str, Any]:
@@ -192,7 +239,7 @@ def _row(where: str, line: str) -> dict[str, Any]:
 def missing_column(field: str, name: str, columns: Iterable[str]) -> ValueError:
     """That rows have no column that a setting names, with those that they have and the task that takes them."""
     columns = list(columns)
-    whole = " Columns are parted by commas." if len(columns) == 1 and re.search(r"[;\t|]", columns[0]) else ""
+    whole = " Columns are parted by commas." if _is_otherwise_parted(columns) else ""
     found = f"choose one of {', '.join(columns)}.{whole}{_fitting(columns)}"
     return ValueError(f"{field} = {name!r} is not a column of the rows; {found}")
 
@@ -219,6 +266,12 @@ def require_filled(field: str, name: str, column: Iterable[tuple[int, Any]], wha
     empty = [number for number, value in column if value is None or value != value or not str(value).strip()]
     if empty:
         raise ValueError(f"{field} = {name!r} {what} in {in_rows(sorted(empty))}; leave such rows out.")
+
+
+def require_two_labels(column: str, labels: Sequence[Any]) -> None:
+    """Refuse, with a ValueError, the labels of all rows in a column if all are the same."""
+    if len(set(map(str, labels))) < 2:
+        raise ValueError(f"label_column = {column!r} is {labels[0]!r} in all rows; give rows of at least two labels.")
 
 
 def in_rows(numbers: Sequence[int]) -> str:

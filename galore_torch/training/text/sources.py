@@ -70,7 +70,7 @@ def read_table(field: str, name: str, kind: str, files: list[Path], cache: Path,
     Args:
         field: the setting that names them.
         name: its value.
-        kind: what Datasets calls theirs: text, csv, json or parquet.
+        kind: what Datasets calls theirs (text, csv, json or parquet), or tsv.
         files: their literal paths.
         cache: where Datasets keeps what it has read: a folder of these files alone.
         how: further arguments of `datasets.load_dataset`.
@@ -86,6 +86,8 @@ def read_table(field: str, name: str, kind: str, files: list[Path], cache: Path,
                 raise ValueError(
                     f"{one!r} has {_CHAIN!r} in its name, which stands for a file inside an archive; rename it"
                 )
+        if kind == "tsv":
+            kind, how = "csv", {**how, "sep": "\t"}
         return datasets.load_dataset(
             kind, data_files=[glob.escape(one) for one in names], split="train", cache_dir=str(cache), **how
         )

@@ -1,5 +1,6 @@
 """What is wrong is told in a line, with the field, the value and a remedy, before any training; nothing is left."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -106,6 +107,11 @@ def test_rows_and_models_that_do_not_fit(classify, write, tmp_path, rows, given,
         ("rows.csv", "text,label\n", ["holds no rows"]),
         ("rows.jsonl", "{no json}\n", ["line 1 is not JSON", "fix the line"]),
         ("rows.parquet", "no parquet", ["cannot be read as parquet", "or give another"]),
+        ("rows.parquet", "PAR1 cut off", ["cannot be read as parquet", "or give another"]),
+        ("rows.jsonl", "\n\n", ["holds no rows"]),
+        ("rows.tsv", "text\tlabel\n", ["holds no rows"]),
+        ("rows.csv", "text,label\na,b\na, b,c\n", ["line 3 has 3 fields", "the header 2", '"quotes"']),
+        ("rows.tsv", "text\tlabel\na\tb\tc\n", ["line 2 has 3 fields", "the header 2"]),
     ],
 )
 def test_files_that_cannot_be_read(classify, tmp_path, name, content, words):
@@ -118,6 +124,36 @@ def test_files_that_cannot_be_read(classify, tmp_path, name, content, words):
     for word in words:
         assert word in str(wrong.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.csv", "text,label\n", "holds no rows"),
+        ("rows.csv", "text,label\na,b,c\n", "line 2 has 3 fields"),
+        ("rows.csv", "text,label\na,one\nb,one\n", "is 'one' in all rows"),
+        ("rows.csv", "text;label\na, b;c\n", "text_column = 'text' is not .* parted by commas"),
+        ("rows.parquet", "PAR1 cut off", "cannot be read as parquet"),
+    ],
+)
+def test_they_are_told_before_libraries_are_imported(name, content, words, classify, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    config = classify(data=str(tmp_path / name))
+    with pytest.raises(ValueError, match=words):
+        config.require_there()
+
+
+def test_one_class_is_enough_for_a_model_that_knows_it(classify, encoder, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\na,one\nb,one\n", encoding="utf-8")
+    shutil.copytree(encoder, tmp_path / "model")
+    config = classify(data=str(tmp_path / "rows.csv"), model=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="is 'one' in all rows"):
+        config.require_there()
+    config.require_there(labelled=False)
+    file = tmp_path / "model" / "config.json"
+    known = {**json.loads(file.read_text(encoding="utf-8")), "id2label": {"0": "one", "1": "two"}}
+    file.write_text(json.dumps(known), encoding="utf-8")
+    config.require_there()
 
 
 def test_a_class_that_is_only_held_out(classify, write, tmp_path):

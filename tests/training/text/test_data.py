@@ -255,6 +255,7 @@ def test_a_data_set_that_the_hub_does_not_give_is_told(monkeypatch, cache):
         ({"a.jsonl": b'{"content": "one"}\n{"content": "two"}'}, ["text_column = 'text'", "choose one of content"]),
         ({"a.txt": b"only one paragraph"}, ["holds 1 documents", "at least two"]),
         ({"a.parquet": b"nothing of the kind"}, ["cannot be read as parquet"]),
+        ({"a.tsv": b"words\tid\nyes\t1\n"}, ["text_column = 'text'", "choose one of words, id"]),
     ],
 )
 def test_data_that_cannot_be_used_is_told_with_the_remedy(files, words, cache, tmp_path):
