@@ -24,13 +24,20 @@ ABSENT = "No matching distribution found for"
 class Framework:
     """A published framework.
 
-    `needs` is what its command imports and no more. Empty: whatever the distribution itself asks for.
+    `needs` is what its command imports and no more. Empty: whatever the distribution itself asks for. The newest
+    version where none is named.
     """
 
     distribution: str
     command: str
     needs: tuple[str, ...] = ()
     needs_alone: tuple[str, ...] = ()  # installed without what they ask for in turn
+    version: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """What pip is asked for."""
+        return self.distribution + (f"=={self.version}" if self.version else "")
 
     def environment(self) -> Path:
         """Return the folder of the environment, which is made if it is not there.
@@ -40,7 +47,7 @@ class Framework:
         """
         if WHERE not in os.environ:
             pytest.skip(f"{WHERE} names no folder for environments of frameworks: run `make frameworks`")
-        asked = json.dumps([sys.version_info[:2], torch(), self.distribution, self.needs, self.needs_alone])
+        asked = json.dumps([sys.version_info[:2], torch(), self.asked, self.needs, self.needs_alone])
         key = hashlib.sha256(asked.encode()).hexdigest()[:12]
         folder = Path(os.environ[WHERE]).resolve() / f"{self.distribution}-{key}"
         if not (folder / STAMP).exists():
@@ -49,18 +56,13 @@ class Framework:
 
     def _make(self, folder: Path) -> None:
         run(sys.executable, "-m", "venv", "--clear", str(folder))
-        alone = (self.distribution,) if self.needs else ()
-        pip(folder, torch(), *(self.needs or (self.distribution,)))
+        alone = (self.asked,) if self.needs else ()
+        pip(folder, torch(), *(self.needs or (self.asked,)))
         pip(folder, "--no-deps", *alone, *self.needs_alone, "--editable", str(ROOT))
         if "+cpu" in torch():  # the registry has torchaudio for CUDA; without its compiled part it is of any torch
             for compiled in folder.glob("lib/*/site-packages/torchaudio/lib/*.so"):
                 compiled.unlink()
         (folder / STAMP).touch()
-
-    def version(self) -> str:
-        """Return the installed version."""
-        (found,) = self.environment().glob(f"lib/*/site-packages/{self.distribution.replace('-', '_')}-*.dist-info")
-        return found.name.removesuffix(".dist-info").rpartition("-")[2]
 
     def run(self, *words: str, **variables: str) -> str:
         """Run the framework's own command, without network, and return what it said."""

@@ -48,6 +48,45 @@ import torch
 torch.serialization.register_package(5, lambda storage: None, lambda storage, at: storage if "cpu:" in at else None)
 """
 MS_SWIFT = Framework(distribution="ms-swift", command="swift")
+AXOLOTL = Framework(  # the last version for Python 3.11, without what only GPUs and clouds need
+    distribution="axolotl",
+    command="axolotl",
+    needs=(
+        "accelerate==1.13.0",
+        "addict",
+        "art",
+        "axolotl-contribs-mit==0.0.6",
+        "bitsandbytes",
+        "colorama",
+        "datasets==4.8.4",
+        "einops",
+        "evaluate",
+        "fastcore",
+        "fire",
+        "huggingface_hub==1.17.0",
+        "kernels>=0.16,<0.17",
+        "numba>=0.63.1,<1",
+        "packaging==26.0",
+        "peft==0.20.0",
+        "pillow",
+        "posthog==6.7.11",
+        "pydantic==2.12.5",
+        "python-dotenv==1.0.1",
+        "requests",
+        "schedulefree==1.4.1",
+        "scipy",
+        "sentencepiece",
+        "tokenizers==0.23.1",
+        "torchao==0.17.0",
+        "transformers==5.16.1",
+        "triton",
+        "trl==1.9.0",
+        "typer==0.25.1",
+        "wandb",
+    ),
+    needs_alone=("axolotl-contribs-lgpl==0.0.7",),
+    version="0.19.0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -202,4 +241,31 @@ def test_the_lines_that_bring_ms_swift_this_package(material, tmp_path, processe
     swift(material, whole, said, processes, **small)
     assert ranks(whole) == {8}
     swift(material, resumed, said, processes, **small, resume_from_checkpoint=str(whole / f"checkpoint-{SAVED}"))
+    check_resumed(whole, resumed)
+
+
+# Axolotl -------------------------------------------------------------------------------------------------------------
+
+
+def axolotl(material: Path, out: Path, **given: object) -> None:
+    """Train with a file of settings: the guide's, made small, and where things are."""
+    settings = {
+        **yaml.safe_load(shown("yaml", "optim_args: {")), "optim_args": {"rank": 8, "update_proj_gap": 3, "scale": 1.0},
+        "base_model": str(material / "model"), "attn_implementation": "eager", "bf16": False, "tf32": False,
+        "datasets": [{"path": str(material / "rows.json"), "ds_type": "json", "type": "completion", "field": "output"}],
+        "dataset_prepared_path": str(out.with_name("prepared")), "val_set_size": 0, "sequence_len": 64,
+        "excess_length_strategy": "truncate", "output_dir": str(out), "max_steps": STEPS, "save_steps": SAVED,
+        "logging_steps": 1, "learning_rate": 0.01, "lr_scheduler": "cosine", "micro_batch_size": 4,
+        "gradient_accumulation_steps": 2, **given,
+    }  # fmt: skip
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings))
+    AXOLOTL.run("train", str(file), "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+
+
+def test_axolotl(material, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    axolotl(material, whole)
+    assert ranks(whole) == {8}
+    axolotl(material, resumed, resume_from_checkpoint=str(whole / f"checkpoint-{SAVED}"))
     check_resumed(whole, resumed)
