@@ -1,16 +1,12 @@
-"""Random checkpoints that do not fit, each loaded and judged: run as a script, for loading one might end the process.
+"""Random checkpoints that do not fit, each loaded and judged: in a process of its own, for loading one might end it.
 
-    python -m tests.optim.mismatches FIRST COUNT
-
-prints a line for each, and "done" at the end. Every one must be refused with a ValueError that names a weight and
-leaves everything as it was, or be loaded right: the state of each weight is the saved one, in the dtypes asked for.
+`main` prints a line for each, and "done" at the end. Every one must be refused with a ValueError that names a weight
+and leaves everything as it was, or be loaded right: the state of each weight is the saved one, in the dtypes asked for.
 """
 
 from __future__ import annotations
 
-import copy
 import random
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tests.optim.recipes import RECIPES
-from tests.optim.small import snapshot, walk
+from tests.optim.small import copied, snapshot, walk
 
 SHAPES = {"a": (24, 16), "b": (16, 24), "c": (24, 16), "d": (16, 8), "e": (40, 12), "f": (16,), "g": (8, 6, 5)}
 PROJECTED = ("a", "b", "c", "g")
@@ -56,7 +52,7 @@ class Case:
         self.swap_groups = False
         self.saved = self._saved(self.dice.choice([1, 2, 3]))
         self.names = dict(enumerate(name for group in self.split() for name in group))
-        self.meant = copy.deepcopy(self.saved["state"])
+        self.meant = set(self.saved["state"])
 
     def _saved(self, steps: int) -> dict[str, Any]:
         """What is saved after one, two or three steps. Cases that begin alike differ in what is wrong alone."""
@@ -66,8 +62,8 @@ class Case:
             _SAVED[alike] = []
             for step in range(3):
                 walk(optimizer, [weights[name] for name in self.order], range(step, step + 1))
-                _SAVED[alike].append(copy.deepcopy(optimizer.state_dict()))
-        return copy.deepcopy(_SAVED[alike][steps - 1])
+                _SAVED[alike].append(copied(optimizer.state_dict()))
+        return copied(_SAVED[alike][steps - 1])
 
     def split(self) -> list[list[str]]:
         groups = [[n for n in self.order if n in PROJECTED], [n for n in self.order if n not in PROJECTED]]
@@ -148,10 +144,9 @@ class Case:
         one, other = self.dice.sample(sorted(self.saved["state"]), 2)
         state = self.saved["state"]
         state[one], state[other] = state[other], state[one]
-        self.meant = state
 
     def an_unknown_parameter(self) -> None:
-        self.saved["state"][99] = copy.deepcopy(self.saved["state"][0])
+        self.saved["state"][99] = copied(self.saved["state"][0])
 
     def a_parameter_less_or_twice(self) -> None:
         listed = self.dice.choice(self.saved["param_groups"])["params"]
@@ -211,8 +206,8 @@ def judge(seed: int) -> str:
     told = f"{seed} {case.recipe}: {', '.join(said)}:"
     weights, optimizer = case.made()
     walk(optimizer, [weights[name] for name in case.order], range(case.dice.choice([0, 1])))
-    before = copy.deepcopy(snapshot(optimizer))
-    given = copy.deepcopy(case.saved)
+    before = snapshot(optimizer)
+    given = copied(case.saved)
     try:
         optimizer.load_state_dict(given)
     except ValueError as error:
@@ -246,7 +241,7 @@ def _difference(case: Case, weights: dict[str, nn.Parameter], optimizer: Optimiz
     for at, name in case.names.items():
         mine = name if by_name else ours[at]
         wanted, found = case.saved["state"].get(at, {}), optimizer.state.get(weights[mine], {})
-        if case.meant.keys() >= {at} and wanted:
+        if at in case.meant and wanted:
             wrong = _unlike(wanted, found, mine)
             if wrong:
                 return wrong
@@ -283,7 +278,3 @@ def main(first: int, count: int) -> None:
     for seed in range(first, first + count):
         print(_judged(seed), flush=True)
     print("done", flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from galore_torch import GaLore, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD
-from tests.optim.mismatches import judge
+from tests.forked import TORCH, begin
+from tests.optim.mismatches import judge, main
 from tests.optim.small import assert_same, groups, mixed, refusing, snapshot, walk, weights
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.waiting import DEADLINE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*too small for state in few bits")
 
@@ -25,19 +21,23 @@ def test_random_mismatches_are_refused_by_name_or_loaded_right():
 
 
 @pytest.mark.slow
-def test_a_thousand_more_end_no_process():
+def test_a_thousand_more_end_no_process(tmp_path):
     first, count = 15, 1000
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.optim.mismatches", str(first), str(count)],
-        capture_output=True, text=True, cwd=ROOT, check=False, timeout=600,
-    )  # fmt: skip
-    lines = child.stdout.splitlines()
-    assert child.returncode == 0, (child.returncode, lines[-1:], child.stderr[-500:])
+    said = [tmp_path / "stdout", tmp_path / "stderr"]
+    child = TORCH.start(judging, first, count, said)
+    child.join(2 * DEADLINE)
+    lines = said[0].read_text(encoding="utf-8").splitlines()
+    assert child.exitcode == 0, (child.exitcode, lines[-1:], said[1].read_text(encoding="utf-8")[-500:])
     assert len(lines) == count + 1
     assert lines[-1] == "done"
     assert [line for line in lines if line.startswith("wrong")] == []
     verdicts = {line.split()[0] for line in lines[:-1]}
     assert verdicts == {"refused", "loaded"}
+
+
+def judging(first, count, said):
+    begin(said)
+    main(first, count)
 
 
 # By name -------------------------------------------------------------------------------------------------------------

@@ -50,15 +50,24 @@ def optimizer_of(method: str, model: nn.Module) -> Optimizer:
     return AdamW([{"lr": 2e-3, **group} for group in groups], weight_decay=0.0)
 
 
+def make_step(model: nn.Module, optimizer: Optimizer, ids: Tensor) -> None:
+    loss_of(model, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def held_out(model: nn.Module) -> float:
+    """The loss of held-out text."""
+    with torch.no_grad():
+        return float(loss_of(model, HELD_OUT))
+
+
 def steps(model: nn.Module, optimizer: Optimizer, batches: Iterable[Tensor]) -> list[float]:
     """The losses of held-out text after each step."""
     losses = []
     for ids in batches:
-        loss_of(model, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            losses.append(float(loss_of(model, HELD_OUT)))
+        make_step(model, optimizer, ids)
+        losses.append(held_out(model))
     return losses
 
 
@@ -70,7 +79,9 @@ def losses(method: str, seed: int) -> tuple[float, dict[str, list[float]]]:
         if weight.dim() > 1:
             nn.init.normal_(weight, std=0.02, generator=generator)
     optimizer = optimizer_of(method, model)
-    before = steps(model, optimizer, (text(generator) for _ in range(SPIKE)))[-1]
+    for _ in range(SPIKE):
+        make_step(model, optimizer, text(generator))
+    before = held_out(model)
     batches, ways = [text(generator) for _ in range(RECOVERED + 1)], {}
     for kind in ("undisturbed", "random", "one token"):
         own = copy.deepcopy(model)
