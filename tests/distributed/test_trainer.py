@@ -133,11 +133,22 @@ def test_accelerate_trains_in_two_processes_as_in_one(pool: Any):
     assert distance(ours, pool.run(by_accelerate, 1)[0]) <= BAR
 
 
+def shard_by_accelerate(accelerator: Any, layer: str) -> None:
+    """Accelerate shards on a GPU alone: here it is told to."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[layer]
+    )
+
+
 def by_fsdp2_of_accelerate(rank: int, world: int, gradients: str) -> Tensor:
-    """Accelerate shards on a GPU alone: here it is told to. `prepare` puts shards in the place of weights."""
+    """`prepare` puts shards in the place of weights."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     as_started_by_torchrun(rank, world)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -147,11 +158,7 @@ def by_fsdp2_of_accelerate(rank: int, world: int, gradients: str) -> Tensor:
     if gradients != "full":
         attach(model, optimizer, gradients)  # type: ignore[arg-type]
     if world > 1:
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Layer"]
-        )
+        shard_by_accelerate(accelerator, "Layer")
     try:
         net, prepared = accelerator.prepare(model, optimizer)
         for step in range(2 * STEPS):
@@ -176,3 +183,108 @@ def test_accelerate_shards_as_one_process_trains(pool: Any):
 
 def test_attached_before_accelerate_shards_is_refused(pool: Any):
     assert_every_process_raises(pool.ask(by_fsdp2_of_accelerate, 2, gradients="fused"), 'gradients="full"')
+
+
+def by_dpo(rank: int, world: int, folder: str, shards: bool) -> Tensor:
+    """By Accelerate's FSDP2, or under DDP."""
+    import warnings
+    from typing import ClassVar
+
+    from accelerate.state import AcceleratorState, PartialState
+    from trl import DPOConfig, DPOTrainer
+
+    from galore_torch.integrations.transformers import GaLoreTrainerMixin
+    from tests.integrations.small_mistral import SEQUENCE, mistral, preferences, tokenizer
+
+    class Preferring(GaLoreTrainerMixin, DPOTrainer):
+        galore: ClassVar = {"rank": 8, "update_proj_gap": 4, "gradients": "full"}
+
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            if shards:
+                shard_by_accelerate(self.accelerator, "MistralDecoderLayer")
+                self.is_fsdp_enabled = True
+
+    as_started_by_torchrun(rank, world)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    warnings.simplefilter("ignore")
+    trainer = Preferring(
+        model=mistral().double(),
+        ref_model=mistral().double(),
+        args=DPOConfig(**arguments_of(folder, world), bf16=False, max_length=SEQUENCE),
+        train_dataset=preferences(),
+        processing_class=tokenizer(),
+    )
+    try:
+        trainer.train()
+        assert type(next(trainer.model_wrapped.parameters())).__name__ == ("DTensor" if shards else "Parameter")
+        return weights_of(trainer.model_wrapped)
+    finally:
+        PartialState._reset_state()
+        AcceleratorState._reset_state()
+
+
+def test_dpo_trains_in_shards_as_under_ddp(pool, tmp_path):
+    """Where an epoch ends with less than a batch for each process, these see other rows than one process does."""
+    ours, theirs = pool.run(by_dpo, 2, folder=str(tmp_path), shards=True)
+    assert torch.equal(ours, theirs)
+    assert distance(ours, pool.run(by_dpo, 2, folder=str(tmp_path), shards=False)[0]) <= BAR
+
+
+def by_lightning(rank: int, world: int, folder: str, gradients: str) -> Tensor:
+    """In one process as it is, in several by ModelParallelStrategy, where the module shards its model itself."""
+    import warnings
+
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+    from torch.utils.data import DataLoader
+
+    class Learner(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama()
+
+        def configure_model(self) -> None:
+            if world > 1:
+                for layer in self.model.layers:
+                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, ids: Tensor) -> Tensor:
+            return loss_of(self.model, ids)
+
+        def configure_optimizers(self) -> Any:
+            return optimizer_of(self.model)
+
+        def on_fit_start(self) -> None:
+            if gradients != "full":
+                attach(self.model, self.optimizers().optimizer, gradients)
+
+    as_started_by_torchrun(rank, world)
+    os.environ.update(TORCHELASTIC_RUN_ID="none", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(world))
+    warnings.simplefilter("ignore")
+    learner = Learner()
+    batches = [batch(step).tensor_split(world)[rank] for step in range(STEPS)]
+    Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=ModelParallelStrategy(world, 1, process_group_backend="gloo") if world > 1 else "auto",
+        use_distributed_sampler=False,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    ).fit(learner, DataLoader(batches, batch_size=None))
+    assert world == 1 or type(next(learner.model.parameters())).__name__ == "DTensor"
+    return weights_of(learner.model)
+
+
+@pytest.mark.parametrize("gradients", ["full", "fused"])
+def test_lightning_shards_as_one_process_trains(pool, tmp_path, gradients):
+    given = {"folder": str(tmp_path), "gradients": gradients}
+    ours, theirs = pool.run(by_lightning, 2, **given)
+    assert torch.equal(ours, theirs)
+    assert distance(ours, pool.run(by_lightning, 1, **given)[0]) <= BAR

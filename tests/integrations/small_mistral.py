@@ -45,6 +45,15 @@ def assert_falls(losses: list[float], by: float = 0.3) -> None:
     assert sum(losses[-3:]) / 3 < losses[0] - by
 
 
+def preferences() -> datasets.Dataset:
+    """Return pieces of the documents that are to be answered by the next one, not by one that is written backwards."""
+    pieces = [piece[:60] for piece in documents()]
+    rows = zip(pieces, pieces[1:], pieces[2:], strict=False)
+    return datasets.Dataset.from_list(
+        [{"prompt": one, "chosen": two, "rejected": three[::-1]} for one, two, three in rows]
+    )
+
+
 def text() -> datasets.Dataset:
     """Return the documents as rows with a column `text`."""
     return datasets.Dataset.from_dict({"text": documents()})

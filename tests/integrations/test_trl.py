@@ -3,14 +3,13 @@
 import copy
 from typing import ClassVar
 
-import datasets
 import pytest
 import torch
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
 from galore_torch.integrations.transformers import GaLoreFactory, GaLoreTrainerMixin
-from tests.integrations.small_mistral import SEQUENCE, assert_falls, documents, mistral, text, tokenizer
+from tests.integrations.small_mistral import SEQUENCE, assert_falls, mistral, preferences, text, tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -97,13 +96,6 @@ def test_sft_takes_any_recipe_and_its_arguments(tmp_path):
 
 class Preferring(GaLoreTrainerMixin, DPOTrainer):
     """As a reader would write it."""
-
-
-def preferences():
-    pieces = [piece[:60] for piece in documents()]
-    rows = zip(pieces, pieces[1:], pieces[2:], strict=False)
-    made = [{"prompt": one, "chosen": two, "rejected": three[::-1]} for one, two, three in rows]
-    return datasets.Dataset.from_list(made)
 
 
 def preferring(folder, gradients="full", update="step", **given):
