@@ -17,6 +17,7 @@ from galore_torch.training.compare.results import as_json, compare, final_record
 from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, PANEL, Json, reported_errors
 from galore_torch.training.run.files import write_whole
+from galore_torch.training.run.processes import require_one
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import given_settings, with_settings
@@ -107,6 +108,7 @@ def _command(job: ComparedJob) -> Callable[..., None]:
         console = Console(stderr=json)
         runs: list[PlannedRun] = []
         with stoppable(lambda: _stopped(runs, folder)), reported_errors(f"galore compare {job.name}"):
+            require_one(f"torchrun -m galore_torch {job.name} makes a single run in several")
             rates = (lr or (), others_lr or (), seed or (0,))
             runs += make_plan(job, preset, method or job.methods, *rates, given, sets or ())
             require_same_plan(folder / PLAN, job, runs, needed=report_only)

@@ -50,10 +50,15 @@ def goes_on(folder: RunFolder) -> bool:
     return found[0]
 
 
-def require_one() -> None:
-    """Refuse a launcher of many processes with a ValueError."""
+def require_one(instead: str = "") -> None:
+    """Refuse a launcher of many processes with a ValueError.
+
+    Args:
+        instead: what else can be done.
+    """
     if count() > 1:
-        raise ValueError(f"WORLD_SIZE = {count()}: this job runs in one process; start it without a launcher.")
+        told = f" ({instead})" if instead else ""
+        raise ValueError(f"WORLD_SIZE = {count()}: this job runs in one process; start it without a launcher{told}.")
 
 
 def require_served(config: Any, *, in_processes: bool) -> int:

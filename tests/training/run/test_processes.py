@@ -181,6 +181,14 @@ def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, confi
         assert names(folder) == names(tmp_path / "two")
 
 
+def test_a_comparison_is_refused_in_each_process_before_anything_is_made(tmp_path):
+    status, printed = launch(tmp_path / "compared", job="compare")
+    assert status == 1
+    assert printed.count("WORLD_SIZE = 2") == 2
+    assert printed.count("torchrun -m galore_torch pretrain") == 2
+    assert names(tmp_path) == ["compared.said"]
+
+
 @pytest.mark.slow
 def test_it_is_so_as_a_user_starts_it(alone, config, tmp_path):
     ended(tmp_path / "lost", "--config", config, "--parallel", "fsdp", restarts=1, loses="1:5", forks=False)
