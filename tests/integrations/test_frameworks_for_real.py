@@ -87,6 +87,47 @@ AXOLOTL = Framework(  # the last version for Python 3.11, without what only GPUs
     needs_alone=("axolotl-contribs-lgpl==0.0.7",),
     version="0.19.0",
 )
+DIFFUSERS = Framework(distribution="diffusers", command="python")
+# What its unconditional training example does, around the guide's lines for the optimizer; from a checkpoint if given.
+DIFFUSION = """\
+import json, sys
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+out, steps, *checkpoint = sys.argv[1:]
+torch.manual_seed(0)
+unet = UNet2DModel(
+    sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+images = torch.rand(8, 1, 8, 8) * torch.linspace(0, 1, 8)
+scheduler = DDPMScheduler(num_train_timesteps=100)
+if checkpoint:
+    unet = UNet2DModel.from_pretrained(checkpoint[0])
+@OPTIMIZER@
+begun = 0
+if checkpoint:
+    saved = torch.load(checkpoint[0] + "/optimizer.pt", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    begun = saved["step"]
+losses = {}
+for step in range(begun, int(steps)):
+    losses[step] = 0.0
+    for part in range(2):
+        drawn = torch.Generator().manual_seed(2 * step + part)
+        noise = torch.randn(images.shape, generator=drawn)
+        times = torch.randint(100, (len(images),), generator=drawn)
+        predicted = unet(scheduler.add_noise(images, noise, times), times).sample
+        loss = torch.nn.functional.mse_loss(predicted, noise) / 2
+        loss.backward()
+        losses[step] += loss.item()
+    optimizer.step()
+    optimizer.zero_grad()
+unet.save_pretrained(out)
+torch.save({"optimizer": optimizer.state_dict(), "step": int(steps)}, out + "/optimizer.pt")
+with open(out + "/losses.json", "w") as file:
+    json.dump(losses, file)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +310,20 @@ def test_axolotl(material, tmp_path):
     assert ranks(whole) == {8}
     axolotl(material, resumed, resume_from_checkpoint=str(whole / f"checkpoint-{SAVED}"))
     check_resumed(whole, resumed)
+
+
+# diffusers -----------------------------------------------------------------------------------------------------------
+
+
+def test_diffusers(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(DIFFUSION.replace("@OPTIMIZER@", shown("python", "unet")))
+
+    def diffused(name: str, *words: object) -> dict[str, float]:
+        DIFFUSERS.run(str(script), str(tmp_path / name), *map(str, words))
+        return json.loads((tmp_path / name / "losses.json").read_text())
+
+    whole, half = diffused("whole", STEPS), diffused("half", SAVED)
+    assert_falls(list(whole.values()))
+    resumed = diffused("resumed", STEPS, tmp_path / "half")
+    assert {**half, **resumed} == pytest.approx(whole, rel=1e-6)  # biases of convolutions round by the memory's layout
