@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,8 +19,12 @@ _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 def main() -> None:
     """Run the command line. Without the ``train`` extra, say which line installs it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)  # until a command has something to save
+    if wrong := _wrong_surroundings():
+        os.write(2, f"galore: {wrong}\n".encode("ascii", "backslashreplace"))
+        sys.exit(2)
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # as nohup has it
+            signal.signal(number, _stop)  # until a command has something to save
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -28,8 +34,24 @@ def main() -> None:
     app()
 
 
+def _wrong_surroundings() -> str | None:
+    """What of Python's own settings no command can do with, and the remedy."""
+    if sys.flags.optimize > 1:
+        return "PYTHONOPTIMIZE=2 (-OO) takes away docstrings, which Transformers reads; use 1, or leave it out."
+    try:
+        for text in (*sys.argv[1:], str(Path.cwd())):
+            text.encode()
+    except UnicodeEncodeError as error:
+        why = "is no UTF-8, as Python reads it; set PYTHONUTF8=1 or LANG=C.UTF-8, or rename what it names."
+        return f"{error.object!r} {why}"
+    except FileNotFoundError:
+        return "the working directory is not there any more; change to another."
+    return None
+
+
 def _stop(number: int, _frame: object) -> None:
-    os.write(2, b"galore: stopped. Nothing was written.\n")
+    with suppress(OSError):  # a terminal may be gone
+        os.write(2, b"galore: stopped. Nothing was written.\n")
     os._exit(128 + number)  # what sys.exit raises, a library that is being imported may swallow
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -176,6 +177,24 @@ def test_a_file_of_settings_is_enough(tiny, tmp_path, monkeypatch):
     one, two = json.loads(first.stdout), json.loads(second.stdout)
     assert (one["step"], two["step"]) == (2, 3)
     assert one["parameters"] == two["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"PYTHONOPTIMIZE": "2"}, ["PYTHONOPTIMIZE=2", "leave it out"]),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ["no UTF-8", "PYTHONUTF8=1"]),
+    ],
+    ids=["without docstrings", "without UTF-8"],
+)
+def test_surroundings_in_which_no_run_can_end_well_are_told_at_once(given, words, tmp_path):
+    process = galore("pretrain", "--out", str(tmp_path / "\u00e9"), env={**os.environ, **given})
+    output, error = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 2
+    assert output == ""
+    assert "Traceback" not in error
+    assert all(word in error for word in words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_text_can_be_prepared_for_runs_to_come(tiny, tmp_path):

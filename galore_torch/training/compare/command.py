@@ -18,7 +18,7 @@ from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, PANEL, Json, reported_errors
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.processes import require_one
-from galore_torch.training.run.signals import stoppable
+from galore_torch.training.run.signals import Screen, stoppable
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import given_settings, with_settings
 from galore_torch.training.settings.methods import METHODS
@@ -105,7 +105,7 @@ def _command(job: ComparedJob) -> Callable[..., None]:
     ) -> None:
         given = given_settings(given)
         folder = out or Path("runs") / f"compare-{given.get('task') or preset or job.presets.default(given)}"
-        console = Console(stderr=json)
+        console = Screen(stderr=json)
         runs: list[PlannedRun] = []
         with stoppable(lambda: _stopped(runs, folder)), reported_errors(f"galore compare {job.name}"):
             require_one(f"torchrun -m galore_torch {job.name} makes a single run in several")

@@ -18,7 +18,7 @@ from galore_torch.training.run import hub, processes, records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.disk import failed_write
 from galore_torch.training.run.folder import OtherDataError, RunFolder
-from galore_torch.training.run.signals import exit_status, stoppable
+from galore_torch.training.run.signals import Screen, exit_status, stoppable
 from galore_torch.units import duration, readable
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run_command(
         json: whether the result is printed as JSON.
         instead: what is done with the settings instead of a run.
     """
-    console, name = Console(stderr=json, quiet=not processes.is_first()), f"galore {command}"
+    console, name = Screen(stderr=json, quiet=not processes.is_first()), f"galore {command}"
     changes: dict[str, Any] = {}
     folder: RunFolder | None = None
     with stoppable(lambda: _stopped(folder, name, resumed=resume)):

@@ -1,25 +1,31 @@
-"""Ctrl-C (and a cluster's SIGTERM) at any moment of a command: a saved state or an untouched folder, and a line on it.
+"""Ctrl-C (a cluster's SIGTERM, a closed terminal) at any moment of a command: a saved state or an untouched folder.
 
 | moment | what a signal does |
 | --- | --- |
 | while a run is prepared | `stoppable` ends the command; its folder is as it was |
 | while it trains | `SaveOnSignal` (in `callbacks`) ends the step and saves; a second one ends it at once |
 | while the finished run is written | `deferred` lets that end first; a second one ends the command at once |
+
+A reader of the output that goes away, as ``head`` does, is as such a signal: see `Screen`.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 import typer
 from rich.console import Console
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # which Windows does not have
+
+SIGNALS = tuple(dict.fromkeys((signal.SIGINT, signal.SIGTERM, _HANGUP)))
 """What asks a command to stop."""
 
 Handler = Callable[[int, FrameType | None], None]
@@ -41,8 +47,30 @@ class _Asked:
 
 
 def heard(number: int) -> None:
-    """Remember which signal asked the command to stop, for `exit_status`."""
+    """Remember which signal asked the command to stop, for `exit_status`; to a terminal that is gone write no more."""
     _Asked.by = number
+    for stream in (1, 2) if number == _HANGUP else ():
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                _write_nowhere(stream)
+
+
+def _write_nowhere(stream: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
+class Screen(Console):
+    """A console whose reader may go away: that asks the command to stop, as SIGTERM does, with what it has saved."""
+
+    def on_broken_pipe(self) -> None:
+        """Write nothing any more, and do what is done now when a signal comes."""
+        self.quiet = True
+        _write_nowhere(self.file.fileno())
+        handler = signal.getsignal(signal.SIGTERM)
+        if callable(handler):
+            handler(getattr(signal, "SIGPIPE", signal.SIGTERM), None)
 
 
 def exit_status() -> int:
@@ -65,7 +93,8 @@ def handle(handler: Handler | signal.Handlers) -> Callable[[], None]:
     """Let a handler hear the signals, and return what gives them back. Only in the main thread anything changes."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in SIGNALS}
+    heeded = [one for one in SIGNALS if one != _HANGUP or signal.getsignal(one) != signal.SIG_IGN]  # as nohup has it
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in heeded}
 
     def give_back() -> None:
         while before:
@@ -92,7 +121,8 @@ def stoppable(left: Callable[[], str]) -> Iterator[None]:
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        _Asked.now, _Asked.by = True, number
+        _Asked.now = True
+        heard(number)
         raise Stop
 
     _Asked.now, _Asked.by = False, signal.SIGINT
@@ -105,7 +135,7 @@ def stoppable(left: Callable[[], str]) -> Iterator[None]:
             if not stopped or isinstance(error, typer.Exit):
                 raise
             with handled_by(signal.SIG_IGN):
-                Console(stderr=True).out(left(), highlight=False)
+                Screen(stderr=True).out(left(), highlight=False)
             raise typer.Exit(exit_status()) from None
         finally:
             _Asked.now = False

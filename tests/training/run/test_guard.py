@@ -1,6 +1,7 @@
 """Signals at any moment of a real command: a saved state or an untouched folder, and a line that says which."""
 
 import contextlib
+import os
 import re
 import signal
 
@@ -10,7 +11,7 @@ import typer
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.signals import deferred, stop_if_asked, stoppable
+from galore_torch.training.run.signals import Screen, deferred, exit_status, stop_if_asked, stoppable
 from tests.training.during import last_record
 from tests.training.signalled import MOMENTS, signalled
 
@@ -19,7 +20,7 @@ def send(number=signal.SIGINT):
     signal.raise_signal(number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_body_and_says_what_is_left(number, capsys):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(typer.Exit) as stopped, stoppable(lambda: "nothing is left"):
@@ -27,6 +28,40 @@ def test_a_signal_ends_the_body_and_says_what_is_left(number, capsys):
     assert stopped.value.exit_code == 128 + number
     assert "nothing is left" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable(lambda: pytest.fail("not stopped")):
+            send(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def unread():
+    """A stream whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stream:
+        yield stream
+
+
+def test_a_reader_that_went_away_is_a_signal(unread, capsys):
+    with pytest.raises(typer.Exit) as stopped, stoppable(lambda: "nothing is left"):
+        Screen(file=unread).print("a line")
+    assert stopped.value.exit_code == 128 + signal.SIGPIPE
+    assert "nothing is left" in capsys.readouterr().err
+
+
+def test_what_is_being_written_ends_first_also_without_a_reader(unread):
+    screen = Screen(file=unread)
+    with deferred():
+        screen.print("a line")
+        screen.print("another")
+    assert exit_status() == 128 + signal.SIGPIPE
 
 
 def test_a_signal_that_a_library_swallowed_stops_at_the_next_look(capsys):
