@@ -10,7 +10,7 @@ from tests.training.run.test_hard_times import outcomes_of_damage
 
 @pytest.mark.slow
 def test_damage_to_a_stopped_fine_tuning_is_raised_or_harmless(classify, tmp_path):
-    config = classify(method="galore", save_every=2)
+    config = classify(method="galore", save_every=2, steps=6)
     new_run(Finetuning, config, tmp_path / "whole").train()
     new_run(Finetuning, config, tmp_path / "stopped", callbacks=[During(5, ctrl_c)]).train()
     outcomes = outcomes_of_damage("finetune", tmp_path / "stopped", tmp_path / "whole", 30)

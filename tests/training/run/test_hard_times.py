@@ -147,7 +147,7 @@ def crashed(tiny, tmp_path_factory) -> Path:
     """A run that has crashed after its checkpoints at steps 2 and 4."""
     out = tmp_path_factory.mktemp("crashed") / "run"
     with pytest.raises(RuntimeError, match="went down"):
-        new_run(Pretraining, tiny(save_every=2), out, callbacks=[During(6, crash)]).train()
+        new_run(Pretraining, tiny(save_every=2, steps=6), out, callbacks=[During(5, crash)]).train()
     return out
 
 
@@ -184,7 +184,7 @@ def outcomes_of_damage(command: str, stopped: Path, whole: Path, count: int) -> 
 
 @pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_damage_to_a_stopped_run_is_told_or_harmless(count, stopped, tiny, tmp_path):
-    new_run(Pretraining, tiny(save_every=2), tmp_path / "whole").train()
+    new_run(Pretraining, tiny(save_every=2, steps=6), tmp_path / "whole").train()
     outcomes = outcomes_of_damage("pretrain", stopped, tmp_path / "whole", count)
     assert count < 60 or all(outcomes.values()), outcomes  # so many show both
 
