@@ -33,7 +33,7 @@ ROWS = 12
 
 def built(kind: str, world: int) -> tuple[Any, Any, Any]:
     """A model, what runs it, and its optimizer."""
-    model = llama(**UNEVEN)
+    model = llama(**UNEVEN, layers=1)
     if kind in ("fsdp", "bases in parts"):
         fully_sharded(model, world)
     optimizer = optimizer_of(model, update_proj_gap=4, rank=RANK)
@@ -156,7 +156,7 @@ def save_by_itself(rank: int, world: int, path: str) -> Tensor:
 
 def load_by_itself(rank: int, world: int, path: str, in_parts: bool) -> Tensor:
     saved = torch.load(path, weights_only=True)
-    model = llama(**UNEVEN)
+    model = llama(**UNEVEN, layers=1)
     model.load_state_dict(saved["model"])
     fully_sharded(model, world)
     optimizer = optimizer_of(model, update_proj_gap=4, rank=RANK)

@@ -87,13 +87,18 @@ def test_gradients_that_are_projected_early_train_as_one_process(pool, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_four_shards_train_as_one_process(pool, name):
     """Some parts are shorter than others, and some are empty."""
-    assert_as_one(pool, 4, **{"steps": SHORT, **VARIANTS[name]})
+    assert_as_one(pool, 4, **of_one_layer(VARIANTS[name]))
+
+
+def of_one_layer(variant: dict[str, Any]) -> dict[str, Any]:
+    """All that differs from two processes is in each layer."""
+    return {"steps": SHORT, **variant, "shape": {**variant.get("shape", {}), "layers": 1}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EARLY)
 def test_gradients_that_are_projected_early_train_in_four_processes_as_in_one(pool, name):
-    assert_as_one(pool, 4, **{"steps": SHORT, **EARLY[name]})
+    assert_as_one(pool, 4, **of_one_layer(EARLY[name]))
 
 
 @pytest.mark.parametrize("mode", [None, ("fused", "step")], ids=["full", "fused"])

@@ -68,12 +68,14 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Two layers. A batch says which of them it skips, if it does; they may be run again in the backward pass."""
+    """A few layers. A batch says which of them it skips, if it does; they may be run again in the backward pass."""
 
-    def __init__(self, width: int = 24, inner: int = 40, heads: int = 3, *, tied: bool = False) -> None:
+    def __init__(
+        self, width: int = 24, inner: int = 40, heads: int = 3, *, layers: int = 2, tied: bool = False
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, width)
-        self.layers = nn.ModuleList([Layer(width, inner, heads) for _ in range(2)])
+        self.layers = nn.ModuleList([Layer(width, inner, heads) for _ in range(layers)])
         self.norm = Norm(width)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         if tied:
