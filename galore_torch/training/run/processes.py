@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from galore_torch.training.run.folder import LAUNCH, RunFolder
 
 if TYPE_CHECKING:
     import torch
+
+MEETING = 300
+"""Seconds that processes wait for each other at their start."""
 
 
 def count() -> int:
@@ -101,7 +105,11 @@ def divided(schedule: Any, world: int) -> int:
 
 
 def connect() -> None:
-    """Let the processes find each other: by addresses of this start, since the launcher keeps those of the last."""
+    """Let the processes find each other: by addresses of this start, since the launcher keeps those of the last.
+
+    Raises:
+        ValueError: not all of them have come in `MEETING` seconds, in those that have.
+    """
     if count() == 1:
         return
     import torch
@@ -113,11 +121,22 @@ def connect() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, world = next(iter(rendezvous("env://")))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # one for all starts
-        store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    backend = None if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    limit = timedelta(seconds=MEETING)
+    try:
+        store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # one for all starts
+            store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store.set(f"here-{rank}", "")  # a group would wait as long as a collective may take
+        store.wait([f"here-{one}" for one in range(world)], limit)
+        backend = None if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"WORLD_SIZE = {count()}, and not all processes have met at {place} in {MEETING} s: one was lost or "
+            f"never started, or none can be reached there ({str(error).splitlines()[0]}). Start all of them anew; "
+            "torchrun --max-restarts does so by itself."
+        ) from error
 
 
 def wait_for_all() -> None:

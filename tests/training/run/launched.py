@@ -3,9 +3,10 @@
     launched.py SAID LOSES ARGUMENTS
 
 runs `galore ARGUMENTS` and writes to the file SAID. LOSES = "RANK:STEP" kills that process after that step, in the
-first start. LOSES = "SEED*COUNT" kills a process in each of the first starts: which one, after which step and how long
-after it is drawn. LOSES = "node:PID" kills after step 4 with the agent that has started it, "others" has a process that
-is alone wait after step 6 for others to join. LOSES = "none" kills none.
+first start; after step 0 it is while the run is made ready, when the first process has begun its folder. LOSES =
+"SEED*COUNT" kills a process in each of the first starts: which one, after which step and how long after it is drawn.
+LOSES = "node:PID" kills after step 4 with the agent that has started it, "others" has a process that is alone wait
+after step 6 for others to join. LOSES = "none" kills none.
 """
 
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.cli import main
+from galore_torch.training.run import processes
 from galore_torch.training.run.callbacks import Recorder
 from tests.forked import begin
 
@@ -57,7 +59,9 @@ def lose(given: str, rank: int, world: int, start: int) -> None:
         return
     if "*" not in given:
         lost, step = map(int, given.split(":"))
-        if (lost, start) == (rank, 0):
+        if (lost, start) == (rank, 0) and not step:
+            processes.require_same_text = lambda _: kill()
+        elif (lost, start) == (rank, 0):
             after_step(step, lambda _: kill())
         return
     seed, count = map(int, given.split("*"))

@@ -18,6 +18,7 @@ import pytest
 from torch.distributed import run
 
 from galore_torch.training.run import processes, records
+from galore_torch.training.run.command import REFUSED
 from galore_torch.training.run.folder import RunFolder
 from tests.forked import TRAINING, begin
 from tests.waiting import DEADLINE, wait_for
@@ -53,6 +54,31 @@ def test_what_several_processes_cannot_run_is_refused(world, given, in_processes
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ValueError, match=words):
         processes.require_served(settings(**given), in_processes=in_processes)
+
+
+ALONE = """
+import sys
+from galore_torch.cli import main
+from galore_torch.training.run import processes
+processes.MEETING = 2
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_where_a_process_is_lost_at_the_start_the_others_say_so(rank, tmp_path):
+    """The first one is where all meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env = {**os.environ, **place, "RANK": rank, "WORLD_SIZE": "2", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", ALONE, "pretrain", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == REFUSED
+    assert f"127.0.0.1:{place['MASTER_PORT']} in 2 s" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) == []
 
 
 # By torchrun ---------------------------------------------------------------------------------------------------------
@@ -187,6 +213,34 @@ def test_a_comparison_is_refused_in_each_process_before_anything_is_made(tmp_pat
     assert printed.count("WORLD_SIZE = 2") == 2
     assert printed.count("torchrun -m galore_torch pretrain") == 2
     assert names(tmp_path) == ["compared.said"]
+
+
+@pytest.mark.slow
+def test_where_one_is_killed_before_the_first_step_the_run_begins_anew(alone, config, tmp_path):
+    ended(tmp_path / "lost", "--config", config, restarts=1, loses="1:0")
+    assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
+
+
+@pytest.mark.slow
+def test_a_run_that_has_lost_one_before_the_first_step_is_resumed(alone, config, tmp_path):
+    assert launch(tmp_path / "lost", "--config", config, loses="1:0")[0] == 1
+    ended(tmp_path / "lost", *(["--resume"] if (tmp_path / "lost").exists() else ["--config", config]), world=1)
+    assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
+
+
+@pytest.mark.slow
+def test_where_the_node_is_lost_at_which_all_meet_the_others_end_and_the_run_is_resumed(alone, config, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, given = tmp_path / "elastic", ("--config", config)
+    first = agent(folder, "node", port, *given)
+    wait_for(lambda: is_open(port), first)
+    second = agent(folder, "none", port, *given)
+    assert first.wait(DEADLINE) == -signal.SIGKILL
+    assert second.wait(DEADLINE) not in (0, None)
+    ended(folder, "--resume", world=1)
+    assert losses(folder) == pytest.approx(losses(alone), rel=BAR)
 
 
 @pytest.mark.slow
