@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +45,68 @@ def most_together(coordinates: int, weight: Tensor) -> int:
     return max(least, int(CHUNK_SHARE * coordinates))
 
 
-def chunks(trained: Sequence[TrainedWeight], coordinates: int) -> Iterator[list[TrainedWeight]]:
+class Chunk:
+    """Weights of one rule and device that are stepped together, and what is the same in each of their steps.
+
+    Args:
+        weights: at least one.
+
+    Attributes:
+        firsts: of the weights of each parameter group the first.
+    """
+
+    def __init__(self, weights: list[TrainedWeight]) -> None:
+        self.weights = weights
+        self.firsts = list({id(one.inner_group): one for one in weights}.values())
+        self._layout: list[_Alike] | None = None
+
+    def coordinates(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
+        """The coordinates of the weights: zeros, in one piece of memory for each dtype.
+
+        Args:
+            grads: the gradient of each weight, as the optimizer inside gets it.
+
+        Returns:
+            One tensor for each, of the gradient's shape; None where the rule moves the weight itself.
+        """
+        if self._layout is None:
+            self._layout = _layout(self.weights, grads)
+        sizes = {alike.dtype: alike.stop for alike in self._layout}
+        zeros = {dtype: torch.zeros(size, dtype=dtype, device=grads[0].device) for dtype, size in sizes.items()}
+        coordinates: list[Tensor | None] = [None] * len(grads)
+        for alike in self._layout:
+            views = zeros[alike.dtype].as_strided(alike.shape, alike.strides, alike.start).unbind()
+            for index, view in zip(alike.indices, views, strict=True):
+                coordinates[index] = view
+        return coordinates
+
+
+class _Alike(NamedTuple):
+    """Weights whose coordinates are of one shape and dtype, and where these lie in the memory of that dtype."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of all of them together
+    strides: tuple[int, ...]
+    start: int
+    stop: int
+    indices: list[int]
+
+
+def _layout(weights: Sequence[TrainedWeight], grads: Sequence[Tensor]) -> list[_Alike]:
+    kinds: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+    for index, (one, grad) in enumerate(zip(weights, grads, strict=True)):
+        if one.through_coordinates:
+            kinds.setdefault((grad.dtype, grad.shape), []).append(index)
+    made, stops = [], dict.fromkeys([dtype for dtype, _ in kinds], 0)
+    for (dtype, shape), indices in kinds.items():
+        apart = -(-shape.numel() // ALIGNMENT) * ALIGNMENT
+        strides = (apart, *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
+        start, stops[dtype] = stops[dtype], stops[dtype] + len(indices) * apart
+        made.append(_Alike(dtype, (len(indices), *shape), strides, start, stops[dtype], indices))
+    return made
+
+
+def chunks(trained: Sequence[TrainedWeight], coordinates: int) -> Iterator[Chunk]:
     """Weights of one rule and device together, up to `most_together` coordinates; all of a rule if it must be.
 
     Args:
@@ -62,15 +124,15 @@ def chunks(trained: Sequence[TrainedWeight], coordinates: int) -> Iterator[list[
         elements, most = 0, most_together(coordinates, alike[0].weight)
         for one in alike:
             if chunk and one.traits.many_calls and elements + one.coordinate_count > most:
-                yield chunk
+                yield Chunk(chunk)
                 chunk, elements = [], 0
             chunk.append(one)
             elements += one.coordinate_count
-        yield chunk
+        yield Chunk(chunk)
 
 
 def step_chunk(
-    chunk: list[TrainedWeight],
+    chunk: Chunk,
     written: GroupWrites,
     agree: Callable[[Tensor], Tensor],
     *,
@@ -85,39 +147,35 @@ def step_chunk(
         skip_nonfinite: leave out weights whose gradient is not finite.
     """
     chunk, grads = _with_gradients(chunk, agree, skip_nonfinite=skip_nonfinite)
-    if not chunk:
+    if not grads:
         return
-    coordinates = _coordinates_of(chunk, grads)
     versions = [grad._version for grad in grads]
-    params = [inner_params(*given) for given in zip(chunk, grads, coordinates, strict=True)]
-    wrote = chunk[0].rule.step([part for _, parts in params for part in parts])
-    for key, one in {id(one.inner_group): one for one in chunk}.items():
-        written.note(one.group, wrote[key])
-    for one, (_, parts) in zip(chunk, params, strict=True):
+    params = [inner_params(*given) for given in zip(chunk.weights, grads, chunk.coordinates(grads), strict=True)]
+    wrote = chunk.weights[0].rule.step([part for _, parts in params for part in parts])
+    for one in chunk.firsts:
+        written.note(one.group, wrote[id(one.inner_group)])
+    for one, (_, parts) in zip(chunk.weights, params, strict=True):
         keep_inner_state(one, parts)
-    fold_all(chunk, grads, versions, [tensor for tensor, _ in params])
+    _fold_all(chunk, grads, versions, [tensor for tensor, _ in params])
 
 
-def fold_all(
-    chunk: Sequence[TrainedWeight], grads: Sequence[Tensor], versions: Sequence[int], moved: Sequence[Tensor]
-) -> None:
+def _fold_all(chunk: Chunk, grads: Sequence[Tensor], versions: Sequence[int], moved: Sequence[Tensor]) -> None:
     """Puts what the optimizer inside has moved back into the weights.
 
     Args:
-        chunk: weights of one rule.
+        chunk: the weights.
         grads: what the optimizer inside got as their gradients.
         versions: of those, before it moved anything.
         moved: coordinates, or the weights themselves where they are not projected.
     """
-    groups = {id(one.inner_group): one for one in chunk}
-    factors = {key: common_factors(one) for key, one in groups.items()}
-    for one, grad, version, tensor in zip(chunk, grads, versions, moved, strict=True):
+    factors = {id(one.inner_group): common_factors(one) for one in chunk.firsts}
+    for one, grad, version, tensor in zip(chunk.weights, grads, versions, moved, strict=True):
         common = factors[id(one.inner_group)]
         if not one.through_coordinates:
             one.given_back(tensor)
         elif common is not None and one.is_plain:
             one.state[STEP] += 1
-            one.fold(tensor, alpha=common[0], beta=common[1])
+            one.fold(tensor, *common)
         else:
             is_changed = grad._version != version and moves_at_rate_one(one.group)  # some rules write into gradients
             fold(one, one.given_back(tensor), one.inner_grad() if is_changed else grad)
@@ -125,52 +183,21 @@ def fold_all(
 
 
 def _with_gradients(
-    chunk: list[TrainedWeight], agree: Callable[[Tensor], Tensor], *, skip_nonfinite: bool
-) -> tuple[list[TrainedWeight], list[Tensor]]:
+    chunk: Chunk, agree: Callable[[Tensor], Tensor], *, skip_nonfinite: bool
+) -> tuple[Chunk, list[Tensor]]:
     """The weights that are moved, and what the optimizer inside gets as their gradients; others are counted."""
-    grads = [one.inner_grad() for one in chunk]
+    weights = chunk.weights
+    grads = [one.inner_grad() for one in weights]
     if skip_nonfinite:
-        flags = count_nonfinite(chunk, grads, agree, everywhere=True).tolist()
-        for one, is_bad in zip(chunk, flags, strict=True):
-            if is_bad:
-                one.drop_factors()
-        finite = [index for index, is_bad in enumerate(flags) if not is_bad]
-        return [chunk[index] for index in finite], [grads[index] for index in finite]
-    projected = [index for index, one in enumerate(chunk) if one.projection.modes]
+        flags = count_nonfinite(weights, grads, agree, everywhere=True).tolist()
+        if any(flags):
+            for one, is_bad in zip(weights, flags, strict=True):
+                if is_bad:
+                    one.drop_factors()
+            finite = [index for index, is_bad in enumerate(flags) if not is_bad]
+            return Chunk([weights[index] for index in finite]), [grads[index] for index in finite]
+        return chunk, grads
+    projected = [index for index, one in enumerate(weights) if one.projection.modes]
     if projected:
-        count_nonfinite([chunk[index] for index in projected], [grads[index] for index in projected], agree)
+        count_nonfinite([weights[index] for index in projected], [grads[index] for index in projected], agree)
     return chunk, grads
-
-
-def _coordinates_of(chunk: Sequence[TrainedWeight], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """The coordinates of weights that are stepped together: zeros, in one piece of memory for each dtype.
-
-    Args:
-        chunk: the weights.
-        grads: the gradient of each, as the optimizer inside gets it.
-
-    Returns:
-        One tensor for each, of the gradient's shape; None where the rule moves the weight itself.
-    """
-    alike: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
-    for index, (one, grad) in enumerate(zip(chunk, grads, strict=True)):
-        if one.through_coordinates:
-            alike.setdefault((grad.dtype, grad.shape), []).append(index)
-    sizes: dict[torch.dtype, int] = {}
-    starts = {}
-    for (dtype, shape), indices in alike.items():
-        starts[dtype, shape] = start = sizes.get(dtype, 0)
-        sizes[dtype] = start + len(indices) * _apart(shape)
-    zeros = {dtype: torch.zeros(size, dtype=dtype, device=grads[0].device) for dtype, size in sizes.items()}
-    coordinates: list[Tensor | None] = [None] * len(chunk)
-    for (dtype, shape), indices in alike.items():
-        strides = (_apart(shape), *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
-        views = zeros[dtype].as_strided((len(indices), *shape), strides, starts[dtype, shape]).unbind()
-        for index, view in zip(indices, views, strict=True):
-            coordinates[index] = view
-    return coordinates
-
-
-def _apart(shape: torch.Size) -> int:
-    """How many numbers lie between the beginnings of two tensors of a shape that follow each other in memory."""
-    return -(-shape.numel() // ALIGNMENT) * ALIGNMENT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ class Factors:
         storage: Storage
         _read: tuple[Any, Basis]
         _factors: Basis | None
-        _turned: tuple[Tensor, Tensor] | None
+        _pair: Sequence[Any] | None
 
     @property
     def basis(self) -> Basis:
@@ -59,17 +59,15 @@ class Factors:
     def drop_factors(self) -> None:
         """Forgets decoded factors: they take more memory than what is stored."""
         if self._factors is not None:
-            self._factors, self._turned = None, None
+            self._factors = self._pair = None
 
-    @property
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        """The one factor of a matrix, and its transpose, which is made once: a view takes the host half a product."""
-        side, turned = self.projection.one_side, self._turned
-        assert side is not None
-        factor = self.factors[side]
-        if turned is None or turned[0] is not factor:
-            turned = self._turned = factor, factor.mT
-        return turned
+    def _factor_pair(self, side: str) -> Sequence[Any]:
+        """What is stored of a matrix' one factor, that, and its transpose: a view takes the host half a product."""
+        stored, pair = self.state[BASIS][side], self._pair
+        if pair is None or pair[0] is not stored:
+            factor = self.factors[side]
+            pair = self._pair = stored, factor, factor.mT
+        return pair
 
     def project_plain(self, grad: Tensor) -> Tensor:
         """The projection of a full gradient, for plain weights.
@@ -80,9 +78,10 @@ class Factors:
         side = self.projection.one_side
         if side is None:
             return self.projection.project(grad, self.factors)
-        return torch.mm(self._pair[1], grad) if side == "left" else torch.mm(grad, self._pair[0])
+        _, factor, turned = self._factor_pair(side)
+        return torch.mm(turned, grad) if side == "left" else torch.mm(grad, factor)
 
-    def fold(self, coordinates: Tensor, *, alpha: float, beta: float) -> None:
+    def fold(self, coordinates: Tensor, alpha: float, beta: float) -> None:
         """In place: weight <- beta * weight + alpha * project_back(coordinates), for plain weights.
 
         Args:
@@ -93,7 +92,9 @@ class Factors:
         side, weight = self.projection.one_side, self.weight
         if side is None or coordinates.dtype is not weight.dtype:
             self.projection.fold(weight, coordinates, self.factors, alpha=alpha, beta=beta)
-        elif side == "left":
-            weight.addmm_(self._pair[0], coordinates, beta=beta, alpha=alpha)
+            return
+        _, factor, turned = self._factor_pair(side)
+        if side == "left":
+            weight.addmm_(factor, coordinates, beta=beta, alpha=alpha)
         else:
-            weight.addmm_(coordinates, self._pair[1], beta=beta, alpha=alpha)
+            weight.addmm_(coordinates, turned, beta=beta, alpha=alpha)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast, require_held
-from galore_torch.optim.chunks import chunks, step_chunk
+from galore_torch.optim.chunks import step_chunk
 from galore_torch.optim.gradient_checks import check_gradients
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
@@ -305,10 +305,11 @@ class GaLore(Optimizer):
         new = [one for one in trained if not one.is_kept]
         for one in new:
             self.state[one.weight], one.is_kept = one.state, True
-        set_inner_groups(trained)
+        chunks = self._cache.chunks(trained)
+        set_inner_groups(one for chunk in chunks for one in chunk.firsts)
         self._state_checks.prepare([one for one in trained if not one.state])
         renew(trained, self._processes)
-        for chunk in chunks(trained, self._cache.coordinates):
+        for chunk in chunks:
             step_chunk(chunk, self._written, self._processes.agree, skip_nonfinite=self._settings["skip_nonfinite"])
         self._state_checks.note(new)  # a state that has just been made fits, and need not be tried
         self._cache.changed()

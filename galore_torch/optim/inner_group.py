@@ -7,7 +7,7 @@ as the optimizer alone would have written it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -48,18 +48,17 @@ def moves_at_rate_one(group: Mapping[str, Any]) -> bool:
     return is_projected(group) and not (group.get("residual") is None and group.get("normalize") is None)
 
 
-def set_inner_groups(trained: Sequence[TrainedWeight]) -> None:
-    """Lets each weight have its group as the rule is to see it in this step.
+def set_inner_groups(firsts: Iterable[TrainedWeight]) -> None:
+    """Lets the weights of groups have these as the rule is to see them in this step.
 
     Args:
-        trained: the weights that make it.
+        firsts: a weight of each; what it holds is what the others hold.
     """
-    params: dict[tuple[int, bool], dict[str, Any]] = {}
-    for one in trained:
-        key = id(one.group), one.through_coordinates
-        if key not in params:
-            params[key] = inner_group(one.group, one.traits) if one.through_coordinates else one.group
-        one.inner_group = params[key]
+    for one in firsts:
+        if one.through_coordinates:
+            now = inner_group(one.group, one.traits)
+            one.inner_group.clear()
+            one.inner_group.update(now)
 
 
 class GroupWrites:

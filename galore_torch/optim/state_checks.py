@@ -47,7 +47,7 @@ class StateChecks:
         """
         if not self._have_seen_states(trained):
             self.note(trained)
-            self._together = trained, list(map(_kind, trained)), _lengths(trained), _parts(trained)
+            self._together = trained, _kinds(trained), _lengths(trained), _parts(trained)
 
     def _have_seen_states(self, trained: Sequence[TrainedWeight]) -> bool:
         """Whether all have the states with which they were last noted together: compared in a few calls for all."""
@@ -77,7 +77,7 @@ class StateChecks:
             ValueError: a state does not fit, or a group was changed in a way that a state cannot follow; nothing has
                 changed then.
         """
-        if self._have_seen_states(trained) and list(map(_kind, trained)) == self._together[1]:
+        if self._have_seen_states(trained) and _kinds(trained) == self._together[1]:
             return False
         trained = [one for one in trained if not self._is_seen(one)]
         fitting = [self._fitting(one) for one in trained]
@@ -131,7 +131,9 @@ def _parts(trained: Sequence[TrainedWeight]) -> list[Any]:
     return [*inner, *chain.from_iterable([one.values() for one in inner if one])]
 
 
-_kind = operator.attrgetter("weight.dtype", "weight.shape", "weight.device")
+def _kinds(trained: Sequence[TrainedWeight]) -> list[Any]:
+    weights = [one.weight for one in trained]
+    return [*[one.dtype for one in weights], *[one.shape for one in weights], *[one.device for one in weights]]
 
 
 def _lengths(trained: Sequence[TrainedWeight]) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,7 @@ class TrainedWeight(Factors, ProcessPart, Turns):
     first: int = field(init=False, default=0)
     _read: tuple[Any, Basis] = field(init=False, default=(None, {}))
     _factors: Basis | None = field(init=False, default=None)
-    _turned: tuple[Tensor, Tensor] | None = field(init=False, default=None)
+    _pair: Sequence[Any] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.local_projection = self.projection

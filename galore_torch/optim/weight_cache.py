@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.group_keys import FIXED_KEYS
+from galore_torch.optim.chunks import Chunk, chunks
 from galore_torch.optim.positions import Position, positions
 from galore_torch.optim.precision import ASKED
 from galore_torch.optim.state_keys import NONFINITE
@@ -64,8 +65,10 @@ class WeightCache:
         self.version = next(_versions)
         self.coordinates = 0
         self._trained: list[TrainedWeight] = []
+        self._held: tuple[list[Tensor], list[Any]] | None = None
         self._of_weight: dict[int, tuple[TrainedWeight, int, int]] = {}
         self._seen: list[_Seen] = []
+        self._chunked: tuple[Sequence[TrainedWeight], list[torch.device], list[Chunk]] = ((), [], [])
 
     def all(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make) -> list[TrainedWeight]:
         """What is known of all weights, in order.
@@ -81,6 +84,19 @@ class WeightCache:
         if not self._are_current(groups, state):
             self._make(groups, make)
         return self._trained
+
+    def chunks(self, trained: Sequence[TrainedWeight]) -> list[Chunk]:
+        """Which weights are stepped together, the same as long as the same ones are to be.
+
+        Args:
+            trained: those that make a step.
+        """
+        before, on, made = self._chunked
+        devices = [one.weight.device for one in trained]
+        if on != devices or not all(map(operator.is_, before, trained)):
+            made = list(chunks(trained, self.coordinates))
+            self._chunked = trained, devices, made
+        return made
 
     def changed(self) -> None:
         """Notes that weights have made a step."""
@@ -136,15 +152,22 @@ class WeightCache:
         )
 
     def _states_are_current(self, state: Mapping[Any, Any]) -> bool:
-        held = [state.get(trained.weight) for trained in self._trained]
-        return all(map(operator.is_, held, [trained.state for trained in self._trained])) or all(
-            trained.is_current(one) for trained, one in zip(self._trained, held, strict=True)
-        )
+        if self._held is not None:  # what it was when it was last current: as a rule it still is
+            weights, states = self._held
+            same = len(state) == len(weights) and all(map(operator.is_, state, weights))
+            if same and all(map(operator.is_, state.values(), states)):
+                return True
+        if not all(trained.is_current(state.get(trained.weight)) for trained in self._trained):
+            return False
+        self._held = list(state), list(state.values())
+        return True
 
     def _make(self, groups: Sequence[dict[str, Any]], make: Make) -> None:
         self.changed()
+        self._chunked = (), [], []
         held = list(positions(groups))
         self._trained = [make(place) for place in held]
+        self._held = None
         self.coordinates = sum([one.coordinate_count for one in self._trained])
         self._of_weight = {
             id(place.weight): (trained, place.group_index, place.index)
@@ -152,6 +175,9 @@ class WeightCache:
         }
         self._seen = [_Seen.of(group) for group in groups]
         _count_together(self._trained)
+        shared: dict[tuple[int, bool], dict[str, Any]] = {}
+        for one in self._trained:
+            one.inner_group = shared.setdefault((id(one.group), one.through_coordinates), one.inner_group)
 
 
 def _count_together(all_trained: Sequence[TrainedWeight]) -> None:
