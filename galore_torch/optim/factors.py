@@ -16,7 +16,7 @@ from galore_torch.projection import Basis, Projection
 class Factors:
     """What a weight is projected with."""
 
-    __slots__ = ()
+    __slots__ = ("_factors", "_pair", "_read")
 
     if TYPE_CHECKING:
         weight: Tensor

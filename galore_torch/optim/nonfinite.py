@@ -100,7 +100,7 @@ def peaks(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(found)[order]
 
 
-def _peaks(tensors: Sequence[Tensor], kind: Any) -> Tensor:
+def _peaks(tensors: list[Tensor], kind: Any) -> Tensor:
     """The same of tensors of one shape, which are put together to be looked at; or one by one where `kind` is None."""
     if kind is not None and tensors[0].numel():
         return torch.stack(tensors).view(len(tensors), -1).abs_().amax(1)
