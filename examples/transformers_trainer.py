@@ -35,7 +35,7 @@ def train_tokenizer(texts: datasets.Dataset, vocabulary: int) -> PreTrainedToken
 
 def main() -> None:
     """Trains for 40 steps; a quarter of a minute on two cores."""
-    train_dataset = standard_library(files=40)
+    train_dataset = standard_library(files=10)
     tokenizer = train_tokenizer(train_dataset, vocabulary=1000)
     config = AutoConfig.for_model(
         "mistral",

@@ -176,8 +176,11 @@ def on_device(device: str) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Give each test the same random numbers, whichever tests ran before it and in whichever process."""
+def seeded(device: str) -> None:
+    """Give each test the same random numbers, whichever tests ran before it and in whichever process.
+
+    Of a GPU that is not asked for, `torch.manual_seed` would keep who asked, with all lines of source up to here.
+    """
     import torch
 
-    torch.manual_seed(0)
+    (torch.default_generator if device == "cpu" else torch).manual_seed(0)

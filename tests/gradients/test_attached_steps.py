@@ -11,6 +11,7 @@ from tests.optim.small import assert_same
 
 
 def test_a_compiled_step_is_the_plain_one():
+    torch._dynamo.reset()
     ends = []
     for compiles in (False, True):
         torch.manual_seed(0)
