@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -31,7 +32,22 @@ def main() -> None:
         app = build_app()
     except ImportError as missing:
         sys.exit(f"galore: {missing}")
-    app()
+    try:
+        try:
+            app()
+        finally:
+            print(end="", flush=True)  # Python would do it when there is nobody left to tell
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OF_OUTPUT:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:  # as head leaves it, which is no news
+            sys.exit(128 + signal.SIGPIPE)
+        sys.exit(f"galore: the output could not be written: {error.strerror}.")
+
+
+_OF_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EIO)
+"""What a write to the terminal, a pipe or a redirected output may end in."""
 
 
 def _wrong_surroundings() -> str | None:

@@ -197,6 +197,23 @@ def test_surroundings_in_which_no_run_can_end_well_are_told_at_once(given, words
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_result_that_cannot_be_written_is_told():
+    code = "import galore_torch.cli as cli; cli.build_app = lambda: lambda: print('a result'); cli.main()"
+
+    def ended(output) -> tuple[int, str]:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+        return done.returncode, done.stderr
+
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        assert ended(full) == (1, "galore: the output could not be written: No space left on device.\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert ended(writer) == (128 + signal.SIGPIPE, "")
+    os.close(writer)
+
+
 def test_text_can_be_prepared_for_runs_to_come(tiny, tmp_path):
     done = CliRunner().invoke(app(), [*tiny, "--prepare"])
     assert done.exit_code == 0, done.output
