@@ -129,7 +129,7 @@ class ProjectedGradient(Tensor):
         return isinstance(self._stored, Codes)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The gradient without its history. `Module.to` assigns it, cast or moved; torch would swap the shell alone."""
         return self.detach()
 

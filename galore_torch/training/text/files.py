@@ -207,7 +207,7 @@ def _fields(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator
     rows = csv.DictReader(file, delimiter=_DELIMITERS[suffix])
     for row in rows:
         columns = list(rows.fieldnames or ())
-        more: Any = row.pop(None, None)  # type: ignore[call-overload] # where the standard library puts them
+        more: Any = row.pop(None, None)  # where the standard library puts them
         if more is not None and not _is_otherwise_parted(columns):  # Datasets would take the first for a row's name
             raise ValueError(
                 f"{field} = {name!r}: line {rows.line_num} has {len(columns) + len(more)} fields, and the header "
