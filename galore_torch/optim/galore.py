@@ -22,7 +22,7 @@ from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast, require_held
 from galore_torch.optim.chunks import step_chunk
-from galore_torch.optim.gradient_checks import check_gradients
+from galore_torch.optim.gradient_checks import check_gradients, report_waiting
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
 from galore_torch.optim.inner_group import GroupWrites, inner_group, set_inner_groups
@@ -254,6 +254,7 @@ class GaLore(Optimizer):
         self._state_checks, self._written, self._cache = StateChecks(), GroupWrites(), WeightCache()
         known = self._cache.all(self.param_groups, self.state, self._new_trained_weight)
         self._state_checks.note([one for one in known if one.state])
+        report_waiting(known)
 
     def _blank_weights(self, groups: list[dict[str, Any]]) -> list[TrainedWeight]:
         return [self._new_trained_weight(place, {}) for place in positions(groups)]
@@ -274,9 +275,7 @@ class GaLore(Optimizer):
         return trained if trained is not None and trained.state else self._trained_weight(weight)
 
     def _trained_weight(self, weight: Tensor) -> TrainedWeight:
-        """One weight as the next step would see it, its state prepared; it may have no gradient yet.
-
-        For those who form or apply a gradient before `step()`.
+        """One weight as the next step would see it, its state prepared: for those who form a gradient before `step()`.
 
         Raises:
             ValueError: the optimizer does not hold the weight.

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from galore_torch.messages import warn
+from galore_torch.optim.processes import is_sharded
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.residual import residual_of
+from galore_torch.optim.state_keys import BASIS
 from galore_torch.optim.trained_weight import TrainedWeight
 
 
@@ -42,3 +45,24 @@ def _check(trained: TrainedWeight, grad: Tensor) -> None:
         raise ValueError(f"the gradient of {name} is sparse; use dense gradients (sparse=False in embeddings)")
     if grad.is_complex():
         raise ValueError(f"the gradient of {name} is complex; GaLore trains real weights")
+
+
+def report_waiting(trained: Sequence[TrainedWeight]) -> None:
+    """Warns of gradients that wait for `step()` projected by other bases than the weights have now.
+
+    Args:
+        trained: the weights, after a checkpoint was loaded.
+    """
+    lost = [
+        one.name
+        for one in trained
+        if isinstance(grad := one.weight.grad, ProjectedGradient)
+        and not is_sharded(one.weight)
+        and BASIS in one.state
+        and not grad.is_in(one.basis)
+    ]
+    if lost:
+        warn(
+            f"gradients of {len(lost)} weights ({lost[0]} first) wait for step(), projected by other bases than those "
+            "that were loaded: what these do not share is lost. Call zero_grad() before load_state_dict"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -174,3 +175,26 @@ def test_a_model_is_cast_while_gradients_wait(gradients, dtype, bar):
         walk(model, optimizer, [3])
         ends.append(model)
     assert distance(*ends) <= bar
+
+
+@pytest.mark.parametrize("gradients", ["projected", "fused"])
+def test_gradients_that_wait_in_other_bases_are_told_when_a_checkpoint_is_loaded(gradients):
+    model = one_layer()
+    optimizer = adamw(model)
+    attach(model, optimizer, gradients)
+    walk(model, optimizer, range(2))
+    saved = through_a_file(optimizer.state_dict())
+    loss_of(model, batch(2)).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)  # the bases are the same
+    optimizer.step()
+    optimizer.zero_grad()
+    walk(model, optimizer, range(3, GAP + 3))
+    loss_of(model, batch(GAP + 3)).backward()
+    with pytest.warns(UserWarning, match=r"gradients of \d+ weights \(.*_proj\.weight first\) wait .* zero_grad\(\)"):
+        optimizer.load_state_dict(saved)
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
