@@ -71,6 +71,9 @@ class ScheduleConfig:
         "What several processes share: ddp, each batch; fsdp, weights and the optimizer's state as well. A run of one "
         "process has them all.",
     )
+    shard_bases: bool = setting(
+        False, "With parallel = 'fsdp' each process keeps its part of every basis, and gathers the rest for its use."
+    )
     gradient_checkpointing: bool = GRADIENT_CHECKPOINTING
     warmup: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.", ge=0, lt=1)
     final_lr: float = setting(0.1, "Where the cosine ends, as a share of the peak.", ge=0, le=1)
@@ -79,6 +82,10 @@ class ScheduleConfig:
     save_every: int = setting(1000, "Steps between two resumable checkpoints; 0 saves at the end and on Ctrl-C.", ge=0)
     push_to_hub: str | None = PUSH_TO_HUB
     report_to: str = REPORT_TO
+
+    def __post_init__(self) -> None:
+        needs = {} if self.parallel == "fsdp" else {"shard_bases": "parallel = 'fsdp'"}
+        require_defaults(self, f"parallel = {self.parallel!r}", needs)
 
 
 @settings

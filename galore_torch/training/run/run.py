@@ -72,6 +72,7 @@ class Run:
         sharded.shard(job.model, config, job.target_modules)
         self._early = None if job.patience is None else EarlyStopping(job.patience)
         optimizer = optimizers.build(job.model, config.optimizer, config.schedule.seed, job.target_modules)
+        sharded.divide_bases(optimizer, config)
         _require_room(folder, job, optimizer)
         console.print(job.announcement, highlight=False, soft_wrap=True)
         self.checkpoint: Path | None = None

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from transformers import Trainer
 
-from galore_torch.distributed import shard_placement
+from galore_torch.distributed import shard_bases, shard_placement
 from galore_torch.training.run import processes
 from galore_torch.training.settings.optimizer import is_projected
 
@@ -48,6 +48,23 @@ def shard(model: Any, config: Any, target_modules: Any) -> None:
         if type(module).__name__ in repeated:
             fully_shard(module, **given)
     fully_shard(model, **given)
+
+
+def divide_bases(optimizer: Any, config: Any) -> None:
+    """Let each process of a run with a sharded model keep its part of the bases alone, where the settings say so.
+
+    Args:
+        optimizer: made after `shard`.
+        config: the job's settings.
+
+    Raises:
+        ValueError: there are no bases, or bases in few bits.
+    """
+    if processes.count() == 1 or not getattr(config.schedule, "shard_bases", False):
+        return
+    if not is_projected(config.optimizer.optim):
+        raise ValueError(f"shard_bases = True has no effect with optim = {config.optimizer.optim!r}; leave it out.")
+    shard_bases(optimizer)
 
 
 def is_sharded(model: Any) -> bool:

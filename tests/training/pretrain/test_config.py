@@ -152,6 +152,7 @@ def test_configs_are_frozen_and_keyword_only():
         (OptimizerConfig, {"optim": "galore-adam"}, ["optim = 'galore-adam'", "did you mean 'galore-adamw'"]),
         (OptimizerConfig, {"optim": "adamw", "state_dtype": "float32"}, ["state_dtype", "'adamw'", "leave it out"]),
         (configure, {"batch": 10, "micro_batch": 4}, ["micro_batch = 4", "batch = 10", "divisor"]),
+        (ScheduleConfig, {"shard_bases": True}, ["shard_bases = True", "no effect", "parallel = 'fsdp'"]),
         (ScheduleConfig, {"warmup": 1}, ["warmup = 1 ", "less than 1"]),
         (ScheduleConfig, {"steps": True}, ["steps = True", "bool"]),
         (partial(from_values, PretrainConfig), {"values": {"rnak": 4}}, ["rnak = 4", "did you mean rank"]),

@@ -216,6 +216,23 @@ def test_a_comparison_is_refused_in_each_process_before_anything_is_made(tmp_pat
 
 
 @pytest.mark.slow
+def test_bases_in_parts_make_the_same_run_also_where_it_is_resumed(alone, config, tmp_path):
+    folder, given = tmp_path / "parts", ("--config", config, "--parallel", "fsdp", "--shard-bases")
+    assert launch(folder, *given, loses="0:5")[0] == 1
+    ended(folder, "--resume")
+    assert losses(folder) == pytest.approx(losses(alone), rel=BAR)
+
+
+@pytest.mark.slow
+def test_bases_in_few_bits_are_not_kept_in_parts(config, tmp_path):
+    given = ("--config", config, "--parallel", "fsdp", "--shard-bases", "--basis-bits", "8")
+    status, printed = launch(tmp_path / "parts", *given)
+    assert status == 1
+    assert printed.count("basis_bits is 8") == 2
+    assert names(tmp_path) == ["parts.said"]
+
+
+@pytest.mark.slow
 def test_where_one_is_killed_before_the_first_step_the_run_begins_anew(alone, config, tmp_path):
     ended(tmp_path / "lost", "--config", config, restarts=1, loses="1:0")
     assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)

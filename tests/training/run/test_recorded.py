@@ -33,7 +33,7 @@ OTHER = {  # than by default and than any method's own
 }  # fmt: skip
 GROUP_KEYS = (*KEYS, "lr", "weight_decay")
 ELSEWHERE = {"data", "subset", "text_column", "tokenizer", "eval_tokens", "cache", "report_to", "adapter", "optim"}
-ELSEWHERE |= {"model", "gguf_file", "config_of", "parallel", "rank_pattern", "push_to_hub"}
+ELSEWHERE |= {"model", "gguf_file", "config_of", "parallel", "shard_bases", "rank_pattern", "push_to_hub"}
 """What the text is, which the digest tells; which models, trackers, adapters and optimizers there are, by name; what
 several processes do (`test_processes`), ranks by module (`test_optimizers`), and the Hub (`test_best`)."""
 
