@@ -207,11 +207,11 @@ def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, confi
         assert names(folder) == names(tmp_path / "two")
 
 
-def test_a_comparison_is_refused_in_each_process_before_anything_is_made(tmp_path):
+def test_a_comparison_is_refused_before_anything_is_made(tmp_path):
     status, printed = launch(tmp_path / "compared", job="compare")
     assert status == 1
-    assert printed.count("WORLD_SIZE = 2") == 2
-    assert printed.count("torchrun -m galore_torch pretrain") == 2
+    assert "WORLD_SIZE = 2" in printed  # torchrun ends the other one when it hears of the first
+    assert "torchrun -m galore_torch pretrain" in printed
     assert names(tmp_path) == ["compared.said"]
 
 
@@ -228,7 +228,7 @@ def test_bases_in_few_bits_are_not_kept_in_parts(config, tmp_path):
     given = ("--config", config, "--parallel", "fsdp", "--shard-bases", "--basis-bits", "8")
     status, printed = launch(tmp_path / "parts", *given)
     assert status == 1
-    assert printed.count("basis_bits is 8") == 2
+    assert "basis_bits is 8" in printed  # torchrun ends the other one when it hears of the first
     assert names(tmp_path) == ["parts.said"]
 
 
