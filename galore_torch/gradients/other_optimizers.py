@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -75,9 +76,11 @@ def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: s
 
 @functools.cache
 def _look_before_steps() -> None:
-    """Has torch call the guards, from the first one on."""
+    """Has torch call the guards, from the first one on; a step that is compiled cannot be looked at while it is."""
 
     def look(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
         computes_gradients = any(map(callable, (*args[1:], *kwargs.values())))  # in a closure
         for guard in [*_GUARDS.values()]:
             guard(optimizer, computes_gradients)

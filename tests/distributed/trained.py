@@ -25,7 +25,7 @@ from galore_torch import (
     quantize_weights,
 )
 
-STEPS, GAP, RANK = 16, 4, 4
+STEPS, GAP, RANK = 30, 4, 4
 ROWS, TOKENS, VOCABULARY = 8, 6, 37
 BAR = 1e-12
 RECIPES: dict[str, Callable[..., Any]] = {
