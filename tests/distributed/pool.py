@@ -107,6 +107,7 @@ def _serve(rank: int, questions: Any, answers: Any) -> None:
         number, case, world, store, given = questions.get()
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+            dist.barrier()  # one that raises at once would be gone while others still connect to it
             answer = case(rank, world, **given)
             dist.barrier()
         except BaseException as error:
