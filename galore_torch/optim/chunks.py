@@ -156,10 +156,10 @@ def step_chunk(
         written.note(one.group, wrote[id(one.inner_group)])
     for one, (_, parts) in zip(chunk.weights, params, strict=True):
         keep_inner_state(one, parts)
-    _fold_all(chunk, grads, versions, [tensor for tensor, _ in params])
+    fold_all(chunk, grads, versions, [tensor for tensor, _ in params])
 
 
-def _fold_all(chunk: Chunk, grads: Sequence[Tensor], versions: Sequence[int], moved: Sequence[Tensor]) -> None:
+def fold_all(chunk: Chunk, grads: Sequence[Tensor], versions: Sequence[int], moved: Sequence[Tensor]) -> None:
     """Puts what the optimizer inside has moved back into the weights.
 
     Args:
