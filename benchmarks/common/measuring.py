@@ -106,16 +106,24 @@ def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def tensors_alive() -> list[Tensor]:
-    """Return every tensor with memory that Python holds anywhere in this process.
-
-    What stands for another tensor while a compiler or `torch.func` looks at a function has none of its own.
-    """
+    """Return every tensor with memory of its own that Python holds anywhere in this process."""
     gc.collect()
     alive = gc.get_objects()
     kinds = {kind for kind in set(map(type, alive)) if issubclass(kind, Tensor)}
     real = {kind for kind in kinds if not kind.__module__.startswith("torch._subclasses.")}
-    tensors = (thing for thing in alive if type(thing) in real)
-    return [one for one in tensors if torch._C._has_storage(one) and not torch._is_functional_tensor(one)]
+    return [thing for thing in alive if type(thing) in real and _address(thing)]
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where the storage of a tensor begins, and 0 where it has no memory of its own.
+
+    That is what wraps other tensors (a state in few bits, a weight in parts: what they wrap is alive itself), stands
+    for one while a compiler or `torch.func` looks at a function, or has not been initialized. Asking it raises.
+    """
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError, ValueError):
+        return 0
 
 
 def held_bytes(known: list[Tensor]) -> dict[str, float]:
@@ -124,9 +132,9 @@ def held_bytes(known: list[Tensor]) -> dict[str, float]:
     Storages are counted, not tensors: a view that keeps a larger tensor alive weighs what it keeps. Step counters and
     other single numbers (8 bytes and less) are counted apart as "counters".
     """
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_alive()}
+    storages = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors_alive()}
     for tensor in known:
-        storages.pop(tensor.untyped_storage().data_ptr(), None)
+        storages.pop(_address(tensor), None)
     counters = sum(nbytes for nbytes in storages.values() if nbytes <= 8)
     return {"state": sum(storages.values()) - counters, "counters": counters}
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.nn.parameter import UninitializedParameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 from benchmarks.common import peers, report
 from benchmarks.common.cases import OptimizerStep, floor, weights_with_gradients
@@ -70,14 +72,19 @@ def weigh_a_view() -> None:
     assert counter.item() == 1
 
 
-def test_what_stands_for_another_tensor_weighs_nothing():
-    """A function that was compiled or differentiated may have left such tensors behind."""
-    kept = []
+def test_a_tensor_without_memory_of_its_own_weighs_nothing():
+    """Whatever a process made before may still be alive in it."""
+    known = tensors_alive()
+    kept = [torch.empty(3, device="meta"), UninitializedParameter()]
     torch.func.grad(lambda x: kept.append(x) or x.sum())(torch.ones(3))
+    torch.func.vmap(lambda x: kept.append(x) or x)(torch.ones(3))
     with FunctionalTensorMode():
-        kept.append(FunctionalTensor.to_functional(torch.ones(3)).elem)
-    assert len(kept) == 2
-    held_bytes([])
+        kept += [FunctionalTensor.to_functional(torch.ones(3)), FunctionalTensor.to_functional(torch.ones(3)).elem]
+    wrapped = torch.ones(100), torch.ones(100)
+    kept += [TwoTensor(*wrapped), torch.eye(3).to_sparse()]
+    assert len(kept) == 8
+    assert held_bytes(known)["state"] >= 2 * 100 * 4
+    assert held_bytes([*known, *kept])["state"] >= 2 * 100 * 4
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != CONTINUED])
