@@ -77,18 +77,15 @@ def build_app() -> typer.Typer:
     Raises:
         ImportError: when the ``train`` extra is not installed.
     """
-    from galore_torch.training.compare import command as compare_command
+    from galore_torch.training.compare import command as comparison
+    from galore_torch.training.compare.jobs import JOBS
     from galore_torch.training.evaluation import command as evaluation
-    from galore_torch.training.finetune import command as tuning
-    from galore_torch.training.finetune import config, presets
+    from galore_torch.training.finetune.config import RowsConfig
     from galore_torch.training.inspection import command as inspection
-    from galore_torch.training.inspection.config import SECTIONS as INSPECTION
+    from galore_torch.training.inspection.config import SECTIONS
     from galore_torch.training.planning import command as planning
-    from galore_torch.training.pretrain import command
-    from galore_torch.training.pretrain.config import SECTIONS
-    from galore_torch.training.pretrain.presets import DEFAULT_PRESET, PRESETS
-    from galore_torch.training.settings import fields
     from galore_torch.training.settings.adapter import AdapterConfig
+    from galore_torch.training.settings.fields import with_settings
     from galore_torch.training.settings.optimizer import OptimizerConfig
 
     import typer  # isort: skip
@@ -106,19 +103,15 @@ def build_app() -> typer.Typer:
         """Train every weight of a large language model, with low-rank optimizer state for its matrices."""
 
     app.callback()(galore)
-    app.command("pretrain", epilog=command.EPILOG)(
-        fields.with_settings(command.pretrain, SECTIONS, PRESETS, DEFAULT_PRESET)
-    )
-    app.command("finetune", epilog=tuning.EPILOG)(
-        fields.with_settings(tuning.finetune, config.SECTIONS, presets.PRESETS, tuning.HELP_PRESET)
-    )
+    for name, job in JOBS.items():
+        app.command(name, epilog=job.epilog)(job.command())
     for judged in (evaluation.evaluate, evaluation.predict):
         examples = evaluation.EXAMPLES.format(name=judged.__name__)
-        app.command(epilog=examples)(fields.with_settings(judged, {"data": config.SECTIONS["data"]}, {}))
-    app.add_typer(compare_command.commands(), name="compare")
-    app.command("inspect", epilog=inspection.EPILOG)(fields.with_settings(inspection.inspect, INSPECTION, {}))
+        app.command(epilog=examples)(with_settings(judged, {"data": RowsConfig}, {}))
+    app.add_typer(comparison.commands(), name="compare")
+    app.command("inspect", epilog=inspection.EPILOG)(with_settings(inspection.inspect, SECTIONS, {}))
     of_method = {"optimizer": OptimizerConfig, "adapter": AdapterConfig}
-    app.command("plan", epilog=planning.EPILOG)(fields.with_settings(planning.plan, of_method, {}))
+    app.command("plan", epilog=planning.EPILOG)(with_settings(planning.plan, of_method, {}))
     return app
 
 

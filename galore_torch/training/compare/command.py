@@ -1,8 +1,6 @@
 """``galore compare``: from options to a plan, its runs and their report."""
 
 import json as json_format
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,16 +9,16 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from galore_torch.training.compare.jobs import JOBS, Amount, ComparedJob
+from galore_torch.training.compare.jobs import JOBS
 from galore_torch.training.compare.plan import PLAN, PlannedRun, make_plan, read_plan, require_same_plan
 from galore_torch.training.compare.results import as_json, compare, final_record, notes, read_end, table
 from galore_torch.training.compare.runs import make_runs, print_line
-from galore_torch.training.run.command import FAILED, PANEL, Json, reported_errors
+from galore_torch.training.run.command import FAILED, Json, option, reported_errors, this_command
 from galore_torch.training.run.files import write_whole
+from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.run.processes import require_one
 from galore_torch.training.run.signals import Screen, stoppable
-from galore_torch.training.settings.config import sections_of
-from galore_torch.training.settings.fields import given_settings, with_settings
+from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS
 
 _HELP = """Compare methods under one recipe, at equal data: every learning rate with every seed, one run after another.
@@ -57,15 +55,11 @@ def _examples(shown: int, *names: str) -> str:
     return "\n\n".join(["[bold]Examples[/]", *lines]) + "\n"
 
 
-def _option(help: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=PANEL)
-
-
-_METHOD = _option(f"A method to compare, repeated: {', '.join(METHODS)}.")
-_SET = _option("A setting of one method, repeated, such as lora:adapter_rank=2.", "--set", metavar="METHOD:NAME=VALUE")
+_METHOD = option(f"A method to compare, repeated: {', '.join(METHODS)}.")
+_SET = option("A setting of one method, repeated, such as lora:adapter_rank=2.", "--set", metavar="METHOD:NAME=VALUE")
 _LR_HELP = r"Peak learning rate to try, repeated; METHOD=X for one method. [dim]\[default: the preset's][/]"
-_LR = _option(_LR_HELP, metavar="[METHOD=]X")
-_OTHERS_LR = _option("The same for what is never projected: embeddings, head, norms.", metavar="[METHOD=]X")
+_LR = option(_LR_HELP, metavar="[METHOD=]X")
+_OTHERS_LR = option("The same for what is never projected: embeddings, head, norms.", metavar="[METHOD=]X")
 
 
 class _PretrainByDefault(TyperGroup):
@@ -86,8 +80,8 @@ def commands() -> typer.Typer:
     return app
 
 
-def _command(job: ComparedJob) -> Callable[..., None]:
-    presets = _option(f"What to start from: {', '.join(job.presets.presets)}.")
+def _command(job: JobCommand) -> Callable[..., None]:
+    presets = option(f"What to start from: {', '.join(job.presets.presets)}.")
 
     def command(
         *,
@@ -96,10 +90,10 @@ def _command(job: ComparedJob) -> Callable[..., None]:
         sets: Annotated[list[str] | None, _SET] = None,
         lr: Annotated[list[str] | None, _LR] = None,
         others_lr: Annotated[list[str] | None, _OTHERS_LR] = None,
-        seed: Annotated[list[int] | None, _option("Seed, repeated.")] = None,
-        out: Annotated[Path | None, _option(r"Folder. [dim]\[default: runs/compare-NAME of preset or task][/]")] = None,
-        dry_run: Annotated[bool, _option("Print the runs and how much each sees; make none.", "--dry-run")] = False,
-        report_only: Annotated[bool, _option("Make no runs; report on those there are.", "--report-only")] = False,
+        seed: Annotated[list[int] | None, option("Seed, repeated.")] = None,
+        out: Annotated[Path | None, option(r"Folder. [dim]\[default: runs/compare-NAME of preset or task][/]")] = None,
+        dry_run: Annotated[bool, option("Print the runs and how much each sees; make none.", "--dry-run")] = False,
+        report_only: Annotated[bool, option("Make no runs; report on those there are.", "--report-only")] = False,
         json: Json = False,
         **given: Any,
     ) -> None:
@@ -116,7 +110,7 @@ def _command(job: ComparedJob) -> Callable[..., None]:
                 _show_plan(runs, console)
                 return
             if not report_only:
-                make_runs(job, runs, folder, console, shlex.join(["galore", *sys.argv[1:]]))
+                make_runs(job, runs, folder, console, this_command())
             _report(job, runs, folder, console, json=json)
 
     doing = job.presets.config.doing
@@ -124,7 +118,7 @@ def _command(job: ComparedJob) -> Callable[..., None]:
 
     The folder gets a run folder each, report.html and results.json. After Ctrl-C or a crash the same command goes on.
     """
-    return with_settings(command, sections_of(job.presets.config), job.presets.presets, job.help_preset)
+    return job.with_settings(command)
 
 
 def _stopped(runs: Sequence[PlannedRun], out: Path) -> str:
@@ -141,7 +135,7 @@ def _show_plan(runs: Sequence[PlannedRun], console: Console) -> None:
     print_line(console, f"{len(runs)} runs, {whole} in all")
 
 
-def _report(job: ComparedJob, runs: Sequence[PlannedRun], out: Path, console: Console, *, json: bool) -> None:
+def _report(job: JobCommand, runs: Sequence[PlannedRun], out: Path, console: Console, *, json: bool) -> None:
     from galore_torch.training.compare.report import report  # and with it matplotlib and Transformers
 
     comparison = compare(job, [read_end(run, out) for run in runs])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.compare.jobs import Amount, ComparedJob
 from galore_torch.training.run.files import Lock, being_written, write_whole
+from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.methods import method_settings, refuse_without_effect
@@ -82,10 +82,10 @@ def rates_by_method(option: str, given: Sequence[str], methods: Sequence[str]) -
     return {method: list(dict.fromkeys(rates[method] or rates[""] or [None])) for method in methods}
 
 
-def own_settings(job: ComparedJob, given: Sequence[str], methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+def own_settings(job: JobCommand, given: Sequence[str], methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What each method sets for itself, from texts such as ``lora:adapter_rank=2``; its configuration judges them.
 
-    >>> from galore_torch.training.compare.jobs import PRETRAIN
+    >>> from galore_torch.training.pretrain.command import PRETRAIN
     >>> own_settings(PRETRAIN, ["lora:adapter-rank=2"], ["galore", "lora"])
     {'galore': {}, 'lora': {'adapter_rank': 2}}
     """
@@ -118,7 +118,7 @@ def _require_compared(given: str, method: str, methods: Iterable[str]) -> None:
 
 
 def make_plan(
-    job: ComparedJob,
+    job: JobCommand,
     preset: str | None,
     methods: Sequence[str],
     lrs: Sequence[str],
@@ -168,9 +168,7 @@ def make_plan(
     return runs
 
 
-def _hint(
-    job: ComparedJob, preset: str | None, error: str, given: Mapping[str, Any], methods: Mapping[str, Any]
-) -> str:
+def _hint(job: JobCommand, preset: str | None, error: str, given: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
     """What to add to an error about a setting for all runs that suits another method: that it can be that one's own."""
     name = error.partition(" ")[0]
     for method, settings in methods.items() if name in given else ():
@@ -180,7 +178,7 @@ def _hint(
     return ""
 
 
-def require_same_plan(path: Path, job: ComparedJob, runs: Sequence[PlannedRun], *, needed: bool = False) -> None:
+def require_same_plan(path: Path, job: JobCommand, runs: Sequence[PlannedRun], *, needed: bool = False) -> None:
     """Refuse a folder that was begun with other runs or settings, which the ValueError names.
 
     Args:
@@ -204,7 +202,7 @@ def require_same_plan(path: Path, job: ComparedJob, runs: Sequence[PlannedRun], 
             raise ValueError(f"{out} holds something else; choose another --out.")
 
 
-def keep_plan(path: Path, job: ComparedJob, runs: Sequence[PlannedRun], command: str) -> bool:
+def keep_plan(path: Path, job: JobCommand, runs: Sequence[PlannedRun], command: str) -> bool:
     """Write the plan, with the command by which it is begun; False if there is the same already, which stays."""
     require_same_plan(path, job, runs)
     new = not path.exists()
@@ -227,7 +225,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def _described(job: ComparedJob, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+def _described(job: JobCommand, runs: Sequence[PlannedRun]) -> dict[str, Any]:
     return {"job": job.name, "runs": {str(run.folder): dataclasses.asdict(run.config) for run in runs}}
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from galore_torch.training.compare.jobs import ComparedJob
 from galore_torch.training.compare.plan import PlannedRun
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.job_command import JobCommand
 
 _FULL_RANK = ("full", "full-per-layer")
 
@@ -123,7 +123,7 @@ class Summary:
 class Comparison:
     """All runs with how they are judged."""
 
-    job: ComparedJob  # what they are of
+    job: JobCommand  # what they are of
     ends: list[RunEnd]  # of every planned run
     score: Score  # by what methods are compared; nameless until a run has ended
     tried: dict[str, list[Summary]]  # by method, what came of its learning rates, of which a run is finished
@@ -144,7 +144,7 @@ class Comparison:
         return summary.score if self.score.more_is_better else summary.loss
 
 
-def compare(job: ComparedJob, ends: list[RunEnd]) -> Comparison:
+def compare(job: JobCommand, ends: list[RunEnd]) -> Comparison:
     """Judge each method at its best learning rates, of those that most seeds finished.
 
     Best is the mean over the seeds of a task's score, at equal scores the loss; without such a score, the loss alone.

@@ -10,20 +10,21 @@ from typing import Any
 
 from rich.console import Console
 
-from galore_torch.training.compare.jobs import JOBS, ComparedJob
+from galore_torch.training.compare.jobs import JOBS
 from galore_torch.training.compare.plan import PLAN, PlannedRun, keep_plan, lock_of
 from galore_torch.training.compare.process import call_in_process
 from galore_torch.training.compare.results import beside, final_record, shown
 from galore_torch.training.run.command import explain
 from galore_torch.training.run.files import take_back, write_whole
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.job_command import JobCommand
 from galore_torch.training.run.signals import Stop
 from galore_torch.units import duration
 
 _PREPARE_LOG = "prepare.log"
 
 
-def make_runs(job: ComparedJob, runs: Sequence[PlannedRun], out: Path, console: Console, command: str) -> None:
+def make_runs(job: JobCommand, runs: Sequence[PlannedRun], out: Path, console: Console, command: str) -> None:
     """Make all runs that are not finished yet. One that fails leaves its error beside its folder; the others are made.
 
     Args:
@@ -58,7 +59,7 @@ def make_runs(job: ComparedJob, runs: Sequence[PlannedRun], out: Path, console: 
 
 
 def _make_all(
-    job: ComparedJob, runs: Sequence[PlannedRun], todo: Sequence[PlannedRun], out: Path, console: Console
+    job: JobCommand, runs: Sequence[PlannedRun], todo: Sequence[PlannedRun], out: Path, console: Console
 ) -> None:
     started = time.monotonic()
     for number, run in enumerate(todo, 1):

@@ -13,7 +13,7 @@ from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.presets import configure as configure_rows
 from galore_torch.training.pretrain.presets import CONTINUED
 from galore_torch.training.pretrain.presets import configure as configure_text
-from galore_torch.training.run.command import PANEL, Json, reported_errors
+from galore_torch.training.run.command import Json, option, reported_errors
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import local_path, model_of_run
 from galore_torch.training.run.signals import stoppable
@@ -35,7 +35,7 @@ galore {name} MODEL --task sft --data chats.jsonl
 _OF_TEXT = ("data", "subset", "text_column", "cache", "seq", "eval_tokens", "dtype")
 
 Model = Annotated[str, typer.Argument(help="Folder of a run, or name or folder of a model.", metavar="RUN_OR_MODEL")]
-File = Annotated[Path | None, typer.Option(help="File of predictions; by default the screen.", rich_help_panel=PANEL)]
+File = Annotated[Path | None, option("File of predictions; by default the screen.")]
 
 
 def evaluate(model: Model, *, json: Json = False, **given: Any) -> None:

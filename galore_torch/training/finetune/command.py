@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING
 
 from galore_torch.training.finetune.config import FinetuneConfig
-from galore_torch.training.finetune.presets import PRESETS, configure
-from galore_torch.training.run.command import PANEL, Config, Json, Out, Resume, run_command
-from galore_torch.training.settings.fields import given_settings
-from galore_torch.training.settings.methods import TUNING, help_text
+from galore_torch.training.finetune.presets import PRESET_TABLE
+from galore_torch.training.run.job_command import Amount, JobCommand
+from galore_torch.training.settings.methods import TUNING
 
 if TYPE_CHECKING:
     from galore_torch.training.run.job import Job
 
-HELP_PRESET = "classify"
-"""The preset whose values ``--help`` shows."""
+_HELP = """Fine-tune a model: classes or numbers of texts, or a causal model on examples.
 
-EPILOG = f"""[bold]Examples[/]
+The run folder gets config.toml, metrics.jsonl, predictions.jsonl, the model with its tokenizer and loss.png."""
 
-galore finetune --task rte
+_EXAMPLES = """galore finetune --task rte
 [dim]RoBERTa on a task of GLUE, by the paper's recipe at rank 4[/]
 
 galore finetune --data reviews.csv --text-column review --label-column stars --model MODEL
@@ -37,45 +33,33 @@ galore finetune --task grpo --data arithmetic --model MODEL
 
 galore finetune --resume --out runs/rte
 [dim]go on after Ctrl-C[/]
-
-{help_text(TUNING)}"""
-
-_PRESET = typer.Option(
-    help=f"Recipe to start from: {', '.join(PRESETS)}; by default the task's.", rich_help_panel=PANEL
-)
-_METHOD = typer.Option(
-    help=rf"What is trained, and how: {', '.join(TUNING)}. [dim]\[default: galore][/]", rich_help_panel=PANEL
-)
+"""
 
 
-def finetune(
-    *,
-    preset: Annotated[str | None, _PRESET] = None,
-    method: Annotated[str | None, _METHOD] = None,
-    config: Config = None,
-    out: Out = None,
-    resume: Resume = False,
-    json: Json = False,
-    **given: Any,
-) -> None:
-    """Fine-tune a model: classes or numbers of texts, or a causal model on examples.
-
-    The run folder gets config.toml, metrics.jsonl, predictions.jsonl, the model with its tokenizer and loss.png.
-    Ctrl-C finishes the step, saves a checkpoint and says how to go on.
-    It runs on a GPU if there is one; CUDA_VISIBLE_DEVICES chooses which, and is empty for the CPU.
-    """
-    given = given_settings(given)
-
-    def configured() -> tuple[FinetuneConfig, str]:
-        settings = configure(preset, config, method=method, **given)
-        return settings, f"{settings.data.task}-{method or settings.title}"
-
-    options = {"preset": preset, "method": method, "config": config, **given}
-    run_command(load, "finetune", configured, options, out=out, resume=resume, json=json)
-
-
-def load() -> type[Job]:
-    """Import what its runs are of, with Transformers."""
+def _load() -> type[Job]:
     from galore_torch.training.finetune.run import Finetuning
 
     return Finetuning
+
+
+def _amount(config: FinetuneConfig) -> Amount:
+    length = config.schedule
+    return Amount(length.steps * length.batch, "examples") if length.steps else Amount(length.epochs, "epochs")
+
+
+FINETUNE = JobCommand(
+    name="finetune",
+    help=_HELP,
+    examples=_EXAMPLES,
+    presets=PRESET_TABLE,
+    preset_help=r"Flags and --config override it. [dim]\[default: the task's][/]",
+    help_preset="classify",
+    offered=TUNING,
+    methods=("full", "galore", "lora"),
+    load=_load,
+    unit="examples",
+    held_out="rows",
+    libraries=("datasets", "trl", "peft"),
+    amount=_amount,
+    scores=lambda final: final["scores"],
+)

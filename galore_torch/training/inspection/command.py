@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json as json_format
-import shlex
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 
 from galore_torch.training.finetune.config import GLUE
 from galore_torch.training.inspection.config import InspectConfig, ModelDataConfig, configure
-from galore_torch.training.run.command import reported_errors
+from galore_torch.training.run.command import option, reported_errors, this_command
 from galore_torch.training.run.files import require_empty, write_folder
 from galore_torch.training.run.signals import deferred, stoppable
 from galore_torch.training.settings.fields import field_names
@@ -48,20 +46,17 @@ A line has the flags by which galore pretrain and galore finetune train by them.
 """
 
 _COMMAND = "galore inspect"
-
-
-def _option(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="Inspection")
+_option = partial(option, panel="Inspection")
 
 
 def inspect(
     *,
-    run: Annotated[Path | None, _option(help="Run folder of a galore pretrain or finetune.")] = None,
-    fresh: Annotated[bool, _option("--fresh", help="Make a run's first steps again, from its first weights.")] = False,
-    model: Annotated[str | None, _option(help="Folder, or name on the Hugging Face Hub, of a model.")] = None,
-    data: Annotated[str | None, _option(help="What that model learns from: a file or folder.")] = None,
-    out: Annotated[Path | None, _option(help=r"Folder to make. [dim]\[default: runs/inspect-NAME][/]")] = None,
-    json: Annotated[bool, _option("--json", help="Print inspection.json; progress goes to stderr.")] = False,
+    run: Annotated[Path | None, _option("Run folder of a galore pretrain or finetune.")] = None,
+    fresh: Annotated[bool, _option("Make a run's first steps again, from its first weights.", "--fresh")] = False,
+    model: Annotated[str | None, _option("Folder, or name on the Hugging Face Hub, of a model.")] = None,
+    data: Annotated[str | None, _option("What that model learns from: a file or folder.")] = None,
+    out: Annotated[Path | None, _option(r"Folder to make. [dim]\[default: runs/inspect-NAME][/]")] = None,
+    json: Annotated[bool, _option("Print inspection.json; progress goes to stderr.", "--json")] = False,
     **given: Any,
 ) -> None:
     """Look at gradients: how few dimensions hold them, and for how many steps the same few do.
@@ -92,7 +87,7 @@ def inspect(
                 inspected = jobs.job_of_run(run, config.snapshots, console, fresh=fresh)
         found = _observed(inspected, config, console)
         with console.status("Drawing"):
-            files = report.files(found, shlex.join(["galore", *sys.argv[1:]]))
+            files = report.files(found, this_command())
         with deferred():
             write_folder(files, folder)
             left = f"Stopped after the end: {folder} is written."

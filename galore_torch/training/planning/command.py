@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json as json_format
-import shlex
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from galore_torch.training.run.command import reported_errors
+from galore_torch.training.run.command import option, reported_errors, this_command
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS, method_settings
@@ -40,32 +39,27 @@ galore plan llama-1b --method galore --gradients projected --json
 """
 
 _COMMAND = "galore plan"
-
-
-def _option(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="Plan")
+_option = partial(option, panel="Plan")
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="A preset, a folder, a config.json, or a name on the Hugging Face Hub.")],
     *,
-    memory: Annotated[str | None, _option(help="What there is, such as 24GB; says which methods fit.")] = None,
-    method: Annotated[list[str] | None, _option(help=r"Plan these alone. [dim]\[default: all][/]")] = None,
-    batch: Annotated[int | None, _option(help="Sequences a step.")] = None,
-    micro_batch: Annotated[int | None, _option(help="Sequences at once.")] = None,
-    seq: Annotated[int | None, _option(help="Tokens of a sequence.")] = None,
-    vocab: Annotated[int | None, _option(help="Entries of a preset's vocabulary.")] = None,
-    dtype: Annotated[str | None, _option(help=r"Of weights. [dim]\[default: the preset's; bfloat16][/]")] = None,
-    gradient_checkpointing: Annotated[bool | None, _option(help="Compute activations again in the backward.")] = None,
-    world_size: Annotated[int, _option(help="Processes, one a card; says what each needs and sends.")] = 1,
-    parallel: Annotated[
-        str, _option(help="What they share: ddp, the batch; fsdp, weights and states as well.")
-    ] = "ddp",
-    bandwidth: Annotated[str | None, _option(help="Of each card's link, such as 10gbit or 25GB/s.")] = None,
-    tokens: Annotated[str | None, _option(help="Of the training, such as 20B; says the days.")] = None,
-    tokens_per_second: Annotated[float | None, _option(help="Of one process alone, as a run measured it.")] = None,
-    page: Annotated[Path | None, _option(help="Write a page with the table and a chart there.")] = None,
-    json: Annotated[bool, _option("--json", help="Print the plans as one JSON object.")] = False,
+    memory: Annotated[str | None, _option("What there is, such as 24GB; says which methods fit.")] = None,
+    method: Annotated[list[str] | None, _option(r"Plan these alone. [dim]\[default: all][/]")] = None,
+    batch: Annotated[int | None, _option("Sequences a step.")] = None,
+    micro_batch: Annotated[int | None, _option("Sequences at once.")] = None,
+    seq: Annotated[int | None, _option("Tokens of a sequence.")] = None,
+    vocab: Annotated[int | None, _option("Entries of a preset's vocabulary.")] = None,
+    dtype: Annotated[str | None, _option(r"Of weights. [dim]\[default: the preset's; bfloat16][/]")] = None,
+    gradient_checkpointing: Annotated[bool | None, _option("Compute activations again in the backward.")] = None,
+    world_size: Annotated[int, _option("Processes, one a card; says what each needs and sends.")] = 1,
+    parallel: Annotated[str, _option("What they share: ddp, the batch; fsdp, weights and states as well.")] = "ddp",
+    bandwidth: Annotated[str | None, _option("Of each card's link, such as 10gbit or 25GB/s.")] = None,
+    tokens: Annotated[str | None, _option("Of the training, such as 20B; says the days.")] = None,
+    tokens_per_second: Annotated[float | None, _option("Of one process alone, as a run measured it.")] = None,
+    page: Annotated[Path | None, _option("Write a page with the table and a chart there.")] = None,
+    json: Annotated[bool, _option("Print the plans as one JSON object.", "--json")] = False,
     **given: Any,
 ) -> None:
     """Say what a training will need of memory, by method, before anything of it is allocated.
@@ -108,7 +102,7 @@ def plan(
             if page is not None:
                 from galore_torch.training.planning.page import page_of  # with matplotlib, which the table does without
 
-                page_of(shown, shlex.join(["galore", *sys.argv[1:]])).write(page)
+                page_of(shown, this_command()).write(page)
         if json:
             print(json_format.dumps(shown.as_json()))
             return

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_format
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,25 +30,24 @@ REFUSED = 2  # the exit status of a command that was asked for something it cann
 FAILED = 1  # that of one that could not finish what it had begun
 PANEL = "Run"  # the heading under which --help lists a command's own options
 
-Config = Annotated[
-    Path | None,
-    typer.Option(help="TOML file of settings, such as a run folder's config.toml.", rich_help_panel=PANEL),
-]
-Out = Annotated[Path | None, typer.Option(help="Run folder to make, by default in runs/.", rich_help_panel=PANEL)]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Resume the run in --out, with its own settings; with more --steps or --epochs also one that has ended.",
-        rich_help_panel=PANEL,
-    ),
-]
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print the result as one JSON object; progress goes to stderr.", rich_help_panel=PANEL),
-]
+
+def option(help: str, *names: str, panel: str = PANEL, metavar: str | None = None) -> Any:
+    """An option of a command itself, under a heading of ``--help``; names only where they are not the parameter's."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
+
+
+Config = Annotated[Path | None, option("TOML file of settings, such as a run folder's config.toml.")]
+Out = Annotated[Path | None, option("Run folder to make, by default in runs/.")]
+_RESUME = "Resume the run in --out, with its own settings; with more --steps or --epochs also one that has ended."
+Resume = Annotated[bool, option(_RESUME, "--resume")]
+Json = Annotated[bool, option("Print the result as one JSON object; progress goes to stderr.", "--json")]
 
 _ROOM = "Free some space there, or allow writing; --out, --cache and TMPDIR choose other places."
+
+
+def this_command() -> str:
+    """The command that runs, as it was given, for reports."""
+    return shlex.join(["galore", *sys.argv[1:]])
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def _shown(result: RunResult, name: str) -> list[str]:
     if not result.finished:
         return [
             f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; resume with:",
-            f"  {name} --resume --out {quote(result.out)}",
+            f"  {name} --resume --out {shlex.quote(result.out)}",
         ]
     folder = RunFolder(Path(result.out))
     planned = result.planned_memory_bytes
@@ -183,7 +183,7 @@ def _failed(folder: RunFolder, name: str) -> str:
     saved = folder.checkpoints.newest()
     what = "has no checkpoint yet" if saved is None else f"is saved as of step {step_of(saved):,}"
     again = "start it over with" if saved is None else "resume with"
-    return f"{folder.root} {what}; then {again}:\n  {name} --resume --out {quote(str(folder.root))}"
+    return f"{folder.root} {what}; then {again}:\n  {name} --resume --out {shlex.quote(str(folder.root))}"
 
 
 def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
@@ -192,7 +192,7 @@ def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
         return "Stopped. Nothing was written."
     folder.abandon()
     root, saved = folder.root, folder.checkpoints.newest()
-    again = f"\n  {name} --resume --out {quote(str(root))}"
+    again = f"\n  {name} --resume --out {shlex.quote(str(root))}"
     if records.final(folder.metrics) is not None:
         return f"Stopped after the end: {root} holds the finished run."
     if saved is not None:

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
@@ -170,7 +170,11 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", bool: ""}
 
 
 def with_settings(
-    command: Callable[..., None], sections: Mapping[str, type], presets: Presets, help_preset: str = ""
+    command: Callable[..., None],
+    sections: Mapping[str, type],
+    presets: Presets,
+    help_preset: str = "",
+    hidden: Sequence[str] = (),
 ) -> Callable[..., None]:
     """Give a command one optional flag a setting.
 
@@ -180,12 +184,13 @@ def with_settings(
         sections: the dataclass of each section by its name.
         presets: what presets set, by their names.
         help_preset: the preset whose values the help shows.
+        hidden: options of its own that are not offered.
 
     Returns:
         The command itself, with the flags in its signature, which typer reads.
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
-    parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [one for one in own if one.kind is not inspect.Parameter.VAR_KEYWORD and one.name not in hidden]
     taken = {parameter.name for parameter in parameters}
     for kind, option in (typing.get_args(parameter.annotation) for parameter in parameters):
         option.metavar = "" if kind is bool else option.metavar
