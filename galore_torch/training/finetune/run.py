@@ -17,8 +17,7 @@ from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, load
 from galore_torch.training.finetune.on_trl import STAGES
 from galore_torch.training.run.base_model import recompute_activations
-from galore_torch.training.run.job import Job
-from galore_torch.training.run.result import RunResult
+from galore_torch.training.run.job import Job, RunResult
 
 
 @dataclass(frozen=True, kw_only=True)

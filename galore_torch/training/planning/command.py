@@ -100,9 +100,7 @@ def plan(
                 shown = Planned(subject=planned, found=found, memory=room, costs=costs)
                 texts = shown.texts
             if page is not None:
-                from galore_torch.training.planning.page import page_of  # with matplotlib, which the table does without
-
-                page_of(shown, this_command()).write(page)
+                shown.page(this_command()).write(page)
         if json:
             print(json_format.dumps(shown.as_json()))
             return

@@ -1,4 +1,4 @@
-"""What ``galore plan`` finds and says: a plan by method, what fits, its table, its notes."""
+"""What ``galore plan`` finds and says: a plan by method, what fits, its table, its notes, its page."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from galore_torch.memory import KINDS, MemoryPlan
 from galore_torch.training.planning.cards import Cost
 from galore_torch.training.planning.subject import Subject
 from galore_torch.training.settings.methods import METHODS
 from galore_torch.units import readable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from galore_torch.training.page.page import Page
 
 MB, GB = 1e6, 1e9
 
@@ -235,6 +240,7 @@ class Planned:
         def with_settings(one: Smaller | None) -> dict[str, Any] | None:
             return None if one is None else {"method": one[0], "settings": one[1], **one[2].as_json()}
 
+        costs = {name: {"cost": one.as_json()} for name, one in self.costs.items()}
         return {
             "model": self.subject.name,
             "memory_bytes": self.memory,
@@ -243,8 +249,36 @@ class Planned:
             "best": self.best,
             "instead": with_settings(self.instead),
             "usual": with_settings(self.usual),
-            "methods": {name: {**one.as_json(), **self._cost_of(name)} for name, one in self.found.items()},
+            "methods": {name: one.as_json() | costs.get(name, {}) for name, one in self.found.items()},
         }
 
-    def _cost_of(self, name: str) -> dict[str, Any]:
-        return {"cost": self.costs[name].as_json()} if name in self.costs else {}
+    def page(self, command: str) -> Page:
+        """A page with the table and a stacked bar for each method, made by a command."""
+        from galore_torch.training.page.page import Page  # with matplotlib, which the table does without
+
+        made = Page("Memory, planned", self.title)
+        made.table(self.columns, self.rows)
+        if self.costs:
+            made.table(self.cost_columns, self.cost_rows)
+        for text in self.texts:
+            made.text(text)
+        made.figure(self._chart(), "What there is of each kind at the moment when a method needs the most.")
+        made.heading("How it was made")
+        made.code(command)
+        return made
+
+    def _chart(self) -> Figure:
+        """A stacked bar for each method, and a line for what there is."""
+        from galore_torch.training.run.plots import COLORS, GRAY, new_axes
+
+        names = list(self.found)[::-1]
+        figure, axes = new_axes("GB", "", size=(5.8, 1.2 + 0.28 * len(names)))
+        start = [0.0] * len(names)
+        for kind, color in zip(KINDS, COLORS, strict=False):
+            widths = [self.found[name].peak[kind] / GB for name in names]
+            axes.barh(names, widths, left=start, color=color, label=kind)
+            start = [one + width for one, width in zip(start, widths, strict=True)]
+        if self.memory is not None:
+            axes.axvline(self.memory / GB, color=GRAY, linestyle="--")
+        axes.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+        return figure

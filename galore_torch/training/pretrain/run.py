@@ -13,8 +13,7 @@ from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.model import build_model
 from galore_torch.training.run import records
 from galore_torch.training.run.base_model import load_tokenizer
-from galore_torch.training.run.job import Job
-from galore_torch.training.run.result import RunResult
+from galore_torch.training.run.job import Job, RunResult
 from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text import packing
 

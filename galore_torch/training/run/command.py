@@ -23,8 +23,7 @@ from galore_torch.training.run.signals import Screen, exit_status, stoppable
 from galore_torch.units import duration, readable
 
 if TYPE_CHECKING:
-    from galore_torch.training.run.job import Job
-    from galore_torch.training.run.result import RunResult
+    from galore_torch.training.run.job import Job, RunResult
 
 REFUSED = 2  # the exit status of a command that was asked for something it cannot do, as shells have it
 FAILED = 1  # that of one that could not finish what it had begun

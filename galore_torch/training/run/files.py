@@ -12,8 +12,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -81,20 +81,15 @@ def write_manifest(folder: Path) -> None:
     """Write down size and digest of each file of a folder."""
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest_of_file(folder / name)}
-        for name in sorted(files_in(folder))
+        for name in sorted(_files_in(folder))
     }
     write_whole(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
-def files_in(folder: Path) -> set[str]:
+def _files_in(folder: Path) -> set[str]:
     """All files by their names from the folder on, but locks and the manifest."""
     found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != MANIFEST)
     return {path.relative_to(folder).as_posix() for path in found}
-
-
-def listed(folder: Path) -> set[str]:
-    """The files that the manifest names; an OSError or a ValueError says that there is none that can be read."""
-    return {name for name, _, _ in _entries(folder)}
 
 
 def _entries(folder: Path) -> list[tuple[str, int, str]]:
@@ -144,6 +139,30 @@ def digest_of_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[Path]:
+    """Hold a folder of a cache, made if it is missing, while it is read or filled: one process at a time.
+
+    What another process does in it is waited for. If a file is damaged or missing, or one is there that nobody has
+    finished, the folder is emptied first, so that all of it is made again. If the body fails, what it has put there
+    goes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if damage(folder) is not None or {name for name, *_ in _entries(folder)} != _files_in(folder):
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        before = _files_in(folder)
+        try:
+            yield folder
+        except BaseException:
+            for made in _files_in(folder) - before:
+                (folder / made).unlink(missing_ok=True)
+            raise
+        if _files_in(folder) != before:
+            write_manifest(folder)
 
 
 class Lock:

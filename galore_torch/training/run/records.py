@@ -6,7 +6,7 @@ Of ``metrics.jsonl`` there are three kinds:
 | --- | --- |
 | a step | step, tokens, loss (nats per token), lr, grad_norm, tokens_per_second, seconds |
 | an evaluation | step, tokens, eval_loss (nats per token), perplexity, seconds |
-| the end | final (true) and the figures of the whole run, see `galore_torch.training.run.result.RunResult` |
+| the end | final (true) and the figures of the whole run, see `galore_torch.training.run.job.RunResult` |
 
 A fine-tuning counts examples in the place of tokens, has its task's scores in the place of perplexity and, where its
 length is told in epochs, ``epoch``, how many have passed, in the records of steps. The end of a run on a stream has

@@ -30,9 +30,8 @@ from galore_torch.training.run.callbacks import (
 from galore_torch.training.run.checkpoints import KEPT, step_of, stream_digest, trainer_state
 from galore_torch.training.run.files import require_whole, sync, write_manifest
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.job import Job, make_trainer
+from galore_torch.training.run.job import Job, RunResult, make_trainer
 from galore_torch.training.run.plots import plot_losses
-from galore_torch.training.run.result import RunResult
 from galore_torch.training.run.signals import deferred, was_asked
 from galore_torch.training.settings.config import from_values
 from galore_torch.units import readable

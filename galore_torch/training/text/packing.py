@@ -1,6 +1,7 @@
 """From the name of some text to sequences of one length.
 
-Documents are tokenized, ended by the end-of-text token, laid end to end and cut.
+Documents are tokenized, by a byte-level BPE that is trained on the spot or by a ready tokenizer, ended by the
+end-of-text token, laid end to end and cut.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -17,17 +19,24 @@ from typing import Any
 import datasets
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from galore_torch.training.run.files import kept
 from galore_torch.training.run.names import local_path
 from galore_torch.training.run.stream import Stream
 from galore_torch.training.text import sources
-from galore_torch.training.text.caches import kept
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import LocalFiles, local_files
 from galore_torch.training.text.sources import Corpus, Documents
-from galore_torch.training.text.tokenizer import tokenizer_for
+from galore_torch.units import sentence
 
+END_OF_TEXT = "<|endoftext|>"
+"""Ends every document; the one special token of a tokenizer trained here."""
+
+_PAPER_TOKENIZER = "t5-base"
+_TRAINING_DOCUMENTS = 20_000
+_TRAINING_CHARACTERS = 32 * 2**20
 _AT_ONCE = 1000  # documents or sequences
 
 
@@ -103,6 +112,52 @@ def _told(config: DataConfig, files: LocalFiles, corpus: Corpus) -> str:
 def cache_folder(config: DataConfig) -> Path:
     """Where tokenizers and tokenized text are kept: the setting, $GALORE_CACHE, or ``~/.cache/galore-torch``."""
     return local_path("cache", config.cache or os.environ.get("GALORE_CACHE") or "~/.cache/galore-torch")
+
+
+def tokenizer_for(corpus: Corpus, config: DataConfig, cache: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``config.tokenizer`` asks for; one that is trained sees no held-out document.
+
+    Raises:
+        ValueError: when a ready tokenizer cannot be loaded or has no token that ends a document.
+    """
+    name = config.tokenizer
+    if name == "auto":
+        name = _PAPER_TOKENIZER if corpus.streamed else "train"
+    if name == "train":
+        return _trained(corpus, config.vocab, cache)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # missing, offline, gated, not a tokenizer: the Hub's client raises errors of many kinds
+        raise ValueError(
+            f"tokenizer = {name!r} cannot be loaded: {sentence(error)} Check the name and the network, or give train."
+        ) from error
+
+
+def _trained(corpus: Corpus, vocab: int, cache: Path) -> PreTrainedTokenizerBase:
+    texts = list(_sample(corpus))
+    key = hashlib.sha256(json.dumps([vocab, END_OF_TEXT, texts]).encode()).hexdigest()[:16]
+    with kept(cache / "tokenizers" / key) as folder:
+        if not any(folder.iterdir()):
+            bpe = ByteLevelBPETokenizer()
+            bpe.train_from_iterator(
+                texts, vocab_size=vocab, min_frequency=0, special_tokens=[END_OF_TEXT], show_progress=False
+            )
+            PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+                tokenizer_object=Tokenizer.from_str(bpe.to_str()),
+                bos_token=END_OF_TEXT,
+                eos_token=END_OF_TEXT,
+                pad_token=END_OF_TEXT,
+            ).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _sample(corpus: Corpus) -> Iterator[str]:
+    characters = 0
+    for row in islice(corpus.train, _TRAINING_DOCUMENTS):
+        if characters > _TRAINING_CHARACTERS:
+            return
+        characters += len(row["text"])
+        yield row["text"]
 
 
 def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, seq: int) -> Documents:

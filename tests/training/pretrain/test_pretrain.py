@@ -16,7 +16,7 @@ from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
-from galore_torch.training.text import packing, tokenizer
+from galore_torch.training.text import packing
 from tests.training.during import During, crash, ctrl_c
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_was_interrupted_goes_on_exactly(optimizer, data, stop, tiny,
         given["data"] = str(epoch_of_three_steps(texts, tmp_path / "short"))
     if data == "stream":
         given |= {"data": "someone/texts", "tokenizer": "train"}
-        monkeypatch.setattr(tokenizer, "_TRAINING_DOCUMENTS", 20)
+        monkeypatch.setattr(packing, "_TRAINING_DOCUMENTS", 20)
         monkeypatch.setattr(packing, "_AT_ONCE", 5)
         load = datasets.load_dataset
         files = {"train": str(texts / "*.txt"), "validation": str(texts / "ast.txt")}

@@ -17,8 +17,7 @@ from galore_torch.training.pretrain.model import entries
 from galore_torch.training.text import files as files_of_text
 from galore_torch.training.text import packing, sources
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.packing import prepare_text
-from galore_torch.training.text.tokenizer import END_OF_TEXT, tokenizer_for
+from galore_torch.training.text.packing import END_OF_TEXT, prepare_text, tokenizer_for
 
 
 def rows(texts: Path) -> list[str]:
