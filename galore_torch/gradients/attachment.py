@@ -20,6 +20,7 @@ from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
 from galore_torch.gradients.hooks import discard_stale, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, fuse, is_linear
 from galore_torch.gradients.other_optimizers import refuse_other_optimizers
+from galore_torch.gradients.replaced_weights import refuse_replaced_weights
 from galore_torch.gradients.shared_inputs import InputTracker
 from galore_torch.messages import warn
 from galore_torch.modes import (
@@ -160,6 +161,7 @@ def attach(
         attachment._undo.append(refuse_data_parallel(model, _ATTACHED).remove)
     formed = f"gradients={gradients!r}, update={update!r}"
     attachment._undo.append(refuse_other_optimizers(optimizer, early.values(), formed))
+    attachment._undo.append(refuse_replaced_weights(model, optimizer).remove)
     if gradients == "fused":
         _fuse_linears(model, optimizer, projected, attachment, save_inputs)
     if update == "backward":

@@ -22,13 +22,13 @@ from galore_torch.lowbit import Rounding
 from galore_torch.optim.arguments import check_hyperparameters, checked_settings, listed, name_all, prepared
 from galore_torch.optim.checkpoint import load_uncast, require_held
 from galore_torch.optim.chunks import step_chunk
-from galore_torch.optim.gradient_checks import check_gradients, report_waiting
+from galore_torch.optim.gradient_checks import StepsWithoutGradients, check_gradients, report_waiting
 from galore_torch.optim.group_warnings import report_all, report_each
 from galore_torch.optim.groups import check_group, is_projected, parameter_name, projection_in, require_current
 from galore_torch.optim.inner_group import GroupWrites, inner_group, set_inner_groups
 from galore_torch.optim.outcomes import Outcomes
 from galore_torch.optim.positions import Position, positions
-from galore_torch.optim.precision import check_rounding, report_float16, report_rounding
+from galore_torch.optim.precision import check_rounding, report_precision
 from galore_torch.optim.processes import SHARD, Alone, is_sharded
 from galore_torch.optim.renewals import renew
 from galore_torch.optim.rule import Traits
@@ -139,10 +139,7 @@ class GaLore(Optimizer):
         self._is_built = False  # so that warnings about all groups come once
         super().__init__(params, {**self._rules.rule.defaults, **(group_defaults or {})})
         report_all(self.param_groups)
-        report_rounding(rounding, [place.weight for place in positions(self.param_groups)])
-        if state_dtype in (None, torch.float16):
-            held = (place for place in positions(self.param_groups) if place.weight.dtype is torch.float16)
-            report_float16(self._rules.rule, [parameter_name(place.group, place.index) for place in held])
+        report_precision(self._rules.rule, self.param_groups, rounding, state_dtype)
         self._is_built = True
         self._report(self.param_groups)
 
@@ -153,6 +150,7 @@ class GaLore(Optimizer):
         self._written = GroupWrites()
         self._outcomes = Outcomes()
         self._rules = Rules(self._settings)
+        self._without_gradients = StepsWithoutGradients()
         self._processes = Alone()  # `distributed/` puts those of the job here
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,6 +207,7 @@ class GaLore(Optimizer):
         for one in all_trained:
             require_current(one.weight)
         self._apply([one for one in all_trained if one.weight.grad is not None])
+        self._without_gradients.close_step(all_trained)
         self._state_checks.note_all([one for one in all_trained if one.state])
         self._written.close(self.param_groups, self._rules.of)
         return loss
@@ -284,8 +283,9 @@ class GaLore(Optimizer):
         trained = self._cache.on(weight, self.param_groups, self.state, self._new_trained_weight)
         if trained is None:
             raise ValueError(
-                f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard has "
-                'replaced it, make the optimizer and attach after that (gradients="full" where a trainer does so)'
+                f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard or "
+                "load_state_dict(assign=True) has put it in another's place, build the optimizer and attach after that "
+                '(gradients="full" where a trainer calls fully_shard)'
             )
         self._prepare([trained])  # the gradient may still be thrown away: `_apply` alone keeps a new state
         return trained
@@ -301,6 +301,7 @@ class GaLore(Optimizer):
         """
         self._processes.require(self._settings["seed"])
         check_gradients(trained)
+        self._without_gradients.note(trained)
         new = [one for one in trained if not one.is_kept]
         for one in new:
             self.state[one.weight], one.is_kept = one.state, True

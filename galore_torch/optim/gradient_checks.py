@@ -15,6 +15,29 @@ from galore_torch.optim.state_keys import BASIS
 from galore_torch.optim.trained_weight import TrainedWeight
 
 
+class StepsWithoutGradients:
+    """Warns of steps that change nothing, one after another: torch's optimizers make them in silence."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def note(self, trained: Sequence[TrainedWeight]) -> None:
+        """Notes which weights have a gradient, now or earlier in this step."""
+        if trained:
+            self._in_a_row = -1
+
+    def close_step(self, held: Sequence[TrainedWeight]) -> None:
+        """Ends a step of an optimizer that holds these weights."""
+        self._in_a_row += 1
+        trainable = sum(one.weight.requires_grad for one in held) if self._in_a_row == 2 else 0
+        if trainable:  # one such step alone sets up states and schedules
+            warn(
+                f"two steps have found no gradient on any of {trainable:,} parameters, and changed nothing. Does the "
+                "model hold other ones by now? load_state_dict(assign=True), to_empty and fully_shard put new ones in "
+                "their place: build the optimizer after them"
+            )
+
+
 def check_gradients(trained: Sequence[TrainedWeight]) -> None:
     """Checks that the gradients of weights are of a supported kind, before anything acts on one of them.
 

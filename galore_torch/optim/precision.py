@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from galore_torch.lowbit import ROUNDINGS, QuantizedWeight, Rounding
+from galore_torch.messages import warn
+from galore_torch.optim.groups import parameter_name
+from galore_torch.optim.positions import positions
 from galore_torch.optim.rule import InnerParam, Rule
 
 ASKED: dict[str, Rounding] = {
@@ -55,39 +58,32 @@ def asked_rounding(rule: Rule, group: Mapping[str, Any]) -> Rounding:
     return "nearest"
 
 
-def report_rounding(rounding: Rounding | None, weights: Sequence[Tensor]) -> None:
-    """Warns once where a rounding was asked for that has no effect.
+def report_precision(
+    rule: Rule, groups: Sequence[dict[str, Any]], rounding: Rounding | None, state_dtype: torch.dtype | None
+) -> None:
+    """Warns of a rounding that has no effect, and of an optimizer whose updates come out wrong with float16 state.
 
     Args:
+        rule: the optimizer inside.
+        groups: all parameter groups.
         rounding: as it was given.
-        weights: all weights of an optimizer.
+        state_dtype: as it was given.
     """
-    if rounding in (None, "nearest") or any(is_16_bit(weight) for weight in weights):
-        return
-    dtypes = sorted({str(weight.dtype) for weight in weights})
-    warnings.warn(
-        f"rounding={rounding!r} has no effect: no weight has 16 bits (they are {', '.join(dtypes)}). Leave it out",
-        stacklevel=4,
-    )
-
-
-def report_float16(rule: Rule, names: Sequence[str]) -> None:
-    """Warns once of an optimizer whose updates come out wrong where its state is of float16.
-
-    Args:
-        rule: the optimizer.
-        names: of the weights for which its state would be.
-    """
-    if not names:
+    held = list(positions(groups))
+    if rounding not in (None, "nearest") and not any(is_16_bit(place.weight) for place in held):
+        dtypes = ", ".join(sorted({str(place.weight.dtype) for place in held}))
+        warn(f"rounding={rounding!r} has no effect: no weight has 16 bits (they are {dtypes}). Leave it out")
+    in_float16 = [place for place in held if place.weight.dtype is torch.float16]
+    names = [parameter_name(place.group, place.index) for place in in_float16]
+    if not names or state_dtype not in (None, torch.float16):
         return
     factor = _too_large_in_float16(rule)
     if not 0.9 < factor < 1.1:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        warnings.warn(
+        warn(
             f"the state of {len(names)} weights of float16 ({shown}) is kept in float16, where the squares of small "
             f"gradients vanish: at gradients of 1e-4 the updates of {rule.name} come out {factor:.2g} times as large "
-            "as they should. Pass state_dtype=torch.float32, or use weights of bfloat16 or float32",
-            stacklevel=4,
+            "as they should. Pass state_dtype=torch.float32, or use weights of bfloat16 or float32"
         )
 
 
