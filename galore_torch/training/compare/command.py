@@ -16,7 +16,7 @@ from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, Json, option, reported_errors, this_command
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
-from galore_torch.training.run.processes import require_one
+from galore_torch.training.run.processes import is_first
 from galore_torch.training.run.signals import Screen, stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS
@@ -99,10 +99,9 @@ def _command(job: JobCommand) -> Callable[..., None]:
     ) -> None:
         given = given_settings(given)
         folder = out or Path("runs") / f"compare-{given.get('task') or preset or job.presets.default(given)}"
-        console = Screen(stderr=json)
+        console = Screen(stderr=json, quiet=not is_first())
         runs: list[PlannedRun] = []
         with stoppable(lambda: _stopped(runs, folder)), reported_errors(f"galore compare {job.name}"):
-            require_one(f"torchrun -m galore_torch {job.name} makes a single run in several")
             rates = (lr or (), others_lr or (), seed or (0,))
             runs += make_plan(job, preset, method or job.methods, *rates, given, sets or ())
             require_same_plan(folder / PLAN, job, runs, needed=report_only)
@@ -111,7 +110,8 @@ def _command(job: JobCommand) -> Callable[..., None]:
                 return
             if not report_only:
                 make_runs(job, runs, folder, console, this_command())
-            _report(job, runs, folder, console, json=json)
+            if is_first():
+                _report(job, runs, folder, console, json=json)
 
     doing = job.presets.config.doing
     command.__doc__ = f"""Compare methods on {doing}, at equal data: every learning rate with every seed.

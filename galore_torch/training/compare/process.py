@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console
 
+from galore_torch.training.run.processes import is_first
 from galore_torch.training.run.signals import SIGNALS, Stop, handled_by, heard, stoppable
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -40,7 +41,7 @@ def call_in_process(function: Callable[..., T], *args: Any, log: Path, console: 
     Args:
         function: of a module. Its last argument is a console that shows on our terminal; without one, in the log.
         args: those before it, which can be pickled.
-        log: where stdout and stderr of the process go, from the start of the file.
+        log: where stdout and stderr of the process go, from the start of the file, which processes of a job share.
         console: ours.
 
     Raises:
@@ -49,7 +50,7 @@ def call_in_process(function: Callable[..., T], *args: Any, log: Path, console: 
         BaseException: what the function raised.
     """
     receiver, sender = _SPAWN.Pipe(duplex=False)
-    terminal = (2 if console.stderr else 1) if console.is_terminal else None
+    terminal = (2 if console.stderr else 1) if console.is_terminal and not console.quiet else None
     process = _SPAWN.Process(target=_serve, args=(sender, function, args, log, terminal, console.width))
     asked: list[int] = []
 
@@ -60,6 +61,8 @@ def call_in_process(function: Callable[..., T], *args: Any, log: Path, console: 
             os.kill(process.pid or 0, signal.SIGINT)
 
     log.parent.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        log.unlink(missing_ok=True)
     with handled_by(interrupt):
         with _quiet_start():
             process.start()
@@ -109,7 +112,7 @@ def _serve(
 ) -> None:
     """Be the process: call the function, and send what it returned or raised."""
     screen = None if terminal is None else os.fdopen(os.dup(terminal), "w", encoding="utf-8")
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
     threading.Thread(target=_stop_with_parent, daemon=True).start()

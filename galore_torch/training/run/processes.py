@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from galore_torch.training.run.checkpoints import Checkpoints
 from galore_torch.training.run.folder import LAUNCH, RunFolder
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 MEETING = 300
 """Seconds that processes wait for each other at their start."""
+
+_PART = "GALORE_PART"
+"""Where a process finds in which part of a job it is one, if the job has several, see `begin_part`."""
+
+T = TypeVar("T")
 
 
 def count() -> int:
@@ -45,24 +50,13 @@ def goes_on(folder: RunFolder) -> bool:
     """
     launch = os.environ.get(LAUNCH, "none")
     began = launch != "none" and folder.launch.exists() and folder.launch.read_text(encoding="utf-8") == launch
-    found = [folder.config.exists() and (began or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)]
+    return gathered(folder.config.exists() and (began or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0))[0]
+
+
+def require_one() -> None:
+    """Refuse a launcher of many processes with a ValueError."""
     if count() > 1:
-        import torch.distributed as dist  # the command line answers before torch is there
-
-        connect()
-        dist.broadcast_object_list(found)
-    return found[0]
-
-
-def require_one(instead: str = "") -> None:
-    """Refuse a launcher of many processes with a ValueError.
-
-    Args:
-        instead: what else can be done.
-    """
-    if count() > 1:
-        told = f" ({instead})" if instead else ""
-        raise ValueError(f"WORLD_SIZE = {count()}: this job runs in one process; start it without a launcher{told}.")
+        raise ValueError(f"WORLD_SIZE = {count()}: this job runs in one process; start it without a launcher.")
 
 
 def require_served(config: Any, *, in_processes: bool) -> int:
@@ -104,8 +98,20 @@ def divided(schedule: Any, world: int) -> int:
     return micro_batch
 
 
-def connect() -> None:
+def begin_part(number: int) -> None:
+    """Let processes that this one starts from now on meet those that the others start, at a place of their own.
+
+    Args:
+        number: of the part of the job that they are to do, the same in all processes.
+    """
+    os.environ |= {_PART: str(number), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # what serves us serves them
+
+
+def connect(*, trains: bool = True) -> None:
     """Let the processes find each other: by addresses of this start, since the launcher keeps those of the last.
+
+    Args:
+        trains: whether they train, and do not only wait, however long, for processes that they start and that do.
 
     Raises:
         ValueError: not all of them have come in `MEETING` seconds, in those that have.
@@ -119,17 +125,19 @@ def connect() -> None:
 
     if dist.is_initialized():
         return
-    if torch.cuda.is_available():
+    on_gpu = trains and torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     limit = timedelta(seconds=MEETING)
     try:
         store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # one for all starts
-            store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = PrefixStore(f"start-{start}-{os.environ.get(_PART, '')}", store)
         store.set(f"here-{rank}", "")  # a group would wait as long as a collective may take
         store.wait([f"here-{one}" for one in range(world)], limit)
-        backend = None if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        backend, lasts = None if on_gpu else "gloo", None if trains else timedelta(days=365)
+        dist.init_process_group(backend, timeout=lasts, store=store, rank=rank, world_size=world)
     except RuntimeError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
@@ -137,6 +145,22 @@ def connect() -> None:
             f"never started, or none can be reached there ({str(error).splitlines()[0]}). Start all of them anew; "
             "torchrun --max-restarts does so by itself."
         ) from error
+
+
+def gathered(value: T) -> list[T]:
+    """What each process says, the first one first. All must ask.
+
+    Args:
+        value: what this one says.
+    """
+    if count() == 1:
+        return [value]
+    import torch.distributed as dist  # the command line answers before torch is there
+
+    connect()
+    said: list[Any] = [None] * count()
+    dist.all_gather_object(said, value)
+    return said
 
 
 def wait_for_all() -> None:
@@ -166,13 +190,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 def require_same_text(digest: str) -> None:
     """Refuse processes that have read different data, in all of them with a ValueError."""
-    if count() == 1:
-        return
-    import torch.distributed as dist
-
-    digests: list[Any] = [None] * count()
-    dist.all_gather_object(digests, digest)
-    if len(set(digests)) > 1:
+    if len(set(gathered(digest))) > 1:
         raise ValueError("the processes have read different data; give all of them the same files.")
 
 
@@ -200,7 +218,7 @@ class _Followed(RunFolder):
     def _left(self, *_: Any, **__: Any) -> None:
         """Nothing: the first process does it, and may have begun."""
 
-    hold = release = require_new = create = abandon = _left
+    hold = release = wait_until_free = require_new = create = abandon = _left
 
 
 class _FollowedCheckpoints(Checkpoints):

@@ -6,7 +6,7 @@ runs `galore ARGUMENTS` and writes to the file SAID. LOSES = "RANK:STEP" kills t
 first start; after step 0 it is while the run is made ready, when the first process has begun its folder. LOSES =
 "SEED*COUNT" kills a process in each of the first starts: which one, after which step and how long after it is drawn.
 LOSES = "node:PID" kills after step 4 with the agent that has started it, "others" has a process that is alone wait
-after step 6 for others to join. LOSES = "none" kills none.
+after step 6 for others to join. LOSES = "none" kills none. Of a comparison it is the processes of its runs.
 """
 
 import os
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.cli import main
+from galore_torch.training.compare import process, runs
 from galore_torch.training.run import processes
 from galore_torch.training.run.callbacks import Recorder
-from tests.forked import begin
+from tests.forked import CONTEXT, begin
 
 LAST = 8  # step of the runs
 
@@ -71,12 +72,34 @@ def lose(given: str, rank: int, world: int, start: int) -> None:
         after_step(step, lambda seconds: threading.Timer(moment * seconds, kill).start())
 
 
+class ToTrain:
+    """What a process of a comparison's run calls; a forked one has the environment of its server otherwise."""
+
+    def __init__(self, loses: str) -> None:
+        self.loses = loses
+
+    def __reduce__(self) -> Any:
+        return to_train, (self.loses, dict(os.environ))
+
+
+def to_train(loses: str, environment: dict[str, str]) -> Any:
+    os.environ.update(environment)
+    lose(loses, *numbers())
+    return runs._train
+
+
+def numbers() -> tuple[int, ...]:
+    return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+
+
 if __name__ == "__main__":
     said, loses = sys.argv.pop(1), sys.argv.pop(1)
     begin([Path(said), Path(said)])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    numbers = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
-    lose(loses, *numbers)
+    if sys.argv[1] == "compare":
+        process._SPAWN, runs._train = CONTEXT, ToTrain(loses)
+    else:
+        lose(loses, *numbers())
     try:
         main()
     except SystemExit as ended:

@@ -207,11 +207,58 @@ def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, confi
         assert names(folder) == names(tmp_path / "two")
 
 
-def test_a_comparison_is_refused_before_anything_is_made(tmp_path):
-    status, printed = launch(tmp_path / "compared", job="compare")
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    """The options of a comparison, and the folder of one that one process has made."""
+    config = tiny(steps=8, save_every=3, batch=8, micro_batch=None, eval_every=4)
+    given = {**vars(config.data), **vars(config.model)}
+    given |= {"rank": 8, "steps": 8, "batch": 8, "save_every": 3, "eval_every": 4, "update_proj_gap": 3}
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, True, False)
+    ]
+    options += ["--method=full", "--method=galore", "--lr=0.01"]
+    folder = tmp_path_factory.mktemp("compared") / "alone"
+    ended(folder, *options, job="compare", world=1)
+    return options, folder
+
+
+def losses_of_runs(folder: Path) -> dict[str, list[float]]:
+    return {method: losses(folder / method / "lr-0.01" / "seed-0") for method in ("full", "galore")}
+
+
+@pytest.mark.slow
+def test_a_comparison_in_two_processes_is_that_of_one_and_goes_on_where_one_is_killed(compared, tmp_path):
+    options, alone = compared
+    folder = tmp_path / "two"
+    status, printed = launch(folder, *options, job="compare", loses="1:5")
     assert status == 1
-    assert "WORLD_SIZE = 2" in printed  # torchrun ends the other one when it hears of the first
-    assert "torchrun -m galore_torch pretrain" in printed
+    assert printed.count("perplexity") == 0
+    for method in ("full", "galore"):
+        assert "SIGKILL" in (folder / method / "lr-0.01" / "seed-0.error").read_text(encoding="utf-8")
+    printed = ended(folder, *options, job="compare")
+    for number in (1, 2):
+        assert printed.count(f"{number}/2 ") == 1  # by the first process alone
+    for method, expected in losses_of_runs(alone).items():
+        assert losses_of_runs(folder)[method] == pytest.approx(expected, rel=BAR)
+        assert names(folder / method / "lr-0.01") == names(alone / method / "lr-0.01")
+    assert names(folder) == names(alone)
+    found, one = (json.loads((each / "results.json").read_text(encoding="utf-8")) for each in (folder, alone))
+    assert [run["error"] for run in found["runs"]] == [None, None]
+    assert found["notes"] == one["notes"]
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_by_itself_also_with_shards(compared, tmp_path):
+    options, alone = compared
+    ended(tmp_path / "lost", *options, "--parallel=fsdp", job="compare", restarts=1, loses="0:5")
+    for method, expected in losses_of_runs(alone).items():
+        assert losses_of_runs(tmp_path / "lost")[method] == pytest.approx(expected, rel=BAR)
+
+
+def test_what_a_comparison_cannot_run_in_two_is_refused_before_anything_is_made(tmp_path):
+    status, printed = launch(tmp_path / "compared", "--method=full", "--method=lora", job="compare")
+    assert status == 1
+    assert "adapter = 'lora' runs in one process" in printed  # torchrun ends the other one when it hears of the first
     assert names(tmp_path) == ["compared.said"]
 
 
