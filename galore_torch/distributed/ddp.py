@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from galore_torch.distributed.processes import LocalReplicas, Replicas, Together
-from galore_torch.distributed.traffic import Bucket, Traffic
+from galore_torch.distributed.traffic import Bucket, Kind, Traffic, grad_or_zeros
 from galore_torch.gradients.data_parallel import Hook
 from galore_torch.gradients.known_weights import current_backward
 from galore_torch.lowbit import QuantizedWeight
@@ -171,28 +171,34 @@ class ReplicaTraffic(Traffic):
         self._form, self._keep = form, apply or form
         return self._complete
 
+    def _kind(self, one: TrainedWeight) -> Kind | None:
+        """What of a weight's gradient is sent in this pass; None where it only accumulates."""
+        is_full = not isinstance(one.weight.grad, ProjectedGradient)
+        if is_full and self._every == 1 and one.renews_from_sketch and (self._synchronizes or one.completes_basis):
+            return "sketch"
+        if is_full and one.completes_basis and not self._applies:
+            return "full"
+        return "gradient" if self._synchronizes and (self._every == 1 or one.needs_renewal) else None
+
     def _plan(self, trained: list[TrainedWeight]) -> None:
         """Lets weights of one kind share a bucket while it has room: of DDP's bytes, or of one basis a process."""
-        world_size = dist.get_world_size(self._together.group)
+        bases = dist.get_world_size(self._together.group)
         self._waiting, self._of_weight = deque(), {}
         self.is_on = True  # the model may have run by itself since
-        kind: Any = None
+        before: Any = None
         room, bucket_bytes = 0, min(FIRST_BUCKET_BYTES, self._bucket_bytes)
         for one in trained:
-            weight, grad = one.weight, one.weight.grad
-            fills = one.completes_basis and not self._applies and not isinstance(grad, ProjectedGradient)
-            sketches = self._every == 1 and one.renews_from_sketch and not isinstance(grad, ProjectedGradient)
-            sketches &= self._synchronizes or one.completes_basis
-            if not (fills or sketches) and (not self._synchronizes or (self._every > 1 and not one.needs_renewal)):
+            kind, weight = self._kind(one), one.weight
+            if kind is None:
                 continue
             dtype = torch.promote_types(weight.dtype, self._dtype or weight.dtype)
             size = dtype.itemsize * (weight.numel() if one.needs_renewal else one.coordinate_count)
-            size = 1 if fills or sketches else size
-            if kind != (fills, sketches, dtype, weight.device) or size > room:
-                kind = fills, sketches, dtype, weight.device
-                room = world_size if fills or sketches else bucket_bytes
+            size = size if kind == "gradient" else 1
+            if before != (kind, dtype, weight.device) or size > room:
+                before = kind, dtype, weight.device
+                room = bucket_bytes if kind == "gradient" else bases
                 bucket_bytes = self._bucket_bytes
-                self._waiting.append(Bucket(fills or sketches, dtype, sketches))
+                self._waiting.append(Bucket(kind, dtype))
             room -= size
             self._waiting[-1].add(one)
             self._of_weight[id(weight)] = self._waiting[-1], one
@@ -212,7 +218,7 @@ class ReplicaTraffic(Traffic):
                 "a gradient arrives twice in one backward pass, and its first part has been sent already (a weight in "
                 "several re-entrant checkpoints?); use use_reentrant=False"
             )
-        if not bucket.fills and (isinstance(weight.grad, ProjectedGradient) or not one.needs_renewal):
+        if bucket.kind == "gradient" and (isinstance(weight.grad, ProjectedGradient) or not one.needs_renewal):
             self._form(weight)
         bucket.waits_for.discard(id(weight))
         while self._waiting and not self._waiting[0].waits_for:
@@ -220,45 +226,28 @@ class ReplicaTraffic(Traffic):
 
     def _reduce(self, bucket: Bucket) -> None:
         bucket.reduce(self._together.group)
-        if bucket.sketches:
-            self._renew(bucket)
-        elif bucket.fills:
-            self._fill(bucket)
-        else:
+        if bucket.kind == "gradient":
             self._send(bucket)
+        else:
+            self._find(bucket)
 
-    def _fill(self, bucket: Bucket) -> None:
-        """Finds first bases, or further directions of these, from the average of full gradients."""
-        averages = list(bucket.averages())
-        local = [one.weight.grad for one, _ in averages]
-        found = peaks([average for _, average in averages]).tolist() if averages else []
-        for one, average in averages:
-            one.weight.grad = average.to(one.weight.dtype)
-        told = [one for (one, _), peak in zip(averages, found, strict=True) if 0 < peak < float("inf")]
-        bases = {id(one): basis for one, basis in zip(told, self._together.bases(told), strict=True)}
-        for (one, average), own in zip(averages, local, strict=True):
-            if not self._synchronizes:
-                one.weight.grad = own
-            basis = bases.get(id(one))
-            if basis is not None:
-                grad = torch.zeros_like(average) if one.weight.grad is None else one.weight.grad
-                one.weight.grad = ProjectedGradient.of(grad.to(one.weight.dtype), one.projection, basis)
-                self._form(one.weight)
+    def _find(self, bucket: Bucket) -> None:
+        """Finds bases from averages: of full gradients, which have arrived with them, or of sketches of these.
 
-    def _renew(self, bucket: Bucket) -> None:
-        """Finds bases from averaged sketches, and sends what these hold of the gradients; all of one that has none."""
-        averages = list(bucket.averages())
+        Where sketches have told, what the bases hold of the gradients is sent; all of one that has none.
+        """
+        averages = [(one, average.to(one.weight.dtype)) for one, average in bucket.averages()]
         found = peaks([average for _, average in averages]).tolist() if averages else []
         told = [pair for pair, peak in zip(averages, found, strict=True) if 0 < peak < float("inf")]
-        bases = self._together.bases([one for one, _ in told], [average.to(one.weight.dtype) for one, average in told])
+        bases = self._together.bases([one for one, _ in told], [average for _, average in told])
+        for one, average in averages if bucket.kind == "full" and self._synchronizes else ():
+            one.weight.grad = average
         for (one, _), basis in zip(told, bases, strict=True):
-            weight, grad = one.weight, one.weight.grad
             if basis is not None:
-                grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if grad is None else grad
-                weight.grad = ProjectedGradient.of(grad, one.projection, basis)
-                self._form(weight)
-        if averages and self._synchronizes:
-            sent = Bucket(False, bucket.dtype, trained=[one for one, _ in averages])
+                one.weight.grad = ProjectedGradient.of(grad_or_zeros(one), one.projection, basis)
+                self._form(one.weight)
+        if averages and bucket.kind == "sketch" and self._synchronizes:
+            sent = Bucket("gradient", bucket.dtype, trained=[one for one, _ in averages])
             sent.reduce(self._together.group)
             self._send(sent)
 

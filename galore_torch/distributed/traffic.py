@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from galore_torch.optim.galore import GaLore
 from galore_torch.optim.processes import local_part
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
+
+Kind = Literal["gradient", "full", "sketch"]
 
 IN_FLIGHT = 8
 """How many collectives may be on their way."""
@@ -125,13 +127,24 @@ def _drop_empty(trained: Sequence[TrainedWeight], group: dist.ProcessGroup) -> N
             weight.grad = None
 
 
+def grad_or_zeros(one: TrainedWeight, *, full: bool = True) -> Tensor:
+    """A weight's gradient in this process.
+
+    Args:
+        one: the weight.
+        full: whether zeros, where it has none, are of the weight's shape, and not of its projected gradient's.
+    """
+    weight, grad = one.weight, one.weight.grad
+    shape = weight.shape if full else one.projection.projected_shape
+    return torch.zeros(shape, dtype=weight.dtype, device=weight.device) if grad is None else grad
+
+
 @dataclass(eq=False)
 class Bucket:
     """Weights whose gradients are averaged in one collective.
 
     Attributes:
-        fills: whether their bases are found from these gradients, which are full.
-        sketches: whether they are found from the sketches of these gradients, which are averaged in their place.
+        kind: what is averaged: the gradients, as they are; or what bases are found from, full ones or their sketches.
         dtype: in which they are averaged.
         trained: the weights, of one dtype and device, in the order that all processes know.
         waits_for: the identities of the weights whose gradients are not complete.
@@ -140,9 +153,8 @@ class Bucket:
         handle: of the collective; None before it has begun.
     """
 
-    fills: bool
+    kind: Kind
     dtype: torch.dtype
-    sketches: bool = False
     trained: list[TrainedWeight] = field(default_factory=list)
     waits_for: set[int] = field(default_factory=set)
     flat: Tensor = field(init=False)
@@ -168,13 +180,9 @@ class Bucket:
         self.handle = dist.all_reduce(self.flat, group=group, async_op=True)
 
     def _part(self, one: TrainedWeight) -> Tensor:
-        grad, weight = one.weight.grad, one.weight
-        if self.sketches:
-            grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if grad is None else grad
-            return one.sketch(grad).to(self.dtype)
-        if grad is None:
-            shape = weight.shape if self.fills or one.needs_renewal else one.projection.projected_shape
-            return torch.zeros(shape, dtype=self.dtype, device=weight.device)
+        grad = grad_or_zeros(one, full=self.kind != "gradient" or one.needs_renewal)
+        if self.kind == "sketch":
+            grad = one.sketch(grad)
         return (grad.projected if isinstance(grad, ProjectedGradient) else grad).to(self.dtype)
 
     def averages(self) -> Iterator[tuple[TrainedWeight, Tensor]]:

@@ -9,6 +9,7 @@ know the shapes of what it saves.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -86,12 +87,22 @@ def compiled_linear(module: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return F.linear(x, weight, bias)
+    return in_autocast(CompiledLinear.apply, x, weight, bias)
+
+
+def in_autocast(linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
+    """What a layer returns, in the dtype of autocast where that is on, which knows nothing of these layers.
+
+    Args:
+        linear: of input, weight, bias and what else there is; it casts the weight as its input is.
+        x: the input.
+        weight: of the layer.
+        bias: of the layer.
+        *more: handed on.
+    """
     device = x.device.type
-    y: Tensor
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            y = CompiledLinear.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-untyped-call]
-    else:
-        y = CompiledLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return y
+    if not torch.is_autocast_enabled(device):
+        return linear(x, weight, bias, *more)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), *more)

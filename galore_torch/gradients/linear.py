@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from galore_torch.gradients.compiled_linear import LAYERS, compiled_linear
+from galore_torch.gradients.compiled_linear import LAYERS, compiled_linear, in_autocast
 from galore_torch.gradients.shared_inputs import InputTracker, SharedInput
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.modes import SaveInputs
@@ -134,13 +134,7 @@ class FusedLinear:
         ):
             plan = self._planned(weight)
         tracker.record_call(self, x)
-        device = x.device.type
-        if not torch.is_autocast_enabled(device):
-            return _linear(x, weight, bias, plan)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            cast = None if bias is None else bias.to(dtype)
-            return _linear(x.to(dtype), weight, cast, plan)
+        return in_autocast(_linear, x, weight, bias, plan)
 
     def holds(self, weight: Tensor) -> bool:
         """See `compiled_linear.Layer`."""

@@ -2,11 +2,11 @@
 
 from galore_torch.lowbit import operations  # noqa: F401 (implements torch's operations on a QuantizedWeight)
 from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, orthonormality_loss
-from galore_torch.lowbit.codes import BITS, Codes, check_bits
+from galore_torch.lowbit.codes import BITS, Codes, check_bits, has_numbers
 from galore_torch.lowbit.quantize import dequantize_weights, quantize_weights
 from galore_torch.lowbit.quantized_linear import linear
 from galore_torch.lowbit.rounding import ROUNDINGS, Rounding, add_rounded
-from galore_torch.lowbit.weights import COLLECTIVES, QuantizedWeight
+from galore_torch.lowbit.weights import COLLECTIVES, QuantizedWeight, written_to
 
 __all__ = [
     "BITS",
@@ -20,8 +20,10 @@ __all__ = [
     "add_rounded",
     "check_bits",
     "dequantize_weights",
+    "has_numbers",
     "is_same_basis",
     "linear",
     "orthonormality_loss",
     "quantize_weights",
+    "written_to",
 ]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from galore_torch.random_bits import random_bits, uniform
 
@@ -111,6 +112,11 @@ class Codes:
             scale = self.scale.to(torch.float32).unsqueeze(-1)
             numbers = torch.addcmul(self.low.to(torch.float32).unsqueeze(-1), groups.to(torch.float32), scale)
         return numbers.to(dtype).flatten()[: math.prod(self.shape)].view(self.shape)
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor has more than sizes: not so on the device `meta`, or in a plan of memory."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def check_bits(bits: int, group_size: int) -> None:

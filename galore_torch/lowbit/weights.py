@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from galore_torch.lowbit.codes import Codes, check_bits
+from galore_torch.lowbit.codes import Codes, check_bits, has_numbers
 from galore_torch.lowbit.updated_codes import fastest
 from galore_torch.random_bits import key_of
 
@@ -205,8 +204,7 @@ class QuantizedWeight(Tensor):
         unit = self.group_size // math.gcd(self.group_size, columns)
         block = BLOCK_ELEMENTS * (32 if self.device.type == "cuda" else 1)
         step = unit * max(1, block // (unit * columns))
-        has_numbers = not (self.codes.is_meta or isinstance(self.codes, FakeTensor))
-        for start in range(0, rows if has_numbers else 1, step):
+        for start in range(0, rows if has_numbers(self.codes) else 1, step):
             yield slice(start, min(start + step, rows))
 
     def _stored(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -307,7 +305,7 @@ class QuantizedWeight(Tensor):
         served = OPERATIONS.get(func)
         if served is not None and isinstance(args[0], cls):
             return served(func, *args, **kwargs)
-        if any(isinstance(tensor, cls) for tensor in tree_leaves(_changed(func, args, kwargs))):
+        if any(isinstance(tensor, cls) for tensor in tree_leaves(written_to(func, args, kwargs))):
             raise ValueError(
                 f"{func} would change a weight in place that is kept in INT8. GaLore's optimizers move it, and copy_ "
                 f"sets it; for all else call dequantize_weights(model) first. {AVERAGES}"
@@ -338,7 +336,7 @@ def decoded(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.decode() if isinstance(leaf, QuantizedWeight) else leaf, tree)
 
 
-def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def written_to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that an operation writes to."""
     specs = func._schema.arguments
     given = [*zip(args, specs, strict=False), *((kwargs.get(spec.name), spec) for spec in specs[len(args) :])]

@@ -138,8 +138,7 @@ def _cut(trained: TrainedWeight, new: Projection) -> dict[str, Any]:
 
 def _first(value: Any, old: Projection, ranks: Mapping[str, int]) -> Any:
     if isinstance(value, Tensor) and value.dim():
-        for mode in old.modes:
-            if value.dim() >= -mode.axis and value.shape[mode.axis] == mode.rank:
-                value = value.narrow(mode.axis, 0, min(ranks[mode.name], mode.rank))
+        for mode in old.modes_in(value):
+            value = value.narrow(mode.axis, 0, min(ranks[mode.name], mode.rank))
         value = value.clone(memory_format=torch.contiguous_format)
     return value

@@ -185,8 +185,6 @@ class _Rotation:
         return (variance + self._changed(mean, self.changes).square()).abs_().mul_(self.of_square)
 
     def _changed(self, value: Tensor, changes: Mapping[str, Tensor]) -> Tensor:
-        """A factored moment has one number along some axes, which stay as they are."""
-        for mode in self.projection.modes:
-            if value.dim() >= -mode.axis and value.shape[mode.axis] == mode.rank:
-                value = multiply_mode(value, changes[mode.name], mode.axis)
+        for mode in self.projection.modes_in(value):
+            value = multiply_mode(value, changes[mode.name], mode.axis)
         return value

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from galore_torch.lowbit import COLLECTIVES, Codes, is_same_basis
+from galore_torch.lowbit import COLLECTIVES, Codes, is_same_basis, written_to
 from galore_torch.projection import Mode, Projection
 
 aten = torch.ops.aten
@@ -217,7 +217,7 @@ class ProjectedGradient(Tensor):
             return _on_projected(func, args, kwargs)
         if func is aten._to_copy.default:
             return _to_copy(args[0], **kwargs)
-        if any(isinstance(tensor, cls) for tensor in tree_flatten(_changed(func, args, kwargs))[0]):
+        if any(isinstance(tensor, cls) for tensor in tree_leaves(written_to(func, args, kwargs))):
             raise ValueError(
                 f"{func} would change a projected gradient in place, which it cannot do within the subspace; read the "
                 'full gradient with .to_full(), or use attach(..., gradients="full")'
@@ -246,20 +246,13 @@ def _is_euclidean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _others_are_numbers(args: tuple[Any, ...]) -> bool:
-    leaves = tree_flatten(args[1:])[0]
+    leaves = tree_leaves(args[1:])
     return all(not isinstance(leaf, Tensor) or leaf.numel() == 1 for leaf in leaves)
 
 
 def _is_gradient_like(other: Any, gradient: ProjectedGradient) -> bool:
     """Whether it can be projected before it is added. A number, say, added to every entry leaves the subspace."""
     return isinstance(other, Tensor) and other.shape == gradient.shape
-
-
-def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to."""
-    specs = func._schema.arguments
-    given = [*zip(args, specs, strict=False), *((kwargs.get(spec.name), spec) for spec in specs[len(args) :])]
-    return [value for value, spec in given if spec.alias_info and spec.alias_info.is_write]
 
 
 def _on_projected(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from galore_torch.lowbit import has_numbers
 from galore_torch.optim.moments import begins_anew
 from galore_torch.optim.rule import InnerParam
 from galore_torch.optim.state_keys import INNER
@@ -32,23 +33,14 @@ def inner_params(
     if tensor is None:
         tensor = torch.zeros_like(projected) if fresh else trained.lent()
     inner = {} if begins_anew(trained) else trained.opened(trained.state.get(INNER, {}))
-    group, weight = trained.inner_group, trained.weight
+    made = partial(InnerParam, group=trained.inner_group, weight=trained.weight, is_fresh=fresh)
     # One that has sizes and no numbers stays whole: slices are whole blocks, so that their states take the same bytes.
-    if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous() or isinstance(tensor, FakeTensor):
-        return tensor, [
-            InnerParam(tensor=tensor, grad=projected, state=inner, group=group, weight=weight, is_fresh=fresh)
-        ]
+    if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous() or not has_numbers(tensor):
+        return tensor, [made(tensor=tensor, grad=projected, state=inner)]
     ends = list(range(size, tensor.numel() - size + 1, size))  # the last takes the rest: none is too small
     slices = zip(tensor.view(-1).tensor_split(ends), projected.reshape(-1).tensor_split(ends), strict=True)
     return tensor, [
-        InnerParam(
-            tensor=part,
-            grad=grad,
-            state=inner.get(f"slice{number}", {}),
-            group=group,
-            weight=weight,
-            is_fresh=fresh,
-        )
+        made(tensor=part, grad=grad, state=inner.get(f"slice{number}", {}))
         for number, (part, grad) in enumerate(slices)
     ]
 

@@ -178,6 +178,14 @@ class Projection:
         is_plain = len(self.modes) == 1 and len(self.shape) == 2 and self.view_shape == self.shape
         return self.modes[0].name if is_plain and not self.is_tucker else None
 
+    def modes_in(self, moment: Tensor) -> list[Mode]:
+        """The modes along which a moment of coordinates is as long as these: a factored one has one number along some.
+
+        Args:
+            moment: of an optimizer's state.
+        """
+        return [mode for mode in self.modes if moment.dim() >= -mode.axis and moment.shape[mode.axis] == mode.rank]
+
     def project(self, full: Tensor, basis: Basis) -> Tensor:
         """Projects a full-size tensor: R = P^T G, R = G Q, or P^T G Q.
 
