@@ -23,36 +23,23 @@ class Score:
     """What methods are compared by: perplexity, of which less is better, or a task's score, of which more is."""
 
     name: str
+    more_is_better: bool
+    field: str  # of a record, which decides which learning rate is best
+    loss: str  # for an axis, as the next
+    decisive: str  # what decides which learning rate is best
+    beside_full: str  # how a method is put beside full rank, for a column
 
-    @property
-    def more_is_better(self) -> bool:
-        """Whether it is a task's score."""
-        return self.name != "perplexity"
-
-    @property
-    def field(self) -> str:
-        """The field of a record that decides which learning rate is best."""
-        return self.name if self.more_is_better else "eval_loss"
-
-    @property
-    def loss(self) -> str:
-        """The loss, for an axis."""
-        return "loss" if self.more_is_better else "loss (nats per token)"
-
-    @property
-    def decisive(self) -> str:
-        """What decides which learning rate is best, for an axis."""
-        return self.name if self.more_is_better else self.loss
-
-    @property
-    def beside_full(self) -> str:
-        """How a method is put beside full rank, for a column."""
-        return "points to full" if self.more_is_better else "ratio to full"
+    @classmethod
+    def of(cls, name: str) -> Score:
+        """The score of a name."""
+        if name == "perplexity":
+            return cls(name, False, "eval_loss", "loss (nats per token)", "loss (nats per token)", "ratio to full")
+        return cls(name, True, name, "loss", name, "points to full")
 
     def beside(self, own: float, full: float) -> str:
         """A method's score beside that of full rank.
 
-        >>> Score("perplexity").beside(15.0, 10.0), Score("accuracy").beside(0.875, 0.9)
+        >>> Score.of("perplexity").beside(15.0, 10.0), Score.of("accuracy").beside(0.875, 0.9)
         ('1.500', '-2.5')
         """
         if not math.isfinite(own + full):
@@ -150,10 +137,10 @@ def compare(job: JobCommand, ends: list[RunEnd]) -> Comparison:
     Best is the mean over the seeds of a task's score, at equal scores the loss; without such a score, the loss alone.
     """
     groups: dict[str, dict[tuple[float, float], list[RunEnd]]] = {}
-    score = Score("")
+    score = Score.of("")
     for end in ends:
         if end.final is not None:
-            score = Score(next(iter(job.scores(end.final))))
+            score = Score.of(next(iter(job.scores(end.final))))
             groups.setdefault(end.run.method, {}).setdefault((end.run.lr, end.run.others_lr), []).append(end)
 
     def summarize(ends: list[RunEnd]) -> Summary:

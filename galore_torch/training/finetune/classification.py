@@ -203,10 +203,6 @@ class Classification:
         commonest, _ = Counter(self.train["labels"]).most_common(1)[0]
         return float(np.mean(np.asarray(self.held_out["labels"]) == commonest))
 
-    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """The scores among the Trainer's metrics."""
-        return {name: metrics[metric] for name, metric in self.measured.items()}
-
     def predictions(self, trainer: Trainer) -> list[dict[str, Any]]:
         """What the model says of each held-out row: its number and text, the right label, and how sure it is."""
         found = trainer.predict(self.held_out)

@@ -23,10 +23,9 @@ from typing import Any
 import datasets
 
 from galore_torch.training.finetune.config import ARITHMETIC, GLUE, RowsConfig
-from galore_torch.training.run.names import local_path
+from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.text.files import is_hub_name, missing_column, require_filled, require_rows
 from galore_torch.training.text.sources import read_table
-from galore_torch.units import sentence
 
 _SPLIT = 0  # the seed of which rows of a file are held out
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
@@ -97,13 +96,9 @@ def _named(field: str, name: str) -> tuple[Any, Any]:
 
 
 def _of_hub(field: str, value: str, *name: str) -> Any:
-    try:
+    remedy = "Check the network and the name, or give a CSV, TSV, JSON lines or Parquet file."
+    with refused(f"{field} = {value!r} is not given by the Hugging Face Hub", remedy):
         return datasets.load_dataset(*name)
-    except Exception as error:  # the Hub's client raises errors of many kinds
-        raise ValueError(
-            f"{field} = {value!r} is not given by the Hugging Face Hub: {sentence(error)} Check the network and the "
-            "name, or give a CSV, TSV, JSON lines or Parquet file."
-        ) from error
 
 
 def _in_columns(rows: datasets.Dataset) -> Any:

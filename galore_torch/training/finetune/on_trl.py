@@ -28,11 +28,9 @@ from trl.chat_template_utils import get_training_chat_template
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
-from galore_torch.training.run import records
 from galore_torch.training.run.base_model import load_base
-from galore_torch.training.run.names import local_path
+from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.text.files import in_rows, require_form
-from galore_torch.units import sentence
 
 
 class OnTRL:
@@ -82,14 +80,10 @@ class OnTRL:
         known = zip((*rows.train_rows, *rows.held_out_rows), chain(self.train, self.held_out), strict=True)
         for number, row in known:
             first, *others = (row[column] for column in self.columns if column != "answer")
-            try:
+            wrong = f"the chat template does not take the messages of row {number}"
+            with refused(wrong, "Mend them, or give another --chat-template.", (TemplateError,)):
                 for more in others or [[]]:
                     self.tokenizer.apply_chat_template(first + more, tokenize=False)
-            except TemplateError as error:
-                raise ValueError(
-                    f"the chat template does not take the messages of row {number}: {sentence(error)} Mend them, or "
-                    "give another --chat-template."
-                ) from error
 
     def options(self) -> dict[str, Any]:
         """What the trainer's configuration says besides `TrainingArguments`."""
@@ -101,10 +95,6 @@ class OnTRL:
         made = getattr(trl, f"{self.trainer_name}Config")(**given | self.options())
         trainer: Trainer = getattr(trl, f"{self.trainer_name}Trainer")(args=made, **more)
         return trainer
-
-    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """The scores among the Trainer's metrics."""
-        return {name: metrics[metric] for name, metric in self.measured.items()}
 
     def predictions(self, _trainer: Trainer) -> list[dict[str, Any]]:
         """What the model writes, greedily, after the first held-out prompts, of as many as the settings say."""
@@ -160,12 +150,9 @@ def _template(name: str) -> str:
         if "messages" not in text:
             raise ValueError(f"chat_template = {name!r} is a file without a template of messages; give another.")
         return text
-    try:
+    wrong = f"chat_template = {name!r} is no file, and no model that has one"
+    with refused(wrong, "Give one of them.", (OSError, ValueError, KeyError)):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"chat_template = {name!r} is no file, and no model that has one: {sentence(error)} Give one of them."
-        ) from error
     if not isinstance(tokenizer.chat_template, str):
         raise ValueError(f"chat_template = {name!r} has a tokenizer without a chat template; give another.")
     return tokenizer.chat_template
@@ -218,10 +205,6 @@ class Supervised(OnTRL):
             "packing": self.data.packing,
             "eval_packing": False,
         }
-
-    def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """The perplexity."""
-        return {"perplexity": records.perplexity(metrics["eval_loss"])}
 
 
 class Preferences(OnTRL):

@@ -18,6 +18,7 @@ from galore_torch.training.finetune.data import Rows, load
 from galore_torch.training.finetune.on_trl import STAGES
 from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.job import Job, RunResult
+from galore_torch.training.run.records import perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +128,9 @@ class Finetuning(Job):
         return kind.trainer(args, model=self.model, processing_class=self.tokenizer, **data, **more)
 
     def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Those of the kind."""
-        return self.kind.scores(metrics)
+        """Those of the kind; a loss is told as perplexity."""
+        found = {name: metrics[metric] for name, metric in self.kind.measured.items()}
+        return {name: perplexity(one) if name == "perplexity" else one for name, one in found.items()}
 
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The task, its scores, and what they are to be compared with."""

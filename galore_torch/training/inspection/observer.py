@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from typing import Any
 
 from rich.markup import escape
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from galore_torch import param_groups
 from galore_torch.training.inspection.config import InspectConfig
 from galore_torch.training.inspection.history import GradientHistory
 from galore_torch.training.inspection.jobs import InspectedJob
@@ -101,15 +99,7 @@ def _weights(job: Job, target_modules: str | None) -> dict[str, Tensor]:
     if target_modules is not None:
         targets = "all-linear" if target_modules == "all-linear" else re.split(r"\s*,\s*", target_modules.strip())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is tied or no matrix is not asked for here
-            groups = param_groups(job.model, 1, targets)
+        return optimizers.matrices(job.model, targets)
     except ValueError as error:
         field = "model" if target_modules is None else f"target_modules = {target_modules!r}"
         raise ValueError(f"{field}: {error}.") from error
-    return {
-        name: weight
-        for group in groups
-        if "rank" in group
-        for name, weight in zip(group["param_names"], group["params"], strict=True)
-    }

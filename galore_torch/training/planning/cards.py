@@ -54,11 +54,6 @@ class Cards:
                 "process, as a run prints it."
             )
 
-    @property
-    def are_several(self) -> bool:
-        """Whether there is more than one."""
-        return self.world_size > 1
-
     def refusal(self, adapter: str, weight_bits: int, grad_bits: int) -> str | None:
         """Why a run with such settings is refused in so many processes; None if it is not.
 
@@ -67,9 +62,9 @@ class Cards:
             weight_bits: of projected weights.
             grad_bits: of projected gradients that wait.
         """
-        if self.are_several and adapter != "none":
+        if self.world_size > 1 and adapter != "none":
             return f"adapter = {adapter!r} runs in one process"
-        if self.are_several and self.parallel == "fsdp" and (weight_bits != 16 or grad_bits != 16):
+        if self.world_size > 1 and self.parallel == "fsdp" and (weight_bits != 16 or grad_bits != 16):
             name, bits = ("weight_bits", weight_bits) if weight_bits != 16 else ("grad_bits", grad_bits)
             return f"{name} = {bits} is not served by parallel = 'fsdp'"
         return None

@@ -148,7 +148,7 @@ class Planned:
         config, one = self.subject.settings(first), self.found[first]
         rows = f"{self.subject.micro_batch(config)} sequences of {config.data.seq} tokens at once"
         cards = self.subject.cards
-        each = f", in each of {cards.world_size} processes ({cards.parallel})" if cards.are_several else ""
+        each = f", in each of {cards.world_size} processes ({cards.parallel})" if cards.world_size > 1 else ""
         return f"{self.subject.name}: {one.parameters:,} parameters in {self.subject.model.dtype}, {rows}{each}"
 
     @property
@@ -214,7 +214,7 @@ class Planned:
         lines.append(f"{shown}: the most of its peak, {readable(peak[kind])}, is {kind}.")
         if self.memory is not None:
             lines.append(self._verdict(self.memory))
-        if self.subject.cards.are_several:
+        if self.subject.cards.world_size > 1:
             lines.append(SEVERAL)
         return lines
 

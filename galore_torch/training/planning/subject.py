@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 import transformers
 from torch import nn
 
-import galore_torch
 from galore_torch.lowbit import quantize_weights
 from galore_torch.memory import Job, MemoryPlan, plan
 from galore_torch.memory.ranks import Sizes, of_a_rank
@@ -25,10 +23,10 @@ from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.base_model import recompute_activations
+from galore_torch.training.run.names import refused
 from galore_torch.training.run.processes import divided
 from galore_torch.training.settings.methods import has_effect
 from galore_torch.training.settings.optimizer import MATRICES, is_projected
-from galore_torch.units import sentence
 
 _LIKE = "llama-60m"  # the preset whose recipe a model gets that is none
 _OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}
@@ -81,7 +79,7 @@ class Subject:
         """What a method needs of memory, in each process, and what a step costs, where that was asked for."""
         config, job, cards = self.settings(method), self.job(method), self.cards
         found = plan(job)
-        if not cards.are_several and cards.tokens_per_second is None:
+        if cards.world_size == 1 and cards.tokens_per_second is None:
             return found, None
         sizes = Sizes.of(job)
         optim = config.optimizer.optim
@@ -119,7 +117,7 @@ class Subject:
         """Refuse a rank beyond all matrices, which would be cut to theirs in each."""
         rank = config.optimizer.rank
         if is_projected(config.optimizer.optim):
-            most = max(_sides(self.model, self.target_modules))
+            most = max(min(one.shape[-2:]) for one in optimizers.matrices(self.model, self.target_modules).values())
             if rank > most:
                 raise ValueError(f"rank = {rank} is beyond the matrices of {self.name!r}; give at most {most}.")
 
@@ -145,17 +143,10 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards
     sizes = _configuration(name)
     built = _without_weights(_kind(name, sizes), sizes, dtype or "bfloat16")
     width = int(getattr(sizes.get_text_config(), "hidden_size", 512))
-    rank = max(1, min(width // _RANK_SHARE, *_sides(built, None)))  # keys and values may have fewer rows than that
+    sides = [min(weight.shape[-2:]) for weight in optimizers.matrices(built, None).values()]
+    rank = max(1, min(width // _RANK_SHARE, *sides))  # keys and values may have fewer rows than that
     of_tuning = {**_OF_TUNING, "rank": rank, **given}
     return Subject(name=name, model=built, preset=_LIKE, given=of_tuning, target_modules=None, cards=cards)
-
-
-def _sides(model: nn.Module, target_modules: Any) -> list[int]:
-    """The smaller side of each matrix that would be projected."""
-    with warnings.catch_warnings():  # of what is not projected; the run will say it
-        warnings.simplefilter("ignore")
-        groups = galore_torch.param_groups(model, 1, target_modules)
-    return [min(weight.shape[-2:]) for group in groups if "rank" in group for weight in group["params"]]
 
 
 def _configuration(name: str) -> Any:
@@ -164,10 +155,8 @@ def _configuration(name: str) -> Any:
         close = nearest(name, PRESETS)
         hint = f"did you mean {close!r}?" if close else f"choose one of {', '.join(PRESETS)}, or give a folder."
         raise ValueError(f"model = {name!r} is no preset, folder or file; {hint}")
-    try:
+    with refused(f"model = {name!r} has no configuration that can be read", "Give another."):
         return transformers.AutoConfig.from_pretrained(path if path.exists() else name)
-    except Exception as error:  # missing, offline, gated, no JSON: the Hub's client raises errors of many kinds
-        raise ValueError(f"model = {name!r} has no configuration that can be read: {sentence(error)}") from error
 
 
 def _kind(name: str, config: Any) -> Any:

@@ -23,8 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from galore_torch.lowbit import quantize_weights
 from galore_torch.training.pretrain.config import SIZES, PretrainConfig
 from galore_torch.training.run.base_model import load_base, recompute_activations
+from galore_torch.training.run.names import refused
 from galore_torch.training.settings.optimizer import MATRICES
-from galore_torch.units import sentence
 
 
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> Any:
@@ -99,13 +99,9 @@ def _architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     name = config.model.config_of
     if name is None:
         return llama_sizes(config, **given)
-    try:
+    remedy = "Give a name on the Hub, a folder or a config.json."
+    with refused(f"config_of = {name!r} cannot be loaded", remedy, (OSError, ValueError, KeyError)):
         architecture = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"config_of = {name!r} cannot be loaded: {sentence(error)} Give a name on the Hub, a folder or a "
-            "config.json."
-        ) from error
     if architecture.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"config_of = {name!r} is a {architecture.model_type}, not a causal model; give one of those.")
     for key, value in given.items():

@@ -76,11 +76,6 @@ class Pretraining(Job):
             f"{schedule.steps:,} steps of {config.tokens_per_step:,} tokens"
         )
 
-    @classmethod
-    def in_processes(cls, config: PretrainConfig) -> bool:  # noqa: ARG003
-        """It always can."""
-        return True
-
     def schedule(self) -> dict[str, Any]:
         """A warmup, then a cosine down to a share of the peak."""
         schedule = self.config.schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from galore_torch.training.run.files import MANIFEST, require_whole
-from galore_torch.units import sentence
+from galore_torch.training.run.names import refused
 
 
 def load_tokenizer(config: Any) -> PreTrainedTokenizerBase:
@@ -24,10 +25,8 @@ def load_tokenizer(config: Any) -> PreTrainedTokenizerBase:
         raise ImportError(f"gguf_file = {config.gguf_file!r} needs gguf. Install it with:  pip install gguf")
     if (Path(config.model) / MANIFEST).is_file():  # a run's model, which knows what it was
         require_whole("model", config.model, Path(config.model))
-    try:
+    with _readable(config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.model, **_gguf(config))
-    except _UNREADABLE as error:
-        raise _unreadable(config.model, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -57,7 +56,7 @@ def load_base(
     packed = getattr(transformers, "GgufConfig", None)
     if config.gguf_file and packed is not None:  # newer versions keep its weights packed, and untrainable
         more["quantization_config"] = packed(dequantize=True)
-    try:
+    with _readable(config):
         model, info = kind.from_pretrained(
             config.model,
             dtype=getattr(torch, config.dtype),
@@ -66,8 +65,6 @@ def load_base(
             **_gguf(config),
             **more,
         )
-    except _UNREADABLE as error:
-        raise _unreadable(config.model, error) from error
     if kind is AutoModelForCausalLM:
         _require_causal(config.model, model)
     fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
@@ -79,11 +76,9 @@ def load_base(
     return model, tokenizer
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # whatever files can be wrong in
-
-
-def _unreadable(name: str, error: Exception) -> ValueError:
-    return ValueError(f"model = {name!r} cannot be loaded: {sentence(error)}")
+def _readable(config: Any) -> AbstractContextManager[None]:
+    damaged = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+    return refused(f"model = {config.model!r} cannot be loaded", "Give another.", damaged)
 
 
 def _gguf(config: Any) -> dict[str, Any]:

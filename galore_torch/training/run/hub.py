@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from galore_torch.training.run.names import refused
 from galore_torch.units import sentence
 
 
@@ -28,13 +29,9 @@ def make_repository(name: str) -> str:
     """Make the repository unless it is there, and return its whole name; a ValueError says that it is not allowed."""
     from huggingface_hub import HfApi
 
-    try:
+    remedy = "Check the name, the token and the network, or leave it out."
+    with refused(f"push_to_hub = {name!r} is refused by the Hugging Face Hub", remedy):
         return str(HfApi().create_repo(name, exist_ok=True).repo_id)
-    except Exception as error:  # the Hub's client raises errors of many kinds
-        raise ValueError(
-            f"push_to_hub = {name!r} is refused by the Hugging Face Hub: {sentence(error)} Check the name, the token "
-            "and the network, or leave it out."
-        ) from error
 
 
 def push(folder: Path, name: str) -> str:

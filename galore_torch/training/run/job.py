@@ -94,7 +94,7 @@ class Job(ABC):
     @classmethod
     def in_processes(cls, config: Any) -> bool:  # noqa: ARG003
         """Whether one with these settings can run in several processes."""
-        return False
+        return True
 
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The fields that `result` has of the last scores; of none, where the run was stopped."""

@@ -3,7 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from galore_torch.units import sentence
+
+
+@contextmanager
+def refused(what: str, remedy: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Make a ValueError of what the body raises: what is wrong, why a library says so, and the remedy.
+
+    Args:
+        what: the setting, its value, and what cannot be done with it.
+        remedy: a sentence.
+        kinds: of errors; by default any, as the Hub's client raises errors of many kinds.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{what}: {sentence(error)} {remedy}") from error
 
 
 def local_path(field: str, name: str) -> Path:

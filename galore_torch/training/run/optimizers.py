@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -91,6 +92,14 @@ def _arguments(make: Any, name: str, config: OptimizerConfig, seed: int) -> dict
         **config.group_keys,
     }
     return {key: value for key, value in found.items() if key in known} | dict(KINDS[name].arguments)
+
+
+def matrices(model: Module, target_modules: str | Sequence[str] | None) -> dict[str, Tensor]:
+    """The weights that would be projected, by name; of those that are tied or no matrices nothing is said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        groups = [group for group in galore_torch.param_groups(model, 1, target_modules) if "rank" in group]
+    return {name: one for group in groups for name, one in zip(group["param_names"], group["params"], strict=True)}
 
 
 def job(

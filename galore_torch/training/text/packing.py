@@ -23,13 +23,12 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from galore_torch.training.run.files import kept
-from galore_torch.training.run.names import local_path
+from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.run.stream import Stream
 from galore_torch.training.text import sources
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import LocalFiles, local_files
 from galore_torch.training.text.sources import Corpus, Documents
-from galore_torch.units import sentence
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends every document; the one special token of a tokenizer trained here."""
@@ -125,12 +124,8 @@ def tokenizer_for(corpus: Corpus, config: DataConfig, cache: Path) -> PreTrained
         name = _PAPER_TOKENIZER if corpus.streamed else "train"
     if name == "train":
         return _trained(corpus, config.vocab, cache)
-    try:
+    with refused(f"tokenizer = {name!r} cannot be loaded", "Check the name and the network, or give train."):
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # missing, offline, gated, not a tokenizer: the Hub's client raises errors of many kinds
-        raise ValueError(
-            f"tokenizer = {name!r} cannot be loaded: {sentence(error)} Check the name and the network, or give train."
-        ) from error
 
 
 def _trained(corpus: Corpus, vocab: int, cache: Path) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import datasets
 
 from galore_torch.training.run.disk import raise_failed_write
+from galore_torch.training.run.names import refused
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import LocalFiles, decode, local_files, missing_column
 from galore_torch.units import sentence
@@ -124,18 +125,14 @@ def _split(documents: datasets.Dataset, config: DataConfig) -> Corpus:
 def _stream(config: DataConfig, seed: int) -> Corpus:
     """The documents of a data set of the Hub, as they arrive."""
     subset = "en" if config.subset is None and config.data == "allenai/c4" else config.subset
-    try:
+    wrong = f"data = {config.data!r} is neither a local path nor a data set that the Hugging Face Hub gives"
+    with refused(wrong, "Check the name, --subset and the network, or give stdlib or a local path."):
         parts = datasets.load_dataset(config.data, subset, streaming=True)
         if "train" not in parts:
             raise ValueError(f"it has no split named train, but {', '.join(parts)}")
         held_out = parts.get("validation", parts.get("test"))
         found = [parts["train"]] if held_out is None else [parts["train"], held_out]
         train, *held = (_only_text(part, config.text_column, config.data) for part in found)
-    except Exception as error:  # the Hub's client raises errors of many kinds: missing, gated, offline, no such subset
-        raise ValueError(
-            f"data = {config.data!r} is neither a local path nor a data set that the Hugging Face Hub gives: "
-            f"{sentence(error)} Check the name, --subset and the network, or give stdlib or a local path."
-        ) from error
     if not held:
         train, held = train.skip(_HELD_OUT_MOST), [train.take(_HELD_OUT_MOST)]
     return Corpus(train=train.shuffle(seed, buffer_size=_SHUFFLE_BUFFER), held_out=held[0])
