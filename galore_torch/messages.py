@@ -68,13 +68,15 @@ def did_you_mean(wrong: str, names: Collection[str]) -> str:
 def collapse_indices(names: Iterable[str]) -> list[str]:
     """Names with `*` for their numbers, each once: as many for a deep model as for a shallow one.
 
+    Names that are numbers alone, as `nn.Sequential` gives them, stay as they are.
+
     Args:
         names: of modules or parameters.
 
     Returns:
         The names, sorted.
     """
-    return sorted({re.sub(r"\d+", "*", name) for name in names})
+    return sorted({re.sub(r"\d+", "*", name) if re.search(r"[^\d.]", name) else name for name in names})
 
 
 def list_names(names: Iterable[str], most: int) -> str:

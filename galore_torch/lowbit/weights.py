@@ -234,9 +234,8 @@ class QuantizedWeight(Tensor):
             Itself.
 
         Raises:
-            ValueError: a number that is not finite, or numbers computed from the weight itself that codes cannot hold:
-                what is less than half a code would be lost each time, and an average stand still. Nothing has changed
-                then.
+            ValueError: a number that is not finite, or numbers that codes cannot hold once the weight has been computed
+                with: of an average, what is less than half a code would be lost each time. Nothing has changed then.
         """
         if isinstance(source, QuantizedWeight) and (source.shape, source.group_size) == (self.shape, self.group_size):
             self.codes.copy_(source.codes)
@@ -250,8 +249,10 @@ class QuantizedWeight(Tensor):
             )
         if getattr(self.codes, "entered_arithmetic", False) and not self._can_hold(source):
             raise ValueError(
-                f"a weight of shape {tuple(self.shape)} that is kept in INT8 would be set to numbers computed from "
-                f"itself, and what is less than half a code would be lost each time. {AVERAGES}"
+                f"a weight of shape {tuple(self.shape)} that is kept in INT8 has been computed with, and would be set "
+                "to numbers that its codes cannot hold: of an average, what is less than half a code would be lost "
+                f"each time. {AVERAGES}. To load other weights, call dequantize_weights(model), load_state_dict and "
+                "quantize_weights(model), and build the optimizer from the model then"
             )
         self.codes.entered_arithmetic = False  # type: ignore[attr-defined]
         for rows in self._blocks():

@@ -48,6 +48,19 @@ def test_an_average_is_refused_with_the_remedy(kind, dtype):
     assert torch.equal(averaged.module[0].weight.decode(), before)
 
 
+def test_other_weights_load_by_the_remedy_once_a_weight_has_been_computed_with():
+    net, plain = model(), model()
+    dequantize_weights(plain)
+    plain[0].weight.data.normal_()
+    net[0].weight * 1
+    with pytest.raises(RuntimeError, match=r"dequantize_weights\(model\), load_state_dict and quantize_weights"):
+        net.load_state_dict(plain.state_dict())
+    dequantize_weights(net)
+    net.load_state_dict(plain.state_dict())
+    quantize_weights(net, "all-linear")
+    assert (net[0].weight - plain[0].weight).abs().max() <= plain[0].weight.abs().max() / 200
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_the_remedy_averages_exactly(kind):
     net, plain = model(), model()
