@@ -45,7 +45,7 @@ def _moved(rule: Rule, rate: float) -> torch.Tensor:
     group = {**tried.defaults, "lr": rate}
     moved = torch.zeros(8, 4)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         for _ in range(STEPS):
             param = InnerParam(
                 tensor=torch.zeros(8, 4), grad=torch.randn(8, 4, generator=generator), state=state, group=group
