@@ -13,7 +13,7 @@ from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.presets import configure as configure_rows
 from galore_torch.training.pretrain.presets import CONTINUED
 from galore_torch.training.pretrain.presets import configure as configure_text
-from galore_torch.training.run.command import Json, option, reported_errors
+from galore_torch.training.run.command import Json, loading, option, reported_errors
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import local_path, model_of_run
 from galore_torch.training.run.signals import stoppable
@@ -55,7 +55,7 @@ def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, 
             raise ValueError(f"out = {str(out)!r} exists; choose another --out.")
         config, others = settings_of(model, given_settings(given))
         config.require_there(labelled=not predicting)
-        with console.status("Loading Transformers"):
+        with loading(console):
             from galore_torch.training.evaluation.judge import judge
         scores, lines = judge(config, console, predicting=predicting, others=others)
         text = "".join(json_format.dumps(line) + "\n" for line in lines)

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from galore_torch.training.run.command import option, reported_errors, this_command
+from galore_torch.training.run.command import loading, option, reported_errors, this_command
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS, method_settings
@@ -73,7 +73,7 @@ def plan(
         with reported_errors(_COMMAND):
             for name in method or ():
                 method_settings(name)
-            with console.status("Loading Transformers"):
+            with loading(console):
                 from galore_torch.training.planning.cards import Cards
                 from galore_torch.training.planning.report import Planned, plans
                 from galore_torch.training.planning.subject import subject

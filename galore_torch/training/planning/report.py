@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,18 +50,14 @@ def _figure(value: float | None) -> str:
 def plans(subject: Subject, methods: Sequence[str]) -> Iterator[tuple[str, MemoryPlan, Cost | None]]:
     """Plan the training of a model by each method in turn; what differs in its learning rates alone is planned once."""
     known: dict[str, tuple[MemoryPlan, Cost | None]] = {}
-    gc.freeze()  # what has been imported stays; looking for garbage in it takes longer than a plan
-    try:
-        for method in methods:
-            config = subject.settings(method)
-            adapter = config.adapter.adapter.removeprefix("re")
-            of_memory = dataclasses.replace(config.optimizer, lr=1.0, others_lr=None)
-            key = f"{of_memory}{adapter}{config.adapter.adapter_rank}{config.schedule.batch}"
-            if key not in known:
-                known[key] = subject.planned(method)
-            yield method, *known[key]
-    finally:
-        gc.unfreeze()
+    for method in methods:
+        config = subject.settings(method)
+        adapter = config.adapter.adapter.removeprefix("re")
+        of_memory = dataclasses.replace(config.optimizer, lr=1.0, others_lr=None)
+        key = f"{of_memory}{adapter}{config.adapter.adapter_rank}{config.schedule.batch}"
+        if key not in known:
+            known[key] = subject.planned(method)
+        yield method, *known[key]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESET_TABLE, PRESETS
+from galore_torch.training.run.command import loading
 from galore_torch.training.run.job_command import Amount, JobCommand
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _load() -> type[Job]:
 
 def _prepare(settings: PretrainConfig, console: Console) -> None:
     """Read, tokenize and cache the text, and say where it is."""
-    with console.status("Loading Transformers"):
+    with loading(console):
         from galore_torch.training.pretrain.run import text_of
         from galore_torch.training.run.callbacks import quiet
         from galore_torch.training.text.packing import cache_folder
