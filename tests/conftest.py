@@ -107,10 +107,25 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     gc.enable()
     if session.items and not session.config.option.collectonly:
+        _seed_no_device_that_is_not_there()
         from tests.forked import TORCH, TRAINING
 
         for server in (TORCH, TRAINING):
             server.fork()
+
+
+def _seed_no_device_that_is_not_there() -> None:
+    """Spares every `torch.manual_seed`, of libraries too, three lists of all callers with their lines of source.
+
+    It keeps them, with the seed, until a GPU is first used: some milliseconds each time.
+    """
+    import torch
+
+    for devices, asked in (
+        (torch.cuda, torch.cuda.random), (torch.xpu, torch.xpu.random), (torch.mtia, torch.mtia),
+    ):  # fmt: skip
+        if not devices.device_count():
+            asked._lazy_call = lambda *_, **__: None  # type: ignore[attr-defined]
 
 
 def _mark_slow_all_but_a_few(items: list[pytest.Item], whole: bool) -> None:

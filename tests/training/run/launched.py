@@ -9,6 +9,8 @@ LOSES = "node:PID" kills after step 4 with the agent that has started it, "other
 after step 6 for others to join. LOSES = "none" kills none. Of a comparison it is the processes of its runs.
 """
 
+# ruff: noqa: E402 (no garbage is looked for while all is imported)
+import gc
 import os
 import random
 import signal
@@ -19,11 +21,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+gc.disable()
+
 from galore_torch.cli import main
 from galore_torch.training.compare import process, runs
 from galore_torch.training.run import processes
 from galore_torch.training.run.callbacks import Recorder
 from tests.forked import CONTEXT, begin
+from tests.training import unplanned  # noqa: F401 (as the server has it from which all others are forked)
+
+gc.freeze()
+gc.enable()
 
 LAST = 8  # step of the runs
 
