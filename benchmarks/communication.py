@@ -13,20 +13,19 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.command import at_least, parser, run
-from benchmarks.common.links import seconds_allowed, slowing, timed_steps
-from benchmarks.common.report import Report, Sheet
-from galore_torch import GaLoreAdamW, attach, param_groups
+from benchmarks.common.links import slowing, train
+from benchmarks.common.report import Report
+from galore_torch.units import parse_bandwidth
 
 METHODS = ("adamw", "power-sgd", "galore/full", "galore/fused", "galore/sketched")
 INSIDE = "GALORE_BENCHMARK_LINK"  # the link that this process has been put behind
@@ -49,39 +48,19 @@ class Block(nn.Module):
         return moved
 
 
-def build(method: str, given: argparse.Namespace) -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
-    """Return a model of a method under DDP, and its optimizer."""
-    torch.manual_seed(0)
-    blocks = [Block(given.hidden, given.hidden * 8 // 3) for _ in range(given.layers)]
-    model = nn.Sequential(*blocks, nn.Linear(given.hidden, 8))
-    if not method.startswith("galore"):
-        net = DistributedDataParallel(model, bucket_cap_mb=1000 if method == "power-sgd" else 25)
-        if method == "power-sgd":
-            state = powerSGD_hook.PowerSGDState(
-                None, matrix_approximation_rank=given.rank, start_powerSGD_iter=2, min_compression_rate=1
-            )
-            net.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        return net, torch.optim.AdamW(model.parameters(), lr=1e-3)
-    found = "sketched" if method == "galore/sketched" else "warm"
-    keys: dict[str, Any] = {"update_proj_gap": given.steps + 3, "stagger": False, "decomposition": found}
-    groups = param_groups(model, rank=given.rank, **keys)
-    optimizer = GaLoreAdamW(groups, lr=1e-3)
-    attach(model, optimizer, gradients="full" if method == "galore/full" else "fused")
-    return DistributedDataParallel(model), optimizer
+def blocks(given: argparse.Namespace) -> nn.Module:
+    """Return the layers, and a small head that is not projected."""
+    layers = [Block(given.hidden, given.hidden * 8 // 3) for _ in range(given.layers)]
+    return nn.Sequential(*layers, nn.Linear(given.hidden, 8))
 
 
 def work(rank: int, given: argparse.Namespace, method: str, folder: str) -> None:
-    """Train in one process; the first leaves the bytes and the seconds of each step."""
+    """Train in one process; the first leaves what it has measured."""
     torch.set_num_threads(given.threads)
-    init = f"file://{folder}/store-{method.replace('/', '-')}"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=given.processes)
-    net, optimizer = build(method, given)
-    torch.manual_seed(rank)
-    # first bases, and what PowerSGD does before it compresses, take three
-    steps = timed_steps(net, optimizer, (given.tokens, given.hidden), given.steps + 4, "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=given.processes)
+    measured = train(method, partial(blocks, given), given, "lo")
     if rank == 0:
-        torch.save(steps, f"{folder}/steps")
-    dist.destroy_process_group()
+        torch.save(measured, f"{folder}/measured")
 
 
 def behind(link: str) -> int:
@@ -99,12 +78,12 @@ def measure(given: argparse.Namespace, messages: Console) -> Report:
         messages.print(f"{method} ...")
         with tempfile.TemporaryDirectory() as folder:
             spawn(work, (given, method, folder), nprocs=given.processes)  # type: ignore[no-untyped-call]
-            steps = torch.load(f"{folder}/steps")
-        sent, seconds = (sorted(values)[given.steps // 2] for values in zip(*steps[3:-1], strict=True))
-        first, *_, renewal = (bytes_sent / 1e6 for bytes_sent, _ in steps)
-        rows[method] = {"first, MB": first, "renewal, MB": renewal, "step, MB": sent / 1e6, "step, s": seconds}
-        allowed = seconds_allowed(sent, given.link)
-        if allowed is not None:
+            measured = torch.load(f"{folder}/measured")
+        (first, _), (renewal, renewing), (sent, seconds) = measured.values()
+        rows[method] = {"first, MB": first / 1e6, "renewal, MB": renewal / 1e6, "renewal, s": renewing}
+        rows[method] |= {"step, MB": sent / 1e6, "step, s": seconds}
+        if given.link != "none":
+            allowed = sent / parse_bandwidth(given.link)
             rows[method] |= {"allowed, s": allowed, "of, allowed": seconds / allowed}
     base = rows[given.methods[0]]
     for figures in rows.values():
@@ -113,7 +92,7 @@ def measure(given: argparse.Namespace, messages: Console) -> Report:
     title = (
         f"{given.layers} layers of {given.hidden}, rank {given.rank}, {given.processes} processes, link {given.link}"
     )
-    return Report(title=title, record={"rows": rows}, sheets=[Sheet(title=title, rows=rows)])
+    return Report.of(title, rows)
 
 
 def main() -> None:

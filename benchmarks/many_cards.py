@@ -16,19 +16,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.command import at_least, parser, run
-from benchmarks.common.links import slowing, timed_steps
-from benchmarks.common.report import Report, Sheet
+from benchmarks.common.links import slowing, train
+from benchmarks.common.report import Report
 from benchmarks.common.sizes import LLAMA
-from galore_torch import GaLoreAdamW, attach, param_groups
 from galore_torch.memory.links import Ring, SentWeight, renewal_bytes, replicated_step, sharded_step
 from galore_torch.units import parse_bandwidth
 
@@ -36,18 +34,12 @@ METHODS = ("adamw", "power-sgd", "fsdp2", "galore", "galore/16 steps", "galore/f
 MEASURED = ("adamw", "galore")
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """A matrix, and whether it is projected."""
 
     rows: int
     columns: int
     is_projected: bool
-
-    @property
-    def size(self) -> int:
-        """How many numbers it has."""
-        return self.rows * self.columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,34 +52,21 @@ class Cards(Ring):
 
 def llama(name: str) -> list[Weight]:
     """Return the matrices of a LLaMA in the order of its forward pass."""
-    size = LLAMA[name]
-    ends = Weight(size.vocabulary, size.hidden, is_projected=False)
-    layer = (
-        [(size.hidden, size.hidden)] * 4 + [(size.intermediate, size.hidden)] * 2 + [(size.hidden, size.intermediate)]
-    )
-    return [ends, *(Weight(*shape, is_projected=True) for _ in range(size.layers) for shape in layer), ends]
-
-
-def coordinates(weight: Weight, cards: Cards) -> int:
-    """Return how many numbers of a weight's gradient are sent when it is projected."""
-    return cards.rank * max(weight.rows, weight.columns) if weight.is_projected else weight.size
-
-
-def compressed(weight: Weight, cards: Cards) -> int:
-    """Return how many PowerSGD sends."""
-    return min(weight.size, cards.rank * (weight.rows + weight.columns))
+    ends = [Weight(LLAMA[name].vocabulary, LLAMA[name].hidden, is_projected=False)]
+    return [*ends, *(Weight(*shape, is_projected=True) for shape in LLAMA[name].weights), *ends]
 
 
 def sent(method: str, weights: Iterable[Weight], cards: Cards) -> list[SentWeight]:
     """Return what a method sends of each weight."""
     made = []
-    for one in weights:
-        numbers, basis = one.size, 0
+    for rows, columns, is_projected in weights:
+        size, short, long = rows * columns, min(rows, columns), max(rows, columns)
         if method == "power-sgd":
-            numbers = compressed(one, cards)
-        elif method.startswith("galore") and one.is_projected:
-            numbers, basis = coordinates(one, cards), cards.rank * min(one.rows, one.columns)
-        made.append(SentWeight(one.size, numbers, basis, cards.gap))
+            made.append(SentWeight(size, min(size, cards.rank * (rows + columns))))
+        elif method.startswith("galore") and is_projected:
+            made.append(SentWeight(size, cards.rank * long, cards.rank * short, cards.gap))
+        else:
+            made.append(SentWeight(size, size))
     return made
 
 
@@ -105,55 +84,52 @@ def simulate(method: str, weights: Sequence[Weight], cards: Cards) -> tuple[floa
 # Against processes ----------------------------------------------------------------------------------------------------
 
 
-def shell(command: str, *, check: bool = True) -> None:
-    """Run a command of the system's."""
-    subprocess.run(command.split(), check=check, capture_output=not check)
+SETUP = """
+ip netns add galore{rank}
+ip link add veth{rank} type veth peer name eth0 netns galore{rank}
+ip link set veth{rank} master galore up
+ip netns exec galore{rank} ip addr add 10.77.0.{address}/24 dev eth0
+ip netns exec galore{rank} ip link set eth0 up
+ip netns exec galore{rank} ip link set lo up
+ip netns exec galore{rank} {slowing}
+"""
+
+
+def shell(script: str, *, check: bool = True) -> None:
+    """Run commands of the system's, up to the first that fails, which is an error; or all, whatever becomes of them."""
+    subprocess.run(["sh", "-ec" if check else "-c", script], check=check, capture_output=not check)
 
 
 def work(given: argparse.Namespace) -> None:
     """Train in one process, in its namespace; the first prints the median bytes and seconds of a step."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     dist.init_process_group("gloo")
-    model = nn.Sequential(*(nn.Linear(given.hidden, given.hidden, bias=False) for _ in range(given.layers)))
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    if given.worker == "galore":
-        groups = param_groups(model, target_modules="all-linear", rank=given.rank, update_proj_gap=1000, stagger=False)
-        optimizer = GaLoreAdamW(groups, lr=1e-3)
-        attach(model, optimizer)
-    net = DistributedDataParallel(model)
-    steps = timed_steps(net, optimizer, (given.tokens, given.hidden), given.steps + 2, "eth0")
-    if dist.get_rank() == 0:
-        print(*(sorted(values)[given.steps // 2] for values in zip(*steps[2:], strict=True)))
-    dist.destroy_process_group()
+    is_first = dist.get_rank() == 0
+
+    def make() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(given.hidden, given.hidden, bias=False) for _ in range(given.layers)))
+
+    found = train(given.worker, make, given, "eth0", target_modules="all-linear")
+    if is_first:
+        print(*found["step"])
 
 
 def measured(method: str, link: str, given: argparse.Namespace) -> tuple[float, float]:
     """Return the bytes that a process sends in a step, and its seconds, each behind a link of its own."""
-    made = [f"galore{rank}" for rank in range(given.cards)]
+    ranks = range(given.cards)
     try:
-        shell("ip link add galore type bridge")
-        shell("ip link set galore up")
-        for rank, name in enumerate(made):
-            inside = f"ip netns exec {name}"
-            shell(f"ip netns add {name}")
-            shell(f"ip link add veth{rank} type veth peer name eth0 netns {name}")
-            shell(f"ip link set veth{rank} master galore up")
-            shell(f"{inside} ip addr add 10.77.0.{rank + 1}/24 dev eth0")
-            shell(f"{inside} ip link set eth0 up")
-            shell(f"{inside} ip link set lo up")
-            shell(f"{inside} {slowing('eth0', link)}")
+        shell("ip link add galore type bridge; ip link set galore up")
+        shell("".join(SETUP.format(rank=rank, address=rank + 1, slowing=slowing("eth0", link)) for rank in ranks))
         command = [sys.executable, "-m", "benchmarks.many_cards", "--worker", method, *sys.argv[1:]]
         env = {**os.environ, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29577", "WORLD_SIZE": str(given.cards)}
-        env["GLOO_SOCKET_IFNAME"] = "eth0"
         started = [
             subprocess.Popen(
-                ["ip", "netns", "exec", name, *command],
-                env={**env, "RANK": str(rank)},
+                ["ip", "netns", "exec", f"galore{rank}", *command],
+                env={**env, "RANK": str(rank), "GLOO_SOCKET_IFNAME": "eth0"},
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for rank, name in enumerate(made)
+            for rank in ranks
         ]
         said = [one.communicate()[0] for one in started]
         if any(one.returncode for one in started):
@@ -161,10 +137,8 @@ def measured(method: str, link: str, given: argparse.Namespace) -> tuple[float, 
         bytes_sent, seconds = said[0].split()
         return float(bytes_sent), float(seconds)
     finally:
-        for rank, name in enumerate(made):
-            shell(f"ip link del veth{rank}", check=False)
-            shell(f"ip netns del {name}", check=False)
-        shell("ip link del galore", check=False)
+        gone = (f"ip link del veth{rank}; ip netns del galore{rank}; " for rank in ranks)
+        shell("".join(gone) + "ip link del galore", check=False)
 
 
 def compare(given: argparse.Namespace, messages: Console) -> Report:
@@ -183,7 +157,7 @@ def compare(given: argparse.Namespace, messages: Console) -> Report:
                 "predicted, s": predicted, "of, predicted": seconds / predicted,
             }  # fmt: skip
     title = f"{given.layers} layers of {given.hidden}, rank {given.rank}, {given.cards} processes"
-    return Report(title=title, record={"rows": rows}, sheets=[Sheet(title=title, rows=rows)])
+    return Report.of(title, rows)
 
 
 def cards_of(given: argparse.Namespace, link: str, *, width: int, work: float) -> Cards:
@@ -210,7 +184,7 @@ def predict(given: argparse.Namespace, messages: Console) -> Report:
     title = (
         f"LLaMA-{given.model}, {given.cards} cards, rank {given.rank}, {given.work} s of work, {given.hop_ms} ms a hop"
     )
-    return Report(title=title, record={"rows": rows}, sheets=[Sheet(title=title, rows=rows)])
+    return Report.of(title, rows)
 
 
 def main() -> None:

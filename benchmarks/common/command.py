@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -41,6 +41,14 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def some_of(names: Iterable[str], only: str, command: argparse.ArgumentParser) -> list[str]:
+    """Return those of the names that `--only` lists, with commas between; one that is unknown is an error."""
+    wanted = [name for name in only.split(",") if name]
+    if unknown := [name for name in wanted if name not in names]:
+        command.error(f"--only names {', '.join(unknown)}; choose from {', '.join(names)}")
+    return wanted
 
 
 def run(given: argparse.Namespace, measure: Callable[[argparse.Namespace, Console], Report]) -> None:

@@ -82,6 +82,11 @@ class Report:
     sheets: list[Sheet] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, title: str, rows: Mapping[str, Mapping[str, Any]]) -> "Report":
+        """Return that of one table, whose figures are all there is."""
+        return cls(title=title, record={"rows": rows}, sheets=[Sheet(title=title, rows=rows)])
+
 
 def shown(value: Any) -> str:
     """A figure as it is printed: three digits of a fraction, "-" for what is not known here.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.command import described
+from benchmarks.common.command import described, some_of
 from benchmarks.common.peers import ROOT
 from benchmarks.device import correctness, speed
 from benchmarks.device.session import Row, Session
@@ -52,10 +52,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, ob
     add("--device", choices=["cuda", "cpu"], default=None, help="cuda if there is one")
     add("--small", action="store_true", help="everything in seconds, to rehearse on a CPU")
     given = command.parse_args(arguments)
-    wanted = [name for name in given.only.split(",") if name] or list(PARTS)
-    unknown = [name for name in wanted if name not in PARTS]
-    if unknown:
-        command.error(f"--only names {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    wanted = some_of(PARTS, given.only, command) or PARTS
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = given.out or Path(os.environ.get("OUT") or ROOT / "runs" / "device")
     out.mkdir(parents=True, exist_ok=True)

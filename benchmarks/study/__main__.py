@@ -16,14 +16,15 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.common.command import described
+from benchmarks.common.command import described, some_of
 from benchmarks.study import training
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import FIRST, LONG, SEEDS, at_seed_0, means, wanted
@@ -31,12 +32,8 @@ from benchmarks.study.training import Job
 
 Line = dict[str, Any]
 """A training and what came of it."""
-
-
-def read(path: Path) -> list[Line]:
-    """Return the lines of a file; a last one that was cut off is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+Lines = dict[Job, Line]
+"""What is known, by training."""
 
 
 def job_of(line: Line) -> Job:
@@ -44,11 +41,22 @@ def job_of(line: Line) -> Job:
     return Job(**{field.name: line[field.name] for field in fields(Job)})
 
 
-def study(given: argparse.Namespace, methods: Sequence[str]) -> list[Line]:
+def read(path: Path) -> Lines:
+    """Return the lines of a file; a last one that was cut off is left out."""
+    texts = path.read_text().splitlines() if path.exists() else []
+    return {job_of(line): line for line in (json.loads(text) for text in texts if text.endswith("}"))}
+
+
+def perplexities(lines: Lines) -> dict[Job, float]:
+    """Return what the plan knows them by."""
+    return {job: float(line["perplexity"]) for job, line in lines.items()}
+
+
+def study(given: argparse.Namespace, methods: Sequence[str]) -> Lines:
     """Train for as long as the budget says, and return all lines."""
     began_s = time.monotonic()
     lines = read(given.out)
-    known = {job_of(line): float(line["perplexity"]) for line in lines}
+    known = perplexities(lines)
     taken = set(known)
     context = multiprocessing.get_context("spawn")  # what has been forked may not use a GPU
     idle: list[Connection] = []
@@ -79,27 +87,19 @@ def study(given: argparse.Namespace, methods: Sequence[str]) -> list[Line]:
                 continue
             idle.append(ended)
             known[job] = result["perplexity"]
-            lines.append({**asdict(job), **result, "at_s": round(time.monotonic() - began_s, 1)})
+            line = lines[job] = {**asdict(job), **result, "at_s": round(time.monotonic() - began_s, 1)}
             with given.out.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            told = {name: value for name, value in lines[-1].items() if name not in ("curve", "state_bytes")}
+                file.write(json.dumps(line) + "\n")
+            told = {name: value for name, value in line.items() if name not in ("curve", "state_bytes")}
             print(*(f"{value:.5g}" if isinstance(value, float) else value for value in told.values()), flush=True)
     for process in processes:
         process.kill()
     return lines
 
 
-Lines = Mapping[Job, Line]
-"""What is known, by training."""
-
 BASE = "adamw"  # what the others are compared with
 HEADS = ["method", "rates", "perplexity", "of AdamW's", "seeds lower"]
 HEADS += ["best of one seed, of AdamW's", "pairs", "state, MB"]
-
-
-def perplexities(lines: Lines) -> dict[Job, float]:
-    """Return what the plan knows them by."""
-    return {job: float(line["perplexity"]) for job, line in lines.items()}
 
 
 def rows(lines: Lines, steps: int, tokens: int) -> list[list[str]]:
@@ -136,50 +136,49 @@ def print_tables(lines: Lines) -> None:
         print(f"\n{method} failed: {error}")
 
 
-def plot(lines: Lines, picture: Path) -> None:
+@contextmanager
+def picture(path: Path, *words: str) -> Iterator[tuple[Any, Any]]:
+    """Yield axes with these words along them, and what styles lines; when the block ends the picture is saved."""
+    from galore_torch.training.run import plots  # a rented GPU may lack what it needs
+
+    figure, axes = plots.new_axes(*words, size=(8, 4.8))
+    yield axes, plots
+    plots.add_legend(figure)
+    figure.savefig(path, dpi=100)
+
+
+def plot(lines: Lines, path: Path) -> None:
     """Draw perplexity against the rate of the matrices, as a factor on each method's best, at seed 0."""
-    from galore_torch.training.run.plots import add_legend, line_style, new_axes  # a rented GPU may lack what it needs
-
     known = perplexities(lines)
-    figure, axes = new_axes("rate of the matrices, of the best", "perplexity", size=(8, 4.8))
-    least = math.inf
-    for index, name in enumerate((*LONG, *FIRST)):
-        found = at_seed_0(known, name)
-        best = next(iter(found), None)
-        if best is None or math.isinf(known[best]):
-            continue
-        least = min(least, known[best])
-        points = sorted((job.lr / best.lr, value) for job, value in found.items() if job.others_lr == best.others_lr)
-        axes.plot(*zip(*points, strict=True), label=name, **line_style(index, len(points)))
-    axes.set_xscale("log", base=2)
-    if math.isfinite(least):
-        axes.set_ylim(0.97 * least, 1.5 * least)
-    add_legend(figure)
-    figure.savefig(picture, dpi=100)
+    found = {name: at_seed_0(known, name) for name in (*LONG, *FIRST)}
+    least = min((value for by_job in found.values() for value in by_job.values()), default=math.inf)
+    with picture(path, "rate of the matrices, of the best", "perplexity") as (axes, plots):
+        for index, (name, by_job) in enumerate(found.items()):
+            best = next(iter(by_job), None)
+            if best is not None and math.isfinite(known[best]):
+                at_best = [(job.lr / best.lr, known[job]) for job in by_job if job.others_lr == best.others_lr]
+                axes.plot(*zip(*sorted(at_best), strict=True), label=name, **plots.line_style(index, len(at_best)))
+        axes.set_xscale("log", base=2)
+        if math.isfinite(least):
+            axes.set_ylim(0.97 * least, 1.5 * least)
 
 
-def plot_curves(lines: Lines, picture: Path) -> None:
+def plot_curves(lines: Lines, path: Path) -> None:
     """Draw the training losses of each method at its best rates, the mean of all seeds."""
-    from galore_torch.training.run.plots import add_legend, count_by, line_style, new_axes
-
     known = perplexities(lines)
-    figure, axes = new_axes("", "training loss, mean of the seeds", size=(8, 4.8))
-    for index, name in enumerate(LONG):
-        best = next(iter(means(known, name)), None)
-        if best is None:
-            continue
-        curves = [lines[replace(best, seed=seed)]["curve"] for seed in SEEDS]
-        tokens = best.steps * best.tokens
-        along = [tokens * (point + 0.5) / len(curves[0]) for point in range(len(curves[0]))]
-        axes.plot(along, list(map(mean, zip(*curves, strict=True))), label=name, **line_style(index))
-    axes.set_ylim(top=5.0)
-    count_by(axes, "tokens")
-    add_legend(figure)
-    figure.savefig(picture, dpi=100)
+    with picture(path, "", "training loss, mean of the seeds") as (axes, plots):
+        for index, name in enumerate(LONG):
+            for best in list(means(known, name))[:1]:
+                curves = [lines[replace(best, seed=seed)]["curve"] for seed in SEEDS]
+                points, tokens = len(curves[0]), best.steps * best.tokens
+                along = [tokens * (point + 0.5) / points for point in range(points)]
+                axes.plot(along, list(map(mean, zip(*curves, strict=True))), label=name, **plots.line_style(index))
+        axes.set_ylim(top=5.0)
+        plots.count_by(axes, "tokens")
 
 
-def main(arguments: list[str] | None = None) -> list[Line]:
-    """Do what the command line asks for, and return a study's lines."""
+def main(arguments: list[str] | None = None) -> None:
+    """Do what the command line asks for."""
     command = described(__doc__, "benchmarks.study")
     add = command.add_argument
     add("text", type=Path, nargs="?", help="the prepared text")
@@ -187,7 +186,7 @@ def main(arguments: list[str] | None = None) -> list[Line]:
     add("--table", type=Path, metavar="FILE", help="print the tables of a study's lines, and nothing more")
     add("--plot", type=Path, metavar="PNG", help="draw perplexities over rates too")
     add("--curves", type=Path, metavar="PNG", help="draw losses over tokens too")
-    add("--only", help="methods, with commas between: all by default that may share a process")
+    add("--only", default="", help="methods, with commas between: all by default that may share a process")
     add("--device", choices=["cuda", "cpu"], default="cpu", help="where to train (cpu)")
     add("--workers", type=int, default=1, help="processes (1)")
     add("--streams", type=int, default=1, help="trainings that take turns in each process (1)")
@@ -196,24 +195,20 @@ def main(arguments: list[str] | None = None) -> list[Line]:
     add("--small", action="store_true", help="a model of next to nothing on random tokens, to rehearse")
     given = command.parse_args(arguments)
     together = [name for name, method in METHODS.items() if not method.alone]
-    methods = together if given.only is None else [name for name in given.only.split(",") if name]
-    if unknown := [name for name in methods if name not in METHODS]:
-        command.error(f"--only names {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+    methods = some_of(METHODS, given.only, command) or together
     if given.streams > 1 and (lonely := [name for name in methods if name not in together]):
         command.error(f"--streams {given.streams} would spoil what is trained beside {', '.join(lonely)}; give 1")
     if given.prepare:
         training.prepare(given.prepare)
-        return []
+        return
     if not (given.text or given.small or given.table):
         command.error("give the prepared text (--prepare FILE makes it), or --small")
     lines = read(given.table) if given.table else study(given, methods)
-    known = {job_of(line): line for line in lines}
-    print_tables(known)
+    print_tables(lines)
     if given.plot:
-        plot(known, given.plot)
+        plot(lines, given.plot)
     if given.curves:
-        plot_curves(known, given.curves)
-    return lines
+        plot_curves(lines, given.curves)
 
 
 if __name__ == "__main__":
