@@ -223,5 +223,9 @@ class Cut:
         placements = [Replicate()] * self.mesh.ndim if self.is_contracted else self.placements
         return self._placed(tensor, Partial()).redistribute(placements=placements, async_op=True)
 
+    def add_up(self, tensor: Tensor) -> DTensor:
+        """Begins to add up a tensor over the processes, each of which gets all of the sum."""
+        return self._placed(tensor, Partial()).redistribute(placements=[Replicate()] * self.mesh.ndim, async_op=True)
+
     def _placed(self, tensor: Tensor, placement: Any) -> DTensor:
         return DTensor.from_local(tensor, self.mesh, [placement] * self.mesh.ndim, run_check=False)

@@ -2,7 +2,8 @@
 
 A layer's backward sees its weight whole, and a hook there takes the gradient away from FSDP2 once it is complete:
 projected with the whole basis, it is reduced to this process' part (or summed, where the projected axis is cut), which
-becomes the shard's gradient. A weight that renews in this step leaves its full gradient to FSDP2.
+becomes the shard's gradient. A weight that renews in this step leaves its full gradient to FSDP2, unless a sketch of it
+is enough: then the weights of a layer that renew send sketches, once all of them have come, and gradients in new bases.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from galore_torch.distributed.traffic import Traffic
 from galore_torch.gradients.data_parallel import Hook
 from galore_torch.gradients.known_weights import current_backward
 from galore_torch.optim.galore import GaLore
+from galore_torch.optim.nonfinite import peaks
 from galore_torch.optim.processes import is_sharded
 from galore_torch.optim.projected_gradient import ProjectedGradient
+from galore_torch.optim.trained_weight import TrainedWeight
+from galore_torch.projection import Basis
 
 
 class ShardTraffic(Traffic):
@@ -48,6 +52,7 @@ class ShardTraffic(Traffic):
         optimizer._trained_weight(next(iter(weights.values())))  # so that it knows of the processes
         self._hooked: set[int] = set()
         self._kept: dict[int, Tensor] = {}
+        self._arrived: dict[int, list[Any]] = {}  # by FSDP2's groups of weights, those that wait to renew from sketches
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 self._handles.append(module.register_forward_pre_hook(self._before_forward))
@@ -86,13 +91,19 @@ class ShardTraffic(Traffic):
             self.begin()
             if not is_projected:
                 return
-            trained = optimizer._trained_weight(of_fsdp.sharded_param)
+            held, trained = of_fsdp.sharded_param.grad, optimizer._trained_weight(of_fsdp.sharded_param)
+            assert isinstance(trained, ShardedWork)
+            basis = held.basis if isinstance(held, ProjectedGradient) else trained.basis
             if isinstance(unsharded.grad, ProjectedGradient):
                 projected = unsharded.grad.projected
-            elif unsharded.grad is None or trained.needs_renewal:
+            elif unsharded.grad is None:
+                return
+            elif trained.needs_renewal and not (isinstance(held, ProjectedGradient) and trained.renews_from_sketch):
+                if self._synchronizes and held is None and trained.renews_from_sketch:
+                    self._arrives(of_fsdp, group)
                 return  # FSDP2 is to average the full one, to renew the basis from
             else:
-                factors = {name: factor.to(unsharded.dtype) for name, factor in trained.basis.items()}
+                factors = {name: factor.to(unsharded.dtype) for name, factor in basis.items()}
                 projected = trained.projection.project(unsharded.grad, factors)
             unsharded.grad = None  # so that FSDP2 passes it by
             if id(unsharded) in self._kept:
@@ -100,15 +111,46 @@ class ShardTraffic(Traffic):
             if not self._synchronizes:
                 self._kept[id(unsharded)] = projected
                 return
-            assert isinstance(trained, ShardedWork)
-            projected = projected.to(of_fsdp.reduce_dtype or projected.dtype)
-            total = trained.cut.reduce(projected)
-            self._send((trained, total, group.gradient_divide_factor or trained.cut.mesh.size()))
+            self._reduce(of_fsdp, group, trained, projected, basis)
 
         return complete
 
-    def _take(self, sent: tuple[ShardedWork, DTensor, float]) -> None:
-        trained, total, divisor = sent
+    def _plan(self, trained: list[TrainedWeight]) -> None:  # noqa: ARG002
+        self._arrived = {}
+
+    def _arrives(self, of_fsdp: Any, group: Any) -> None:
+        """Renews the weights of a group once the last of those has come that renew from sketches.
+
+        A basis is found from an averaged sketch, and what it holds of the gradient is sent. The gradient of a weight
+        that gets none is left to FSDP2, and so are all, if one of the group has none in this pass.
+        """
+        optimizer: Any = self._optimizer()
+        arrived = self._arrived.setdefault(id(group), [])
+        arrived.append(of_fsdp)
+        ours = [one.sharded_param for one in group.fsdp_params if self.takes(one.sharded_param)]
+        waiting = [weight for weight in ours if weight.requires_grad and weight.grad is None]
+        if len(arrived) < sum(optimizer._trained_weight(weight).renews_from_sketch for weight in waiting):
+            return
+        renewed: list[ShardedWork] = [optimizer._trained_weight(one.sharded_param) for one in arrived]
+        grads = [_complete_grad(one) for one in arrived]
+        sums = [one.cut.add_up(one.sketch(grad)) for one, grad in zip(renewed, grads, strict=True)]
+        averages = [one.to_local() / _divisor(group, trained) for one, trained in zip(sums, renewed, strict=True)]
+        found = peaks(averages).tolist()
+        told = [place for place, peak in enumerate(found) if 0 < peak < float("inf")]
+        bases = optimizer._processes.bases([renewed[one] for one in told], [averages[one] for one in told])
+        for place, basis in zip(told, bases, strict=True):
+            if basis is not None:
+                one, trained = arrived[place], renewed[place]
+                one.unsharded_param.grad = one.unsharded_accumulated_grad = None
+                self._reduce(one, group, trained, trained.projection.project(grads[place], basis), basis)
+
+    def _reduce(self, of_fsdp: Any, group: Any, trained: ShardedWork, projected: Tensor, basis: Basis) -> None:
+        """Begins to average a projected gradient."""
+        total = trained.cut.reduce(projected.to(of_fsdp.reduce_dtype or projected.dtype))
+        self._send((trained, total, _divisor(group, trained), basis))
+
+    def _take(self, sent: tuple[ShardedWork, DTensor, float, Basis]) -> None:
+        trained, total, divisor, basis = sent
         weight, grad = trained.weight, trained.weight.grad
         part = (total._local_tensor / divisor).to(weight.device, weight.dtype).contiguous()  # as the rule's state is
         if isinstance(grad, DTensor):  # a full one, of before the last step
@@ -120,9 +162,22 @@ class ShardTraffic(Traffic):
             part, spec.mesh, spec.placements, run_check=False, shape=total.shape, stride=total.stride()
         )
         if grad is None:
-            weight.grad = ProjectedGradient(projected, trained.projection, trained.basis, weight.dtype)
+            weight.grad = ProjectedGradient(projected, trained.projection, basis, weight.dtype)
         elif isinstance(grad, ProjectedGradient):
             grad.projected.add_(projected.to(grad.projected.dtype))
         else:
             grad.add_(projected)  # it has been applied: says so
         self._keep(weight)
+
+
+def _divisor(group: Any, trained: ShardedWork) -> float:
+    """By which FSDP2 divides sums over processes."""
+    divisor: float = group.gradient_divide_factor or trained.cut.mesh.size()
+    return divisor
+
+
+def _complete_grad(of_fsdp: Any) -> Tensor:
+    """A full gradient with what FSDP2 keeps of the micro-batches before, in the weight's dtype."""
+    grad: Tensor = of_fsdp.unsharded_param.grad.to(of_fsdp.sharded_param.dtype)
+    before = of_fsdp.unsharded_accumulated_grad
+    return grad if before is None else grad + before

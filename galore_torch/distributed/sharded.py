@@ -157,6 +157,12 @@ class ShardedWork(TrainedWeight):
         basis = {name: whole(factor) for name, factor in stored.items()}
         return self.cut.divide(basis) if self.settings.get("shard_bases") else basis
 
+    def take(self, basis: Basis, found: Any = None) -> None:
+        """Puts a new basis in the old one's place, also in the gradient that has brought it."""
+        TrainedWeight.take(self, basis, found)
+        if isinstance(self.weight.grad, ProjectedGradient):
+            self.weight.grad.basis = self.basis
+
     def lent(self) -> Tensor:
         """The weight as the rule moves it: this process' part, or a copy of all parts."""
         return self.weight.full_tensor() if self.is_gathered else self.local  # type: ignore[attr-defined]
@@ -187,8 +193,11 @@ class ShardedWork(TrainedWeight):
 
     def captured(self, basis: Basis) -> Tensor:
         """The share of the gradient's energy that a basis holds, in all processes together."""
-        projected = self._project(self.grad, self.cut.factors(basis))
-        energies = torch.stack([one.double().square().sum() for one in (projected, self.grad)])
+        grad = self.grad
+        if isinstance(grad, ProjectedGradient):  # in the basis that its sketch told
+            grad = self.local_projection.project_back(grad.projected, self.cut.factors(grad.basis))
+        projected = self._project(grad, self.cut.factors(basis))
+        energies = torch.stack([one.double().square().sum() for one in (projected, grad)])
         if not self.cut.is_whole:
             dist.all_reduce(energies, group=self.cut.group)
         inside, whole = energies.unbind()

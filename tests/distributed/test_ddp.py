@@ -137,11 +137,12 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_so_on_all(pool, mode):
     assert torch.equal(*(weights for _, weights in ranks))
 
 
-def with_an_infinite_gradient(rank: int, world: int, mode: Any, **keys: Any) -> Any:
+def with_an_infinite_gradient(rank: int, world: int, mode: Any, wrap: Any = None, **keys: Any) -> Any:
     model = llama()
+    model = model if wrap is None else wrap(model)  # FSDP2 before the optimizer is made, DDP after it is attached
     optimizer = optimizer_of(model, skip_nonfinite=True, **keys)
     attach(model, optimizer, *mode)
-    net = DistributedDataParallel(model)
+    net: Any = DistributedDataParallel(model) if wrap is None else model
     for step in range(SHORT):
         spoilt = rank == 1 and step in (0, 5)
         (loss_of(net, batch(step).tensor_split(world)[rank]) * (float("inf") if spoilt else 1.0)).backward()

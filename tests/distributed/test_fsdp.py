@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def assert_as_one(pool: Any, world: int, *, bar: float = BAR, **given: Any) -> None:
     ranks = pool.run(trained_in_shards, world, **{key: value for key, value in given.items() if key != "theirs"})
     assert all(torch.equal(ranks[0], other) for other in ranks[1:])
-    alone = {key: value for key, value in given.items() if key not in ("replicas", "placement", "theirs")}
+    alone = {key: value for key, value in given.items() if key not in ("replicas", "placement", "theirs", "in_parts")}
     alone["mode"] = given.get("theirs", given.get("mode"))  # the first basis is that of all micro-batches, as in full
     assert distance(ranks[0], trained_in_shards(0, 1, **alone)) <= bar
 
@@ -218,18 +218,18 @@ def test_an_ordinary_step_reduces_projected_gradients_in_place_of_full_ones(pool
     assert full == sum(one.numel() for name, one in llama().named_parameters() if "proj" not in name)
 
 
-def numbers_reduced(rank: int, world: int, mode: Any) -> tuple[int, int]:
-    """How many numbers of full gradients FSDP2 averages in an ordinary step, and how many of projected ones we do."""
+def numbers_reduced(rank: int, world: int, mode: Any, **keys: Any) -> tuple[int, int]:
+    """How many numbers of full gradients FSDP2 averages in the second step, and how many of projected ones we do."""
     model = llama()
     fully_sharded(model, world)
-    optimizer = optimizer_of(model, stagger=False)
+    optimizer = optimizer_of(model, stagger=False, **keys)
     attach(model, optimizer, *mode)
     sent: list[int] = []
     for step in range(2):
         sent.clear()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Cut, "reduce", counting(Cut.reduce, sent))
-            patched.setattr(dist, "all_reduce", counting(dist.all_reduce, sent))
+            for of, name in ((Cut, "reduce"), (Cut, "add_up"), (dist, "all_reduce")):
+                patched.setattr(of, name, counting(getattr(of, name), sent))
             loss_of(model, batch(step).tensor_split(world)[rank]).backward()
         full = sum(one.numel() for one in model.parameters() if isinstance(one.grad, DTensor))
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Renewals from sketches: under DDP a full gradient never travels, and all train as one process does."""
+"""Renewals from sketches: a full gradient never travels, and all train as one process does, under DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from galore_torch.projection.sketches import sketch_columns
+from tests.distributed import test_fsdp
+from tests.distributed.sharded import UNEVEN, fully_sharded
 from tests.distributed.test_ddp import (
     SHORT,
     assert_as_one,
@@ -104,3 +106,69 @@ def test_a_renewal_sends_a_sketch_and_a_projected_gradient(pool, mode):
         assert expected <= renewing <= 1.02 * expected
         assert renewing < 0.3 * full
         assert first <= 1.02 * (expected + full / 2)
+
+
+# FSDP2 ---------------------------------------------------------------------------------------------------------------
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "fused": {"steps": 2 * GAP + 2},
+    "projected, uneven": {"mode": ("projected", "step"), "shape": UNEVEN, "steps": 2 * GAP + 2},
+    "applied in the backward": {"mode": ("fused", "backward")},
+    "accumulated": {"micro": 2, "theirs": None},
+    "projected, accumulated": {"mode": ("projected", "step"), "micro": 2, "theirs": None},
+    "zeros left": {"to_none": False},
+    "left, moments rotated": {"keys": {"proj_type": "left", "moments": "rotate"}, "shape": UNEVEN, "steps": 10},
+    "right": {"keys": {"proj_type": "right"}},
+    "both sides": {"keys": {"proj_type": "full"}},
+    "lazy": {"keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 10},
+    "not staggered": {"keys": {"stagger": False}},
+    "bases in parts": {"in_parts": True, "shape": UNEVEN},
+    "cut where it is not projected": {"placement": test_fsdp.of_free_axes},
+    "run again in the backward": {"checkpoints": True},
+    "Muon": {"recipe": "muon", "shape": UNEVEN},
+}
+
+
+def sharded(name: str) -> dict[str, Any]:
+    given = {"steps": SHORT, "mode": ("fused", "step"), **SHARDED[name]}
+    return {**given, "keys": {**SKETCHED, **given.get("keys", {})}}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.broad("fused", "accumulated")
+def test_shards_train_as_one(pool, name):
+    test_fsdp.assert_as_one(pool, 2, **sharded(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fused", "projected, uneven", "accumulated", "bases in parts"])
+def test_four_shards_train_as_one(pool, name):
+    test_fsdp.assert_as_one(pool, 4, **test_fsdp.of_one_layer(sharded(name)))
+
+
+@pytest.mark.slow
+def test_replicas_of_shards_train_as_one(pool):
+    test_fsdp.assert_as_one(pool, 4, replicas=2, steps=SHORT, mode=("fused", "step"), keys=SKETCHED)
+
+
+def test_a_renewal_of_shards_sends_sketches_and_projected_gradients(pool):
+    projected = [one for name, one in llama().named_parameters() if "proj" in name]
+    columns = sketch_columns((24, 24), RANK)
+    sketches, grads = (sum(n * side(one.shape) for one in projected) for n, side in ((columns, min), (RANK, max)))
+    full, sent = pool.run(test_fsdp.numbers_reduced, 2, mode=("fused", "step"), update_proj_gap=1, **SKETCHED)[0]
+    assert sent == sketches + grads
+    assert full == sum(one.numel() for name, one in llama().named_parameters() if "proj" not in name)
+
+
+@pytest.mark.parametrize("mode", [("fused", "step"), ("fused", "backward")])
+@pytest.mark.broad("mode0")
+def test_a_gradient_that_is_not_finite_on_one_process_is_so_in_all_shards(pool, mode):
+    ranks = pool.run(with_an_infinite_gradient_in_shards, 2, mode=mode)
+    for counts, weights in ranks:
+        assert set(counts.values()) == {2}
+        assert bool(weights.isfinite().all())
+    assert torch.equal(*(weights for _, weights in ranks))
+
+
+def with_an_infinite_gradient_in_shards(rank: int, world: int, mode: Any) -> Any:
+    return with_an_infinite_gradient(rank, world, mode, wrap=lambda model: fully_sharded(model, world), **SKETCHED)
