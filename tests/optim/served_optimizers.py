@@ -118,6 +118,8 @@ def arguments_of(name: str, optimizer: type[Optimizer]) -> dict[str, Any]:
         arguments.setdefault("lr", 1e-3)
     if "weight_decay" in parameters:
         arguments["weight_decay"] = 0.0
+    if "triton" in parameters:  # which torch for CUDA brings; it is taken where there is no GPU, too
+        arguments["triton"] = False
     return arguments
 
 
