@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MEETING = 300
 """Seconds that processes wait for each other at their start."""
 
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each process, torchrun as well as Accelerate's."""
+
 _PART = "GALORE_PART"
 """Where a process finds in which part of a job it is one, if the job has several, see `begin_part`."""
 
@@ -114,8 +117,17 @@ def connect(*, trains: bool = True) -> None:
         trains: whether they train, and do not only wait, however long, for processes that they start and that do.
 
     Raises:
-        ValueError: not all of them have come in `MEETING` seconds, in those that have.
+        ValueError: not all of them have come in `MEETING` seconds, in those that have; or no launcher has set the
+            variables of one.
     """
+    missing = [name for name in _LAUNCHED if name not in os.environ]
+    if missing and (count() > 1 or "LOCAL_RANK" in os.environ):
+        left = {name: value for name in ("LOCAL_RANK", *_LAUNCHED) if (value := os.environ.get(name)) is not None}
+        raise ValueError(
+            f"{', '.join(f'{name} = {value}' for name, value in left.items())} in the environment, and no "
+            f"{' or '.join(missing)}: no launcher leaves it so. Start the processes by torchrun or accelerate launch; "
+            f"for one process, unset {' '.join(left)}."
+        )
     if count() == 1:
         return
     import torch

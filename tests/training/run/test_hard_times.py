@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from galore_torch.training.compare.process import call_in_process
 from galore_torch.training.pretrain.run import Pretraining
-from galore_torch.training.run import disk
+from galore_torch.training.run import disk, processes
 from galore_torch.training.run import machine as surroundings
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run, resumed_run
@@ -238,3 +238,13 @@ def test_brackets_in_names_are_no_markup(tiny, texts, tmp_path):
     assert (status, f"cached in {folder}/cache" in said) == (0, True)
     status, said = galore("pretrain", "--resume", "--out", folder / "run")
     assert (status, f"{folder}/run" in said) == (2, True)
+
+
+@pytest.mark.parametrize("left", [{"LOCAL_RANK": "3"}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_what_a_launcher_has_left_in_the_environment_is_told(left, monkeypatch):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"no .*MASTER_ADDR.* unset {' '.join(left)}"):
+        processes.connect()
