@@ -78,13 +78,19 @@ def _bytes(module: nn.Module, *, trained: bool) -> int:
 
 
 def of_a_rank(
-    planned: MemoryPlan, sizes: Sizes, world_size: int, parallel: Literal["ddp", "fsdp"], *, divides_states: bool = True
+    planned: MemoryPlan,
+    sizes: Sizes,
+    world_size: int,
+    parallel: Literal["ddp", "fsdp"],
+    *,
+    divides_states: bool = True,
+    divides_bases: bool = False,
 ) -> MemoryPlan:
     """The plan of each of several processes.
 
     DDP keeps gradients that it averages a second time, in its buckets, and projected ones are copied on their way.
     FSDP2 divides weights, gradients and states, and has a few weights and gradients whole for a moment, which count as
-    work; bases are whole in each process.
+    work; bases are whole in each process, or one at a time is.
 
     Args:
         planned: of one process with the micro-batch of each.
@@ -92,6 +98,7 @@ def of_a_rank(
         world_size: how many processes there are.
         parallel: "ddp", or "fsdp" for FSDP2.
         divides_states: whether FSDP2 divides states; not those of an optimizer that moves matrices as wholes.
+        divides_bases: whether each process keeps a part of every basis alone, see `shard_bases`.
 
     Returns:
         The plan. It is an estimate: unlike the plan of one process it is not found by rehearsing.
@@ -106,9 +113,10 @@ def of_a_rank(
         if parallel == "ddp":
             more = on_the_way if passes and phase != "forward" else 0
             return {**kinds, "gradients": kinds["gradients"] + averaged, "work": kinds["work"] + more}
-        divided = ("weights", "gradients", *(("states",) if divides_states else ()))
+        divided = ["weights", "gradients", *["states"] * divides_states, *["bases"] * divides_bases]
         parts = {kind: -(-kinds[kind] // world_size) for kind in divided}
         whole = sizes.gathered * passes + sizes.formed * (passes and phase != "forward")
+        whole += max(one.basis for one in sizes.weights) * sizes.width * divides_bases
         return {**kinds, **parts, "work": kinds["work"] + whole}
 
     if world_size == 1:

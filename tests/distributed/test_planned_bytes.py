@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_torch import attach
-from galore_torch.distributed import shard_placement
+from galore_torch.distributed import shard_bases, shard_placement
 from galore_torch.memory import plan, stored_bytes
 from galore_torch.optim import state_bytes
 
@@ -27,7 +27,8 @@ def planned_and_held(rank: int, world: int, parallel: str, method: str) -> tuple
     warnings.simplefilter("ignore")
     planned = subject("llama-tiny", {"micro_batch": 2, "batch": 4, "seq": 64, "update_proj_gap": 1000}, "float32")
     job = planned.job(method)
-    expected = of_a_rank(plan(job), Sizes.of(job), world, parallel).held
+    in_parts, parallel = parallel == "fsdp, bases too", parallel[:4].strip(",")
+    expected = of_a_rank(plan(job), Sizes.of(job), world, parallel, divides_bases=in_parts).held
     torch.manual_seed(0)
     model = type(planned.model)(planned.model.config).train()
     if parallel == "fsdp":
@@ -39,6 +40,8 @@ def planned_and_held(rank: int, world: int, parallel: str, method: str) -> tuple
             fully_shard(layer, **given)
         fully_shard(model, **given)
     optimizer = job.optimizer(model)
+    if in_parts:
+        shard_bases(optimizer)
     if method != "full":
         attach(model, optimizer, job.gradients, job.update)
     net: Any = DistributedDataParallel(model) if parallel == "ddp" else model
@@ -55,8 +58,10 @@ def planned_and_held(rank: int, world: int, parallel: str, method: str) -> tuple
     return {kind: expected[kind] for kind in HELD}, held
 
 
-@pytest.mark.parametrize("method", ["full", "galore"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("parallel", "method"),
+    [("ddp", "full"), ("ddp", "galore"), ("fsdp", "full"), ("fsdp", "galore"), ("fsdp, bases too", "galore")],
+)
 def test_two_processes_hold_what_was_planned(pool, parallel, method):
     for expected, held in pool.run(planned_and_held, 2, parallel=parallel, method=method):
         assert held == pytest.approx(expected, rel=1e-4)

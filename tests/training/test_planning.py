@@ -128,6 +128,13 @@ def test_under_fsdp_weights_and_states_are_divided_and_gathered(small):
     assert found["galore"]["held"]["bases"] == alone["galore"]["held"]["bases"]
     assert found["full"]["cost"]["sent_bytes"]["weights"] == 4 * found["full"]["parameters"]  # half of them, twice
     assert found["full"]["cost"]["step_seconds"] is None
+    parts = planned(*small, *SEVERAL, "--world-size", "2", "--parallel", "fsdp", "--shard-bases")["methods"]
+    bases = found["galore"]["held"]["bases"]
+    assert parts["galore"]["held"]["bases"] == bases / 2
+    assert parts["galore"]["held"]["work"] > found["galore"]["held"]["work"]  # the one that is gathered
+    gathered = [one["galore"]["cost"]["sent_bytes"]["weights"] for one in (parts, found)]
+    assert gathered[0] - gathered[1] == bases / 2 * 2  # by the step, and by the layers of its micro-batch
+    assert parts["full"] == found["full"]
 
 
 def test_days_follow_from_the_rate_where_nothing_waits_for_a_link(small):
@@ -169,6 +176,11 @@ def test_a_rank_that_saves_nothing_is_said(small):
         ([*TINY, "--tokens", "20 apples", "--tokens-per-second", "10"], "tokens = '20 apples' is no number of tokens"),
         ([*TINY, "--world-size", "2", "--method", "lora"], "adapter = 'lora' runs in one process"),
         ([*TINY, "--world-size", "2", "--parallel", "fsdp", "--method", "qgalore"], "weight_bits = 8 is not served by"),
+        ([*TINY, "--world-size", "2", "--shard-bases"], "shard_bases has no effect with parallel = 'ddp'"),
+        (
+            [*TINY, "--world-size", "2", "--parallel", "fsdp", "--shard-bases", "--basis-bits", "8"],
+            "basis_bits = 8 is not served by shard_bases",
+        ),
         (["folder/that/is/not", "--memory", "24GB"], "model = 'folder/that/is/not' has no configuration"),
     ],
 )  # fmt: skip

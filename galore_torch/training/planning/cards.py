@@ -10,6 +10,7 @@ from typing import Any, get_args
 from galore_torch.memory.links import Ring, renewal_bytes, replicated_step, sharded_step
 from galore_torch.memory.ranks import Sizes
 from galore_torch.training.settings.fields import Parallel
+from galore_torch.training.settings.optimizer import OptimizerConfig
 
 HOP = 1e-4
 """Seconds that a message takes from one card to the next, whatever its size."""
@@ -24,6 +25,7 @@ class Cards:
     Attributes:
         world_size: how many processes there are.
         parallel: what they share, as in ``galore pretrain``.
+        shard_bases: whether bases are divided among them, as there.
         bandwidth: of each card's link, in bytes a second; None if nobody said.
         tokens: of the whole training; None if nobody said.
         tokens_per_second: of one process without any traffic; None if nobody said.
@@ -34,6 +36,7 @@ class Cards:
 
     world_size: int = 1
     parallel: Parallel = "ddp"
+    shard_bases: bool = False
     bandwidth: float | None = None
     tokens: float | None = None
     tokens_per_second: float | None = None
@@ -48,25 +51,28 @@ class Cards:
         if self.world_size == 1 and (self.bandwidth is not None or self.parallel != "ddp"):
             name = "parallel" if self.bandwidth is None else "bandwidth"
             raise ValueError(f"{name} has no effect with world_size = 1; give --world-size.")
+        if self.shard_bases and self.parallel != "fsdp":
+            raise ValueError(f"shard_bases has no effect with parallel = {self.parallel!r}; give --parallel fsdp.")
         if self.tokens is not None and self.tokens_per_second is None:
             raise ValueError(
                 f"tokens = {self.tokens:g} takes a time that depends on the card; give --tokens-per-second, of one "
                 "process, as a run prints it."
             )
 
-    def refusal(self, adapter: str, weight_bits: int, grad_bits: int) -> str | None:
+    def refusal(self, adapter: str, settings: OptimizerConfig) -> str | None:
         """Why a run with such settings is refused in so many processes; None if it is not.
 
         Args:
             adapter: what is put into the model.
-            weight_bits: of projected weights.
-            grad_bits: of projected gradients that wait.
+            settings: of the optimizer.
         """
         if self.world_size > 1 and adapter != "none":
             return f"adapter = {adapter!r} runs in one process"
-        if self.world_size > 1 and self.parallel == "fsdp" and (weight_bits != 16 or grad_bits != 16):
-            name, bits = ("weight_bits", weight_bits) if weight_bits != 16 else ("grad_bits", grad_bits)
-            return f"{name} = {bits} is not served by parallel = 'fsdp'"
+        for name in ("weight_bits", "grad_bits") if self.parallel == "fsdp" else ():
+            if getattr(settings, name) != 16:
+                return f"{name} = {getattr(settings, name)} is not served by parallel = 'fsdp'"
+        if self.shard_bases and settings.basis_bits != 16:
+            return f"basis_bits = {settings.basis_bits} is not served by shard_bases"
         return None
 
 
@@ -119,10 +125,13 @@ def cost(cards: Cards, sizes: Sizes, *, tokens_at_once: int, micro_batches: int)
     else:
         step = replicated_step(sizes.weights, ring)
         seconds, times = step.seconds + work * (micro_batches - 1), 1
-    sent = {"weights": step.weights * times, "gradients": step.gradients * times, "renewals": renewals}
+    # by the step, and by layers that project gradients in each micro-batch
+    read = sum(one.basis * (1 + micro_batches * (one.gradient != one.size)) for one in sizes.weights)
+    bases = ring.half(read)[0] if cards.shard_bases else 0.0
+    sent = {"weights": step.weights * times + bases, "gradients": step.gradients * times, "renewals": renewals}
     if cards.bandwidth is None and rate is None:
         return Cost(sent=sent)
-    seconds += renewals / bandwidth
+    seconds += (renewals + bases) / bandwidth
     a_step = tokens_at_once * micro_batches * cards.world_size
     return Cost(
         sent=sent,

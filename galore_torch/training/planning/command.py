@@ -55,6 +55,7 @@ def plan(
     gradient_checkpointing: Annotated[bool | None, _option("Compute activations again in the backward.")] = None,
     world_size: Annotated[int, _option("Processes, one a card; says what each needs and sends.")] = 1,
     parallel: Annotated[str, _option("What they share: ddp, the batch; fsdp, weights and states as well.")] = "ddp",
+    shard_bases: Annotated[bool, _option("With fsdp: bases are divided as well.", "--shard-bases")] = False,
     bandwidth: Annotated[str | None, _option("Of each card's link, such as 10gbit or 25GB/s.")] = None,
     tokens: Annotated[str | None, _option("Of the training, such as 20B; says the days.")] = None,
     tokens_per_second: Annotated[float | None, _option("Of one process alone, as a run measured it.")] = None,
@@ -82,6 +83,7 @@ def plan(
             cards = Cards(
                 world_size=world_size,
                 parallel=parallel,  # type: ignore[arg-type]
+                shard_bases=shard_bases,
                 bandwidth=None if bandwidth is None else parse_bandwidth(bandwidth),
                 tokens=None if tokens is None else parse_tokens(tokens),
                 tokens_per_second=tokens_per_second,

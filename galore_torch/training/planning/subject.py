@@ -72,8 +72,7 @@ class Subject:
         return self._refusal(configure(self.preset, micro_batch=1, batch=1, method=method)) is not None
 
     def _refusal(self, config: PretrainConfig) -> str | None:
-        optimizer = config.optimizer
-        return self.cards.refusal(config.adapter.adapter, optimizer.weight_bits, optimizer.grad_bits)
+        return self.cards.refusal(config.adapter.adapter, config.optimizer)
 
     def planned(self, method: str) -> tuple[MemoryPlan, Cost | None]:
         """What a method needs of memory, in each process, and what a step costs, where that was asked for."""
@@ -84,7 +83,8 @@ class Subject:
         sizes = Sizes.of(job)
         optim = config.optimizer.optim
         divides = not any(name in optim for name in _MOVE_WHOLE)
-        found = of_a_rank(found, sizes, cards.world_size, cards.parallel, divides_states=divides)
+        divided = {"divides_states": divides, "divides_bases": cards.shard_bases}
+        found = of_a_rank(found, sizes, cards.world_size, cards.parallel, **divided)
         at_once = self.micro_batch(config) * config.data.seq
         return found, cost(cards, sizes, tokens_at_once=at_once, micro_batches=job.micro_batches)
 
