@@ -6,7 +6,6 @@ under `.peers/<name>`, and a child process that has that folder first on its pat
     python -m benchmarks.common.peers galore-torch-1.0     # install one by hand
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -74,15 +73,6 @@ def installed(peer: Peer) -> Path:
     if not (peer.folder / STAMP).exists():
         raise RuntimeError(f"{peer.name} is not installed in {peer.folder}: run `make setup`")
     return peer.folder
-
-
-def environment(peer: Peer) -> dict[str, str]:
-    """Return the environment of a child process in which `peer`, which must be installed, is imported in place of ours.
-
-    Run it as a script (`python folder/script.py`): `-m` would put the checkout before the peer.
-    """
-    path = [str(installed(peer)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -146,11 +146,7 @@ def interleaved(
 
     def start(name: str, stack: ExitStack) -> None:
         worker = workers[name] = stack.enter_context(starts[name]())
-        figures[name] = _first_step(worker, advance)
-        for _ in range(WARM_UP):
-            advance(name)
-            worker.ask("step")
-        figures[name].kept = worker.ask("kept")
+        figures[name] = replace(_begin(worker, WARM_UP, advance), steps={})
 
     with ExitStack() as outer:
         start(reference, outer)
@@ -178,16 +174,18 @@ def one_by_one(starts: Starts, steps: int, advance: Advance) -> dict[str, RunFig
     figures = {}
     for name, start in starts.items():
         with start() as worker:
-            figures[name] = _first_step(worker, advance)
-            for _ in range(steps):
-                _step(worker, figures[name], advance)
-            figures[name].kept = worker.ask("kept")
+            figures[name] = _begin(worker, steps, advance)
     return figures
 
 
-def _first_step(worker: Worker, advance: Advance) -> RunFigures:
+def _begin(worker: Worker, steps: int, advance: Advance) -> RunFigures:
+    """Take the first step and so many ordinary ones, and ask what is kept."""
     advance(f"{worker.name}, first step")
-    return RunFigures(first=worker.ask("step"))
+    figures = RunFigures(first=worker.ask("step"))
+    for _ in range(steps):
+        _step(worker, figures, advance)
+    figures.kept = worker.ask("kept")
+    return figures
 
 
 def _step(worker: Worker, figures: RunFigures, advance: Advance) -> float:

@@ -129,7 +129,7 @@ def attach(
         'ProjectedGradient'
     """
     _check(model, optimizer)
-    gradients = gradients or _default_gradients(optimizer)
+    gradients = gradients or ("full" if any(map(_keeps_residual, optimizer.param_groups)) else DEFAULT_GRADIENTS)
     check_modes(
         gradients,
         update,
@@ -152,7 +152,8 @@ def attach(
         )
     attachment = Attachment(gradients, update)
     early = {} if gradients == "full" and update == "step" else projected
-    traffic = _traffic(model, optimizer, early, grad_dtype, update, average_every)
+    joined = (join(model, optimizer, early, grad_dtype, update == "backward", average_every) for join in JOIN)
+    traffic: Traffic | None = next(filter(None, joined), None)
     if traffic is not None:
         attachment._undo.append(traffic.remove)
         _refuse_residuals(optimizer, "update='backward' under DistributedDataParallel")
@@ -179,10 +180,6 @@ def attach(
     return attachment
 
 
-def _default_gradients(optimizer: GaLore) -> Gradients:
-    return "full" if any(map(_keeps_residual, optimizer.param_groups)) else DEFAULT_GRADIENTS
-
-
 def _keeps_residual(group: dict[str, Any]) -> bool:
     return is_projected(group) and group["residual"] is not None
 
@@ -194,19 +191,6 @@ def _refuse_residuals(optimizer: GaLore, because: str) -> None:
                 f"residual is {group['residual']!r}, which needs the full gradient, and {because} keeps projected ones "
                 'alone; use gradients="full" with update="step" or, in one process, "backward", or residual=None'
             )
-
-
-def _traffic(
-    model: nn.Module,
-    optimizer: GaLore,
-    early: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    update: Update,
-    average_every: int,
-) -> Traffic | None:
-    """What averages the gradients that are projected early over processes; None in a job of one."""
-    joined = (join(model, optimizer, early, dtype, update == "backward", average_every) for join in JOIN)
-    return next(filter(None, joined), None)
 
 
 def _check(model: nn.Module, optimizer: GaLore) -> None:

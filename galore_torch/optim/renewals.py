@@ -20,10 +20,10 @@ def renew(trained: Sequence[TrainedWeight], processes: Alone) -> None:
         processes: of the job.
     """
     due = [one for one in trained if one.is_due]
-    unread = [one.renews_unread for one in due]
-    for one in [one for one, is_unread in zip(due, unread, strict=True) if is_unread]:
-        one.renew_unread()
-    read = [one for one, is_unread in zip(due, unread, strict=True) if not is_unread]
+    unread = [one for one in due if one.renews_unread]
+    read = [one for one in due if not one.renews_unread]
+    for one in unread:  # the device knows whether the gradient tells a basis, and the host later
+        one.take(*one.find_unread())
     if read:
         processes.renew(_renewable(read, processes.agree))
 

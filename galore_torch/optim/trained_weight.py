@@ -236,10 +236,6 @@ class TrainedWeight(Factors, ProcessPart, Turns):
         shapes, dtype = self.projection.factor_shapes, self.weight.dtype
         return self.storage.read(chosen, shapes, dtype), Found(usable=usable, renewed=renewed)
 
-    def renew_unread(self) -> None:
-        """Does what `renew` does, as far as the gradient tells a basis: the device knows, and the host later."""
-        self.take(*self.find_unread())
-
     def renew(self) -> None:
         """Takes the basis that the gradient brings, or finds one from the full gradient."""
         grad = self.grad

@@ -43,7 +43,7 @@ def outcome() -> StepTimings:
 def test_a_peer_that_is_missing_is_told_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "ROOT", tmp_path)
     with pytest.raises(RuntimeError, match="make setup"):
-        peers.environment(peers.GALORE_1)
+        peers.installed(peers.GALORE_1)
 
 
 @pytest.mark.slow

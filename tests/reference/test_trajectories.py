@@ -1,5 +1,6 @@
 """The package walks the path of the paper's algorithm, and so does galore-torch 1.0 where the three mean the same."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.common.peers import GALORE_1, environment
+from benchmarks.common.peers import GALORE_1, ROOT, installed
 from galore_torch import GaLoreAdamW
 from reference import galore
 from reference.galore import GaLoreAdam
@@ -62,9 +63,10 @@ def galore_1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
     """The trajectories of galore-torch 1.0 by "shape proj_type", walked in a process that imports it and not ours."""
     path = tmp_path_factory.mktemp("galore-torch-1.0") / "trajectories.pt"
     script = Path(__file__).with_name("galore_1.py")
-    child = subprocess.run(
+    path_of_child = [str(installed(GALORE_1)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    child = subprocess.run(  # of a script: -m would put the checkout before the peer
         [sys.executable, str(script), str(path), str(NEGLIGIBLE_EPS)],
-        env=environment(GALORE_1),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path_of_child)},
         capture_output=True,
         text=True,
         check=False,
