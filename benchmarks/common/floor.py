@@ -122,12 +122,17 @@ def products(weights: list[Tensor], rank: int, tokens: int = 0) -> tuple[list[Te
         parts["project_fused"].append(partial(_fused, tall, basis, grad_y, x, coordinate))
         parts["project_back"].append(partial(torch.mm, *factors, out=torch.empty_like(weight)))
         parts["fold"].append(partial(weight.detach().addmm_, *factors, alpha=1e-4))
-    return coordinates, {name: lambda calls=calls: [call() for call in calls] for name, calls in parts.items()}
+    return coordinates, {name: partial(_all, calls) for name, calls in parts.items()}
 
 
 def _fused(tall: bool, basis: Tensor, grad_y: Tensor, x: Tensor, into: Tensor) -> None:
     """Form a projected gradient of inputs and output gradients: dY^T (X Q), or (dY P)^T X."""
     torch.mm(*((grad_y.mT, x @ basis) if tall else ((grad_y @ basis).mT, x)), out=into)
+
+
+def _all(calls: list[Call]) -> None:
+    for call in calls:
+        call()
 
 
 def layered_floor_s(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from galore_torch.gradients.data_parallel import Hook
 from galore_torch.gradients.known_weights import current_backward
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.nonfinite import peaks
+from galore_torch.optim.nonfinite import tell_bases
 from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import RENEWALS, STEP
@@ -237,8 +238,7 @@ class ReplicaTraffic(Traffic):
         Where sketches have told, what the bases hold of the gradients is sent; all of one that has none.
         """
         averages = [(one, average.to(one.weight.dtype)) for one, average in bucket.averages()]
-        found = peaks([average for _, average in averages]).tolist() if averages else []
-        told = [pair for pair, peak in zip(averages, found, strict=True) if 0 < peak < float("inf")]
+        told = list(compress(averages, tell_bases([average for _, average in averages])))
         bases = self._together.bases([one for one, _ in told], [average for _, average in told])
         for one, average in averages if bucket.kind == "full" and self._synchronizes else ():
             one.weight.grad = average

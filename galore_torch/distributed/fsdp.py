@@ -21,7 +21,7 @@ from galore_torch.distributed.traffic import Traffic
 from galore_torch.gradients.data_parallel import Hook
 from galore_torch.gradients.known_weights import current_backward
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.nonfinite import peaks
+from galore_torch.optim.nonfinite import tell_bases
 from galore_torch.optim.processes import is_sharded
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -135,8 +135,7 @@ class ShardTraffic(Traffic):
         grads = [_complete_grad(one) for one in arrived]
         sums = [one.cut.add_up(one.sketch(grad)) for one, grad in zip(renewed, grads, strict=True)]
         averages = [one.to_local() / _divisor(group, trained) for one, trained in zip(sums, renewed, strict=True)]
-        found = peaks(averages).tolist()
-        told = [place for place, peak in enumerate(found) if 0 < peak < float("inf")]
+        told = [place for place, tells in enumerate(tell_bases(averages)) if tells]
         bases = optimizer._processes.bases([renewed[one] for one in told], [averages[one] for one in told])
         for place, basis in zip(told, bases, strict=True):
             if basis is not None:

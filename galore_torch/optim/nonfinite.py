@@ -78,6 +78,19 @@ def _runs(trained: Sequence[TrainedWeight]) -> Iterator[tuple[int, int]]:
             start = stop
 
 
+def tell_bases(gradients: Sequence[Tensor], agree: Callable[[Tensor], Tensor] = lambda found: found) -> list[bool]:
+    """Whether a basis can be found from each gradient: those that are finite and not zero. Synchronizes.
+
+    Args:
+        gradients: full, projected, or sketches of full ones.
+        agree: the largest value of all processes, where they may differ.
+    """
+    if not gradients:
+        return []
+    found = agree(peaks(gradients).nan_to_num(nan=float("inf"), posinf=float("inf")))
+    return [0 < peak < float("inf") for peak in found.tolist()]
+
+
 def peaks(tensors: Sequence[Tensor]) -> Tensor:
     """The largest absolute entries of tensors, as one vector on the first one's device.
 

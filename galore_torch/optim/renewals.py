@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import compress
 
-from torch import Tensor
-
-from galore_torch.optim.nonfinite import peaks
+from galore_torch.optim.nonfinite import tell_bases
 from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -25,11 +24,5 @@ def renew(trained: Sequence[TrainedWeight], processes: Alone) -> None:
     for one in unread:  # the device knows whether the gradient tells a basis, and the host later
         one.take(*one.find_unread())
     if read:
-        processes.renew(_renewable(read, processes.agree))
-
-
-def _renewable(due: Sequence[TrainedWeight], agree: Callable[[Tensor], Tensor]) -> list[TrainedWeight]:
-    """Those whose gradients are finite and not zero. Synchronizes."""
-    found = peaks([one.grad.projected if isinstance(one.grad, ProjectedGradient) else one.grad for one in due])
-    agreed = agree(found.nan_to_num(nan=float("inf"), posinf=float("inf"))).tolist()
-    return [one for one, peak in zip(due, agreed, strict=True) if 0 < peak < float("inf")]
+        grads = [one.grad.projected if isinstance(one.grad, ProjectedGradient) else one.grad for one in read]
+        processes.renew(list(compress(read, tell_bases(grads, processes.agree))))
