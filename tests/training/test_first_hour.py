@@ -104,6 +104,10 @@ EARLY = [
     ("finetune --data labelled.csv --model empty", "give a folder that a model was saved in"),
     ("evaluate causal", "give --data"),
     ("predict nowhere/at/all --task classify --data labelled.csv", "give one that exists"),
+    ("predict causal --task classify --data labelled.csv --out /proc/foo", "choose another --out"),
+    ("inspect --model causal --data text.txt --out /proc/foo", "choose another --out"),
+    ("plan llama-tiny --page /proc/foo", "choose another --page"),
+    ("plan llama-tiny --page full", "name a file, such as full/plan.html"),
     ("compare --method gallore", "did you mean 'galore'"),
     ("compare finetune --task rte --set lora", "METHOD:NAME=VALUE"),
 ]

@@ -14,6 +14,7 @@ from galore_torch.training.finetune.presets import configure as configure_rows
 from galore_torch.training.pretrain.presets import CONTINUED
 from galore_torch.training.pretrain.presets import configure as configure_text
 from galore_torch.training.run.command import Json, loading, option, reported_errors
+from galore_torch.training.run.files import require_writable, write_whole
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import local_path, model_of_run
 from galore_torch.training.run.signals import stoppable
@@ -51,8 +52,10 @@ def predict(model: Model, *, out: File = None, **given: Any) -> None:
 def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, out: Path | None = None) -> None:
     console, predicting = Console(stderr=True), name == "predict"
     with stoppable(lambda: "Stopped. Nothing was written."), reported_errors(f"galore {name}"):
-        if out is not None and out.exists():
-            raise ValueError(f"out = {str(out)!r} exists; choose another --out.")
+        if out is not None:
+            if out.exists():
+                raise ValueError(f"out = {str(out)!r} exists; choose another --out.")
+            require_writable("out", out)
         config, others = settings_of(model, given_settings(given))
         config.require_there(labelled=not predicting)
         with loading(console):
@@ -62,7 +65,7 @@ def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, 
         if not predicting:
             text = "  ".join(f"{key} {value:,.4f}" for key, value in scores.items()) + "\n"
             text = json_format.dumps(scores) + "\n" if json else text
-        print(text, end="") if out is None else out.write_text(text, encoding="utf-8")
+        print(text, end="") if out is None else write_whole(out, text)
 
 
 def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from galore_torch.training.run.command import loading, option, reported_errors, this_command
+from galore_torch.training.run.files import require_writable
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS, method_settings
@@ -74,6 +75,10 @@ def plan(
         with reported_errors(_COMMAND):
             for name in method or ():
                 method_settings(name)
+            if page is not None:
+                if page.is_dir():
+                    raise ValueError(f"page = {str(page)!r} is a folder; name a file, such as {page / 'plan.html'}.")
+                require_writable("page", page)
             with loading(console):
                 from galore_torch.training.planning.cards import Cards
                 from galore_torch.training.planning.report import Planned, plans

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -59,9 +60,31 @@ def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
 
 
 def require_empty(out: Path) -> None:
-    """Refuse, with a ValueError, a folder that holds something or is none."""
+    """Refuse, with a ValueError, a folder that holds something, is none, or could not be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out = {str(out)!r} exists and is not an empty folder; choose another --out.")
+    require_writable("out", out)
+
+
+def require_writable(field: str, path: Path) -> None:
+    """Refuse, with a ValueError, a file or folder that could not be made: before the work, not after it.
+
+    Args:
+        field: the setting that names it.
+        path: where it would be.
+    """
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
+    why = _unwritable(there)
+    if why is not None:
+        raise ValueError(f"{field} = {str(path)!r} cannot be made in {there}: {why}; choose another --{field}.")
+
+
+def _unwritable(folder: Path) -> str | None:
+    try:  # the permissions that files show are not all there are
+        os.rmdir(tempfile.mkdtemp(dir=folder))  # noqa: PTH106
+    except OSError as error:
+        return str(error.strerror)
+    return None
 
 
 def write_folder(files: Mapping[str, bytes], out: Path) -> None:

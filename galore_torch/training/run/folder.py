@@ -25,7 +25,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from typing import Any
 
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
-from galore_torch.training.run.files import Lock, being_written, require_whole, take_back, write_whole
+from galore_torch.training.run.files import Lock, being_written, require_whole, require_writable, take_back, write_whole
 from galore_torch.training.run.signals import deferred
 
 LAUNCH = "TORCHELASTIC_RUN_ID"
@@ -107,11 +106,7 @@ class RunFolder:
         started |= {being_written(file) for file in started}
         if self.root.exists() and not (self.root.is_dir() and started.issuperset(self.root.iterdir())):
             raise self._refused("exists and is not an empty folder; choose another --out.")
-        there = next(each for each in (self.root.absolute(), *self.root.absolute().parents) if each.exists())
-        try:
-            os.rmdir(tempfile.mkdtemp(dir=there))  # noqa: PTH106 - the permissions that files show are not all there are
-        except OSError as error:
-            raise self._refused(f"cannot be made in {there}: {error.strerror}; choose another --out.") from error
+        require_writable("out", self.root)
 
     def create(self, config: Any, digest: str) -> None:
         """Make the folder, hold it, and write into it what the run is: its settings and the digest of its text."""
