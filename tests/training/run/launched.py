@@ -5,8 +5,9 @@
 runs `galore ARGUMENTS` and writes to the file SAID. LOSES = "RANK:STEP" kills that process after that step, in the
 first start; after step 0 it is while the run is made ready, when the first process has begun its folder. LOSES =
 "SEED*COUNT" kills a process in each of the first starts: which one, after which step and how long after it is drawn.
-LOSES = "node:PID" kills after step 4 with the agent that has started it, "others" has a process that is alone wait
-after step 6 for others to join. LOSES = "none" kills none. Of a comparison it is the processes of its runs.
+LOSES = "node:PID:STEP" kills after that step with the agent that has started it; after step -1 it is before all meet.
+"others" has a process that is alone wait after step 6 for others to join, "waits:SECONDS" has those that meet wait no
+longer. LOSES = "none" kills none. Of a comparison it is the processes of its runs.
 """
 
 # ruff: noqa: E402 (no garbage is looked for while all is imported)
@@ -54,12 +55,23 @@ def after_step(step: int, lose: Callable[[float], None]) -> None:
     Recorder.on_log = recorded
 
 
+def at_step(step: int, lose: Callable[..., Any]) -> None:
+    """Call `lose` after a step, or before the first: 0 while the run is made ready, -1 before the processes meet."""
+    if step > 0:
+        after_step(step, lose)
+    else:
+        setattr(processes, "connect" if step else "require_same_text", lose)
+
+
 def lose(given: str, rank: int, world: int, start: int) -> None:
     if given == "none":
         return
     if given.startswith("node:"):
-        agent = int(given.removeprefix("node:"))
-        after_step(4, lambda _: (os.kill(agent, signal.SIGKILL), kill()))
+        agent, step = map(int, given.removeprefix("node:").split(":"))
+        at_step(step, lambda *_: (os.kill(agent, signal.SIGKILL), kill()))
+        return
+    if given.startswith("waits:"):
+        processes.MEETING = int(given.removeprefix("waits:"))
         return
     if given == "others":
         if world == 1:
@@ -68,10 +80,8 @@ def lose(given: str, rank: int, world: int, start: int) -> None:
         return
     if "*" not in given:
         lost, step = map(int, given.split(":"))
-        if (lost, start) == (rank, 0) and not step:
-            processes.require_same_text = lambda _: kill()
-        elif (lost, start) == (rank, 0):
-            after_step(step, lambda _: kill())
+        if (lost, start) == (rank, 0):
+            at_step(step, lambda *_: kill())
         return
     seed, count = map(int, given.split("*"))
     draws = random.Random(f"{seed} {start}")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,16 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.distributed import run
 
-from galore_torch.training.run import processes, records
+from galore_torch.training.run import processes
 from galore_torch.training.run.command import REFUSED
-from galore_torch.training.run.folder import RunFolder
-from tests.forked import TRAINING, begin
-from tests.waiting import DEADLINE, wait_for
-
-LAUNCHED = Path(__file__).with_name("launched.py")
-BAR = 1e-5  # float32: other sums of the same numbers
+from tests.training.run.torchrun import BAR, ended, launch, losses, names
+from tests.waiting import DEADLINE
 
 
 def settings(**given: Any) -> Any:
@@ -82,116 +74,6 @@ def test_where_a_process_is_lost_at_the_start_the_others_say_so(rank, tmp_path):
 
 
 # By torchrun ---------------------------------------------------------------------------------------------------------
-
-
-def launch(
-    folder: Path,
-    *given: str,
-    job: str = "pretrain",
-    world: int = 2,
-    restarts: int = 0,
-    loses: str = "none",
-    forks: bool = True,
-) -> tuple[int, str]:
-    """Run `galore pretrain` in so many processes that torchrun starts.
-
-    Args:
-        folder: of the run.
-        *given: the command's other arguments.
-        job: another command in its place.
-        world: how many processes.
-        restarts: how often they are started anew where one is lost.
-        loses: which is, as `launched.py` says.
-        forks: whether torchrun and the processes that it starts are forked, with all that they import; as a user
-            starts them otherwise.
-
-    Returns:
-        The exit status, and what was printed.
-    """
-    said = folder.with_name(f"{folder.name}.said")
-    said.unlink(missing_ok=True)
-    arguments = ["--standalone", f"--nproc-per-node={world}", f"--max-restarts={restarts}"]
-    command = [str(LAUNCHED), str(said), loses, job, *given, "--out", str(folder)]
-    if forks:
-        process = TRAINING.start(be_torchrun, [*arguments, "--run-path", "--start-method=forkserver", *command], said)
-        process.join(DEADLINE)
-        assert process.exitcode is not None, "the deadline has passed"
-        return process.exitcode, said.read_text(encoding="utf-8")
-    torchrun = Path(sys.executable).with_name("torchrun")
-    env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run(
-        [torchrun, *arguments, *command], env=env, capture_output=True, text=True, timeout=DEADLINE, check=False
-    )
-    return done.returncode, said.read_text(encoding="utf-8") + done.stderr
-
-
-def agent(folder: Path, loses: str, port: int, *given: str) -> Any:
-    """Start one of the agents of an elastic job, each of one process; returns what has the methods of a `Popen`."""
-    said = folder.with_name(f"{folder.name}.said")
-    rendezvous = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", "--rdzv-backend=c10d"]
-    noticed = "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
-    how = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1", *rendezvous, noticed]
-    command = [str(LAUNCHED), str(said), loses, "pretrain", *given, "--out", str(folder)]
-    process = TRAINING.start(be_agent, [*how, "--run-path", "--start-method=forkserver", *command], said)
-
-    def wait(seconds: float) -> int | None:
-        process.join(seconds)
-        return process.exitcode
-
-    return SimpleNamespace(poll=lambda: process.exitcode, wait=wait, communicate=said.read_text)
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as other:
-        return other.connect_ex(("127.0.0.1", port)) == 0
-
-
-def be_torchrun(arguments: list[str], said: Path) -> None:
-    """Without the lines of source of all callers, which torchrun asks for at each event of a rendezvous and drops.
-
-    They are looked for in every module that is imported: half of what torchrun takes.
-    """
-    begin([said, said])
-    inspect.stack = functools.partial(inspect.stack, 0)
-    run.main(arguments)
-
-
-def be_agent(arguments: list[str], said: Path) -> None:
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    itself = {"node": f"node:{os.getpid()}"}
-    be_torchrun([itself.get(argument, argument) for argument in arguments], said)
-
-
-def losses(folder: Path) -> list[float]:
-    found = records.read(RunFolder(folder).metrics)
-    return [record.get("loss", record.get("eval_loss")) for record in found]
-
-
-def ended(folder: Path, *given: str, **how: Any) -> str:
-    """What a run printed that ended well."""
-    status, printed = launch(folder, *given, **how)
-    assert status == 0, printed
-    return printed
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture(scope="module")
-def config(tiny, tmp_path_factory):
-    """The settings of the runs, in a file."""
-    path = tmp_path_factory.mktemp("settings") / "config.toml"
-    path.write_text(tiny(save_every=3, steps=8, batch=8, micro_batch=None).to_toml(), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def alone(config, tmp_path_factory):
-    """The folder of a run of one process."""
-    folder = tmp_path_factory.mktemp("runs") / "alone"
-    ended(folder, "--config", config, world=1)
-    return folder
 
 
 @pytest.mark.slow
@@ -293,21 +175,6 @@ def test_a_run_that_has_lost_one_before_the_first_step_is_resumed(alone, config,
 
 
 @pytest.mark.slow
-def test_where_the_node_is_lost_at_which_all_meet_the_others_end_and_the_run_is_resumed(alone, config, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder, given = tmp_path / "elastic", ("--config", config)
-    first = agent(folder, "node", port, *given)
-    wait_for(lambda: is_open(port), first)
-    second = agent(folder, "none", port, *given)
-    assert first.wait(DEADLINE) == -signal.SIGKILL
-    assert second.wait(DEADLINE) not in (0, None)
-    ended(folder, "--resume", world=1)
-    assert losses(folder) == pytest.approx(losses(alone), rel=BAR)
-
-
-@pytest.mark.slow
 def test_it_is_so_as_a_user_starts_it(alone, config, tmp_path):
     ended(tmp_path / "lost", "--config", config, "--parallel", "fsdp", restarts=1, loses="1:5", forks=False)
     assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
@@ -331,19 +198,3 @@ def test_a_run_of_which_processes_are_killed_at_any_moment_ends_as_if_none_was(a
     kills = int(os.environ.get("KILLS", "2"))
     ended(tmp_path / "lost", "--config", config, "--parallel", parallel, restarts=kills, loses=f"{kills}*{kills}")
     assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_run_that_a_node_leaves_and_joins_ends_as_if_none_had(alone, config, tmp_path, parallel):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder, given = tmp_path / "elastic", ("--config", config, "--parallel", parallel)
-    first = agent(folder, "others", port, *given)
-    wait_for(lambda: is_open(port), first)  # the one that is lost must not be where all meet
-    assert agent(folder, "node", port, *given).wait(DEADLINE) == -signal.SIGKILL
-    wait_for(lambda: json.loads(folder.joinpath("metrics.jsonl").read_text().splitlines()[-1])["step"] >= 6, first)
-    second = agent(folder, "others", port, *given)
-    assert first.wait(DEADLINE) == second.wait(DEADLINE) == 0
-    assert losses(folder) == pytest.approx(losses(alone), rel=BAR)
