@@ -90,18 +90,20 @@ def give_back_at_once() -> None:
 
 
 def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Return what tensors store. One of another kind counts with the plain tensors in it, or with nothing.
+    """Return what tensors store. One of another kind counts with the plain tensors in it; None with nothing.
 
     >>> stored_bytes([torch.zeros(4), None])
     16
     """
     total = 0
-    for tensor in (one for one in tensors if one is not None):
+    for tensor in tensors:
         if type(tensor) in (Tensor, torch.nn.Parameter):
             total += tensor.untyped_storage().nbytes()
         elif hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
             total += stored_bytes(getattr(tensor, name) for name in names)
+        else:
+            total += getattr(tensor, "stored_bytes", 0)  # of a weight in INT8
     return total
 
 

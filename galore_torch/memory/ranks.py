@@ -15,10 +15,10 @@ from galore_torch.distributed.traffic import IN_FLIGHT
 from galore_torch.memory.copies import alike_blocks
 from galore_torch.memory.links import BUCKET_BYTES, SentWeight
 from galore_torch.memory.plan import MemoryPlan
-from galore_torch.memory.recorder import stored_bytes
 from galore_torch.memory.rehearsal import Job, prepared
 from galore_torch.optim import GaLore
 from galore_torch.optim.groups import is_projected, projection_in
+from galore_torch.optim.state_size import stored_bytes
 
 _GATHERED_BLOCKS = 2  # the one that is at work, and the next
 

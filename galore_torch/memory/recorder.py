@@ -19,9 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from galore_torch.lowbit import Codes, QuantizedWeight
 from galore_torch.memory import known
-from galore_torch.optim import ProjectedGradient
+from galore_torch.optim.state_size import PLAIN, stored_in
 
 KINDS = ("weights", "gradients", "states", "bases", "activations", "logits", "work")
 """What memory is for. Work is what an operation or a step of the optimizer needs for a moment."""
@@ -31,34 +30,7 @@ FIRST_STEP = "first step"
 FIRST_BLOCK = "first block"
 """The phase of that block's backward, the last in a step. A model of one block has none."""
 
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 _PASSING = ("activations", "logits", "work")  # what a kind that is known later takes the place of
-
-
-def stored_in(tensor: Any) -> list[Tensor]:
-    """The plain tensors that a tensor keeps its data in; none for anything else.
-
-    Args:
-        tensor: of any kind: a weight or a gradient in few bits counts with its codes and scales, a projected gradient
-            without its basis.
-    """
-    if isinstance(tensor, ProjectedGradient):
-        return stored_in(tensor._stored)
-    if isinstance(tensor, (Codes, QuantizedWeight)):
-        return [part for part in (tensor.codes, tensor.scale, getattr(tensor, "low", None)) if part is not None]
-    if hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, FakeTensor):
-        return [part for name in tensor.__tensor_flatten__()[0] for part in stored_in(getattr(tensor, name))]
-    return [tensor] if type(tensor) in _PLAIN else []
-
-
-def stored_bytes(tensors: Iterable[Any]) -> int:
-    """The bytes of all distinct storages behind tensors.
-
-    Args:
-        tensors: of any kind; what is no tensor counts nothing.
-    """
-    storages = (part.untyped_storage() for one in tensors for part in stored_in(one))
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(eq=False, slots=True)
@@ -105,7 +77,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation, and note what it has allocated. What would read a number gets one as of usual data."""
         if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
             return args[0].fake_device
-        if any(kind not in _PLAIN for kind in types):
+        if any(kind not in PLAIN for kind in types):
             return NotImplemented  # a tensor of tensors, which comes back with these
         if func is torch.ops.aten._local_scalar_dense.default:
             return _usual(args[0].dtype)

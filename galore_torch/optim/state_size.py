@@ -1,15 +1,49 @@
-"""How many bytes an optimizer's state takes, and what of it is not in few bits though the rest is."""
+"""How many bytes tensors take, and an optimizer's state, and what of it is not in few bits though the rest is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from galore_torch.lowbit import Codes, QuantizedWeight
 from galore_torch.messages import warn
+from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Traits
+
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+"""What keeps its data in itself; of a subclass it is not known."""
+
+
+def stored_in(tensor: Any) -> list[Tensor]:
+    """The plain tensors that a tensor keeps its data in; none for anything else.
+
+    Args:
+        tensor: of any kind: a weight or a gradient in few bits counts with its codes and scales, a projected gradient
+            without its basis.
+    """
+    if isinstance(tensor, ProjectedGradient):
+        return stored_in(tensor._stored)
+    if isinstance(tensor, (Codes, QuantizedWeight)):
+        return [part for part in (tensor.codes, tensor.scale, getattr(tensor, "low", None)) if part is not None]
+    if hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, FakeTensor):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in stored_in(getattr(tensor, name))]
+    return [tensor] if type(tensor) in PLAIN else []
+
+
+def stored_bytes(tensors: Iterable[Any]) -> int:
+    """The bytes of all distinct storages behind tensors.
+
+    Args:
+        tensors: of any kind; what is no tensor counts nothing.
+    """
+    storages = (part.untyped_storage() for one in tensors for part in stored_in(one))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -33,12 +67,7 @@ def state_bytes(optimizer: Optimizer) -> int:
         >>> state_bytes(optimizer)
         128
     """
-    storages: dict[int, int] = {}
-    for leaf in tree_leaves(list(optimizer.state.values())):
-        for tensor in _stored(leaf) if isinstance(leaf, Tensor) else ():
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return stored_bytes(tree_leaves(list(optimizer.state.values())))
 
 
 def report_unquantized(tensors: Sequence[tuple[str, int, Traits]]) -> None:
@@ -59,12 +88,3 @@ def report_unquantized(tensors: Sequence[tuple[str, int, Traits]]) -> None:
         f"{len(left)} of {len(quantizing)} tensors are too small for state in few bits, or no multiple of its blocks "
         f"({shown}): {numbers:,} of {total:,} numbers keep theirs in float32, {8 * numbers:,} bytes for two moments"
     )
-
-
-def _stored(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor stores its data in."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    parts = [getattr(tensor, name) for name in names]  # a DTensor names its mesh, too
-    return [plain for part in parts if isinstance(part, Tensor) for plain in _stored(part)]

@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from benchmarks.common import peers, report
 from benchmarks.common.cases import OptimizerStep, floor, weights_with_gradients
-from benchmarks.common.measuring import held_bytes, in_turn, seconds_by_part, tensors_alive
+from benchmarks.common.measuring import held_bytes, in_turn, seconds_by_part, stored_bytes, tensors_alive
 from benchmarks.common.methods import METHODS, OPTIMIZERS, Method
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import Report, bar_sheet, draw
@@ -19,6 +19,7 @@ from benchmarks.common.rounds import RunFigures, Worker
 from benchmarks.common.sizes import LLAMA, Llama
 from benchmarks.many_cards import Cards, Weight, simulate
 from benchmarks.step import ADAMW, FLOOR, GALORE, OURS, STEPPED, StepTimings
+from galore_torch.lowbit import QuantizedWeight
 from galore_torch.training.pretrain.presets import CONTINUED, PRESETS, configure
 from galore_torch.training.settings.methods import method_settings
 from tests.forked import TORCH
@@ -70,6 +71,11 @@ def weigh_a_view() -> None:
     assert held_bytes([*known, *weights]) == {"state": 10 * 100 * 4, "counters": 4}
     assert kept.numel() == 200
     assert counter.item() == 1
+
+
+def test_a_weight_in_int8_weighs_what_it_stores():
+    weight = torch.nn.Parameter(QuantizedWeight.of(torch.randn(64, 256)))
+    assert stored_bytes([weight, None]) == 64 * 256 + 64 * 2
 
 
 def test_a_tensor_without_memory_of_its_own_weighs_nothing():

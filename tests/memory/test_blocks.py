@@ -7,7 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galore_torch import GaLoreAdamW, param_groups
 from galore_torch.memory import Job, known, plan
-from galore_torch.memory.recorder import FIRST_STEP, Recorder, stored_in
+from galore_torch.memory.recorder import FIRST_STEP, Recorder
+from galore_torch.optim.state_size import stored_in
 from galore_torch.training.planning.subject import subject
 from galore_torch.training.settings.methods import METHODS
 
