@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from galore_torch.interrupts import heeded, write_nowhere
+
 if TYPE_CHECKING:
     import typer
 
@@ -23,9 +25,8 @@ def main() -> None:
     if wrong := _wrong_surroundings():
         os.write(2, f"galore: {wrong}\n".encode("ascii", "backslashreplace"))
         sys.exit(2)
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # as nohup has it
-            signal.signal(number, _stop)  # until a command has something to save
+    for number in heeded():
+        signal.signal(number, _stop)  # until a command has something to save
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -40,7 +41,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is not None or error.errno not in _OF_OUTPUT:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        write_nowhere(1)
         if error.errno == errno.EPIPE:  # as head leaves it, which is no news
             sys.exit(128 + signal.SIGPIPE)
         sys.exit(f"galore: the output could not be written: {error.strerror}.")

@@ -8,11 +8,12 @@ from datetime import timedelta
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, name: str = "memory") -> int:
     """The bytes that a size says.
 
     Args:
         text: a number and a unit: B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024).
+        name: of the setting, for the error.
 
     Raises:
         ValueError: no number, no unit, an unknown one, or nothing at all.
@@ -23,7 +24,7 @@ def parse_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
-        raise ValueError(f"memory = {text!r} is no size; give a number with a unit, such as 24GB or 24GiB.")
+        raise ValueError(f"{name} = {text!r} is no size; give a number with a unit, such as 24GB, 200MB or 24GiB.")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 

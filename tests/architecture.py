@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "galore_torch"
 LEVELS = (  # from the ground up: a package or module imports those of the levels before its own
-    ("extras", "galore_projector", "values", "messages", "units"),
+    ("extras", "galore_projector", "values", "messages", "units", "interrupts"),
     ("modules", "group_keys", "random_bits"),
     ("modes", "projection", "lowbit"),
     ("optim",),

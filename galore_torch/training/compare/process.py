@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console
 
+from galore_torch.interrupts import SIGNALS
 from galore_torch.training.run.processes import is_first
-from galore_torch.training.run.signals import SIGNALS, Stop, handled_by, heard, stoppable
+from galore_torch.training.run.signals import Stop, handled_by, heard, stoppable
 
 _SPAWN = multiprocessing.get_context("spawn")
 _POSIX = os.name == "posix"  # elsewhere a Ctrl-C reaches every process of the console

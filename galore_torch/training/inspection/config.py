@@ -86,12 +86,7 @@ class RecommendConfig:
 
     def __post_init__(self) -> None:
         if self.state_budget is not None:
-            try:
-                parse_bytes(self.state_budget)
-            except ValueError:
-                raise ValueError(
-                    f"state_budget = {self.state_budget!r} is no size; give a number with a unit, such as 200MB."
-                ) from None
+            parse_bytes(self.state_budget, "state_budget")
 
 
 @settings

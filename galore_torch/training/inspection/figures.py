@@ -42,7 +42,7 @@ from galore_torch.training.inspection.config import RecommendConfig
 from galore_torch.training.inspection.history import SHARES, GradientHistory
 from galore_torch.training.inspection.observer import GradientObserver
 from galore_torch.training.run.records import Record
-from galore_torch.training.settings.optimizer import is_of_fixed_size
+from galore_torch.training.settings.optimizer import KINDS
 from galore_torch.units import parse_bytes
 
 _POINTS = 128  # of a curve in the JSON, at most
@@ -176,7 +176,7 @@ def _within_budget(
 
 
 def _bytes_a_rank(group: ModuleGroup, observer: GradientObserver) -> int:
-    moments = 1 if is_of_fixed_size(observer.inspected.job.config.optimizer.optim) else 2
+    moments = 1 if KINDS[observer.inspected.job.config.optimizer.optim].fixed_size else 2
     projection = Projection.of(group.shape, 1, layout="stack")
     weights = [observer.weights[one.name] for one in group.histories]
     return sum(bytes_a_rank(projection, moments, weight.element_size()) for weight in weights)

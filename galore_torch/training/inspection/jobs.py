@@ -23,7 +23,7 @@ from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
 from galore_torch.training.settings.config import from_values, read_toml, sections_of
 from galore_torch.training.settings.fields import field_names
-from galore_torch.training.settings.optimizer import is_projected
+from galore_torch.training.settings.optimizer import KINDS
 
 _LEAST_RATE = 0.1  # of the peak: where a schedule has ended at 0, gradients would differ by their batches alone
 _TEXT_LENGTH = 256  # as the paper's sequences
@@ -98,7 +98,7 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
         ),
         "The run kept INT8 weights; they are inspected as they were saved, in its own dtype.": own.weight_bits != 16,
         f"The run projects by proj_type = {own.proj_type!r}; bases here are those of std, on the shorter side.": (
-            is_projected(own.optim) and own.proj_type != "std"
+            KINDS[own.optim].projected and own.proj_type != "std"
         ),
     }
     return InspectedJob(

@@ -26,7 +26,7 @@ from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.names import refused
 from galore_torch.training.run.processes import divided
 from galore_torch.training.settings.methods import has_effect
-from galore_torch.training.settings.optimizer import MATRICES, is_projected
+from galore_torch.training.settings.optimizer import KINDS, MATRICES
 
 _LIKE = "llama-60m"  # the preset whose recipe a model gets that is none
 _OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}
@@ -116,7 +116,7 @@ class Subject:
     def _require_rank(self, config: PretrainConfig) -> None:
         """Refuse a rank beyond all matrices, which would be cut to theirs in each."""
         rank = config.optimizer.rank
-        if is_projected(config.optimizer.optim):
+        if KINDS[config.optimizer.optim].projected:
             most = max(min(one.shape[-2:]) for one in optimizers.matrices(self.model, self.target_modules).values())
             if rank > most:
                 raise ValueError(f"rank = {rank} is beyond the matrices of {self.name!r}; give at most {most}.")

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from galore_torch.training.run import hub, processes, records
+from galore_torch.training.run import hub, processes
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.disk import failed_write
 from galore_torch.training.run.folder import OtherDataError, RunFolder
@@ -195,12 +195,12 @@ def _shown(result: RunResult, name: str) -> list[str]:
 
 def _failed(folder: RunFolder, name: str) -> str:
     """What a run whose process failed has left, and how to go on."""
-    if records.final(folder.metrics) is not None:
+    if folder.final is not None:
         return f"{folder.root} holds the finished run."
-    saved = folder.checkpoints.newest()
-    what = "has no checkpoint yet" if saved is None else f"is saved as of step {step_of(saved):,}"
-    again = "start it over with" if saved is None else "resume with"
-    return f"{folder.root} {what}; then {again}:\n  {name} --resume --out {shlex.quote(str(folder.root))}"
+    saved, how = folder.checkpoints.newest(), f":\n  {name} --resume --out {shlex.quote(str(folder.root))}"
+    if saved is not None:
+        return f"{folder.root} is saved as of step {step_of(saved):,}; resume with{how}"
+    return f"{folder.root} has no checkpoint yet; start it over with{how}"
 
 
 def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
@@ -208,13 +208,7 @@ def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
     if folder is None or not (resumed or folder.was_begun_here):
         return "Stopped. Nothing was written."
     folder.abandon()
-    root, saved = folder.root, folder.checkpoints.newest()
-    again = f"\n  {name} --resume --out {shlex.quote(str(root))}"
-    if records.final(folder.metrics) is not None:
-        return f"Stopped after the end: {root} holds the finished run."
-    if saved is not None:
-        return f"Stopped. {root} is saved as of step {step_of(saved):,}; resume with:{again}"
     if folder.config.exists():
-        text = f"Stopped. {root} is as it was, before its first checkpoint; start it over with:"
-        return f"{text}{again}"
-    return f"Stopped before there was anything to save: {root} is {'as it was' if root.exists() else 'not there'}."
+        return f"Stopped. {_failed(folder, name)}"
+    there = "as it was" if folder.root.exists() else "not there"
+    return f"Stopped before there was anything to save: {folder.root} is {there}."

@@ -76,6 +76,11 @@ class RunFolder:
         self._lock = Lock(root / "run.lock")
         self.was_begun_here = self._made = False
 
+    @property
+    def final(self) -> records.Record | None:
+        """The record of the whole run, if it has ended."""
+        return records.final(self.metrics)
+
     def hold(self, *, began: bool = False, made: bool = False) -> None:
         """Take the folder for this object alone, or refuse one in which another process or run is at work.
 
@@ -169,7 +174,7 @@ class RunFolder:
             )
         if not self.config.exists():
             raise self._refused("holds no run to resume; leave out --resume to start one there.")
-        final = records.final(self.metrics)
+        final = self.final
         newest = self.checkpoints.newest()
         done = final["step"] if final else 0 if newest is None else step_of(newest)
         if final is not None and not changes.keys() & set(LONGER):
@@ -189,7 +194,7 @@ class RunFolder:
 
     def record_changes(self, step: int, changed: Mapping[str, Any]) -> None:
         """Write down settings' old and new values from a step on; a run that had ended has not ended any more."""
-        if records.final(self.metrics) is not None:
+        if self.final is not None:
             records.keep_until(self.metrics, step, final=False)
         records.append(self.changes, {"step": step, **changed})
 
@@ -216,7 +221,7 @@ class RunFolder:
         Raises:
             ValueError: when there is neither, or the model is damaged.
         """
-        final, checkpoint = records.final(self.metrics), self.checkpoints.newest_whole(warnings.warn)
+        final, checkpoint = self.final, self.checkpoints.newest_whole(warnings.warn)
         if final is not None and self.model.is_dir():
             require_whole("run", str(self.root), self.model)
             return self.model, final["step"]

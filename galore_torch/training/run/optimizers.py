@@ -22,14 +22,7 @@ import galore_torch
 from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.memory import Job
 from galore_torch.optim.groups import projection_in
-from galore_torch.training.settings.optimizer import (
-    KINDS,
-    MATRICES,
-    OptimizerConfig,
-    has_effect,
-    is_of_fixed_size,
-    is_projected,
-)
+from galore_torch.training.settings.optimizer import KINDS, MATRICES, OptimizerConfig, has_effect
 
 
 def build(
@@ -52,7 +45,7 @@ def build(
         ImportError: when the optimizer's library is not installed.
     """
     name: str = config.optim
-    projected = is_projected(name)
+    projected = KINDS[name].projected
     keys = config.group_keys if projected else {"rank": 1}  # which weights are matrices does not depend on it
     groups = galore_torch.param_groups(
         model,
@@ -127,7 +120,7 @@ def job(
 
 def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
     """What the state of an optimizer that `build` made will take at least, before it has any."""
-    if not has_effect("beta2", config.optim) or is_of_fixed_size(config.optim):  # one moment or a factored one
+    if not has_effect("beta2", config.optim) or KINDS[config.optim].fixed_size:  # one moment or a factored one
         return 0
     groups = [{**PROJECTED_DEFAULTS, **group} for group in optimizer.param_groups]
     return sum(

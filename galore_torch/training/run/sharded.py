@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from galore_torch.distributed import shard_bases, shard_placement
 from galore_torch.training.run import processes
-from galore_torch.training.settings.optimizer import is_projected
+from galore_torch.training.settings.optimizer import KINDS
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
@@ -40,7 +40,7 @@ def shard(model: Any, config: Any, target_modules: Any) -> None:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(kind)
     given: dict[str, Any] = {"mesh": init_device_mesh(kind, (processes.count(),))}
-    if is_projected(config.optimizer.optim):
+    if KINDS[config.optimizer.optim].projected:
         keys = config.optimizer.group_keys
         given["shard_placement_fn"] = shard_placement(model, processes.count(), target_modules=target_modules, **keys)
     repeated = set(model._no_split_modules or ())
@@ -62,7 +62,7 @@ def divide_bases(optimizer: Any, config: Any) -> None:
     """
     if processes.count() == 1 or not getattr(config.schedule, "shard_bases", False):
         return
-    if not is_projected(config.optimizer.optim):
+    if not KINDS[config.optimizer.optim].projected:
         raise ValueError(f"shard_bases = True has no effect with optim = {config.optimizer.optim!r}; leave it out.")
     shard_bases(optimizer)
 

@@ -23,10 +23,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-_HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # which Windows does not have
-
-SIGNALS = tuple(dict.fromkeys((signal.SIGINT, signal.SIGTERM, _HANGUP)))
-"""What asks a command to stop."""
+from galore_torch.interrupts import HANGUP, heeded, write_nowhere
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -49,16 +46,10 @@ class _Asked:
 def heard(number: int) -> None:
     """Remember which signal asked the command to stop, for `exit_status`; to a terminal that is gone write no more."""
     _Asked.by = number
-    for stream in (1, 2) if number == _HANGUP else ():
+    for stream in (1, 2) if number == HANGUP else ():
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                _write_nowhere(stream)
-
-
-def _write_nowhere(stream: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream)
-    os.close(nowhere)
+                write_nowhere(stream)
 
 
 class Screen(Console):
@@ -67,7 +58,7 @@ class Screen(Console):
     def on_broken_pipe(self) -> None:
         """Write nothing any more, and do what is done now when a signal comes."""
         self.quiet = True
-        _write_nowhere(self.file.fileno())
+        write_nowhere(self.file.fileno())
         handler = signal.getsignal(signal.SIGTERM)
         if callable(handler):
             handler(getattr(signal, "SIGPIPE", signal.SIGTERM), None)
@@ -93,8 +84,7 @@ def handle(handler: Handler | signal.Handlers) -> Callable[[], None]:
     """Let a handler hear the signals, and return what gives them back. Only in the main thread anything changes."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-    heeded = [one for one in SIGNALS if one != _HANGUP or signal.getsignal(one) != signal.SIG_IGN]  # as nohup has it
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in heeded}
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in heeded()}
 
     def give_back() -> None:
         while before:

@@ -15,14 +15,7 @@ import tomli_w
 from galore_torch.training.settings.adapter import AdapterConfig, resolved
 from galore_torch.training.settings.fields import field_names, settings, suggest
 from galore_torch.training.settings.methods import over_file, refuse_without_effect
-from galore_torch.training.settings.optimizer import (
-    KINDS,
-    NAMES,
-    OptimizerConfig,
-    is_of_fixed_size,
-    is_projected,
-    own_defaults,
-)
+from galore_torch.training.settings.optimizer import KINDS, UNKNOWN, OptimizerConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -108,8 +101,8 @@ def _check_adapter(adapter: AdapterConfig, optimizer: OptimizerConfig) -> None:
     """Refuse an optimizer's settings that train the whole matrices or move weights where an adapter cannot follow."""
     if adapter.adapter == "none":
         return
-    if is_projected(optimizer.optim):
-        full_rank = ", ".join(name for name in NAMES if not is_projected(name))
+    if KINDS[optimizer.optim].projected:
+        full_rank = ", ".join(name for name, kind in KINDS.items() if not kind.projected)
         raise ValueError(
             f"adapter = {adapter.adapter!r} and optim = {optimizer.optim!r}, which projects what has a low rank "
             f"already; choose one of {full_rank} (method = {adapter.adapter!r} does), or adapter = 'none'."
@@ -188,7 +181,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def what_trains(optim: str, adapter: str) -> str:
     """`PROJECTED`, `FULL_RANK` or the adapter's name: by this presets choose their learning rates."""
-    return adapter if adapter != "none" else PROJECTED if is_projected(optim) else FULL_RANK
+    return adapter if adapter != "none" else PROJECTED if KINDS.get(optim, UNKNOWN).projected else FULL_RANK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,11 +241,12 @@ class PresetTable(Generic[C]):
             raise ValueError(f"preset = {preset!r} is not known; choose one of {', '.join(self.presets)}.")
         start = {**self.presets[preset], **chosen}
         optim, adapter = str(start.get("optim", "galore-adamw")), str(start.get("adapter", "none"))
-        trains = optim if adapter == "none" and is_of_fixed_size(optim) else what_trains(optim, adapter)
+        kind = KINDS.get(optim, UNKNOWN)
+        trains = optim if adapter == "none" and kind.fixed_size else what_trains(optim, adapter)
         rates = {} if "lr" in chosen else self.rates[preset].get(trains, {})
         config = from_values(
             self.config,
-            {**self.presets[preset], **own_defaults(optim), **self.besides(preset, optim, start), **rates, **chosen},
+            {**self.presets[preset], **kind.defaults, **self.besides(preset, optim, start), **rates, **chosen},
         )
         if "lr" not in {**rates, **chosen}:
             raise ValueError(f"preset = {preset!r} has no learning rate for {trains}; give --lr.")

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
@@ -157,11 +157,10 @@ def plain_type(hint: Any) -> type:
     return kind
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Collection[str], shown: Callable[[str], str] = str) -> str:
     """What to say of a name that is not known: the closest one that is, or all of them."""
-    known = list(known)
     close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}."
+    return f"did you mean {shown(close[0])}?" if close else f"choose one of {', '.join(known)}."
 
 
 Presets = Mapping[str, Mapping[str, Any]]

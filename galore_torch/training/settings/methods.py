@@ -8,13 +8,12 @@ so are the learning rates that it has for the method.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any, get_args
 
 from galore_torch.training.settings import optimizer as of_optimizer
 from galore_torch.training.settings.adapter import ADAPTERS_WITH, Adapter, AdapterConfig
-from galore_torch.training.settings.fields import field_names
-from galore_torch.training.settings.optimizer import OptimizerConfig, own_defaults
+from galore_torch.training.settings.fields import field_names, suggest
+from galore_torch.training.settings.optimizer import KINDS, UNKNOWN, OptimizerConfig
 
 # Said by every method, for a file may say otherwise.
 _AS_USUAL: dict[str, Any] = {"adapter": "none", "gradients": "full", "update": "step", "weight_bits": 16}
@@ -39,7 +38,7 @@ _PER_LAYER = dict.fromkeys(("full", "adam8bit", "galore", "galore-8bit", "qgalor
 _PER_LAYER |= {"full": " (arXiv 2306.09782)", "galore": " (arXiv 2403.03507, section 4.3)"}
 
 METHODS: dict[str, dict[str, Any]] = {
-    name: {**_AS_USUAL, "optim": optim, **own_defaults(optim), **_FURTHER.get(name, {})}
+    name: {**_AS_USUAL, "optim": optim, **KINDS[optim].defaults, **_FURTHER.get(name, {})}
     for name, (optim, _) in _AT_THE_STEP.items()
 }
 """Settings of each method by its name."""
@@ -68,9 +67,7 @@ def method_settings(method: str | None) -> dict[str, Any]:
     if method is None:
         return {}
     if method not in METHODS:
-        close = get_close_matches(method, METHODS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(METHODS)}."
-        raise ValueError(f"method = {method!r} is not known; {hint}")
+        raise ValueError(f"method = {method!r} is not known; {suggest(method, METHODS, repr)}")
     return METHODS[method]
 
 
@@ -90,7 +87,7 @@ def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str,
     'adamw'
     """
     chosen = method_settings(method)
-    own = own_defaults(str(values.get("optim")))
+    own = KINDS.get(str(values.get("optim")), UNKNOWN).defaults
     suited = {"lr", "others_lr", *(name for name, value in own.items() if values.get(name) == value)}
     kept = {name: value for name, value in values.items() if not (chosen and name in suited)}
     return {**kept, **chosen, **flags}

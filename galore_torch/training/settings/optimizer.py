@@ -32,7 +32,7 @@ class Kind:
         prunable: whether its state is plain numbers, one for each of the weight's, so that some can be set to zero.
         fixed_size: whether a learning rate alone says how far matrices move, so that rates of others do not suit it;
             of matrices it keeps one momentum.
-        defaults: settings by name that are its own where nobody says otherwise.
+        own: settings by name that are its own where nobody says otherwise; `defaults` are all of those.
     """
 
     made_by: str
@@ -40,12 +40,17 @@ class Kind:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     prunable: bool = False
     fixed_size: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def projected(self) -> bool:
         """Whether its groups carry the projection's keys."""
         return self.made_by.startswith("galore_torch:")
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Settings by name that it has where nobody says otherwise: gradients are formed as `attach` has it."""
+        return {**({"gradients": "fused"} if self.projected else {}), **self.own}
 
 
 _MOMENTUM, _ADAM, _STATE = frozenset({"beta1"}), frozenset({"beta1", "beta2", "eps"}), frozenset({"state_dtype"})
@@ -58,7 +63,6 @@ _PROJECTED = frozenset(KEYS) | {
     "weight_rounding",
     "rank_pattern",
 }
-_PROJECTED_DEFAULTS = {"gradients": "fused"}  # as `attach` has it
 _FEW_BITS = {"basis_bits": 4, "cos_threshold": 0.4}
 _MUON = {
     "gradients": "full",
@@ -73,11 +77,11 @@ _UNSCALED = {"scale_parameter": False, "relative_step": False}  # an Adafactor b
 KINDS: dict[str, Kind] = {
     "galore-adamw": Kind("galore_torch:GaLoreAdamW", _ADAM | _STATE | _OTHERS),
     "galore-adamw8bit": Kind("galore_torch:GaLoreAdamW8bit", _ADAM),
-    "qgalore-adamw8bit": Kind("galore_torch:QGaLoreAdamW8bit", _ADAM, defaults=_FEW_BITS),
+    "qgalore-adamw8bit": Kind("galore_torch:QGaLoreAdamW8bit", _ADAM, own=_FEW_BITS),
     "galore-adafactor": Kind(
-        "galore_torch:GaLoreAdafactor", _STATE, arguments=_UNSCALED, defaults={"state_dtype": "float32"}
+        "galore_torch:GaLoreAdafactor", _STATE, arguments=_UNSCALED, own={"state_dtype": "float32"}
     ),
-    "galore-muon": Kind("galore_torch:GaLoreMuon", _ADAM | _STATE | _OTHERS, fixed_size=True, defaults=_MUON),
+    "galore-muon": Kind("galore_torch:GaLoreMuon", _ADAM | _STATE | _OTHERS, fixed_size=True, own=_MUON),
     "galore-sgd": Kind("galore_torch:GaLoreSGD", _MOMENTUM | _STATE),
     "adamw": Kind("torch.optim:AdamW", _ADAM, arguments={"fused": True}, prunable=True),
     "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", _ADAM),
@@ -85,6 +89,9 @@ KINDS: dict[str, Kind] = {
     "sgd": Kind("torch.optim:SGD", _MOMENTUM, prunable=True),
 }
 """Every optimizer by the name that ``--optim`` takes; `galore_torch.training.run.optimizers` builds them."""
+
+UNKNOWN = Kind("")
+"""What a name stands for that `OptimizerConfig` will refuse."""
 
 # Without an effect, these are let pass: presets and runs that are compared share them.
 _SHARED = {"rank", "update_proj_gap", "scale", "proj_type", "decomposition", "stagger", "gamma_proj", "queue_size"}
@@ -98,7 +105,7 @@ def has_effect(name: str, optim: str) -> bool:
     (True, False, False)
     """
     if name in _PROJECTED:
-        return is_projected(optim)
+        return KINDS[optim].projected
     return name not in _ADAM | _STATE | _OTHERS or name in KINDS[optim].settings
 
 
@@ -109,26 +116,6 @@ def optimizers_with(name: str) -> list[str]:
     ['galore-adamw', 'galore-adafactor', 'galore-muon', 'galore-sgd']
     """
     return [optim for optim in NAMES if has_effect(name, optim)]
-
-
-def is_projected(optim: str) -> bool:
-    """Whether the optimizer of this name projects; False for a name that is not known."""
-    return optim in KINDS and KINDS[optim].projected
-
-
-def is_of_fixed_size(optim: str) -> bool:
-    """Whether the updates of the optimizer of this name have a fixed size; False for a name that is not known."""
-    return optim in KINDS and KINDS[optim].fixed_size
-
-
-def own_defaults(optim: str) -> Mapping[str, Any]:
-    """Settings that are the optimizer's own where nobody says otherwise; none for a name that is not known.
-
-    >>> own_defaults("qgalore-adamw8bit")["basis_bits"]
-    4
-    """
-    kind = KINDS.get(optim)
-    return {**(_PROJECTED_DEFAULTS if kind.projected else {}), **kind.defaults} if kind else {}
 
 
 @settings
@@ -224,7 +211,7 @@ class OptimizerConfig:
         idle = [name for name in field_names(OptimizerConfig) if not has_effect(name, self.optim)]
         needs = {name: f"one of {', '.join(optimizers_with(name))}" for name in idle if name not in _SHARED}
         require_defaults(self, f"optim = {self.optim!r}", needs)
-        if self.residual not in (None, "none") and self.gradients != "full" and is_projected(self.optim):
+        if self.residual not in (None, "none") and self.gradients != "full" and KINDS[self.optim].projected:
             raise ValueError(
                 f"gradients = {self.gradients!r} keeps projected gradients alone, and residual = {self.residual!r} "
                 "needs the full ones; give gradients = 'full', or residual = 'none'."

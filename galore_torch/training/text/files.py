@@ -35,7 +35,7 @@ _LINES = {".jsonl", ".ndjson"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _FILES, _BEGINNING, ROWS = 1000, 1 << 20, 100_000  # how many files, bytes of a text and rows are looked at
-_BEGINNING_ROWS = 1000  # of each of many files
+_BEGINNING_ROWS = 10_000  # of all files together
 _NAMED = 20  # rows that a message names
 csv.field_size_limit((1 << 31) - 1)  # a document may be longer than the 131,072 characters of the standard library
 
@@ -132,7 +132,8 @@ def require_readable(config: DataConfig) -> None:
     if files is None:
         require_on_hub("data", config.data, "dataset")
         return
-    for path in files.paths[:_FILES] if config.data != "stdlib" else ():
+    looked_at = files.paths[:_FILES] if config.data != "stdlib" else []
+    for path in looked_at:
         if files.kind == "text" and path.suffix != ".gz":
             with path.open("rb") as file:
                 start = file.read(_BEGINNING)
@@ -140,7 +141,7 @@ def require_readable(config: DataConfig) -> None:
         elif files.kind == "parquet":
             require_parquet("data", str(path), path)
         elif files.kind != "text":
-            for row in islice(first_rows("data", str(path)), _BEGINNING_ROWS):
+            for row in islice(first_rows("data", str(path)), max(1, _BEGINNING_ROWS // len(looked_at))):
                 if config.text_column not in row:
                     raise missing_column("text_column", config.text_column, row)
 

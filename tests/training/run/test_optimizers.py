@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from galore_torch import GaLore
 from galore_torch.optim import state_bytes
 from galore_torch.training.run.optimizers import TrainerOptimizer, build
-from galore_torch.training.settings.optimizer import KINDS, NAMES, OptimizerConfig, is_projected, own_defaults
+from galore_torch.training.settings.optimizer import KINDS, NAMES, OptimizerConfig
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def test_groups_are_matrices_then_others_and_hold_every_weight_once(model, name)
     assert len(matrices["params"]) == 2 * 7
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(matrices["param_names"])
     assert others["lr"] == 0.001
-    assert ("rank" in matrices) is is_projected(name)
-    assert is_projected(name) or not {"update_proj_gap", "scale", "proj_type"} & set(matrices)
+    assert ("rank" in matrices) is KINDS[name].projected
+    assert KINDS[name].projected or not {"update_proj_gap", "scale", "proj_type"} & set(matrices)
 
 
 @pytest.mark.learning
@@ -44,9 +44,9 @@ def test_groups_are_matrices_then_others_and_hold_every_weight_once(model, name)
 @pytest.mark.broad("galore-adamw", "qgalore-adamw8bit")
 def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
     lr = 0.3 if "sgd" in name else 0.01
-    config = OptimizerConfig(optim=name, rank=4, update_proj_gap=5, lr=lr, **own_defaults(name))
+    config = OptimizerConfig(optim=name, rank=4, update_proj_gap=5, lr=lr, **KINDS[name].defaults)
     optimizer = build(model, config, seed=0)
-    assert isinstance(optimizer, GaLore) is is_projected(name)
+    assert isinstance(optimizer, GaLore) is KINDS[name].projected
     tokens = torch.arange(64).repeat(2, 1)
     losses = []
     for _ in range(30):
@@ -56,7 +56,7 @@ def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    if is_projected(name):
+    if KINDS[name].projected:
         plain = "adamw" if "muon" in name else name.removeprefix("galore-")
         full = build(model, OptimizerConfig(optim=plain, lr=lr), seed=0)
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -65,7 +65,7 @@ def test_each_learns_and_only_a_projected_one_keeps_little_state(model, name):
             assert state_bytes(optimizer) < state_bytes(full)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not is_projected(name)])
+@pytest.mark.parametrize("name", [name for name in NAMES if not KINDS[name].projected])
 @pytest.mark.filterwarnings("error:no parameter group")
 def test_a_full_rank_optimizer_moves_each_weight_inside_the_backward_as_at_the_step(model, name):
     config = OptimizerConfig(optim=name, lr=0.01, others_lr=0.001, weight_decay=0.1)
