@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_torch.training.run.files import Lock, being_written, write_whole
+from galore_torch.training.run.files import Lock, require_empty, write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import field_names
@@ -196,10 +196,7 @@ def require_same_plan(path: Path, job: JobCommand, runs: Sequence[PlannedRun], *
     elif needed:
         raise ValueError(f"{out} holds no comparison to report on; leave out --report-only.")
     else:
-        begun = {path, *lock_of(path.parent).files}
-        begun |= {being_written(file) for file in begun}
-        if path.parent.exists() and not begun.issuperset(path.parent.iterdir()):
-            raise ValueError(f"{out} holds something else; choose another --out.")
+        require_empty(path.parent, (path, *lock_of(path.parent).files))
 
 
 def keep_plan(path: Path, job: JobCommand, runs: Sequence[PlannedRun], command: str) -> bool:

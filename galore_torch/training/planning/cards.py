@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 from galore_torch.memory.links import Ring, renewal_bytes, replicated_step, sharded_step
 from galore_torch.memory.ranks import Sizes
+from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.settings.fields import Parallel
-from galore_torch.training.settings.optimizer import OptimizerConfig
 
 HOP = 1e-4
 """Seconds that a message takes from one card to the next, whatever its size."""
@@ -22,24 +22,16 @@ _DAY = 86_400
 class Cards:
     """Where a training would run, one process a card.
 
-    Attributes:
-        world_size: how many processes there are.
-        parallel: what they share, as in ``galore pretrain``.
-        shard_bases: whether bases are divided among them, as there.
-        bandwidth: of each card's link, in bytes a second; None if nobody said.
-        tokens: of the whole training; None if nobody said.
-        tokens_per_second: of one process without any traffic; None if nobody said.
-
     Raises:
         ValueError: a value that is not allowed, or has no effect without another.
     """
 
-    world_size: int = 1
-    parallel: Parallel = "ddp"
-    shard_bases: bool = False
-    bandwidth: float | None = None
-    tokens: float | None = None
-    tokens_per_second: float | None = None
+    world_size: int = 1  # how many processes there are
+    parallel: Parallel = "ddp"  # what they share, as in ``galore pretrain``
+    shard_bases: bool = False  # whether bases are divided among them, as there
+    bandwidth: float | None = None  # of each card's link, in bytes a second; None if nobody said, as of the others
+    tokens: float | None = None  # of the whole training
+    tokens_per_second: float | None = None  # of one process without any traffic
 
     def __post_init__(self) -> None:
         if self.parallel not in get_args(Parallel):
@@ -59,47 +51,27 @@ class Cards:
                 "process, as a run prints it."
             )
 
-    def refusal(self, adapter: str, settings: OptimizerConfig) -> str | None:
-        """Why a run with such settings is refused in so many processes; None if it is not.
-
-        Args:
-            adapter: what is put into the model.
-            settings: of the optimizer.
-        """
+    def refusal(self, config: PretrainConfig) -> str | None:
+        """Why a run with such settings is refused in so many processes; None if it is not."""
+        adapter, own = config.adapter.adapter, config.optimizer
         if self.world_size > 1 and adapter != "none":
             return f"adapter = {adapter!r} runs in one process"
         for name in ("weight_bits", "grad_bits") if self.parallel == "fsdp" else ():
-            if getattr(settings, name) != 16:
-                return f"{name} = {getattr(settings, name)} is not served by parallel = 'fsdp'"
-        if self.shard_bases and settings.basis_bits != 16:
-            return f"basis_bits = {settings.basis_bits} is not served by shard_bases"
+            if getattr(own, name) != 16:
+                return f"{name} = {getattr(own, name)} is not served by parallel = 'fsdp'"
+        if self.shard_bases and own.basis_bits != 16:
+            return f"basis_bits = {own.basis_bits} is not served by shard_bases"
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a step takes, on average over renewals.
+    """What a step takes, on average over renewals; its fields are those of the JSON file."""
 
-    Attributes:
-        sent: bytes that a card sends in a step, by what is sent: weights, gradients, renewals.
-        link_seconds: of its link that each of them takes; none if its bandwidth is not known.
-        seconds: of a step, in which passes and traffic overlap; None if neither bandwidth nor rate is known.
-        days: of the training; None if its tokens are not known.
-    """
-
-    sent: Mapping[str, float]
-    link_seconds: Mapping[str, float] = field(default_factory=dict)
-    seconds: float | None = None
-    days: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """The cost for a JSON file."""
-        return {
-            "sent_bytes": dict(self.sent),
-            "link_seconds": dict(self.link_seconds),
-            "step_seconds": self.seconds,
-            "days": self.days,
-        }
+    sent_bytes: Mapping[str, float]  # by a card in a step, by what is sent: weights, gradients, renewals
+    link_seconds: Mapping[str, float] = field(default_factory=dict)  # that each takes; none without a known bandwidth
+    step_seconds: float | None = None  # passes and traffic overlap; None if neither bandwidth nor rate is known
+    days: float | None = None  # of the training; None if its tokens are not known
 
 
 def cost(cards: Cards, sizes: Sizes, *, tokens_at_once: int, micro_batches: int) -> Cost:
@@ -130,12 +102,12 @@ def cost(cards: Cards, sizes: Sizes, *, tokens_at_once: int, micro_batches: int)
     bases = ring.half(read)[0] if cards.shard_bases else 0.0
     sent = {"weights": step.weights * times + bases, "gradients": step.gradients * times, "renewals": renewals}
     if cards.bandwidth is None and rate is None:
-        return Cost(sent=sent)
+        return Cost(sent_bytes=sent)
     seconds += (renewals + bases) / bandwidth
     a_step = tokens_at_once * micro_batches * cards.world_size
     return Cost(
-        sent=sent,
+        sent_bytes=sent,
         link_seconds={} if cards.bandwidth is None else {kind: one / bandwidth for kind, one in sent.items()},
-        seconds=seconds,
+        step_seconds=seconds,
         days=None if cards.tokens is None else cards.tokens / a_step * seconds / _DAY,
     )

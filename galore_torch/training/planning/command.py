@@ -6,7 +6,7 @@ import json as json_format
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -19,10 +19,6 @@ from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS, method_settings
 from galore_torch.units import parse_bandwidth, parse_bytes, parse_tokens
-
-if TYPE_CHECKING:
-    from galore_torch.memory import MemoryPlan
-    from galore_torch.training.planning.cards import Cost
 
 EPILOG = """[bold]Examples[/]
 
@@ -81,7 +77,7 @@ def plan(
                 require_writable("page", page)
             with loading(console):
                 from galore_torch.training.planning.cards import Cards
-                from galore_torch.training.planning.report import Planned, plans
+                from galore_torch.training.planning.report import Planned
                 from galore_torch.training.planning.subject import subject
 
             room = None if memory is None else parse_bytes(memory)
@@ -94,17 +90,9 @@ def plan(
                 tokens_per_second=tokens_per_second,
             )
             planned = subject(model, given, dtype, cards)
-            found: dict[str, MemoryPlan] = {}
-            costs: dict[str, Cost] = {}
+            methods = method or [name for name in METHODS if not planned.refuses(name)]
             with console.status("Planning") as status:
-                for name, one, price in plans(
-                    planned, method or [name for name in METHODS if not planned.refuses(name)]
-                ):
-                    found[name] = one
-                    if price is not None:
-                        costs[name] = price
-                    status.update(f"Planning: {name} is done")
-                shown = Planned(subject=planned, found=found, memory=room, costs=costs)
+                shown = Planned.of(planned, methods, room, lambda name: status.update(f"Planning: {name} is done"))
                 texts = shown.texts
             if page is not None:
                 shown.page(this_command()).write(page)
@@ -113,7 +101,7 @@ def plan(
             return
         console.print(shown.title, highlight=False, markup=False)
         console.print(_table(shown.columns, shown.rows), "")
-        if costs:
+        if shown.costs:
             console.print(_table(shown.cost_columns, shown.cost_rows), "")
         for text in texts:
             console.print(text, highlight=False, markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -47,19 +47,6 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
-def plans(subject: Subject, methods: Sequence[str]) -> Iterator[tuple[str, MemoryPlan, Cost | None]]:
-    """Plan the training of a model by each method in turn; what differs in its learning rates alone is planned once."""
-    known: dict[str, tuple[MemoryPlan, Cost | None]] = {}
-    for method in methods:
-        config = subject.settings(method)
-        adapter = config.adapter.adapter.removeprefix("re")
-        of_memory = dataclasses.replace(config.optimizer, lr=1.0, others_lr=None)
-        key = f"{of_memory}{adapter}{config.adapter.adapter_rank}{config.schedule.batch}"
-        if key not in known:
-            known[key] = subject.planned(method)
-        yield method, *known[key]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """The plans of a model."""
@@ -68,6 +55,23 @@ class Planned:
     found: Mapping[str, MemoryPlan]  # by method
     memory: int | None  # what there is, in bytes; None if nobody said
     costs: Mapping[str, Cost] = dataclasses.field(default_factory=dict)  # by method, where they were asked for
+
+    @classmethod
+    def of(
+        cls, subject: Subject, methods: Sequence[str], memory: int | None, done: Callable[[str], None] = lambda _: None
+    ) -> Planned:
+        """Plan by each method in turn, which ``done`` is told; what differs in learning rates alone is planned once."""
+        known: dict[str, tuple[MemoryPlan, Cost | None]] = {}
+        found: dict[str, tuple[MemoryPlan, Cost | None]] = {}
+        for method in methods:
+            config = subject.settings(method)
+            adapter = config.adapter.adapter.removeprefix("re")
+            of_memory = dataclasses.replace(config.optimizer, lr=1.0, others_lr=None)
+            key = f"{of_memory}{adapter}{config.adapter.adapter_rank}{config.schedule.batch}"
+            found[method] = known[key] = known.get(key) or subject.planned(method)
+            done(method)
+        costs = {method: price for method, (_, price) in found.items() if price is not None}
+        return cls(subject=subject, found={name: one for name, (one, _) in found.items()}, memory=memory, costs=costs)
 
     def fits(self, one: MemoryPlan) -> bool:
         """Whether there is a memory that a plan fits."""
@@ -181,10 +185,10 @@ class Planned:
         for name, one in self.costs.items():
             cells = [
                 text
-                for kind in one.sent
-                for text in (_figure(one.sent[kind] / GB), _figure(one.link_seconds.get(kind)))
+                for kind in one.sent_bytes
+                for text in (_figure(one.sent_bytes[kind] / GB), _figure(one.link_seconds.get(kind)))
             ]
-            rows.append([name, *cells, _figure(one.seconds), _figure(one.days)])
+            rows.append([name, *cells, _figure(one.step_seconds), _figure(one.days)])
         return rows
 
     @property
@@ -235,7 +239,7 @@ class Planned:
         def with_settings(one: Smaller | None) -> dict[str, Any] | None:
             return None if one is None else {"method": one[0], "settings": one[1], **one[2].as_json()}
 
-        costs = {name: {"cost": one.as_json()} for name, one in self.costs.items()}
+        costs = {name: {"cost": dataclasses.asdict(one)} for name, one in self.costs.items()}
         return {
             "model": self.subject.name,
             "memory_bytes": self.memory,

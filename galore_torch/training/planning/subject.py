@@ -57,7 +57,7 @@ class Subject:
             micro_batch = self.given.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
             kept |= {"micro_batch": micro_batch * world, "batch": micro_batch * world}
         config = configure(self.preset, method=method, **kept)
-        refusal = self._refusal(config)
+        refusal = self.cards.refusal(config)
         if refusal is not None:
             raise ValueError(f"{refusal}; choose another method, or leave out --world-size.")
         self.micro_batch(config)  # raises where the batch cannot be divided
@@ -69,10 +69,7 @@ class Subject:
 
     def refuses(self, method: str) -> bool:
         """Whether a method by itself is refused in so many processes."""
-        return self._refusal(configure(self.preset, micro_batch=1, batch=1, method=method)) is not None
-
-    def _refusal(self, config: PretrainConfig) -> str | None:
-        return self.cards.refusal(config.adapter.adapter, config.optimizer)
+        return self.cards.refusal(configure(self.preset, micro_batch=1, batch=1, method=method)) is not None
 
     def planned(self, method: str) -> tuple[MemoryPlan, Cost | None]:
         """What a method needs of memory, in each process, and what a step costs, where that was asked for."""
@@ -91,8 +88,13 @@ class Subject:
     def job(self, method: str) -> Job:
         """What is to be rehearsed under a method."""
         config = self.settings(method)
-        self._require_rank(config)
         model, settings, rows = self.model, config.optimizer, (self.micro_batch(config), config.data.seq)
+        if KINDS[settings.optim].projected:  # a rank beyond all matrices would be cut to theirs in each
+            most = max(min(one.shape[-2:]) for one in optimizers.matrices(model, self.target_modules).values())
+            if settings.rank > most:
+                raise ValueError(
+                    f"rank = {settings.rank} is beyond the matrices of {self.name!r}; give at most {most}."
+                )
         labels = rows if "Classification" not in type(model).__name__ else rows[:1]
 
         def prepare(copied: nn.Module) -> None:
@@ -112,14 +114,6 @@ class Subject:
             micro_batches=config.schedule.batch // (rows[0] * self.cards.world_size),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-
-    def _require_rank(self, config: PretrainConfig) -> None:
-        """Refuse a rank beyond all matrices, which would be cut to theirs in each."""
-        rank = config.optimizer.rank
-        if KINDS[config.optimizer.optim].projected:
-            most = max(min(one.shape[-2:]) for one in optimizers.matrices(self.model, self.target_modules).values())
-            if rank > most:
-                raise ValueError(f"rank = {rank} is beyond the matrices of {self.name!r}; give at most {most}.")
 
 
 def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards | None = None) -> Subject:

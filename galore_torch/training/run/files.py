@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -59,9 +59,10 @@ def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
             folder.rmdir()
 
 
-def require_empty(out: Path) -> None:
-    """Refuse, with a ValueError, a folder that holds something, is none, or could not be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def require_empty(out: Path, besides: Collection[Path] = ()) -> None:
+    """Refuse, with a ValueError, a folder that holds more than some files, whole or not, is none, or cannot be made."""
+    known = {*besides, *map(being_written, besides)}
+    if out.exists() and not (out.is_dir() and known.issuperset(out.iterdir())):
         raise ValueError(f"out = {str(out)!r} exists and is not an empty folder; choose another --out.")
     require_writable("out", out)
 

@@ -34,7 +34,7 @@ from typing import Any
 
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
-from galore_torch.training.run.files import Lock, being_written, require_whole, require_writable, take_back, write_whole
+from galore_torch.training.run.files import Lock, require_empty, require_whole, take_back, write_whole
 from galore_torch.training.run.signals import deferred
 
 LAUNCH = "TORCHELASTIC_RUN_ID"
@@ -107,11 +107,7 @@ class RunFolder:
             raise self._refused(
                 f"already holds a run; resume it with --resume --out {quote(str(self.root))}, or choose another --out."
             )
-        started = {*self._lock.files, self.launch, self.text, self.config}
-        started |= {being_written(file) for file in started}
-        if self.root.exists() and not (self.root.is_dir() and started.issuperset(self.root.iterdir())):
-            raise self._refused("exists and is not an empty folder; choose another --out.")
-        require_writable("out", self.root)
+        require_empty(self.root, (*self._lock.files, self.launch, self.text, self.config))
 
     def create(self, config: Any, digest: str) -> None:
         """Make the folder, hold it, and write into it what the run is: its settings and the digest of its text."""

@@ -186,19 +186,13 @@ def what_trains(optim: str, adapter: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PresetTable(Generic[C]):
-    """The presets of a job.
+    """The presets of a job, by name."""
 
-    Attributes:
-        config: what they are presets of.
-        presets: settings of each by name; what one leaves out has the setting's own default.
-        default: the preset of settings by name, where nobody names one.
-        besides: what a preset sets besides, by the optimizer's name, the adapter's and all other settings.
-        rates: peak learning rates of a preset, for what trains, and for optimizers of updates of fixed size by name.
-    """
-
-    config: type[C]
-    presets: Mapping[str, Mapping[str, Any]]
-    default: Callable[[Mapping[str, Any]], str]
+    config: type[C]  # what they are presets of
+    presets: Mapping[str, Mapping[str, Any]]  # settings of each; what one leaves out has the setting's own default
+    default: Callable[[Mapping[str, Any]], str]  # the preset of settings by name, where nobody names one
+    # What a preset sets besides, by its name, the optimizer's and all settings; and its peak learning rates, for what
+    # trains, and for optimizers of updates of fixed size by name.
     besides: Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
     rates: Mapping[str, Mapping[str, Mapping[str, float]]]
 
