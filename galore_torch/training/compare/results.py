@@ -88,7 +88,7 @@ def read_end(run: PlannedRun, out: Path) -> RunEnd:
     folder = RunFolder(out / run.folder)
     failed = beside(folder.root, ".error")
     error = failed.read_text(encoding="utf-8", errors="replace").strip() if failed.exists() else None
-    return RunEnd(run, final_record(run, out), error, folder.text_digest() if folder.text.exists() else None)
+    return RunEnd(run, final_record(run, out), error, folder.digest_of() if folder.text.exists() else None)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from galore_torch.training.finetune.classification import class_names
 from galore_torch.training.finetune.config import FinetuneConfig
-from galore_torch.training.finetune.data import Rows, load
+from galore_torch.training.finetune.data import load
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.run import records
@@ -63,7 +63,9 @@ def _of_rows(config: FinetuneConfig, console: Console, *, predicting: bool) -> J
         names = class_names(config.model.model)
         if not (predicting and names):
             raise missing_column("label_column", column, rows.held_out.column_names)
-        rows, unlabelled = _with_some_label(rows, column, names[0]), True
+        # The job wants labels; what they are has no effect on a prediction.
+        parts = [part.add_column(column, [names[0]] * len(part)) for part in (rows.train, rows.held_out)]
+        rows, unlabelled = dataclasses.replace(rows, train=parts[0], held_out=parts[1]), True
     job = Finetuning(config, console, rows)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(job, scratch, torch.optim.SGD(job.model.parameters()))
@@ -72,9 +74,3 @@ def _of_rows(config: FinetuneConfig, console: Console, *, predicting: bool) -> J
             return {"loss": found["eval_loss"], **job.scores(found)}, []
         lines = job.predictions(trainer)
     return {}, [{key: line[key] for key in line if not (unlabelled and key == "expected")} for line in lines]
-
-
-def _with_some_label(rows: Rows, column: str, label: str) -> Rows:
-    """Rows as the job wants them; what their label is has no effect on a prediction."""
-    parts = [part.add_column(column, [label] * len(part)) for part in (rows.train, rows.held_out)]
-    return dataclasses.replace(rows, train=parts[0], held_out=parts[1])

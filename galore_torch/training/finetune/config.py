@@ -7,26 +7,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from galore_torch.training.run.names import local_path, model_of_run, require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig, sections_of
-from galore_torch.training.settings.fields import (
-    GRADIENT_CHECKPOINTING,
-    PUSH_TO_HUB,
-    REPORT_TO,
-    DType,
-    require_defaults,
-    setting,
-    settings,
-)
+from galore_torch.training.settings.fields import DType, RunConfig, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES
-from galore_torch.training.text.files import (
-    ROWS,
-    first_rows,
-    is_hub_name,
-    missing_column,
-    require_filled,
-    require_form,
-    require_rows,
-    require_two_labels,
-)
+from galore_torch.training.text import files
 
 TaskName = Literal[
     "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "classify", "sft", "dpo", "reward", "grpo"
@@ -161,14 +144,13 @@ class RowsConfig:
 
 
 @settings
-class LengthConfig:
+class LengthConfig(RunConfig):
     """How long, what is recorded on the way, and what becomes of the model."""
 
     epochs: float = setting(3.0, "Passes over the rows.", gt=0)
     steps: int | None = setting(None, "Optimizer steps, in the place of epochs.", ge=1)
     batch: int = setting(16, "Rows a step.", ge=1)
     micro_batch: int | None = setting(None, "Rows at once; bounds memory.", ge=1, default_help="batch")
-    gradient_checkpointing: bool = GRADIENT_CHECKPOINTING
     bf16: bool = setting(False, "Compute in bfloat16 by autocast; weights keep their dtype.")
     warmup: float = setting(0.0, "Share of the steps over which the learning rate rises from 0.", ge=0, lt=1)
     decay: Literal["linear", "cosine", "constant"] = setting("linear", "How the learning rate falls to 0, if it does.")
@@ -186,8 +168,6 @@ class LengthConfig:
     early_stopping_patience: int | None = setting(
         None, "Evaluations in a row, none better than the best, after which the training has ended.", ge=1
     )
-    push_to_hub: str | None = PUSH_TO_HUB
-    report_to: str = REPORT_TO
 
     def __post_init__(self) -> None:
         if not self.load_best_model_at_end:
@@ -241,8 +221,8 @@ class FinetuneConfig(TrainConfig):
     def _require_labels(self, values: list[Any]) -> None:
         """Refuse labels that are all the same, unless there are more to read or the model may know them."""
         labels = [value for value in values if isinstance(value, str | int | float)]
-        if 1 < len(labels) < ROWS and not self._may_know(set(map(str, labels))):
-            require_two_labels(self.data.label_column, labels)
+        if 1 < len(labels) < files.ROWS and not self._may_know(set(map(str, labels))):
+            files.require_two_labels(self.data.label_column, labels)
 
     def _may_know(self, labels: set[str]) -> bool:
         """Whether the model may have learnt to tell these labels; one that is not here may."""
@@ -269,20 +249,20 @@ class FinetuneConfig(TrainConfig):
 
 def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) -> list[dict[str, Any]]:
     """Refuse rows that cannot be used, as far as that is seen at once; the first ones are returned, or none."""
-    if is_hub_name(field, name):
+    if files.is_hub_name(field, name):
         require_on_hub(field, name, "dataset")
         return []
-    require_rows(field, name)
-    rows = list(first_rows(field, name))
+    files.require_rows(field, name)
+    rows = list(files.first_rows(field, name))
     if config.task in ON_TRL and rows:
-        require_form(config.task, config.text_column, rows[0])
+        files.require_form(config.task, config.text_column, rows[0])
     checked = {"text_column": "is empty"} | ({"label_column": "is without a label"} if labelled else {})
     checked |= {"text_pair_column": "is empty"} if config.text_pair_column else {}
     for of_column, what in checked.items() if config.task == "classify" else ():
         column = getattr(config, of_column)
         if rows and column not in rows[0]:
-            raise missing_column(of_column, column, rows[0])
-        require_filled(of_column, column, enumerate((row.get(column) for row in rows), 1), what)
+            raise files.missing_column(of_column, column, rows[0])
+        files.require_filled(of_column, column, enumerate((row.get(column) for row in rows), 1), what)
     return rows
 
 

@@ -94,7 +94,7 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
     remarks = {
         f"The run had gradients = {own.gradients!r}, which round otherwise.": fresh and own.gradients != "full",
         "The data have changed since the run was started; gradients are of the data as they are now.": (
-            folder.text_digest() != job.digest
+            folder.digest_of() != job.digest
         ),
         "The run kept INT8 weights; they are inspected as they were saved, in its own dtype.": own.weight_bits != 16,
         f"The run projects by proj_type = {own.proj_type!r}; bases here are those of std, on the shorter side.": (

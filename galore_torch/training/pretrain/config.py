@@ -6,16 +6,7 @@ from typing import ClassVar
 
 from galore_torch.training.run.names import model_of_run, require_model
 from galore_torch.training.settings.config import TrainConfig, sections_of
-from galore_torch.training.settings.fields import (
-    GRADIENT_CHECKPOINTING,
-    PUSH_TO_HUB,
-    REPORT_TO,
-    DType,
-    Parallel,
-    require_defaults,
-    setting,
-    settings,
-)
+from galore_torch.training.settings.fields import DType, Parallel, RunConfig, require_defaults, setting, settings
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import require_readable
 
@@ -60,7 +51,7 @@ class ModelConfig:
 
 
 @settings
-class ScheduleConfig:
+class ScheduleConfig(RunConfig):
     """How long, in which portions, what is recorded on the way, and what becomes of the model."""
 
     steps: int = setting(10_000, "Optimizer steps.", ge=1)
@@ -74,14 +65,11 @@ class ScheduleConfig:
     shard_bases: bool = setting(
         False, "With parallel = 'fsdp' each process keeps its part of every basis, and gathers the rest for its use."
     )
-    gradient_checkpointing: bool = GRADIENT_CHECKPOINTING
     warmup: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.", ge=0, lt=1)
     final_lr: float = setting(0.1, "Where the cosine ends, as a share of the peak.", ge=0, le=1)
     seed: int = setting(0, "Seed of the weights, of the order of the text and of random bases.", ge=0, le=2**32 - 1)
     eval_every: int = setting(1000, "Steps between two evaluations; 0 evaluates at the end only.", ge=0)
     save_every: int = setting(1000, "Steps between two resumable checkpoints; 0 saves at the end and on Ctrl-C.", ge=0)
-    push_to_hub: str | None = PUSH_TO_HUB
-    report_to: str = REPORT_TO
 
     def __post_init__(self) -> None:
         needs = {} if self.parallel == "fsdp" else {"shard_bases": "parallel = 'fsdp'"}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from galore_torch.training.run.files import MANIFEST, require_whole
-from galore_torch.training.run.names import refused
+from galore_torch.training.run.names import first_of, refused
 
 
 def load_tokenizer(config: Any) -> PreTrainedTokenizerBase:
@@ -69,7 +69,7 @@ def load_base(
         _require_causal(config.model, model)
     fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if fresh:
-        line = f"Some weights of {config.model} are newly initialized, since it has none that fit: {_first(fresh)}"
+        line = f"Some weights of {config.model} are newly initialized, since it has none that fit: {first_of(fresh, 4)}"
         console.out(line, highlight=False)
     _require_finite(config.model, model)
     _fit(config, model, tokenizer, max_length)
@@ -110,13 +110,9 @@ def _require_finite(name: str, model: nn.Module) -> None:
     broken = [one for one, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise ValueError(
-            f"model = {name!r} has weights that are not finite: {_first(broken)}. Its training has failed, or its "
+            f"model = {name!r} has weights that are not finite: {first_of(broken, 4)}. Its training has failed, or its "
             "files are damaged; give another copy or an earlier checkpoint of it."
         )
-
-
-def _first(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _fit(config: Any, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 
@@ -204,11 +204,6 @@ def quiet(console: Console) -> None:
         datasets.disable_progress_bars()
 
 
-def progress_bar(console: Console, *columns: str | ProgressColumn) -> Progress:
-    """Bars as all commands have them: as wide as the terminal, gone when they stop, and nothing elsewhere."""
-    return Progress(*columns, console=console, expand=True, transient=True, disable=not console.is_terminal)
-
-
 class StepProgress(TrainerCallback):
     """Shows the steps of a Trainer with loss, learning rate, pace, optimizer state and the time that is left.
 
@@ -221,7 +216,8 @@ class StepProgress(TrainerCallback):
     def __init__(self, console: Console, recorder: Recorder | None = None, steps: int | None = None) -> None:
         self._console, self._recorder, self._steps = console, recorder, steps
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._bar = progress_bar(console, *columns, TimeRemainingColumn(), TextColumn("left"))
+        left, shown = (TimeRemainingColumn(), TextColumn("left")), console.is_terminal
+        self._bar = Progress(*columns, *left, console=console, expand=True, transient=True, disable=not shown)
         self._task = self._bar.add_task("starting")
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

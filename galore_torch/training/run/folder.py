@@ -205,7 +205,7 @@ class RunFolder:
 
     def require_settings(self) -> None:
         """Refuse a ``config.toml`` that is not as it was written: what it lacks would be as it is by default."""
-        if _digest(_read(self.config)) != self._digest_of(self.config.name):
+        if _digest(_read(self.config)) != self.digest_of(self.config.name):
             raise ValueError(
                 f"{self.config} is not as it was when the run was started: it is damaged, or was edited. Restore it, "
                 "or start over with another --out."
@@ -226,19 +226,16 @@ class RunFolder:
             raise ValueError(f"run = {run!r} holds neither a finished model nor a checkpoint; give --fresh with it.")
         return checkpoint, step_of(checkpoint)
 
-    def text_digest(self) -> str:
-        """The digest of what the run is trained on."""
-        return self._digest_of("text")
-
     def require_text(self, digest: str, data: str) -> None:
         """Refuse to resume with another text than the run was started on, by their digests."""
-        if self.text_digest() != digest:
+        if self.digest_of() != digest:
             raise OtherDataError(
                 f"data = {data!r} has changed since the run in {str(self.root)!r} was started; "
                 "restore the text, or start over with another --out."
             )
 
-    def _digest_of(self, name: str) -> str:
+    def digest_of(self, name: str = "text") -> str:
+        """The digest of what the run is trained on, or of its settings."""
         lines = (line.partition("  ") for line in _read(self.text).splitlines())
         found = {name: digest for digest, _, name in lines}
         whole = all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in found.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,11 @@ def refused(what: str, remedy: str, kinds: tuple[type[Exception], ...] = (Except
         yield
     except kinds as error:
         raise ValueError(f"{what}: {sentence(error)} {remedy}") from error
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def local_path(field: str, name: str) -> Path:

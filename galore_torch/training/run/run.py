@@ -258,20 +258,13 @@ def resumed_run(
     folder.hold()
     with folder.being_prepared():
         before = job.recorded(folder)
-        config = _changed(before, changes) if changes else before
-        before = before if changes else None
-        console = console or Console(quiet=True)
+        config = from_values(job.settings, {**_by_name(before), **changes})
+        if "epochs" in changes and config.schedule.steps is not None:
+            raise ValueError(
+                f"epochs = {changes['epochs']} has no effect on a run whose length is told in steps; give --steps."
+            )
+        console, before = console or Console(quiet=True), before if changes else None
         return Run(job, config, folder, console, callbacks, resumed=True, before=before)
-
-
-def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The settings of a run with other values for some."""
-    changed = from_values(type(config), {**_by_name(config), **changes})
-    if "epochs" in changes and config.schedule.steps is not None:
-        raise ValueError(
-            f"epochs = {changes['epochs']} has no effect on a run whose length is told in steps; give --steps."
-        )
-    return changed
 
 
 def _by_name(config: Any) -> dict[str, Any]:

@@ -44,15 +44,6 @@ def group_setting(name: str, **other: Any) -> Any:
     return setting(**{"default": key.default, "help": key.help, **(key.limits or {}), **other})
 
 
-# What all jobs have.
-GRADIENT_CHECKPOINTING = setting(
-    False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
-)
-REPORT_TO = setting("none", "Trackers to report to, as Trainer names them (wandb, tensorboard, ...), by comma.")
-PUSH_TO_HUB = setting(
-    None, "Repository of the Hugging Face Hub that the finished model is uploaded to; made if it is not there."
-)
-
 _CHECKS = pydantic.ConfigDict(strict=True, allow_inf_nan=False, str_min_length=1, validate_default=True)
 
 
@@ -78,6 +69,19 @@ def settings(kind: type[T]) -> type[T]:
     checked.__init__ = initialized
     section: type[T] = checked
     return section
+
+
+@settings
+class RunConfig:
+    """What all jobs have."""
+
+    gradient_checkpointing: bool = setting(
+        False, "Keep no activations inside the layers: the backward computes them again, in a third more time."
+    )
+    push_to_hub: str | None = setting(
+        None, "Repository of the Hugging Face Hub that the finished model is uploaded to; made if it is not there."
+    )
+    report_to: str = setting("none", "Trackers to report to by comma, as Trainer names them: wandb, tensorboard, ...")
 
 
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
@@ -195,7 +199,7 @@ def with_settings(
         option.metavar = "" if kind is bool else option.metavar
     for section, config in sections.items():
         kinds = typing.get_type_hints(config)
-        for name in field_names(config):
+        for name in sorted(field_names(config), key=lambda name: name not in config.__annotations__):  # its own first
             if name not in taken:
                 parameters += _flags(section, config, name, plain_type(kinds[name]), presets, help_preset)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

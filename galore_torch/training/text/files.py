@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_torch.training.run.files import digest_of_file
-from galore_torch.training.run.names import is_written_as_path, local_path, require_on_hub
+from galore_torch.training.run.names import first_of, is_written_as_path, local_path, require_on_hub
 from galore_torch.training.text.config import DataConfig
 
 _SUFFIXES = {  # by what Datasets calls a file's kind
@@ -223,18 +223,15 @@ def _is_otherwise_parted(columns: Sequence[str]) -> bool:
 
 def _lines(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(file if suffix in _LINES else (), 1):
-        if line.strip():
-            yield _row(f"{field} = {name!r}: line {number}", line)
-
-
-def _row(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}); fix the line.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is no JSON object; give one a line.")
-    return row
+        where = f"{field} = {name!r}: line {number}"
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON ({error}); fix the line.") from error
+        if isinstance(row, dict):
+            yield row
+        elif line.strip():
+            raise ValueError(f"{where} is no JSON object; give one a line.")
 
 
 def missing_column(field: str, name: str, columns: Iterable[str]) -> ValueError:
@@ -281,5 +278,4 @@ def in_rows(numbers: Sequence[int]) -> str:
     >>> in_rows([7]), in_rows([7, 9])
     ('row 7', 'rows 7, 9')
     """
-    more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(f'{number:,}' for number in numbers[:_NAMED])}{more}"
+    return f"row{'s' if len(numbers) > 1 else ''} {first_of([f'{number:,}' for number in numbers], _NAMED)}"
