@@ -24,7 +24,7 @@ def parse_bytes(text: str, name: str = "memory") -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
-        raise ValueError(f"{name} = {text!r} is no size; give a number with a unit, such as 24GB, 200MB or 24GiB.")
+        raise ValueError(f"{name} = {text!r} is no size; give a number with a unit, such as 200MB, 24GB or 24GiB.")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
