@@ -1,19 +1,29 @@
 """The command of a job: what tells ``galore pretrain`` from ``galore finetune``, to a user and to a comparison."""
 
+import dataclasses
+import json as json_format
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
-from galore_torch.training.run.command import Config, Json, Out, Resume, option, run_command
+from galore_torch.training.run import hub, processes
+from galore_torch.training.run.checkpoints import step_of
+from galore_torch.training.run.command import Json, loading, option, reported_errors
+from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.records import Record
+from galore_torch.training.run.signals import Screen, exit_status, stoppable
 from galore_torch.training.settings.config import PresetTable, sections_of
 from galore_torch.training.settings.fields import given_settings, with_settings
 from galore_torch.training.settings.methods import METHODS, help_text
+from galore_torch.units import duration, readable
 
 if TYPE_CHECKING:
-    from galore_torch.training.run.job import Job
+    from galore_torch.training.run.job import Job, RunResult
 
 _OF_ALL = """
 Ctrl-C finishes the step, saves a checkpoint and says how to go on.
@@ -70,35 +80,123 @@ class JobCommand:
             f"What is trained, and how: {', '.join(self.offered)}. Overrides preset and --config; flags override it. "
             r"[dim]\[default: galore][/]"
         )
+        resumes = option(
+            "Resume the run in --out, with its own settings; with more --steps or --epochs also one that has ended.",
+            "--resume",
+        )
         prepares = option("Only read, tokenize and cache the text, for runs to come.", "--prepare")
 
         def command(
             *,
             preset: Annotated[str | None, presets] = None,
             method: Annotated[str | None, methods] = None,
-            config: Config = None,
-            out: Out = None,
-            resume: Resume = False,
+            config: Annotated[Path | None, option("TOML file of settings, such as a run folder's config.toml.")] = None,
+            out: Annotated[Path | None, option("Run folder to make, by default in runs/.")] = None,
+            resume: Annotated[bool, resumes] = False,
             prepare: Annotated[bool, prepares] = False,
             json: Json = False,
             **given: Any,
         ) -> None:
-            given = given_settings(given)
-
-            def configured() -> tuple[Any, str]:
-                settings = self.presets.configure(preset, config, method=method, **given)
-                start = preset or (self.presets.default(given) if config is None else config.stem)
-                self.advise(start, settings, given)
-                return settings, f"{getattr(settings.data, 'task', start)}-{method or settings.title}"
-
-            options = {"preset": preset, "method": method, "config": config, **given}
-            instead = self.prepare if prepare else None
-            run_command(self.load, self.name, configured, options, out=out, resume=resume, json=json, instead=instead)
+            own = {"preset": preset, "method": method, "config": config}
+            self._run({**own, **given_settings(given)}, out=out, resume=resume, prepare=prepare, json=json)
 
         command.__doc__ = self.help + _OF_ALL
         return self.with_settings(command, () if self.prepare else ("prepare",))
+
+    def _configured(
+        self, *, preset: str | None, method: str | None, config: Path | None, **given: Any
+    ) -> tuple[Any, Path]:
+        """The settings, and the run folder where none is named."""
+        settings = self.presets.configure(preset, config, method=method, **given)
+        start = preset or (self.presets.default(given) if config is None else config.stem)
+        self.advise(start, settings, given)
+        return settings, Path("runs", f"{getattr(settings.data, 'task', start)}-{method or settings.title}")
+
+    def _run(self, options: dict[str, Any], *, out: Path | None, resume: bool, prepare: bool, json: bool) -> None:
+        """All from the options to the result on the screen and the exit status; libraries are imported late."""
+        console, name = Screen(stderr=json, quiet=not processes.is_first()), f"galore {self.name}"
+        changes: dict[str, Any] = {}
+        folder: RunFolder | None = None
+        with stoppable(lambda: _stopped(folder, name, resumed=resume)):
+            with reported_errors(name):
+                if resume:
+                    if out is None:
+                        raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
+                    changes = RunFolder(out).require_unfinished(options)
+                    found, settings = out, None
+                else:
+                    settings, default = self._configured(**options)
+                    settings.require_there()
+                    hub.require_token(settings.schedule.push_to_hub)
+                    if prepare and self.prepare is not None:
+                        self.prepare(settings, console)
+                        return
+                    found = out or default
+                    resume = processes.goes_on(RunFolder(found))
+                    if not resume:
+                        processes.run_folder(found).require_new()
+                folder = processes.run_folder(found)
+                with loading(console):
+                    from galore_torch.training.run.run import new_run, resumed_run
+
+                    job = self.load()
+                run = (
+                    resumed_run(job, folder, console=console, changes=changes)
+                    if resume
+                    else new_run(job, settings, folder, console=console)
+                )
+            with reported_errors(name, lambda: _failed(run.folder, name)):
+                result: RunResult = run.train()
+            if json and processes.is_first():
+                print(json_format.dumps(dataclasses.asdict(result)))
+            elif not json:
+                for line in _shown(result, name):
+                    console.out(line, highlight=False)
+            if not result.finished:
+                raise typer.Exit(exit_status())
 
     def with_settings(self, command: Callable[..., None], hidden: Sequence[str] = ()) -> Callable[..., None]:
         """A command with a flag for each setting of the job, but for options of its own that are hidden."""
         sections = sections_of(self.presets.config)
         return with_settings(command, sections, self.presets.presets, self.help_preset, hidden)
+
+
+def _shown(result: "RunResult", name: str) -> list[str]:
+    """What a run came to, and what to do with it."""
+    if not result.finished:
+        return [
+            f"Stopped after step {result.step:,}. It is saved in {result.checkpoint}; resume with:",
+            f"  {name} --resume --out {shlex.quote(result.out)}",
+        ]
+    folder = RunFolder(Path(result.out))
+    planned = result.planned_memory_bytes
+    said = "" if planned is None else f" (planned {readable(planned)}; both with the process itself)"
+    names = ("model", "metrics", "plot", "predictions", "events")
+    files = {name: getattr(folder, name) for name in names}
+    return [
+        f"{result.headline}  optimizer state {readable(result.state_bytes)}  "
+        f"peak memory {readable(result.peak_memory_bytes)}{said}  {duration(result.seconds)} of training",
+        "  ".join(f"{what} {path}" for what, path in files.items() if path.exists()),
+        *result.remarks,
+    ]
+
+
+def _failed(folder: RunFolder, name: str) -> str:
+    """What a run whose process failed has left, and how to go on."""
+    if folder.final is not None:
+        return f"{folder.root} holds the finished run."
+    saved, how = folder.checkpoints.newest(), f":\n  {name} --resume --out {shlex.quote(str(folder.root))}"
+    if saved is not None:
+        return f"{folder.root} is saved as of step {step_of(saved):,}; resume with{how}"
+    return f"{folder.root} has no checkpoint yet; start it over with{how}"
+
+
+def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
+    """Leave a saved state or an untouched folder of the run that a stopped command was at work on, and say which."""
+    if folder is None or not (resumed or folder.was_begun_here):
+        return "Stopped. Nothing was written."
+    folder.abandon()
+    if folder.config.exists():
+        return f"Stopped. {_failed(folder, name)}"
+    there = "as it was" if folder.root.exists() else "not there"
+    return f"Stopped before there was anything to save: {folder.root} is {there}."
