@@ -138,9 +138,7 @@ class RowsConfig:
             raise ValueError(
                 f"label_column = {self.label_column!r} is the column of the text too; give that of the labels."
             )
-        needs = {name: f"task = {' or '.join(map(repr, tasks))}" for name, tasks in _ONLY.items()}
-        idle = {name: need for name, need in needs.items() if self.task not in _ONLY[name]}
-        require_defaults(self, f"task = {self.task!r}", idle)
+        require_defaults(self, "task", _ONLY)
 
 
 @settings
@@ -170,10 +168,9 @@ class LengthConfig(RunConfig):
     )
 
     def __post_init__(self) -> None:
-        if not self.load_best_model_at_end:
-            of_best = dict.fromkeys(("metric_for_best_model", "early_stopping_patience"), "load_best_model_at_end")
-            require_defaults(self, "load_best_model_at_end = False", of_best)
-        elif self.save_every not in (None, self.eval_every):
+        of_best = dict.fromkeys(("metric_for_best_model", "early_stopping_patience"), (True,))
+        require_defaults(self, "load_best_model_at_end", of_best)
+        if self.load_best_model_at_end and self.save_every not in (None, self.eval_every):
             raise ValueError(
                 f"save_every = {self.save_every} has no effect with load_best_model_at_end = True, which saves at "
                 "every evaluation; leave it out."

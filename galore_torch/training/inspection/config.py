@@ -115,9 +115,7 @@ class ModelDataConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.task == PLAIN_TEXT:
-            of_rows = dict.fromkeys(("text_pair_column", "label_column", "labels"), "task = 'classify'")
-            require_defaults(self, f"task = {PLAIN_TEXT!r}", of_rows)
+        require_defaults(self, "task", dict.fromkeys(("text_pair_column", "label_column", "labels"), ("classify",)))
 
 
 @settings

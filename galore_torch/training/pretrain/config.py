@@ -38,11 +38,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.model is not None:
             object.__setattr__(self, "model", model_of_run("model", self.model))
-        named = "config_of" if self.model is None else "model"
-        if getattr(self, named) is not None:
-            idle = ("config_of", *SIZES) if named == "model" else SIZES
-            require_defaults(self, f"{named} = {getattr(self, named)!r}", dict.fromkeys(idle, f"no {named}"))
-        require_defaults(self, "model = None", {} if self.model else {"gguf_file": "a model"})
+        require_defaults(self, "model", dict.fromkeys(("config_of", *SIZES), (None,)))
+        require_defaults(self, "config_of", dict.fromkeys(SIZES, (None,)))
+        if self.gguf_file and self.model is None:
+            raise ValueError(f"gguf_file = {self.gguf_file!r} has no effect with model = None; give the model.")
         if self.hidden and self.heads and self.hidden % (2 * self.heads):
             raise ValueError(
                 f"heads = {self.heads} does not divide hidden = {self.hidden} into heads of even width; "
@@ -72,8 +71,7 @@ class ScheduleConfig(RunConfig):
     save_every: int = setting(1000, "Steps between two resumable checkpoints; 0 saves at the end and on Ctrl-C.", ge=0)
 
     def __post_init__(self) -> None:
-        needs = {} if self.parallel == "fsdp" else {"shard_bases": "parallel = 'fsdp'"}
-        require_defaults(self, f"parallel = {self.parallel!r}", needs)
+        require_defaults(self, "parallel", {"shard_bases": ("fsdp",)})
 
 
 @settings

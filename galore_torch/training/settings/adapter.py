@@ -39,9 +39,7 @@ class AdapterConfig:
     )
 
     def __post_init__(self) -> None:
-        idle = {name: adapters for name, adapters in ADAPTERS_WITH.items() if self.adapter not in adapters}
-        needs = {name: f"adapter = {' or '.join(map(repr, adapters))}" for name, adapters in idle.items()}
-        require_defaults(self, f"adapter = {self.adapter!r}", needs)
+        require_defaults(self, "adapter", ADAPTERS_WITH)
 
 
 ADAPTERS_WITH: dict[str, tuple[str, ...]] = {

@@ -121,21 +121,24 @@ def field_names(*kinds: type) -> list[str]:
     return [field.name for kind in kinds for field in dataclasses.fields(kind)]
 
 
-def require_defaults(config: Any, condition: str, needs: Mapping[str, str]) -> None:
+def require_defaults(config: Any, by: str, only: Mapping[str, Collection[Any]]) -> None:
     """Refuse settings of a section that are not as by default though they have no effect.
 
     Args:
         config: the section.
-        condition: what they have no effect with, such as ``adapter = 'none'``.
-        needs: what each of them has an effect with.
+        by: the setting that decides whether they have one.
+        only: the values of that setting with which each of them has.
 
     Raises:
         ValueError: with the setting, its value and the remedy.
     """
-    for name, need in needs.items():
-        value = getattr(config, name)
-        if value != config.__pydantic_fields__[name].default:
-            raise ValueError(f"{name} = {value!r} has no effect with {condition}; leave it out, or choose {need}.")
+    for name, values in only.items():
+        value, chosen = getattr(config, name), getattr(config, by)
+        if chosen not in values and value != config.__pydantic_fields__[name].default:
+            need = f"{by} = {' or '.join(map(repr, values))}"
+            raise ValueError(
+                f"{name} = {value!r} has no effect with {by} = {chosen!r}; leave it out, or choose {need}."
+            )
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:

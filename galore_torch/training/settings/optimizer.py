@@ -208,9 +208,8 @@ class OptimizerConfig:
     )
 
     def __post_init__(self) -> None:
-        idle = [name for name in field_names(OptimizerConfig) if not has_effect(name, self.optim)]
-        needs = {name: f"one of {', '.join(optimizers_with(name))}" for name in idle if name not in _SHARED}
-        require_defaults(self, f"optim = {self.optim!r}", needs)
+        judged = [name for name in field_names(OptimizerConfig) if name not in _SHARED]
+        require_defaults(self, "optim", {name: optimizers_with(name) for name in judged})
         if self.residual not in (None, "none") and self.gradients != "full" and KINDS[self.optim].projected:
             raise ValueError(
                 f"gradients = {self.gradients!r} keeps projected gradients alone, and residual = {self.residual!r} "
