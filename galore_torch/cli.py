@@ -79,7 +79,7 @@ def build_app() -> typer.Typer:
         ImportError: when the ``train`` extra is not installed.
     """
     from galore_torch.training.compare import command as comparison
-    from galore_torch.training.compare.jobs import JOBS
+    from galore_torch.training.compare.plan import JOBS
     from galore_torch.training.evaluation import command as evaluation
     from galore_torch.training.finetune.config import RowsConfig
     from galore_torch.training.inspection import command as inspection

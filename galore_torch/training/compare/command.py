@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from galore_torch.training.compare.jobs import JOBS
-from galore_torch.training.compare.plan import PLAN, PlannedRun, make_plan, read_plan, require_same_plan
+from galore_torch.training.compare.plan import JOBS, PLAN, PlannedRun, make_plan, read_plan, require_same_plan
 from galore_torch.training.compare.results import as_json, compare, final_record, notes, read_end, table
 from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, Json, option, reported_errors, this_command

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from galore_torch.training.finetune.command import FINETUNE
+from galore_torch.training.pretrain.command import PRETRAIN
 from galore_torch.training.run.files import Lock, require_empty, write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.methods import method_settings, refuse_without_effect
+
+JOBS = {job.name: job for job in (PRETRAIN, FINETUNE)}
+"""What can be compared, by name; the first is meant where none is named."""
 
 PLAN = "plan.json"
 """The plan's name in a comparison's folder."""
@@ -85,7 +90,6 @@ def rates_by_method(option: str, given: Sequence[str], methods: Sequence[str]) -
 def own_settings(job: JobCommand, given: Sequence[str], methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What each method sets for itself, from texts such as ``lora:adapter_rank=2``; its configuration judges them.
 
-    >>> from galore_torch.training.pretrain.command import PRETRAIN
     >>> own_settings(PRETRAIN, ["lora:adapter-rank=2"], ["galore", "lora"])
     {'galore': {}, 'lora': {'adapter_rank': 2}}
     """

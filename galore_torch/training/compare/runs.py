@@ -13,8 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from galore_torch.training.compare.jobs import JOBS
-from galore_torch.training.compare.plan import PLAN, PlannedRun, keep_plan, lock_of
+from galore_torch.training.compare.plan import JOBS, PLAN, PlannedRun, keep_plan, lock_of
 from galore_torch.training.compare.process import call_in_process
 from galore_torch.training.compare.results import beside, final_record, shown
 from galore_torch.training.run import processes

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 from galore_torch.training.run.names import local_path, model_of_run, require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig, sections_of
 from galore_torch.training.settings.fields import DType, RunConfig, require_defaults, setting, settings
-from galore_torch.training.settings.optimizer import MATRICES
+from galore_torch.training.settings.optimizer import MATRICES, modules_named
 from galore_torch.training.text import files
 
 TaskName = Literal[
@@ -204,7 +204,10 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
 
     def require_there(self, *, labelled: bool = True) -> None:
-        """Refuse rows or a model that is not there, and rows without a column or with none in one of the first."""
+        """Refuse rows or a model that is not there, and rows without a column or with none in one of the first.
+
+        Rows need their labels, ``labelled``, for all but predictions. Asked before libraries are imported.
+        """
         for field in ("data", "held_out"):
             name = getattr(self.data, field)
             if name is not None and name != ARITHMETIC:
@@ -239,9 +242,7 @@ class FinetuneConfig(TrainConfig):
     @property
     def target_modules(self) -> str | list[str]:
         """Which modules hold the matrices, by the rules of `galore_torch.param_groups`."""
-        if self.model.target_modules is None:
-            return MATRICES
-        return "all-linear" if self.model.target_modules == "all-linear" else self.model.target_modules.split(",")
+        return MATRICES if self.model.target_modules is None else modules_named(self.model.target_modules)
 
 
 def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) -> list[dict[str, Any]]:

@@ -102,7 +102,13 @@ class Finetuning(Job):
 
     def schedule(self) -> dict[str, Any]:
         """Steps or epochs; a warmup, then what the settings say of the learning rate."""
-        schedule = self.config.schedule
+        schedule, of_best = self.config.schedule, {}
+        eval_steps = save_steps = schedule.eval_every or self._steps_per_epoch
+        if schedule.load_best_model_at_end:  # the state of each evaluation is saved
+            best = schedule.metric_for_best_model or next(iter(self._measured))
+            of_best["metric_for_best_model"] = self._measured[best]
+        else:
+            save_steps = schedule.save_every or self._steps_per_epoch
         return {
             "max_steps": schedule.steps or -1,
             "num_train_epochs": schedule.epochs,
@@ -110,16 +116,10 @@ class Finetuning(Job):
             "warmup_steps": schedule.warmup,  # below 1 it is a share of the steps
             "bf16": schedule.bf16,
             "use_cpu": schedule.bf16 and not torch.cuda.is_available(),  # else Transformers refuses bf16 on a CPU
-            "eval_steps": schedule.eval_every or self._steps_per_epoch,
-            "save_steps": schedule.save_every or self._steps_per_epoch,
-            **(self._of_best() if schedule.load_best_model_at_end else {}),
+            "eval_steps": eval_steps,
+            "save_steps": save_steps,
+            **of_best,
         }
-
-    def _of_best(self) -> dict[str, Any]:
-        """By what evaluations are compared, and that the state of each of them is saved."""
-        schedule = self.config.schedule
-        metric = self._measured[schedule.metric_for_best_model or next(iter(self._measured))]
-        return {"metric_for_best_model": metric, "save_steps": schedule.eval_every or self._steps_per_epoch}
 
     def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
         """That of the kind."""

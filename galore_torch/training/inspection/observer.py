@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from rich.markup import escape
@@ -18,6 +17,7 @@ from galore_torch.training.inspection.jobs import InspectedJob
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.job import Job, make_trainer
 from galore_torch.training.run.signals import stop_if_asked
+from galore_torch.training.settings.optimizer import modules_named
 from galore_torch.units import readable
 
 
@@ -95,9 +95,7 @@ def observed_trainer(observer: GradientObserver, folder: str, *callbacks: Traine
 
 def _weights(job: Job, target_modules: str | None) -> dict[str, Tensor]:
     """The weights of some modules, or those that the job projects, by name."""
-    targets = job.target_modules
-    if target_modules is not None:
-        targets = "all-linear" if target_modules == "all-linear" else re.split(r"\s*,\s*", target_modules.strip())
+    targets = job.target_modules if target_modules is None else modules_named(target_modules)
     try:
         return optimizers.matrices(job.model, targets)
     except ValueError as error:

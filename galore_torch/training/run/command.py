@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from galore_torch.training.run import hub
 from galore_torch.training.run.disk import failed_write
 from galore_torch.training.run.folder import OtherDataError
+from galore_torch.training.run.names import NotPushedError
 
 REFUSED = 2  # the exit status of a command that was asked for something it cannot do, as shells have it
 FAILED = 1  # that of one that could not finish what it had begun
@@ -70,7 +70,7 @@ def explain(error: Exception, *, at_work: bool = False) -> str | None:
         failed = f"{file.strerror}: {file.filename}"
     if failed is not None:
         return f"a file could not be written: {failed}. {_ROOM}"
-    if isinstance(error, (OtherDataError, hub.NotPushedError) if at_work else (ValueError, ImportError)):
+    if isinstance(error, (OtherDataError, NotPushedError) if at_work else (ValueError, ImportError)):
         return " ".join(map(str.strip, str(error).splitlines()))
     if not at_work and file is not None:
         return f"{file.filename!r} cannot be used: {file.strerror}. Allow it, or give another path."

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from galore_torch.training.run import hub, processes
+from galore_torch.training.run import processes
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.command import Json, loading, option, reported_errors
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.names import require_token
 from galore_torch.training.run.records import Record
 from galore_torch.training.run.signals import Screen, exit_status, stoppable
 from galore_torch.training.settings.config import PresetTable, sections_of
@@ -127,7 +128,7 @@ class JobCommand:
                 else:
                     settings, default = self._configured(**options)
                     settings.require_there()
-                    hub.require_token(settings.schedule.push_to_hub)
+                    require_token(settings.schedule.push_to_hub)
                     if prepare and self.prepare is not None:
                         self.prepare(settings, console)
                         return

@@ -17,7 +17,7 @@ from galore_torch.integrations.callback import GaLoreCallback, figures_of, galor
 from galore_torch.optim import state_bytes
 from galore_torch.training.baselines import restarts
 from galore_torch.training.baselines.layers import adapt, merged
-from galore_torch.training.run import disk, hub, machine, optimizers, processes, records, sharded
+from galore_torch.training.run import disk, machine, names, optimizers, processes, records, sharded
 from galore_torch.training.run.callbacks import (
     EarlyStopping,
     EndAfterLastStep,
@@ -59,7 +59,7 @@ class Run:
     ) -> None:
         quiet(console)
         config.require_there()
-        hub.require_token(config.schedule.push_to_hub)
+        names.require_token(config.schedule.push_to_hub)
         processes.require_served(config, in_processes=kind.in_processes(config))
         console = console if processes.is_first() else Console(quiet=True)
         machine.ignore_accelerate(console)
@@ -103,14 +103,14 @@ class Run:
         processes.require_same_text(job.digest)
         self._planned = machine.planned_peak(job, self.trainer, console)
         name = config.schedule.push_to_hub
-        self._repository = hub.make_repository(name) if name is not None and processes.is_first() else None
+        self._repository = names.make_repository(name) if name is not None and processes.is_first() else None
         if before is not None and processes.is_first():
             _record_changes(folder, before, config, self.checkpoint, console)
 
     def train(self) -> Any:
         """Train to the last step or until Ctrl-C; once finished, write the model, the plot and the last record.
 
-        A model that is to be pushed is uploaded then, and a `hub.NotPushedError` says that it was not.
+        A model that is to be pushed is uploaded then, and a `names.NotPushedError` says that it was not.
         What the run came to is returned, as the job's kind of `RunResult`.
         """
         try:
@@ -125,7 +125,7 @@ class Run:
                     self._finish(result, weights, predictions)
             processes.wait_for_all()
             if result.finished and self._repository is not None:
-                self._console.out(hub.push(self.folder.model, self._repository), highlight=False)
+                self._console.out(names.push(self.folder.model, self._repository), highlight=False)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or was_asked():
                 self.folder.abandon()

@@ -51,13 +51,6 @@ class TrainConfig:
             )
         _check_modes(self.optimizer, self.schedule.batch, self.micro_batch)
 
-    def require_there(self, *, labelled: bool = True) -> None:
-        """Refuse, with a ValueError, what the settings name and is not there: before libraries are imported.
-
-        Args:
-            labelled: whether rows need their labels, as they do for all but predictions.
-        """
-
     @property
     def micro_batch(self) -> int:
         """Sequences or rows at once."""

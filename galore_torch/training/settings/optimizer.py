@@ -21,6 +21,11 @@ MATRICES = r".+\.\d+\..+"
 they are called. By the rules of `galore_torch.param_groups`."""
 
 
+def modules_named(names: str) -> str | list[str]:
+    """The modules that a setting names: parts of their names by comma, or all-linear."""
+    return names if names == "all-linear" else [name.strip() for name in names.split(",")]
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a name that ``--optim`` takes stands for.
