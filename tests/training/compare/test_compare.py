@@ -13,18 +13,12 @@ import sys
 import pytest
 from rich.console import Console
 
-from galore_torch.training.compare.plan import (
-    FINETUNE,
-    PRETRAIN,
-    keep_plan,
-    make_plan,
-    rates_by_method,
-    require_same_plan,
-)
+from galore_torch.training.compare.plan import keep_plan, make_plan, rates_by_method, require_same_plan
 from galore_torch.training.compare.report import apart_and_shared, held_out, in_lines, losses, report, sensitivity
 from galore_torch.training.compare.results import RunEnd, as_json, compare, notes, rows, table
+from galore_torch.training.finetune.command import FINETUNE, Amount
+from galore_torch.training.pretrain.command import PRETRAIN
 from galore_torch.training.run import records
-from galore_torch.training.run.job_command import Amount
 from tests.architecture import ROOT
 from tests.forked import Galore, galore
 from tests.training.during import last_record

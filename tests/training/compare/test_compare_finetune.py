@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, TrainerCallback
 
-from galore_torch.training.compare.plan import FINETUNE, make_plan
+from galore_torch.training.compare.plan import make_plan
+from galore_torch.training.finetune.command import FINETUNE
 from galore_torch.training.finetune.presets import configure
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import records
