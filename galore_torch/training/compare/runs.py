@@ -43,9 +43,8 @@ def make_runs(job: JobCommand, runs: Sequence[PlannedRun], out: Path, console: C
             fit what was asked for: so would the others not. The folder is then as it was.
     """
     if processes.count() > 1:
-        kind = job.load()
         for run in runs:
-            processes.require_served(run.config, in_processes=kind.in_processes(run.config))
+            processes.require_served(run.config)
         processes.connect(trains=False)
     with _alone_in(out, console):
         is_first = processes.is_first()

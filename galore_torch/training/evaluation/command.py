@@ -18,7 +18,7 @@ from galore_torch.training.run.files import require_writable, write_whole
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import local_path, model_of_run
 from galore_torch.training.run.signals import stoppable
-from galore_torch.training.settings.config import from_values, read_toml
+from galore_torch.training.settings.config import from_values
 from galore_torch.training.settings.fields import given_settings
 
 EXAMPLES = """[bold]Examples[/]
@@ -87,8 +87,7 @@ def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
             return configure_rows(model=model, **{"held_out": data, **given}), True
         values: dict[str, Any] = {}
     else:
-        folder.require_settings()
-        values = {key: value for section in read_toml(folder.config).values() for key, value in section.items()}
+        values = folder.settings()
         model = model_of_run("model", model)
         values.pop("gguf_file", None)
         if "task" in values:

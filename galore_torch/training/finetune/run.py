@@ -95,11 +95,6 @@ class Finetuning(Job):
             f"{length} of batches of {schedule.batch}"
         )
 
-    @classmethod
-    def in_processes(cls, config: FinetuneConfig) -> bool:
-        """Not where TRL has one process write what all of them read, or each draws answers of its own."""
-        return config.data.task not in ("dpo", "grpo")
-
     def schedule(self) -> dict[str, Any]:
         """Steps or epochs; a warmup, then what the settings say of the learning rate."""
         schedule, of_best = self.config.schedule, {}

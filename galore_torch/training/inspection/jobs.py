@@ -21,7 +21,7 @@ from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
-from galore_torch.training.settings.config import from_values, read_toml, sections_of
+from galore_torch.training.settings.config import from_values, sections_of
 from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.optimizer import KINDS
 
@@ -72,8 +72,7 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
         is_model = (run / "config.json").is_file()
         remedy = f"give it as --model {run}" if is_model else "give the folder of a galore pretrain or finetune"
         raise ValueError(f"run = {str(run)!r} holds no config.toml, so it is no run folder; {remedy}.")
-    data = read_toml(folder.config).get("data")
-    kind: type[Pretraining | Finetuning] = Finetuning if isinstance(data, dict) and "task" in data else Pretraining
+    kind: type[Pretraining | Finetuning] = Finetuning if "task" in folder.settings() else Pretraining
     recorded: Any = kind.recorded(folder)
     if recorded.adapter.adapter != "none":
         raise ValueError(

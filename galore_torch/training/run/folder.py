@@ -36,6 +36,7 @@ from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
 from galore_torch.training.run.files import Lock, require_empty, require_whole, take_back, write_whole
 from galore_torch.training.run.signals import deferred
+from galore_torch.training.settings.config import read_toml
 
 LAUNCH = "TORCHELASTIC_RUN_ID"
 """Where torchrun names its launch to the processes that it starts, all of them and anew; "none" if it was not given."""
@@ -194,22 +195,23 @@ class RunFolder:
             records.keep_until(self.metrics, step, final=False)
         records.append(self.changes, {"step": step, **changed})
 
-    def changed(self) -> dict[str, Any]:
-        """The settings that resumptions have changed, by name, as they are now."""
-        lines = _read(self.changes).splitlines(keepends=True)
-        try:
-            found = [json.loads(line) for line in lines if line.endswith("\n")]
-            return {name: value[1] for one in found for name, value in one.items() if name != "step"}
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{self.changes} is damaged. Restore it from a copy.") from error
+    def settings(self) -> dict[str, Any]:
+        """The settings by name, with what resumptions have changed.
 
-    def require_settings(self) -> None:
-        """Refuse a ``config.toml`` that is not as it was written: what it lacks would be as it is by default."""
+        A ``config.toml`` that is not as it was written is refused: what it lacks would be as it is by default.
+        """
         if _digest(_read(self.config)) != self.digest_of(self.config.name):
             raise ValueError(
                 f"{self.config} is not as it was when the run was started: it is damaged, or was edited. Restore it, "
                 "or start over with another --out."
             )
+        began = {name: value for section in read_toml(self.config).values() for name, value in section.items()}
+        lines = _read(self.changes).splitlines(keepends=True)
+        try:
+            found = [json.loads(line) for line in lines if line.endswith("\n")]
+            return began | {name: value[1] for one in found for name, value in one.items() if name != "step"}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{self.changes} is damaged. Restore it from a copy.") from error
 
     def newest_weights(self) -> tuple[Path, int]:
         """The folder of the finished model or of the newest whole checkpoint, and how many steps have made it.

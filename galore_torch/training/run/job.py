@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from galore_torch.training.run import optimizers, processes, sharded
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.stream import Stream
-from galore_torch.training.settings.config import from_values, read_file
+from galore_torch.training.settings.config import from_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,7 @@ class Job(ABC):
     @classmethod
     def recorded(cls, folder: RunFolder) -> Any:
         """The settings of a run, with what resumptions have changed; a ValueError when they are not as written."""
-        folder.require_settings()
-        return from_values(cls.settings, {**read_file(cls.settings, folder.config)[1], **folder.changed()})
+        return from_values(cls.settings, folder.settings())
 
     @abstractmethod
     def schedule(self) -> dict[str, Any]:
@@ -90,11 +89,6 @@ class Job(ABC):
     @abstractmethod
     def scores(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What the Trainer's metrics of an evaluation say of the model besides the loss."""
-
-    @classmethod
-    def in_processes(cls, config: Any) -> bool:  # noqa: ARG003
-        """Whether one with these settings can run in several processes."""
-        return True
 
     def figures(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The fields that `result` has of the last scores; of none, where the run was stopped."""
@@ -122,7 +116,7 @@ def make_trainer(
         given: `TrainingArguments` that take the place of the job's.
     """
     settings, schedule = job.config.optimizer, job.config.schedule
-    micro_batch = processes.require_served(job.config, in_processes=job.in_processes(job.config))
+    micro_batch = processes.require_served(job.config)
     arguments: dict[str, Any] = {
         "learning_rate": settings.lr,
         "max_grad_norm": settings.max_grad_norm,

@@ -62,12 +62,11 @@ def require_one() -> None:
         raise ValueError(f"WORLD_SIZE = {count()}: this job runs in one process; start it without a launcher.")
 
 
-def require_served(config: Any, *, in_processes: bool) -> int:
+def require_served(config: Any) -> int:
     """Check that a job can run in as many processes as there are.
 
     Args:
         config: the job's settings.
-        in_processes: whether such a job can run in several.
 
     Returns:
         How many sequences of a step one process takes at a time.
@@ -75,7 +74,7 @@ def require_served(config: Any, *, in_processes: bool) -> int:
     Raises:
         ValueError: it cannot, or its batch cannot be divided.
     """
-    if not in_processes:
+    if not config.in_processes:
         require_one()
     if count() > 1 and config.adapter.adapter != "none":
         raise ValueError(f"adapter = {config.adapter.adapter!r} runs in one process; start it without a launcher.")

@@ -60,7 +60,7 @@ class Run:
         quiet(console)
         config.require_there()
         names.require_token(config.schedule.push_to_hub)
-        processes.require_served(config, in_processes=kind.in_processes(config))
+        processes.require_served(config)
         console = console if processes.is_first() else Console(quiet=True)
         machine.ignore_accelerate(console)
         reported = machine.trackers(config.schedule.report_to) if processes.is_first() else []

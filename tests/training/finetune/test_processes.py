@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run import processes, records
 from galore_torch.training.run.folder import RunFolder
 from tests.training.run.test_processes import BAR, ended
@@ -83,4 +82,4 @@ def test_stages_that_run_in_one_process_are_refused_in_more(task, supervise, mon
     config = supervise(task=task)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE = 2"):
-        processes.require_served(config, in_processes=Finetuning.in_processes(config))
+        processes.require_served(config)

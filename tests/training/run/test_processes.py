@@ -19,9 +19,10 @@ from tests.training.run.torchrun import BAR, ended, launch, losses, names
 from tests.waiting import DEADLINE
 
 
-def settings(**given: Any) -> Any:
+def settings(*, in_processes: bool = True, **given: Any) -> Any:
     adapter = SimpleNamespace(adapter=given.pop("adapter", "none"))
-    return SimpleNamespace(schedule=SimpleNamespace(**{"batch": 8, "micro_batch": None, **given}), adapter=adapter)
+    schedule = SimpleNamespace(**{"batch": 8, "micro_batch": None, **given})
+    return SimpleNamespace(schedule=schedule, adapter=adapter, in_processes=in_processes)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def settings(**given: Any) -> Any:
 )
 def test_a_batch_is_divided_among_the_processes(world, given, micro_batch, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world)
-    assert processes.require_served(settings(**given), in_processes=True) == micro_batch
+    assert processes.require_served(settings(**given)) == micro_batch
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_a_batch_is_divided_among_the_processes(world, given, micro_batch, monke
 def test_what_several_processes_cannot_run_is_refused(world, given, in_processes, words, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ValueError, match=words):
-        processes.require_served(settings(**given), in_processes=in_processes)
+        processes.require_served(settings(**given, in_processes=in_processes))
 
 
 ALONE = """
