@@ -94,7 +94,7 @@ def inspect(
         if json:
             print(json_format.dumps(found))
             return
-        console.print(report.table(found))
+        console.print(report.table(found), "")
         for text in (*report.texts(found), f"report {folder}/report.html  figures {folder}/inspection.json"):
             console.print(text, highlight=False, markup=False, soft_wrap=text.startswith((report.BY_IT, "report ")))
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich import box
 from rich.table import Table
 
 from galore_torch.training.page.page import Page
+from galore_torch.training.run.command import table_of
 from galore_torch.training.run.machine import versions
 from galore_torch.training.run.plots import GRAY, add_legend, line_style, new_axes
 from galore_torch.units import readable
@@ -96,13 +96,10 @@ def texts(found: Found) -> list[str]:
 
 
 def table(found: Found) -> Table:
-    """The table for a terminal of 80 columns."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, heading in enumerate(next(rows(found))):
-        made.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=bool(place))
-    for name, *figures in map(dict.values, rows(found)):
-        made.add_row(name if len(name) < 15 else name.replace(".", ".\n"), *figures)
-    return made
+    """The table for a terminal."""
+    rest = [list(row.values()) for row in rows(found)]
+    cells = [[name if len(name) < 15 else name.replace(".", ".\n"), *figures] for name, *figures in rest]
+    return table_of(next(rows(found)), cells)
 
 
 def files(found: Found, command: str) -> dict[str, bytes]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from galore_torch.training.run.command import loading, option, reported_errors, this_command
+from galore_torch.training.run.command import loading, option, reported_errors, table_of, this_command
 from galore_torch.training.run.files import require_writable
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.fields import given_settings
@@ -100,17 +97,7 @@ def plan(
             print(json_format.dumps(shown.as_json()))
             return
         console.print(shown.title, highlight=False, markup=False)
-        console.print(_table(shown.columns, shown.rows), "")
-        if shown.costs:
-            console.print(_table(shown.cost_columns, shown.cost_rows), "")
+        for columns, rows in shown.tables:
+            console.print(table_of(columns, rows), "")
         for text in texts:
             console.print(text, highlight=False, markup=False)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for place, heading in enumerate(columns):
-        table.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table

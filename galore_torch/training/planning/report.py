@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,45 +152,27 @@ class Planned:
         return f"{self.subject.name}: {one.parameters:,} parameters in {self.subject.model.dtype}, {rows}{each}"
 
     @property
-    def unit(self) -> float:
-        """Of the table's figures, in bytes."""
-        return GB if max(one.peak_bytes for one in self.found.values()) >= GB else MB
+    def tables(self) -> list[tuple[list[str], list[list[str]]]]:
+        """Headings and rows of what each method needs, and of what a step costs, where that was asked for."""
+        unit = GB if max(one.peak_bytes for one in self.found.values()) >= GB else MB
+        headings = ["GB" if unit == GB else "MB", *(HEADINGS if self.memory is not None else HEADINGS[:-1])]
+        rows = [[name, *self._cells(one, unit)] for name, one in self.found.items()]
+        if not self.costs:
+            return [(headings, rows)]
+        costs = []
+        for name, one in self.costs.items():
+            sent = ((size / GB, one.link_seconds.get(kind)) for kind, size in one.sent_bytes.items())
+            costs.append([name, *map(_figure, (*itertools.chain(*sent), one.step_seconds, one.days))])
+        of_costs = ["GB a step", *(name for kind in SENT for name in (kind, "s")), "step, s", "days"]
+        return [(headings, rows), (of_costs, costs)]
 
-    @property
-    def columns(self) -> list[str]:
-        """The headings of the table."""
-        return ["GB" if self.unit == GB else "MB", *(HEADINGS if self.memory is not None else HEADINGS[:-1])]
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """Its rows."""
-        return [[name, *self._cells(one)] for name, one in self.found.items()]
-
-    def _cells(self, one: MemoryPlan) -> list[str]:
+    def _cells(self, one: MemoryPlan, unit: float) -> list[str]:
         unknown = ("activations", "logits", "work") if one.untraced is not None else ()
         most = max(each.peak_bytes for each in self.found.values()) / GB
         digits = 2 if 1 <= most < 100 else 1  # of GB, and one of MB, so that names have room beside them
-        held = ["?" if kind in unknown else f"{one.held[kind] / self.unit:.{digits}f}" for kind in KINDS]
-        peak = f"{'>' if unknown else ''}{one.peak_bytes / self.unit:.{digits}f}"
+        held = ["?" if kind in unknown else f"{one.held[kind] / unit:.{digits}f}" for kind in KINDS]
+        peak = f"{'>' if unknown else ''}{one.peak_bytes / unit:.{digits}f}"
         return [*held, peak, *([] if self.memory is None else ["yes" if self.fits(one) else "no"])]
-
-    @property
-    def cost_columns(self) -> list[str]:
-        """The headings of the table of what a step costs."""
-        return ["GB a step", *(name for kind in SENT for name in (kind, "s")), "step, s", "days"]
-
-    @property
-    def cost_rows(self) -> list[list[str]]:
-        """Its rows; none where no costs were asked for."""
-        rows = []
-        for name, one in self.costs.items():
-            cells = [
-                text
-                for kind in one.sent_bytes
-                for text in (_figure(one.sent_bytes[kind] / GB), _figure(one.link_seconds.get(kind)))
-            ]
-            rows.append([name, *cells, _figure(one.step_seconds), _figure(one.days)])
-        return rows
 
     @property
     def texts(self) -> list[str]:
@@ -256,9 +239,8 @@ class Planned:
         from galore_torch.training.page.page import Page  # with matplotlib, which the table does without
 
         made = Page("Memory, planned", self.title)
-        made.table(self.columns, self.rows)
-        if self.costs:
-            made.table(self.cost_columns, self.cost_rows)
+        for columns, rows in self.tables:
+            made.table(columns, rows)
         for text in self.texts:
             made.text(text)
         made.figure(self._chart(), "What there is of each kind at the moment when a method needs the most.")

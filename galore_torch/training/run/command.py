@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from galore_torch.training.run.disk import failed_write
 from galore_torch.training.run.folder import OtherDataError
@@ -29,6 +31,16 @@ def option(help: str, *names: str, panel: str = "Run", metavar: str | None = Non
 Json = Annotated[bool, option("Print the result as one JSON object; progress goes to stderr.", "--json")]
 
 _ROOM = "Free some space there, or allow writing; --out, --cache and TMPDIR choose other places."
+
+
+def table_of(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for a terminal of 80 columns: names to the left, figures to the right."""
+    made = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for place, heading in enumerate(columns):
+        made.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def this_command() -> str:

@@ -258,7 +258,7 @@ def resumed_run(
     folder.hold()
     with folder.being_prepared():
         before = job.recorded(folder)
-        config = from_values(job.settings, {**_by_name(before), **changes})
+        config: Any = from_values(job.settings, {**_by_name(before), **changes})
         if "epochs" in changes and config.schedule.steps is not None:
             raise ValueError(
                 f"epochs = {changes['epochs']} has no effect on a run whose length is told in steps; give --steps."

@@ -135,7 +135,8 @@ def require_defaults(config: Any, by: str, only: Mapping[str, Collection[Any]]) 
     for name, values in only.items():
         value, chosen = getattr(config, name), getattr(config, by)
         if chosen not in values and value != config.__pydantic_fields__[name].default:
-            need = f"{by} = {' or '.join(map(repr, values))}"
+            few = f"{by} = {' or '.join(map(repr, values))}"
+            need = few if len(values) <= 3 else f"one of {', '.join(map(str, values))}"
             raise ValueError(
                 f"{name} = {value!r} has no effect with {by} = {chosen!r}; leave it out, or choose {need}."
             )
