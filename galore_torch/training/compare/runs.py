@@ -104,7 +104,6 @@ def _make_all(
 
 
 def _train(job: str, config: Any, out: Path, console: Console) -> Mapping[str, Any]:
-    """Make a run, or go on with it, and return its scores by name."""
     from galore_torch.training.run.run import new_run, resumed_run
 
     kind = JOBS[job].load()

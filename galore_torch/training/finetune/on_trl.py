@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
@@ -152,10 +151,10 @@ def _template(name: str) -> str:
         return text
     wrong = f"chat_template = {name!r} is no file, and no model that has one"
     with refused(wrong, "Give one of them.", (OSError, ValueError, KeyError)):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
     if not isinstance(tokenizer.chat_template, str):
         raise ValueError(f"chat_template = {name!r} has a tokenizer without a chat template; give another.")
-    return tokenizer.chat_template
+    return str(tokenizer.chat_template)
 
 
 class Supervised(OnTRL):

@@ -261,7 +261,6 @@ def _recorded(renewals: Iterable[Record], home: Mapping[str, str]) -> dict[str, 
 
 
 def _notes(histories: Iterable[GradientHistory], advice: Mapping[str, Recommendation]) -> list[str]:
-    """What the reader must know of the figures, a sentence each."""
     notes = []
     skipped = [one for one in histories if one.skipped]
     if skipped:
@@ -290,7 +289,6 @@ def _module(group: ModuleGroup, recommended: Recommendation) -> dict[str, Any]:
 
 
 def _at_rank(group: ModuleGroup) -> dict[str, Any]:
-    """The figures at the rank that they are about."""
     at = group.rank - 1
     return {
         "shape": group.shape,

@@ -249,7 +249,6 @@ class Planned:
         return made
 
     def _chart(self) -> Figure:
-        """A stacked bar for each method, and a line for what there is."""
         from galore_torch.training.run.plots import COLORS, GRAY, new_axes
 
         names = list(self.found)[::-1]

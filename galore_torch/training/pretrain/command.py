@@ -62,7 +62,6 @@ def _load() -> type[Job]:
 
 
 def _prepare(settings: PretrainConfig, console: Console) -> None:
-    """Read, tokenize and cache the text, and say where it is."""
     with loading(console):
         from galore_torch.training.pretrain.run import text_of
         from galore_torch.training.run.callbacks import quiet

@@ -272,7 +272,6 @@ def _by_name(config: Any) -> dict[str, Any]:
 
 
 def _record_changes(folder: RunFolder, before: Any, now: Any, checkpoint: Path | None, console: Console) -> None:
-    """Write down and print what is otherwise from here on."""
     old, new = _by_name(before), _by_name(now)
     changed = {name: [old[name], value] for name, value in new.items() if value != old[name]}
     step = 0 if checkpoint is None else step_of(checkpoint)
