@@ -123,8 +123,8 @@ class JobCommand:
                 if resume:
                     if out is None:
                         raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
-                    changes = RunFolder(out).require_unfinished(options)
-                    found, settings = out, None
+                    folder, settings = processes.run_folder(out), None
+                    changes = folder.require_unfinished(options)
                 else:
                     settings, default = self._configured(**options)
                     settings.require_there()
@@ -132,11 +132,10 @@ class JobCommand:
                     if prepare and self.prepare is not None:
                         self.prepare(settings, console)
                         return
-                    found = out or default
-                    resume = processes.goes_on(RunFolder(found))
+                    folder = processes.run_folder(out or default)
+                    resume = processes.goes_on(folder)
                     if not resume:
-                        processes.run_folder(found).require_new()
-                folder = processes.run_folder(found)
+                        folder.require_new()
                 with loading(console):
                     from galore_torch.training.run.run import new_run, resumed_run
 
