@@ -1,7 +1,8 @@
 """Refuses to go on where a model has got other parameters than the optimizer holds.
 
 `load_state_dict(assign=True)`, a new head or a changed dtype puts new ones in their place. The old ones get no gradient
-any more, the new ones' gradients are nobody's, and torch's optimizers train on without a word.
+any more, the new ones' gradients are nobody's, and torch's optimizers train on without a word. Who replaces them in the
+model and in the optimizer's groups, as Accelerate does for FSDP2, has done nothing wrong.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ def refuse_replaced_weights(model: nn.Module, optimizer: GaLore) -> Any:
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     held = weakref.ref(model)
 
-    def check(*_: Any) -> None:
+    def check(stepped: GaLore, *_: Any) -> None:
         idle = [(name, weight) for name, weight in weights if weight.grad is None]
         trained = held() if idle else None
         if trained is None:
             return
-        now = [(name, weight, _parameter(trained, name)) for name, weight in idle]
-        replaced = [name for name, weight, new in now if new is not weight and new is not None and new.grad is not None]
+        now = [(name, new) for name, weight in idle if (new := _parameter(trained, name)) is not weight]
+        if not now:
+            return
+        ours = {id(weight) for group in stepped.param_groups for weight in group["params"]}  # a trainer may swap both
+        replaced = [name for name, new in now if new is not None and new.grad is not None and id(new) not in ours]
         if replaced:
             raise ValueError(
                 f"{len(replaced)} of the model's {len(weights)} trainable parameters ({replaced[0]} first) are not "

@@ -78,6 +78,18 @@ def test_a_layer_that_is_idle_or_gone_is_no_replaced_weight(mode):
     assert not any(map(torch.equal, weights(skipped), before))
 
 
+def test_weights_that_are_replaced_in_the_optimizer_too_are_trained():
+    """As Accelerate does it for FSDP2, where a trainer has attached the model before."""
+    model, optimizer, _ = attached(("full", "step"), one_layer)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    assign(model)
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(names[id(weight)]) for weight in group["params"]]
+    before = weights(model)
+    walk(model, optimizer, range(2))
+    assert not any(map(torch.equal, weights(model), before))
+
+
 def test_steps_without_any_gradient_are_told_when_they_come_one_after_another():
     model = one_layer()
     optimizer = adamw(model)
