@@ -54,8 +54,9 @@ class Server:
             try:
                 _leave_pytest({listener.fileno(), alive, resource_tracker.getfd()})
                 _preempt_no_other()
-                select.select([listener, alive], [], [])
-                forkserver.main(listener.detach(), alive, self._modules)
+                asked, _, _ = select.select([listener, alive], [], [])
+                if listener in asked:  # and pytest has not ended without a word, so that nothing is to be imported
+                    forkserver.main(listener.detach(), alive, self._modules)
             finally:
                 os._exit(0)
         self._server._forkserver_address = listener.getsockname()
