@@ -149,6 +149,8 @@ def steps(session: Session) -> Iterator[Row]:
         for which, method in OPTIMIZERS.items():
             if name.startswith("tiny") and method.weight_bits == 8:
                 continue  # its slices are the point, and there are none
+            if session.small and name != "350m" and method.peer:
+                continue  # a process is started to import it, which takes longer than all other rows
             one = OptimizerStep(method=method, size=replace(size, gap=RARELY), device=session.device)
             folder = session.peers / method.peer.name if method.peer else None
             yield f"{name}, {which}", partial(_of_step, session, which, one, folder), STEP_S.get(name, 5.0)

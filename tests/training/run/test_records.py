@@ -1,5 +1,6 @@
 """What is recorded, how it is drawn, and how it is shown in a terminal."""
 
+import inspect
 import io
 import math
 import subprocess
@@ -10,7 +11,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from galore_torch.training.pretrain.run import Pretraining
-from galore_torch.training.run import callbacks, records
+from galore_torch.training.run import callbacks, machine, records
 from galore_torch.training.run.plots import COLORS, plot_losses, smooth
 from galore_torch.training.run.run import new_run
 
@@ -89,12 +90,21 @@ def test_what_is_being_written_stays_until_all_processes_have_ended(tiny, tmp_pa
     assert not tmp.exists()
 
 
+CHILD = f"""
+import sys
+import psutil
+import torch
+from pathlib import Path
+{inspect.getsource(machine.peak_memory_bytes)}
+print(peak_memory_bytes())
+"""  # alone, for what else its module imports takes longer than all of the test
+
+
 @pytest.mark.slow
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
-    child = "from galore_torch.training.run.machine import peak_memory_bytes; print(peak_memory_bytes())"
     parent = (
         "import subprocess, sys; large = bytearray(b'x') * 1_500_000_000; "
         "print(subprocess.run([sys.executable, '-c', sys.argv[1]], capture_output=True, text=True, check=True).stdout)"
     )
-    peak = int(subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True).stdout)
+    peak = int(subprocess.run([sys.executable, "-c", parent, CHILD], capture_output=True, text=True, check=True).stdout)
     assert 50_000_000 < peak < 1_000_000_000
