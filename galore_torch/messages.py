@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -89,5 +89,19 @@ def list_names(names: Iterable[str], most: int) -> str:
     Returns:
         The names, with commas.
     """
-    found = collapse_indices(names)
-    return ", ".join(found[:most]) + (f", and {len(found) - most} more" if len(found) > most else "")
+    return first_of(collapse_indices(names), most)
+
+
+def first_of(names: Sequence[object], most: int = 3) -> str:
+    """The first of some names or numbers, for a message, and how many more there are.
+
+    Args:
+        names: in the order in which they are shown.
+        most: how many are shown.
+
+    Example:
+        >>> first_of(["a", "b", "c", "d"])
+        'a, b, c, and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f", and {more:,} more" if more > 0 else "")

@@ -22,7 +22,7 @@ from galore_torch.gradients.linear import FusedLinear, fuse, is_linear
 from galore_torch.gradients.other_optimizers import refuse_other_optimizers
 from galore_torch.gradients.replaced_weights import refuse_replaced_weights
 from galore_torch.gradients.shared_inputs import InputTracker
-from galore_torch.messages import warn
+from galore_torch.messages import first_of, warn
 from galore_torch.modes import (
     DEFAULT_GRADIENTS,
     DEFAULT_SAVE_INPUTS,
@@ -206,11 +206,10 @@ def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     strangers = [name for name, weight in trainable.items() if id(weight) not in held]
     if strangers:
-        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
         raise ValueError(
             f"the optimizer does not hold {len(strangers)} of the model's {len(trainable)} trainable parameters "
-            f"({shown}). Build it from this model, after quantize_weights if that is called, and attach after "
-            "the model has been moved, sharded or prepared"
+            f"({first_of(strangers)}). Build it from this model, after quantize_weights if that is called, and attach "
+            "after the model has been moved, sharded or prepared"
         )
     return {name: weight for name, weight in trainable.items() if held[id(weight)]}
 
@@ -232,10 +231,9 @@ def _fuse_linears(
         fused.add(id(weight))
     attachment.formed_in_full = left = [name for key, name in names.items() if key not in fused]
     if left:
-        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         warn(
-            f"{len(left)} projected weights are not of an nn.Linear with its own forward ({shown}): their full "
-            "gradient is formed and projected at once"
+            f"{len(left)} projected weights are not of an nn.Linear with its own forward ({first_of(left)}): their "
+            "full gradient is formed and projected at once"
         )
 
 

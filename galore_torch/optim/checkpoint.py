@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_torch.galore_projector import GaLoreProjector
+from galore_torch.messages import first_of
 from galore_torch.optim.groups import check_group, check_same_geometry, parameter_name
 from galore_torch.optim.state_layout import REMEDY, LayoutCache, TrialError, fit
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -127,7 +128,7 @@ def _in_our_order(groups: Groups, saved_groups: Groups) -> Groups:
         return saved_groups
     all_ours, all_theirs = set(chain.from_iterable(ours)), set(chain.from_iterable(theirs))
     if all_ours != all_theirs:
-        lacking, foreign = _some(all_ours - all_theirs), _some(all_theirs - all_ours)
+        lacking, foreign = first_of(sorted(all_ours - all_theirs)), first_of(sorted(all_theirs - all_ours))
         differences = [f"has no {lacking}"] * bool(lacking) + [
             f"has {foreign}, which the optimizer does not hold"
         ] * bool(foreign)
@@ -150,7 +151,7 @@ def _in_our_order(groups: Groups, saved_groups: Groups) -> Groups:
 
 def _refuse_split(index: int, names: Sequence[str], theirs: Sequence[Sequence[str]]) -> NoReturn:
     nearest = max(theirs, key=lambda there: len(set(there) & set(names)))
-    moved = _some(set(names) - set(nearest)) or _some(set(nearest) - set(names))
+    moved = first_of(sorted(set(names) - set(nearest)) or sorted(set(nearest) - set(names)))
     raise ValueError(
         f"parameter group {index} holds other weights than any group of the checkpoint: {moved} moved between groups "
         f"(other targets, perhaps, or another split for weight decay). {REMEDY}"
@@ -167,11 +168,6 @@ def _named(groups: Groups) -> list[list[str]] | None:
         named.append([WRAPPERS.sub("", str(name)) for name in names])
     everything = list(chain.from_iterable(named))
     return named if len(set(everything)) == len(everything) else None
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_counts(groups: Groups, saved_groups: Groups) -> None:

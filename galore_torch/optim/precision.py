@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.lowbit import ROUNDINGS, QuantizedWeight, Rounding
-from galore_torch.messages import warn
+from galore_torch.messages import first_of, warn
 from galore_torch.optim.groups import parameter_name
 from galore_torch.optim.positions import positions
 from galore_torch.optim.rule import InnerParam, Rule
@@ -79,11 +79,10 @@ def report_precision(
         return
     factor = _too_large_in_float16(rule)
     if not 0.9 < factor < 1.1:
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         warn(
-            f"the state of {len(names)} weights of float16 ({shown}) is kept in float16, where the squares of small "
-            f"gradients vanish: at gradients of 1e-4 the updates of {rule.name} come out {factor:.2g} times as large "
-            "as they should. Pass state_dtype=torch.float32, or use weights of bfloat16 or float32"
+            f"the state of {len(names)} weights of float16 ({first_of(names)}) is kept in float16, where the squares "
+            f"of small gradients vanish: at gradients of 1e-4 the updates of {rule.name} come out {factor:.2g} times "
+            "as large as they should. Pass state_dtype=torch.float32, or use weights of bfloat16 or float32"
         )
 
 

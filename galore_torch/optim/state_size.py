@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from galore_torch.lowbit import Codes, QuantizedWeight
-from galore_torch.messages import warn
+from galore_torch.messages import first_of, warn
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Traits
 
@@ -83,7 +83,7 @@ def report_unquantized(tensors: Sequence[tuple[str, int, Traits]]) -> None:
     if not left:
         return
     numbers, total = sum(size for _, size in left), sum(size for _, size, _ in quantizing)
-    shown = ", ".join(name for name, _ in left[:3]) + (", ..." if len(left) > 3 else "")
+    shown = first_of([name for name, _ in left])
     warn(
         f"{len(left)} of {len(quantizing)} tensors are too small for state in few bits, or no multiple of its blocks "
         f"({shown}): {numbers:,} of {total:,} numbers keep theirs in float32, {8 * numbers:,} bytes for two moments"

@@ -6,7 +6,7 @@ Asked before libraries that take seconds are imported, and the Hub asked once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,11 +26,6 @@ def refused(what: str, remedy: str, kinds: tuple[type[Exception], ...] = (Except
         yield
     except kinds as error:
         raise ValueError(f"{what}: {sentence(error)} {remedy}") from error
-
-
-def first_of(names: Sequence[str], most: int) -> str:
-    """The first of some names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def local_path(field: str, name: str) -> Path:

@@ -19,8 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from galore_torch.messages import first_of
 from galore_torch.training.run.files import digest_of_file
-from galore_torch.training.run.names import first_of, is_written_as_path, local_path, require_on_hub
+from galore_torch.training.run.names import is_written_as_path, local_path, require_on_hub
 from galore_torch.training.text.config import DataConfig
 
 _SUFFIXES = {  # by what Datasets calls a file's kind

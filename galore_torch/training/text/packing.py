@@ -22,8 +22,9 @@ from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from galore_torch.messages import first_of
 from galore_torch.training.run.files import kept
-from galore_torch.training.run.names import first_of, local_path, refused
+from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.run.stream import Stream
 from galore_torch.training.text import sources
 from galore_torch.training.text.config import DataConfig
@@ -103,7 +104,7 @@ def _told(config: DataConfig, files: LocalFiles, corpus: Corpus) -> str:
     """What was read and what was not."""
     read, held_out = map(len, corpus)
     names = [path.name for path in files.left_out]
-    left = f"; left out, as empty or no text: {first_of(names, 3)}" if names else ""
+    left = f"; left out, as empty or no text: {first_of(names)}" if names else ""
     return f"{config.data}: files {len(files.paths):,}, documents {read + held_out:,}, held out {held_out:,}{left}"
 
 
