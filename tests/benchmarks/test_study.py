@@ -80,6 +80,7 @@ def test_a_method_that_always_fails_is_left_alone():
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.broad("adamw", "galore", "fira", "blocks", "muon", "alice", "factored", "sampled")
 def test_every_method_trains(name):
     job = Job(method=name, lr=METHODS[name].lr, others_lr=0.01, steps=4, tokens=64)
     *steps, result = train(job, *rehearsal("cpu"), "cpu", 0)

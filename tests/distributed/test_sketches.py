@@ -59,7 +59,7 @@ def test_a_variant_trains_as_one(pool, name):
 
 
 @pytest.mark.parametrize("name", ["not staggered", "both sides"])
-@pytest.mark.broad("not staggered")
+@pytest.mark.slow
 def test_a_variant_applied_in_the_backward_trains_as_one(pool, name):
     assert_as_one(pool, 2, mode=("fused", "backward"), steps=SHORT, **SKETCHED, **VARIANTS[name])
 

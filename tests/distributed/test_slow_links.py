@@ -19,6 +19,7 @@ every_low_rank_mode = pytest.mark.parametrize("mode", LOW_RANK.values(), ids=LOW
 
 
 @pytest.mark.parametrize(("megabytes", "weights"), [(None, [4, 10]), (2, [4, 8, 2]), (600 / 2**20, [1] * 14)])
+@pytest.mark.broad("None-weights0")
 def test_buckets_are_of_the_size_that_ddp_was_given(pool, megabytes, weights):
     """But the first is of one megabyte at most, so that sending begins early: four weights' projected gradients."""
     assert pool.run(weights_of_buckets, 2, megabytes=megabytes) == [weights] * 2

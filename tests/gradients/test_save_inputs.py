@@ -64,6 +64,7 @@ def test_what_a_basis_needs_of_an_input_gives_the_gradient_of_all_of_it(proj_typ
 
 @pytest.mark.parametrize("in_int8", [False, True])
 @pytest.mark.parametrize("proj_type", ["std", "left"])
+@pytest.mark.broad
 def test_sampled_gradients_are_right_on_average(proj_type, in_int8):
     """Each token is in one of the four samples: the mean over the four is the gradient, and each is as frequent."""
     exact = gradients("fused", "full", proj_type, in_int8=in_int8)

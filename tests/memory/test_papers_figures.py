@@ -25,8 +25,9 @@ WITH_BASES = {"llama-1b"}
 
 
 @cache
-def planned(preset: str, method: str) -> MemoryPlan:
-    return plan(subject(preset, {"micro_batch": 1, "batch": 1, "seq": 8}, None).job(method))
+def planned(preset: str, method: str, basis_bits: int = 16) -> MemoryPlan:
+    given = {"micro_batch": 1, "batch": 1, "seq": 8, "basis_bits": basis_bits}
+    return plan(subject(preset, given, None).job(method))
 
 
 def bytes_of(preset: str, method: str, *kinds: str) -> int:
@@ -45,6 +46,7 @@ def as_the_paper_counts(preset: str, method: str) -> int:
 @pytest.mark.parametrize(
     ("preset", "method"), [(preset, method) for preset, cells in TABLE_2.items() for method in cells]
 )
+@pytest.mark.broad
 def test_table_2(preset, method):
     unit = GB if (preset, method) in IN_GB else GIB
     cell = TABLE_2[preset][method]
@@ -53,6 +55,7 @@ def test_table_2(preset, method):
 
 @pytest.mark.parametrize("method", ["lora", "relora"])
 @pytest.mark.parametrize("preset", ["llama-60m", "llama-130m"])
+@pytest.mark.broad
 def test_lora_has_its_adapters_in_float32_and_the_embeddings_once(preset, method):
     """So it differs from the paper's cell: adapters and their two moments take twice as much here."""
     adapters = planned(preset, method).parameters - planned(preset, "full").parameters
@@ -74,7 +77,5 @@ def test_lora_has_its_adapters_in_float32_and_the_embeddings_once(preset, method
 )
 def test_the_breakdown_of_7b(method, kinds, cell):
     """Its Adafactor, 14.5 GB, keeps a first moment; ours keeps none."""
-    given = {"basis_bits": 8} if "bases" in kinds else {}
-    job = subject("llama-7b", {"micro_batch": 1, "batch": 1, "seq": 8, **given}, None).job(method)
-    held = plan(job).held
+    held = planned("llama-7b", method, 8 if "bases" in kinds else 16).held
     assert sum(held[kind] for kind in kinds) / GB == pytest.approx(cell, rel=0.05)

@@ -64,6 +64,7 @@ def test_it_is_the_reference(shape, inside, residual, normalize, monkeypatch):
 @pytest.mark.parametrize("inside", INSIDE)
 @pytest.mark.parametrize("moments", ["keep", "rotate"])
 @pytest.mark.parametrize(("gap", "residual"), [(1, None), (5, "fira"), (1, "full")])
+@pytest.mark.broad
 def test_a_tracked_basis_is_the_reference(shape, inside, moments, gap, residual):
     problem, weight = problem_of(shape)
     keys = {"residual": residual, "moments": moments}
