@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from itertools import compress
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from galore_torch.gradients.data_parallel import Hook
 from galore_torch.gradients.known_weights import current_backward
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.nonfinite import tell_bases
 from galore_torch.optim.processes import Alone
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import RENEWALS, STEP
@@ -238,11 +236,10 @@ class ReplicaTraffic(Traffic):
         Where sketches have told, what the bases hold of the gradients is sent; all of one that has none.
         """
         averages = [(one, average.to(one.weight.dtype)) for one, average in bucket.averages()]
-        told = list(compress(averages, tell_bases([average for _, average in averages])))
-        bases = self._together.bases([one for one, _ in told], [average for _, average in told])
+        bases = self._together.bases([one for one, _ in averages], [average for _, average in averages])
         for one, average in averages if bucket.kind == "full" and self._synchronizes else ():
             one.weight.grad = average
-        for (one, _), basis in zip(told, bases, strict=True):
+        for (one, _), basis in zip(averages, bases, strict=True):
             if basis is not None:
                 one.weight.grad = ProjectedGradient.of(grad_or_zeros(one), one.projection, basis)
                 self._form(one.weight)

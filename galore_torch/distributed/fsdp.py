@@ -21,7 +21,6 @@ from galore_torch.distributed.traffic import Traffic
 from galore_torch.gradients.data_parallel import Hook
 from galore_torch.gradients.known_weights import current_backward
 from galore_torch.optim.galore import GaLore
-from galore_torch.optim.nonfinite import tell_bases
 from galore_torch.optim.processes import is_sharded
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -135,13 +134,11 @@ class ShardTraffic(Traffic):
         grads = [_complete_grad(one) for one in arrived]
         sums = [one.cut.add_up(one.sketch(grad)) for one, grad in zip(renewed, grads, strict=True)]
         averages = [one.to_local() / _divisor(group, trained) for one, trained in zip(sums, renewed, strict=True)]
-        told = [place for place, tells in enumerate(tell_bases(averages)) if tells]
-        bases = optimizer._processes.bases([renewed[one] for one in told], [averages[one] for one in told])
-        for place, basis in zip(told, bases, strict=True):
+        bases = optimizer._processes.bases(renewed, averages)
+        for one, trained, grad, basis in zip(arrived, renewed, grads, bases, strict=True):
             if basis is not None:
-                one, trained = arrived[place], renewed[place]
                 one.unsharded_param.grad = one.unsharded_accumulated_grad = None
-                self._reduce(one, group, trained, trained.projection.project(grads[place], basis), basis)
+                self._reduce(one, group, trained, trained.projection.project(grad, basis), basis)
 
     def _reduce(self, of_fsdp: Any, group: Any, trained: ShardedWork, projected: Tensor, basis: Basis) -> None:
         """Begins to average a projected gradient."""

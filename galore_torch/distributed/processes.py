@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from galore_torch.group_keys import KEYS
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import parameter_name
+from galore_torch.optim.nonfinite import tell_bases
 from galore_torch.optim.processes import Alone, is_sharded, whole
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import BASIS, INNER, RENEWALS, STEP
@@ -106,10 +108,11 @@ class Together(Alone):
 
         Args:
             trained: the weights, the same ones in all processes.
-            given: what to find them from in the place of the weights' gradients: the sketches of these.
+            given: what to find them from in the place of the weights' gradients, which tell bases: averages that all
+                have, of gradients or of sketches of these. Only its owner looks whether one tells a basis.
 
         Returns:
-            One for each; None where the decomposition failed, in every process alike.
+            One for each; None where the decomposition failed or nothing tells a basis, in every process alike.
 
         Raises:
             RuntimeError: the processes hold different weights or bases, in all of them.
@@ -126,7 +129,11 @@ class Together(Alone):
             if owner == rank:
                 owned[place] = full, old
         del full, old
-        found = [None if own is None else one.decompose(*own) for one, own in zip(trained, owned, strict=True)]
+        tells = repeat(True) if given is None else iter(tell_bases([own[0] for own in owned if own is not None]))
+        found = [
+            None if own is None or not next(tells) else one.decompose(*own)
+            for one, own in zip(trained, owned, strict=True)
+        ]
         del owned
         are_found = self._compare(trained, [basis is not None for basis in found])
         return [
