@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from galore_torch.optim.galore import GaLore
@@ -29,6 +30,8 @@ def refuse_replaced_weights(model: nn.Module, optimizer: GaLore) -> Any:
     held = weakref.ref(model)
 
     def check(stepped: GaLore, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         idle = [(name, weight) for name, weight in weights if weight.grad is None]
         trained = held() if idle else None
         if trained is None:
