@@ -75,17 +75,13 @@ def require_writable(field: str, path: Path) -> None:
         path: where it would be.
     """
     there = next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
-    why = _unwritable(there)
-    if why is not None:
-        raise ValueError(f"{field} = {str(path)!r} cannot be made in {there}: {why}; choose another --{field}.")
-
-
-def _unwritable(folder: Path) -> str | None:
     try:  # the permissions that files show are not all there are
-        os.rmdir(tempfile.mkdtemp(dir=folder))  # noqa: PTH106
+        os.rmdir(tempfile.mkdtemp(dir=there))  # noqa: PTH106
+        why = None
     except OSError as error:
-        return str(error.strerror)
-    return None
+        why = error.strerror
+    if why is not None:  # without that error, which names the trial
+        raise ValueError(f"{field} = {str(path)!r} cannot be made in {there}: {why}; choose another --{field}.")
 
 
 def write_folder(files: Mapping[str, bytes], out: Path) -> None:
