@@ -26,17 +26,13 @@ JOBS = {job.name: job for job in (PRETRAIN, FINETUNE)}
 PLAN = "plan.json"
 """The plan's name in a comparison's folder."""
 
-OF_METHODS = ("optim", "adapter")
-"""The methods' own settings; another value would make it another method."""
-
 OF_RUNS = {"lr": "--lr METHOD=X", "others_lr": "--others-lr METHOD=X", "seed": "--seed N"}
 """Settings in which the runs of one method differ, and how they are given."""
 
 _SHARED = ("model", "data")  # sections that all runs have in common, but for
 _NOT_SHARED = {"dtype", "target_modules"}
-_CHOOSE = "it is what the methods differ in; choose them by --method"
 _NOT_COMPARED = {
-    **dict.fromkeys(OF_METHODS, _CHOOSE),
+    **dict.fromkeys(("optim", "adapter"), "it is what the methods differ in; choose them by --method"),
     "early_stopping_patience": "methods are compared at equal length; leave it out",
     "push_to_hub": "the runs of a comparison stay here; push one of them by hf upload",
 }

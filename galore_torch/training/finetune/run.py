@@ -39,15 +39,13 @@ class FinetuneResult(RunResult):
     @property
     def remarks(self) -> list[str]:
         """That the training has failed, or that a guess would have been as good."""
+        remarks = super().remarks
         if self.eval_loss is None or not math.isfinite(self.eval_loss):
-            return [
-                *super().remarks,
-                "The loss on held-out rows is not finite, and the model is of no use: lower --lr.",
-            ]
-        if self.guess is None or self.scores.get("accuracy", math.inf) > self.guess:
-            return super().remarks
-        always = f"To say the commonest label always is right in {self.guess:.4f} of them"
-        return [*super().remarks, f"{always}: make more steps, or raise --lr."]
+            remarks.append("The loss on held-out rows is not finite, and the model is of no use: lower --lr.")
+        elif self.guess is not None and self.scores.get("accuracy", math.inf) <= self.guess:
+            always = f"To say the commonest label always is right in {self.guess:.4f} of them"
+            remarks.append(f"{always}: make more steps, or raise --lr.")
+        return remarks
 
 
 class Finetuning(Job):

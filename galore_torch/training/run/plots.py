@@ -42,9 +42,8 @@ def line_style(index: int, points: int = _MARKED + 1) -> dict[str, Any]:
     """
     dashes, color = divmod(index, len(COLORS))
     style = {"color": COLORS[color], "linestyle": _DASHES[dashes % len(_DASHES)], "linewidth": 1.5}
-    return (
-        {**style, "marker": _MARKERS[(color + dashes) % len(_MARKERS)], "markersize": 4} if points <= _MARKED else style
-    )
+    marks = {"marker": _MARKERS[(color + dashes) % len(_MARKERS)], "markersize": 4}
+    return style | (marks if points <= _MARKED else {})
 
 
 def new_axes(xlabel: str, ylabel: str, *, size: tuple[float, float] = FIGURE_SIZE) -> tuple[Figure, Axes]:
@@ -96,10 +95,12 @@ def plot_losses(label: str, metrics: Path, picture: Path, unit: str = "tokens") 
     axes.plot(seen, smooth(losses), label=f"{label}, training", **line_style(0))
     evaluations = [record for record in history if "eval_loss" in record and not record.get("final")]
     if evaluations:
+        score = evaluations[-1].get("perplexity", 0)
+        judged = ": perplexity not finite" if score is None else f": perplexity {score:,.1f}" if score else ""
         axes.plot(
             [record[unit] for record in evaluations],
             known(record["eval_loss"] for record in evaluations),
-            label=f"{label}, held out{_perplexity(evaluations[-1])}",
+            label=f"{label}, held out{judged}",
             **{**line_style(1), "linestyle": "none", "marker": "D", "markersize": 6, "markeredgecolor": "white"},
         )
     count_by(axes, unit)
@@ -125,13 +126,6 @@ def smooth(losses: Sequence[float]) -> list[float]:
         window = losses[step - reach : step + reach + 1]
         smoothed.append(sum(window) / len(window))
     return smoothed
-
-
-def _perplexity(record: records.Record) -> str:
-    if "perplexity" not in record:
-        return ""
-    value = record["perplexity"]
-    return ": perplexity not finite" if value is None else f": perplexity {value:,.1f}"
 
 
 def short(count: float) -> str:

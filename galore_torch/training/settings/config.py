@@ -38,8 +38,7 @@ class TrainConfig:
     adapter: AdapterConfig
     schedule: Any
 
-    doing: ClassVar[str]
-    """What it is the configuration of, for messages."""
+    doing: ClassVar[str]  # what it is the configuration of, for messages
 
     def __post_init__(self) -> None:
         adapter = resolved(self.adapter, rank=self.optimizer.rank, steps=self.schedule.steps or 1)

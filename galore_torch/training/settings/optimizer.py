@@ -28,24 +28,16 @@ def modules_named(names: str) -> str | list[str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a name that ``--optim`` takes stands for.
+    """What a name that ``--optim`` takes stands for."""
 
-    Attributes:
-        made_by: its class, as `pkgutil.resolve_name` reads it: no library is imported before it is needed.
-        settings: those that have an effect on it, of those that have none on some; beside the projection's.
-        arguments: of its class, that no setting has.
-        prunable: whether its state is plain numbers, one for each of the weight's, so that some can be set to zero.
-        fixed_size: whether a learning rate alone says how far matrices move, so that rates of others do not suit it;
-            of matrices it keeps one momentum.
-        own: settings by name that are its own where nobody says otherwise; `defaults` are all of those.
-    """
-
-    made_by: str
-    settings: frozenset[str] = frozenset()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    prunable: bool = False
+    made_by: str  # its class, as `pkgutil.resolve_name` reads it: no library is imported before it is needed
+    settings: frozenset[str] = frozenset()  # that have an effect on it and none on some, beside the projection's
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of its class, that no setting has
+    prunable: bool = False  # its state is plain numbers, one for each of the weight's: some can be set to zero
+    # A learning rate alone says how far matrices move, so that rates of others do not suit it; of them it keeps one
+    # momentum.
     fixed_size: bool = False
-    own: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)  # settings where nobody says otherwise; see `defaults`
 
     @property
     def projected(self) -> bool:
