@@ -13,7 +13,7 @@ from rich.console import Console
 from galore_torch.training.finetune.config import GLUE
 from galore_torch.training.inspection.config import InspectConfig, ModelDataConfig, configure
 from galore_torch.training.run.command import loading, option, reported_errors, this_command
-from galore_torch.training.run.files import require_empty, write_folder
+from galore_torch.training.run.files import require_empty, require_writable, write_folder
 from galore_torch.training.run.signals import deferred, stoppable
 from galore_torch.training.settings.fields import field_names
 
@@ -73,6 +73,7 @@ def inspect(
             config = configure(**given)
             _require_one_subject(run, model, data, given, config, fresh=fresh)
             require_empty(folder)
+            require_writable("out", folder)
             with loading(console):
                 from galore_torch.training.inspection import jobs, report
                 from galore_torch.training.run.callbacks import quiet

@@ -60,11 +60,10 @@ def take_back(files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
 
 
 def require_empty(out: Path, besides: Collection[Path] = ()) -> None:
-    """Refuse, with a ValueError, a folder that holds more than some files, whole or not, is none, or cannot be made."""
+    """Refuse, with a ValueError, a folder that holds something besides some files, written whole or not, or is none."""
     known = {*besides, *map(being_written, besides)}
     if out.exists() and not (out.is_dir() and known.issuperset(out.iterdir())):
         raise ValueError(f"out = {str(out)!r} exists and is not an empty folder; choose another --out.")
-    require_writable("out", out)
 
 
 def require_writable(field: str, path: Path) -> None:

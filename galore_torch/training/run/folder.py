@@ -34,7 +34,7 @@ from typing import Any
 
 from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
-from galore_torch.training.run.files import Lock, require_empty, require_whole, take_back, write_whole
+from galore_torch.training.run.files import Lock, require_empty, require_whole, require_writable, take_back, write_whole
 from galore_torch.training.run.signals import deferred
 from galore_torch.training.settings.config import read_toml
 
@@ -109,6 +109,7 @@ class RunFolder:
                 f"already holds a run; resume it with --resume --out {quote(str(self.root))}, or choose another --out."
             )
         require_empty(self.root, (*self._lock.files, self.launch, self.text, self.config))
+        require_writable("out", self.root)
 
     def create(self, config: Any, digest: str) -> None:
         """Make the folder, hold it, and write into it what the run is: its settings and the digest of its text."""
