@@ -6,10 +6,12 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
+
+from galore_torch.units import first_of
 
 _INSIDE = tuple(f"{folder}/" for folder in (Path(__file__).parent.as_posix(), Path(torch.__file__).parent.as_posix()))
 
@@ -90,18 +92,3 @@ def list_names(names: Iterable[str], most: int) -> str:
         The names, with commas.
     """
     return first_of(collapse_indices(names), most)
-
-
-def first_of(names: Sequence[object], most: int = 3) -> str:
-    """The first of some names or numbers, for a message, and how many more there are.
-
-    Args:
-        names: in the order in which they are shown.
-        most: how many are shown.
-
-    Example:
-        >>> first_of(["a", "b", "c", "d"])
-        'a, b, c, and 1 more'
-    """
-    more = len(names) - most
-    return ", ".join(map(str, names[:most])) + (f", and {more:,} more" if more > 0 else "")

@@ -1,8 +1,9 @@
-"""How bytes, bandwidths, seconds and errors are written for people, and read: ``24GB``."""
+"""How bytes, bandwidths, seconds, names and errors are written for people, and read: ``24GB``."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import timedelta
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -96,3 +97,18 @@ def duration(seconds: float) -> str:
 def sentence(error: BaseException) -> str:
     """What an error says, ended by one full stop."""
     return f"{str(error).strip().rstrip('.')}."
+
+
+def first_of(names: Sequence[object], most: int = 3) -> str:
+    """The first of some names or numbers, for a message, and how many more there are.
+
+    Args:
+        names: in the order in which they are shown.
+        most: how many are shown.
+
+    Example:
+        >>> first_of(["a", "b", "c", "d"])
+        'a, b, c, and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f", and {more:,} more" if more > 0 else "")

@@ -16,7 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "galore_torch"
 LEVELS = (  # from the ground up: a package or module imports those of the levels before its own
-    ("extras", "galore_projector", "values", "messages", "units", "interrupts"),
+    ("extras", "galore_projector", "values", "units", "interrupts"),
+    ("messages",),
     ("modules", "group_keys", "random_bits"),
     ("modes", "projection", "lowbit"),
     ("optim",),

@@ -22,7 +22,7 @@ from galore_torch.gradients.linear import FusedLinear, fuse, is_linear
 from galore_torch.gradients.other_optimizers import refuse_other_optimizers
 from galore_torch.gradients.replaced_weights import refuse_replaced_weights
 from galore_torch.gradients.shared_inputs import InputTracker
-from galore_torch.messages import first_of, warn
+from galore_torch.messages import warn
 from galore_torch.modes import (
     DEFAULT_GRADIENTS,
     DEFAULT_SAVE_INPUTS,
@@ -36,6 +36,7 @@ from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import is_projected
 from galore_torch.optim.kinds import require_galore
 from galore_torch.optim.processes import JOIN, is_sharded
+from galore_torch.units import first_of
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules whose parameters are under an attachment. Not a mark on the module: a copy of it is not attached."""

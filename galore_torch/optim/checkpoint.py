@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from galore_torch.galore_projector import GaLoreProjector
-from galore_torch.messages import first_of
 from galore_torch.optim.groups import check_group, check_same_geometry, parameter_name
 from galore_torch.optim.state_layout import REMEDY, LayoutCache, TrialError, fit
 from galore_torch.optim.trained_weight import TrainedWeight
+from galore_torch.units import first_of
 
 WRAPPERS = re.compile(r"(?:^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
 """What DDP, `torch.compile` and the like put into parameters' names."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from galore_torch.lowbit import ROUNDINGS, QuantizedWeight, Rounding
-from galore_torch.messages import first_of, warn
+from galore_torch.messages import warn
 from galore_torch.optim.groups import parameter_name
 from galore_torch.optim.positions import positions
 from galore_torch.optim.rule import InnerParam, Rule
+from galore_torch.units import first_of
 
 ASKED: dict[str, Rounding] = {
     "bf16_stochastic_round": "stochastic",

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from galore_torch.lowbit import Codes, QuantizedWeight
-from galore_torch.messages import first_of, warn
+from galore_torch.messages import warn
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.rule import Traits
+from galore_torch.units import first_of
 
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 """What keeps its data in itself; of a subclass it is not known."""

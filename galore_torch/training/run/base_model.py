@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from galore_torch.messages import first_of
 from galore_torch.training.run.files import MANIFEST, require_whole
 from galore_torch.training.run.names import refused
+from galore_torch.units import first_of
 
 
 def load_tokenizer(config: Any) -> PreTrainedTokenizerBase:

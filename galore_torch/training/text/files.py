@@ -19,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from galore_torch.messages import first_of
 from galore_torch.training.run.files import digest_of_file
 from galore_torch.training.run.names import is_written_as_path, local_path, require_on_hub
 from galore_torch.training.text.config import DataConfig
+from galore_torch.units import first_of
 
 _SUFFIXES = {  # by what Datasets calls a file's kind
     "parquet": (".parquet",),

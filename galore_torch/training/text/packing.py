@@ -22,7 +22,6 @@ from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from galore_torch.messages import first_of
 from galore_torch.training.run.files import kept
 from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.run.stream import Stream
@@ -30,6 +29,7 @@ from galore_torch.training.text import sources
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import LocalFiles, local_files
 from galore_torch.training.text.sources import Corpus, Documents
+from galore_torch.units import first_of
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends every document; the one special token of a tokenizer trained here."""
