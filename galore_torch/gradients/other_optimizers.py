@@ -30,7 +30,8 @@ _numbers = itertools.count()
 def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: str) -> Callable[[], Any]:
     """Lets the step of any other optimizer raise an error where it would take the gradients of some weights.
 
-    Those that wrap the optimizer and share its groups, as SAM and Lookahead do, are none of these.
+    Those that wrap the optimizer are none of these: they share its groups, as SAM and Lookahead do, or keep it in an
+    attribute or a list, as torchtitan's container does, which has groups of its own.
 
     Args:
         optimizer: for which the gradients are formed. It is held weakly, as its weights are.
@@ -56,7 +57,7 @@ def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: s
             for index, weight in enumerate(group["params"])
             if id(weight) in held and held[id(weight)]() is weight
         ]
-        if not taken:
+        if not taken or _keeps(other, ours):
             harmless.add(other)
             return
         for group, index in taken:
@@ -72,6 +73,13 @@ def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: s
     number = next(_numbers)
     _GUARDS[number] = check
     return weakref.finalize(optimizer, _GUARDS.pop, number)
+
+
+def _keeps(other: Optimizer, optimizer: Optimizer) -> bool:
+    """Whether an optimizer has another one in an attribute, or in a list of them, and so steps it in its own step."""
+    kept = vars(other).values()
+    lists = [one for one in kept if isinstance(one, (list, tuple))]
+    return any(one is optimizer for one in itertools.chain(kept, *lists))
 
 
 @functools.cache

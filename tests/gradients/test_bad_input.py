@@ -152,7 +152,17 @@ def test_those_that_wrap_the_first_or_train_other_weights_may():
         def step(self, closure=None):
             return self.inner.step(closure)
 
+    class Container(torch.optim.Optimizer):
+        def __init__(self, *inside):
+            self.optimizers = list(inside)
+            super().__init__([weight for one in inside for group in one.param_groups for weight in group["params"]], {})
+
+        def step(self, closure=None):
+            for one in self.optimizers:
+                one.step(closure)
+
     walk(model, Wrapper(optimizer), range(2))
+    walk(model, Container(optimizer), range(2, 4))
     strangers = [nn.Parameter(torch.ones(4, 4))]
     strangers[0].grad = torch.ones(4, 4)
     torch.optim.SGD(strangers, lr=0.1).step()
