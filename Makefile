@@ -35,7 +35,7 @@ test-oldest: .oldest/.installed  ## the core's fast tests with the oldest releas
 
 frameworks: export GALORE_FRAMEWORKS ?= .frameworks
 frameworks: $(installed)  ## run published frameworks with GaLore, each in an environment of its own under .frameworks
-	$(python) -m pytest -rs --durations 10 tests/integrations/test_frameworks_for_real.py $(ARGS)
+	$(python) -m pytest -rs --durations 10 tests/integrations/test_*_for_real.py $(ARGS)
 
 check: $(installed)  ## lint, format and types
 	$(python) -m ruff check

@@ -26,8 +26,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 NOT_RUN = {"torchtitan.md": 1, "frameworks.md": 2}
-"""How many blocks of a document may be parsed only: torchtitan is not installed, and frameworks are in environments of
-their own, where tests/integrations/test_frameworks_for_real.py runs their blocks."""
+"""How many blocks of a document may be parsed only: frameworks are in environments of their own, where the files
+tests/integrations/test_*_for_real.py run their blocks."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- not run: \S.* -->\s*\Z")

@@ -1,6 +1,6 @@
 """Frameworks as they are published run their own command with their GaLore settings: they train, save and resume.
 
-Each lies in an environment of its own, which takes the registry and minutes: `make frameworks` runs this file. What is
+Each lies in an environment of its own, which takes the registry and minutes: `make frameworks` runs them. What is
 run is what docs/frameworks.md shows.
 """
 
