@@ -206,7 +206,8 @@ class RunFolder:
                 f"{self.config} is not as it was when the run was started: it is damaged, or was edited. Restore it, "
                 "or start over with another --out."
             )
-        began = {name: value for section in read_toml(self.config).values() for name, value in section.items()}
+        sections = [section for section in read_toml(self.config).values() if isinstance(section, dict)]
+        began = {name: value for section in sections for name, value in section.items()}
         lines = _read(self.changes).splitlines(keepends=True)
         try:
             found = [json.loads(line) for line in lines if line.endswith("\n")]
