@@ -96,7 +96,7 @@ def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
     16
     """
     total = 0
-    for tensor in tensors:
+    for tensor in [one for one in tensors if one is not None]:
         if type(tensor) in (Tensor, torch.nn.Parameter):
             total += tensor.untyped_storage().nbytes()
         elif hasattr(tensor, "__tensor_flatten__"):
