@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+from collections.abc import Iterator
 
 import pytest
 import typer
@@ -20,6 +21,15 @@ def send(number=signal.SIGINT):
     signal.raise_signal(number)
 
 
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """Hear of a closed terminal also where the tests themselves were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_body_and_says_what_is_left(number, capsys):
     before = signal.getsignal(signal.SIGINT)
