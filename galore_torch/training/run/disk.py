@@ -46,7 +46,11 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
             todo += [each.__context__, each.__cause__]
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder that a path is, is in, or would be made in: the nearest one that exists."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
+
+
 def free_bytes(path: Path) -> int:
     """What is free on the disk that a path is on, or would be."""
-    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(nearest_folder(path)).free

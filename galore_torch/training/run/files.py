@@ -19,6 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from galore_torch.training.run.disk import nearest_folder
+
 MANIFEST = "manifest.json"
 
 _CHUNK = 1 << 20  # bytes
@@ -73,7 +75,7 @@ def require_writable(field: str, path: Path) -> None:
         field: the setting that names it.
         path: where it would be.
     """
-    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
+    there = nearest_folder(path)
     try:  # the permissions that files show are not all there are
         os.rmdir(tempfile.mkdtemp(dir=there))  # noqa: PTH106
         why = None

@@ -36,7 +36,7 @@ from galore_torch.training.run import records
 from galore_torch.training.run.checkpoints import Checkpoints, step_of
 from galore_torch.training.run.files import Lock, require_empty, require_whole, require_writable, take_back, write_whole
 from galore_torch.training.run.signals import deferred
-from galore_torch.training.settings.config import read_toml
+from galore_torch.training.settings.config import read_file, read_toml
 
 LAUNCH = "TORCHELASTIC_RUN_ID"
 """Where torchrun names its launch to the processes that it starts, all of them and anew; "none" if it was not given."""
@@ -196,18 +196,22 @@ class RunFolder:
             records.keep_until(self.metrics, step, final=False)
         records.append(self.changes, {"step": step, **changed})
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, config: type | None = None) -> dict[str, Any]:
         """The settings by name, with what resumptions have changed.
 
-        A ``config.toml`` that is not as it was written is refused: what it lacks would be as it is by default.
+        A ``config.toml`` that is not as it was written is refused: what it lacks would be as it is by default. So is
+        what has no place in ``config``, the configuration of its job, if that is known.
         """
         if _digest(_read(self.config)) != self.digest_of(self.config.name):
             raise ValueError(
                 f"{self.config} is not as it was when the run was started: it is damaged, or was edited. Restore it, "
                 "or start over with another --out."
             )
-        sections = [section for section in read_toml(self.config).values() if isinstance(section, dict)]
-        began = {name: value for section in sections for name, value in section.items()}
+        if config is None:
+            sections = [section for section in read_toml(self.config).values() if isinstance(section, dict)]
+            began = {name: value for section in sections for name, value in section.items()}
+        else:
+            _, began = read_file(config, self.config)
         lines = _read(self.changes).splitlines(keepends=True)
         try:
             found = [json.loads(line) for line in lines if line.endswith("\n")]

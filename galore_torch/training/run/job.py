@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from galore_torch.training.run import optimizers, processes, sharded
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.stream import Stream
-from galore_torch.training.settings.config import from_values, read_file
+from galore_torch.training.settings.config import from_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,7 @@ class Job(ABC):
     @classmethod
     def recorded(cls, folder: RunFolder) -> Any:
         """The settings of a run, with what resumptions have changed; a ValueError when they are not as written."""
-        values = folder.settings()
-        read_file(cls.settings, folder.config)  # says where what is no setting or no section stands
-        return from_values(cls.settings, values)
+        return from_values(cls.settings, folder.settings(cls.settings))
 
     @abstractmethod
     def schedule(self) -> dict[str, Any]:
