@@ -90,6 +90,8 @@ class FusedLinear:
         Args:
             version: of what is known of weights.
         """
+        if not isinstance(self.module.weight, nn.Parameter):
+            return 0
         trained, basis = self._look(version)
         if basis is None or self.save_inputs == "full":
             return 0
@@ -98,14 +100,19 @@ class FusedLinear:
             return rank
         return self.module.in_features / SAMPLED if self.save_inputs == "sampled" else 0
 
-    def _planned(self, weight: Tensor) -> Plan:
-        """What to do from now on. The first layer of a pass looks for what a user may have changed, in all weights."""
+    def _planned(self, weight: Tensor) -> Plan | None:
+        """What to do from now on; None for a weight that is not projected, as of a tied layer.
+
+        The first layer of a pass looks for what a user may have changed, in all weights.
+        """
         optimizer, tracker = self.optimizer, self.tracker
         if tracker.first is self or tracker.version != optimizer._cache.version:
             optimizer._checked_weights()
             tracker.first, tracker.version = self, optimizer._cache.version
         version = optimizer._cache.version
         trained, basis = self._look(version)
+        if not trained.projection.modes:
+            return None
         step = trained.state[STEP]
         # What to save is decided once a step, by what the steps before have shown: a recomputed forward decides the
         # same. But a checkpoint that is loaded in between may take the basis away.
@@ -121,7 +128,10 @@ class FusedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's forward."""
         parameters = self.module._parameters  # what the layer's attributes look into, too
-        weight, bias = parameters["weight"], parameters["bias"]
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # computed from other parameters by now, as by pruning
+            weight, bias = self.module.weight, self.module.bias
         assert weight is not None
         if not (torch.is_grad_enabled() and weight.requires_grad) or _is_transformed():
             return F.linear(x, weight, bias)
@@ -132,7 +142,9 @@ class FusedLinear:
             or plan.weight is not weight
             or tracker.first is self
         ):
-            plan = self._planned(weight)
+            plan = self._planned(weight) if isinstance(weight, nn.Parameter) else None
+            if plan is None:
+                return F.linear(x, weight, bias)
         tracker.record_call(self, x)
         return in_autocast(_linear, x, weight, bias, plan)
 

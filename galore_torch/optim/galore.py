@@ -283,9 +283,9 @@ class GaLore(Optimizer):
         trained = self._cache.on(weight, self.param_groups, self.state, self._new_trained_weight)
         if trained is None:
             raise ValueError(
-                f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}; if fully_shard or "
-                "load_state_dict(assign=True) has put it in another's place, build the optimizer and attach after that "
-                '(gradients="full" where a trainer calls fully_shard)'
+                f"the optimizer does not hold this parameter of shape {tuple(weight.shape)}. If it was taken out of a "
+                "group, set its requires_grad to False; if fully_shard, quantize_weights or load_state_dict(assign=True"
+                ') put it in another\'s place, build and attach after that (gradients="full" where a trainer shards)'
             )
         self._prepare([trained])  # the gradient may still be thrown away: `_apply` alone keeps a new state
         return trained
