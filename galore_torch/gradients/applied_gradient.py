@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch.lowbit import WithoutMemory
+
 aten = torch.ops.aten
 
 _HARMLESS = {aten.detach.default, aten.detach_.default, aten.zero_.default}
@@ -22,7 +24,7 @@ _SCALINGS = {aten.mul_.Tensor, aten._foreach_mul_.Tensor}
 """What clipping does; by a factor of 1 it changes nothing."""
 
 
-class AppliedGradient(Tensor):
+class AppliedGradient(WithoutMemory):
     """A gradient of a weight's shape and dtype that is gone: the weight has moved by it.
 
     Attributes:
@@ -46,6 +48,10 @@ class AppliedGradient(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AppliedGradient:
         return AppliedGradient(self, self.weight_name, self.euclidean_norm)
+
+    def to_plain(self) -> Tensor:
+        """Raises an error: the numbers are gone."""
+        return self.clone()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -128,6 +128,8 @@ class FusedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's forward."""
         parameters = self.module._parameters  # what the layer's attributes look into, too
+        weight: Tensor | None
+        bias: Tensor | None
         try:
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # computed from other parameters by now, as by pruning

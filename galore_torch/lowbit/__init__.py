@@ -6,7 +6,8 @@ from galore_torch.lowbit.codes import BITS, Codes, check_bits, has_numbers
 from galore_torch.lowbit.quantize import dequantize_weights, quantize_weights
 from galore_torch.lowbit.quantized_linear import linear
 from galore_torch.lowbit.rounding import ROUNDINGS, Rounding, add_rounded
-from galore_torch.lowbit.weights import COLLECTIVES, QuantizedWeight, written_to
+from galore_torch.lowbit.weights import QuantizedWeight
+from galore_torch.lowbit.without_memory import COLLECTIVES, WithoutMemory, written_to
 
 __all__ = [
     "BITS",
@@ -17,6 +18,7 @@ __all__ = [
     "Rounding",
     "Storage",
     "StoredBasis",
+    "WithoutMemory",
     "add_rounded",
     "check_bits",
     "dequantize_weights",

@@ -111,8 +111,6 @@ def _set_item(target: Tensor, place: Any, value: Tensor) -> None:
 
 FUNCTIONS |= {
     Tensor.contiguous: _contiguous,
-    Tensor.numpy: lambda weight, **_: weight.decode().numpy(),
-    Tensor.tolist: lambda weight: weight.decode().tolist(),
     Tensor.untyped_storage: lambda weight: weight.codes.untyped_storage(),  # recognizes tied weights, and counts bytes
     Tensor.data_ptr: _refuse_memory,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]

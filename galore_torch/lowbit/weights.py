@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from galore_torch.lowbit.codes import Codes, check_bits, has_numbers
 from galore_torch.lowbit.updated_codes import fastest
+from galore_torch.lowbit.without_memory import COLLECTIVES, WithoutMemory, written_to
 from galore_torch.random_bits import key_of
 
 aten = torch.ops.aten
@@ -39,18 +40,13 @@ _ARITHMETIC = {
 BLOCK_ELEMENTS = 2**20
 """Numbers that are decoded or encoded together on a CPU, about: what is formed of a weight's update at one time. A GPU
 takes 32 times as many, for it needs as much to be busy."""
-
-
-COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
-"""Namespaces of operations between processes. Their schemas do not say what they write to."""
-
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 """What is done in place of an operation of torch's dispatcher; called with it and its arguments."""
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """What is done in place of a function or a method of torch, before autograd sees it; called with its arguments."""
 
 
-class QuantizedWeight(Tensor):
+class QuantizedWeight(WithoutMemory):
     """A tensor of a weight's shape and dtype that stores INT8 codes.
 
     Attributes:
@@ -155,6 +151,20 @@ class QuantizedWeight(Tensor):
         for rows in self._blocks():
             plain[rows] = self._decode(rows)
         return plain
+
+    def to_plain(self) -> Tensor:
+        """What `decode` returns, in the weight's dtype."""
+        return self.decode()
+
+    def share_memory_(self) -> QuantizedWeight:
+        """Puts codes and scales where other processes can use them, too."""
+        self.codes.share_memory_()  # type: ignore[no-untyped-call]
+        self.scale.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes can use it."""
+        return bool(self.codes.is_shared())  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def move(
@@ -335,13 +345,6 @@ class QuantizedWeight(Tensor):
 def decoded(tree: Any) -> Any:
     """Arguments of any kind, with each quantized weight decoded."""
     return tree_map(lambda leaf: leaf.decode() if isinstance(leaf, QuantizedWeight) else leaf, tree)
-
-
-def written_to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to."""
-    specs = func._schema.arguments
-    given = [*zip(args, specs, strict=False), *((kwargs.get(spec.name), spec) for spec in specs[len(args) :])]
-    return [value for value, spec in given if spec.alias_info and spec.alias_info.is_write]
 
 
 torch.serialization.add_safe_globals([QuantizedWeight])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from galore_torch.lowbit import COLLECTIVES, Codes, is_same_basis, written_to
+from galore_torch.lowbit import COLLECTIVES, Codes, WithoutMemory, is_same_basis, written_to
 from galore_torch.projection import Mode, Projection
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ _EMPTYING = {aten.zero_.default, aten._foreach_zero_.default}
 _SUMS = {aten.add.Tensor: +1, aten.add_.Tensor: +1, aten.sub.Tensor: -1, aten.sub_.Tensor: -1}
 
 
-class ProjectedGradient(Tensor):
+class ProjectedGradient(WithoutMemory):
     """A tensor of a weight's shape that stores its gradient in projected form.
 
     Attributes:
@@ -160,6 +160,10 @@ class ProjectedGradient(Tensor):
     def to_full(self) -> Tensor:
         """The full-size gradient that this stands for: P R, R Q^T or P R Q^T."""
         return self.projection.project_back(self.projected.to(self.dtype), self.basis)
+
+    def to_plain(self) -> Tensor:
+        """What `to_full` returns."""
+        return self.to_full()
 
     def projected_by(self, projection: Projection, basis: Mapping[str, Tensor]) -> Tensor:
         """The gradient projected by a basis: the stored tensor when it was made with that basis, else projected anew.
