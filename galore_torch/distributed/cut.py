@@ -209,6 +209,8 @@ class Cut:
     def part_of(self, tensor: Tensor) -> Tensor:
         """This process' part, as of the weight, of a tensor that is whole or a DTensor."""
         placed = tensor if isinstance(tensor, DTensor) else self._placed(tensor, Replicate())
+        if placed.placements == self.placements:
+            return placed._local_tensor.contiguous()
         return placed.redistribute(placements=self.placements).to_local().contiguous()
 
     def reduce(self, tensor: Tensor) -> DTensor:

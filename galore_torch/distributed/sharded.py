@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map_with_path
+from torch.utils._pytree import tree_map
 
 from galore_torch.distributed.cut import Cut, GatheredBasis
 from galore_torch.distributed.processes import Together
@@ -216,8 +216,7 @@ class ShardedWork(TrainedWeight):
     def closed(self, inner: Any) -> Any:
         """The rule's state, of which each process holds a part."""
         held = self.state.get(INNER, {})
-        before, after = map(local_part, tree_leaves(held)), tree_leaves(inner)
-        if held.keys() == inner.keys() and [*map(id, before)] == [*map(id, after)]:
+        if _are_parts(inner, held):
             return held
         moved = self.local_projection.projected_shape if self.through_coordinates else self.local.shape
         return self._mapped(inner, torch.Size(moved), self.cut.wrap)
@@ -228,13 +227,23 @@ class ShardedWork(TrainedWeight):
             return inner
         in_blocks, common = self.traits.block is not None, self.traits.common
 
-        def changed(path: Any, value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.dim():
-                return value
-            is_cut = getattr(path[-1], "key", None) not in common if in_blocks else value.shape == moved
+        def changed(key: Any, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(name, one) for name, one in value.items()}
+            if not isinstance(value, Tensor):
+                return tree_map(functools.partial(changed, None), value) if isinstance(value, list | tuple) else value
+            is_cut = value.dim() and (key not in common if in_blocks else value.shape == moved)
             return change(value) if is_cut else value
 
-        return tree_map_with_path(changed, inner)
+        return changed(None, inner)
+
+
+def _are_parts(inner: dict[str, Any], held: dict[str, Any]) -> bool:
+    """Whether a state is this process' parts of another, to the object."""
+    return inner.keys() == held.keys() and all(
+        _are_parts(value, held[key]) if isinstance(value, dict) else value is local_part(held[key])
+        for key, value in inner.items()
+    )
 
 
 def _moves_parts(trained: TrainedWeight, cut: Cut) -> bool:
