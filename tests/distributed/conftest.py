@@ -4,11 +4,20 @@ import pytest
 import torch
 
 from tests.distributed.pool import Pool
+from tests.forked import TRAINING
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     made = Pool()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def training_pool() -> Iterator[Pool]:
+    """Two processes that have Transformers."""
+    made = Pool(2, TRAINING)
     yield made
     made.close()
 

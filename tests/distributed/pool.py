@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing  # tensors go through queues
 
-from tests.forked import CONTEXT, TORCH
+from tests.forked import CONTEXT, TORCH, Server
 from tests.waiting import DEADLINE
 
 COLLECTIVE = 60
@@ -27,9 +27,11 @@ class Pool:
 
     Args:
         size: how many.
+        server: which forks them, with what it has imported.
     """
 
-    def __init__(self, size: int = 4) -> None:
+    def __init__(self, size: int = 4, server: Server = TORCH) -> None:
+        self._server = server
         self._folder = tempfile.TemporaryDirectory()
         self._size = size
         self._case = 0
@@ -39,7 +41,7 @@ class Pool:
         self._answers = CONTEXT.Queue()
         self._questions = [CONTEXT.Queue() for _ in range(self._size)]
         self._processes = [
-            TORCH.start(_serve, rank, questions, self._answers, daemon=True)
+            self._server.start(_serve, rank, questions, self._answers, daemon=True)
             for rank, questions in enumerate(self._questions)
         ]
 

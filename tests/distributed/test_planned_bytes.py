@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -16,19 +17,29 @@ from galore_torch.distributed import shard_bases, shard_placement
 from galore_torch.memory import plan, stored_bytes
 from galore_torch.optim import state_bytes
 
-pytestmark = pytest.mark.slow  # each process imports Transformers
+pytestmark = pytest.mark.slow  # each process plans anew
 HELD = ("weights", "gradients", "states", "bases")
 
 
-def planned_and_held(rank: int, world: int, parallel: str, method: str) -> tuple[dict[str, int], dict[str, int]]:
-    from galore_torch.memory.ranks import Sizes, of_a_rank
+def planned_subject() -> Any:
     from galore_torch.training.planning.subject import subject
 
+    return subject("llama-tiny", {"micro_batch": 2, "batch": 4, "seq": 64, "update_proj_gap": 1000}, "float32")
+
+
+@functools.cache
+def planned_alone(method: str) -> Any:
+    """The sizes of a job, and its plan for one process."""
+    from galore_torch.memory.ranks import Sizes
+
+    job = planned_subject().job(method)
+    return Sizes.of(job), plan(job)
+
+
+def held_by_a_process(rank: int, world: int, parallel: str, in_parts: bool, method: str) -> dict[str, int]:
     warnings.simplefilter("ignore")
-    planned = subject("llama-tiny", {"micro_batch": 2, "batch": 4, "seq": 64, "update_proj_gap": 1000}, "float32")
+    planned = planned_subject()
     job = planned.job(method)
-    in_parts, parallel = parallel == "fsdp, bases too", parallel[:4].strip(",")
-    expected = of_a_rank(plan(job), Sizes.of(job), world, parallel, divides_bases=in_parts).held
     torch.manual_seed(0)
     model = type(planned.model)(planned.model.config).train()
     if parallel == "fsdp":
@@ -54,14 +65,19 @@ def planned_and_held(rank: int, world: int, parallel: str, method: str) -> tuple
     bases = stored_bytes(one for state in optimizer.state.values() for one in state.get("basis", {}).values())
     weights = stored_bytes([*model.parameters(), *model.buffers()])
     states = state_bytes(optimizer) - bases
-    held = {"weights": weights, "gradients": gradients + buckets, "states": states, "bases": bases}
-    return {kind: expected[kind] for kind in HELD}, held
+    return {"weights": weights, "gradients": gradients + buckets, "states": states, "bases": bases}
 
 
 @pytest.mark.parametrize(
-    ("parallel", "method"),
-    [("ddp", "full"), ("ddp", "galore"), ("fsdp", "full"), ("fsdp", "galore"), ("fsdp, bases too", "galore")],
+    ("parallel", "in_parts", "method"),
+    [(parallel, False, method) for parallel in ("ddp", "fsdp") for method in ("full", "galore")]
+    + [("fsdp", True, "galore")],
 )
-def test_two_processes_hold_what_was_planned(pool, parallel, method):
-    for expected, held in pool.run(planned_and_held, 2, parallel=parallel, method=method):
-        assert held == pytest.approx(expected, rel=1e-4)
+def test_two_processes_hold_what_was_planned(training_pool, parallel, in_parts, method):
+    from galore_torch.memory.ranks import of_a_rank
+
+    sizes, alone = planned_alone(method)
+    expected = of_a_rank(alone, sizes, 2, parallel, divides_bases=in_parts).held
+    given = {"parallel": parallel, "in_parts": in_parts, "method": method}
+    for held in training_pool.run(held_by_a_process, 2, **given):
+        assert held == pytest.approx({kind: expected[kind] for kind in HELD}, rel=1e-4)

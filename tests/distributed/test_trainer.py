@@ -13,7 +13,7 @@ from galore_torch import attach
 from tests.distributed.pool import assert_every_process_raises
 from tests.distributed.trained import BAR, batch, distance, llama, loss_of, optimizer_of, weights_of
 
-pytestmark = pytest.mark.slow  # each process imports Transformers
+pytestmark = pytest.mark.slow  # Trainer and those that are built on it take seconds to make ready
 STEPS = 10
 
 
@@ -59,12 +59,12 @@ def by_trainer(rank: int, world: int, folder: str, gradients: str, accumulation:
 
 
 @pytest.mark.parametrize(("gradients", "accumulation"), [("fused", 1), ("projected", 2), ("full", 1)])
-def test_trainer_trains_in_two_processes_as_in_one(pool, tmp_path, gradients, accumulation):
+def test_trainer_trains_in_two_processes_as_in_one(training_pool, tmp_path, gradients, accumulation):
     given = {"folder": str(tmp_path), "gradients": gradients, "accumulation": accumulation}
-    (ours, wrapped), (theirs, _) = pool.run(by_trainer, 2, **given)
+    (ours, wrapped), (theirs, _) = training_pool.run(by_trainer, 2, **given)
     assert wrapped == "DistributedDataParallel"
     assert torch.equal(ours, theirs)
-    assert distance(ours, pool.run(by_trainer, 1, **given)[0][0]) <= BAR
+    assert distance(ours, training_pool.run(by_trainer, 1, **given)[0][0]) <= BAR
 
 
 def by_sft(rank: int, world: int, folder: str) -> Tensor:
@@ -97,11 +97,11 @@ def by_sft(rank: int, world: int, folder: str) -> Tensor:
     return weights_of(trainer.model)
 
 
-def test_sft_trains_in_two_processes_as_in_one(pool, tmp_path):
+def test_sft_trains_in_two_processes_as_in_one(training_pool, tmp_path):
     """Transformers forms the loss in float32, whatever the model's dtype, of as many tokens as a process has."""
-    ours, theirs = pool.run(by_sft, 2, folder=str(tmp_path))
+    ours, theirs = training_pool.run(by_sft, 2, folder=str(tmp_path))
     assert torch.equal(ours, theirs)
-    assert distance(ours, pool.run(by_sft, 1, folder=str(tmp_path))[0]) <= torch.finfo(torch.float32).eps
+    assert distance(ours, training_pool.run(by_sft, 1, folder=str(tmp_path))[0]) <= torch.finfo(torch.float32).eps
 
 
 def by_accelerate(rank: int, world: int) -> Tensor:
@@ -127,10 +127,10 @@ def by_accelerate(rank: int, world: int) -> Tensor:
     return weights_of(model)
 
 
-def test_accelerate_trains_in_two_processes_as_in_one(pool: Any):
-    ours, theirs = pool.run(by_accelerate, 2)
+def test_accelerate_trains_in_two_processes_as_in_one(training_pool: Any):
+    ours, theirs = training_pool.run(by_accelerate, 2)
     assert torch.equal(ours, theirs)
-    assert distance(ours, pool.run(by_accelerate, 1)[0]) <= BAR
+    assert distance(ours, training_pool.run(by_accelerate, 1)[0]) <= BAR
 
 
 def shard_by_accelerate(accelerator: Any, layer: str) -> None:
@@ -175,14 +175,14 @@ def by_fsdp2_of_accelerate(rank: int, world: int, gradients: str) -> Tensor:
         AcceleratorState._reset_state()
 
 
-def test_accelerate_shards_as_one_process_trains(pool: Any):
-    ours, theirs = pool.run(by_fsdp2_of_accelerate, 2, gradients="full")
+def test_accelerate_shards_as_one_process_trains(training_pool: Any):
+    ours, theirs = training_pool.run(by_fsdp2_of_accelerate, 2, gradients="full")
     assert torch.equal(ours, theirs)
-    assert distance(ours, pool.run(by_fsdp2_of_accelerate, 1, gradients="full")[0]) <= BAR
+    assert distance(ours, training_pool.run(by_fsdp2_of_accelerate, 1, gradients="full")[0]) <= BAR
 
 
-def test_attached_before_accelerate_shards_is_refused(pool: Any):
-    assert_every_process_raises(pool.ask(by_fsdp2_of_accelerate, 2, gradients="fused"), 'gradients="full"')
+def test_attached_before_accelerate_shards_is_refused(training_pool: Any):
+    assert_every_process_raises(training_pool.ask(by_fsdp2_of_accelerate, 2, gradients="fused"), 'gradients="full"')
 
 
 def by_dpo(rank: int, world: int, folder: str, shards: bool) -> Tensor:
@@ -224,11 +224,11 @@ def by_dpo(rank: int, world: int, folder: str, shards: bool) -> Tensor:
         AcceleratorState._reset_state()
 
 
-def test_dpo_trains_in_shards_as_under_ddp(pool, tmp_path):
+def test_dpo_trains_in_shards_as_under_ddp(training_pool, tmp_path):
     """Where an epoch ends with less than a batch for each process, these see other rows than one process does."""
-    ours, theirs = pool.run(by_dpo, 2, folder=str(tmp_path), shards=True)
+    ours, theirs = training_pool.run(by_dpo, 2, folder=str(tmp_path), shards=True)
     assert torch.equal(ours, theirs)
-    assert distance(ours, pool.run(by_dpo, 2, folder=str(tmp_path), shards=False)[0]) <= BAR
+    assert distance(ours, training_pool.run(by_dpo, 2, folder=str(tmp_path), shards=False)[0]) <= BAR
 
 
 def by_lightning(rank: int, world: int, folder: str, gradients: str) -> Tensor:
@@ -283,8 +283,8 @@ def by_lightning(rank: int, world: int, folder: str, gradients: str) -> Tensor:
 
 
 @pytest.mark.parametrize("gradients", ["full", "fused"])
-def test_lightning_shards_as_one_process_trains(pool, tmp_path, gradients):
+def test_lightning_shards_as_one_process_trains(training_pool, tmp_path, gradients):
     given = {"folder": str(tmp_path), "gradients": gradients}
-    ours, theirs = pool.run(by_lightning, 2, **given)
+    ours, theirs = training_pool.run(by_lightning, 2, **given)
     assert torch.equal(ours, theirs)
-    assert distance(ours, pool.run(by_lightning, 1, **given)[0]) <= BAR
+    assert distance(ours, training_pool.run(by_lightning, 1, **given)[0]) <= BAR

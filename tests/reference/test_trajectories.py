@@ -1,16 +1,15 @@
 """The package walks the path of the paper's algorithm, and so does galore-torch 1.0 where the three mean the same."""
 
-import os
-import subprocess
+import importlib.util
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.common.peers import GALORE_1, ROOT, installed
+from benchmarks.common.peers import GALORE_1, installed
 from galore_torch import GaLoreAdamW
 from reference import galore
 from reference.galore import GaLoreAdam
@@ -59,20 +58,26 @@ def walk_reference(problem: Problem, proj_type: str, **adamw_arguments) -> torch
 
 
 @pytest.fixture(scope="module")
-def galore_1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The trajectories of galore-torch 1.0 by "shape proj_type", walked in a process that imports it and not ours."""
-    path = tmp_path_factory.mktemp("galore-torch-1.0") / "trajectories.pt"
-    script = Path(__file__).with_name("galore_1.py")
-    path_of_child = [str(installed(GALORE_1)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.run(  # of a script: -m would put the checkout before the peer
-        [sys.executable, str(script), str(path), str(NEGLIGIBLE_EPS)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path_of_child)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
-    return torch.load(path, weights_only=True)
+def galore_1() -> Any:
+    """galore-torch 1.0, imported by another name than ours has."""
+    spec = importlib.util.spec_from_file_location("galore_1", installed(GALORE_1) / "galore_torch" / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def walk_galore_1(galore_1: Any, problem: Problem, proj_type: str) -> torch.Tensor:
+    weight = torch.nn.Parameter(problem.start.clone())
+    group = {"params": [weight], "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": proj_type}
+    optimizer = galore_1.GaLoreAdamW([group], lr=LR, eps=NEGLIGIBLE_EPS, no_deprecation_warning=True)
+
+    def step(gradient: torch.Tensor) -> None:
+        weight.grad = gradient
+        optimizer.step()
+
+    return problem.walk(weight, step)
 
 
 @every_shape
@@ -90,13 +95,13 @@ def test_it_is_the_reference(shape, proj_type, dtype, tolerance):
 of_lapack = pytest.mark.of_cpu("moments that are kept in a new basis follow LAPACK's signs")
 
 
-@pytest.mark.slow  # one more process imports torch
+@pytest.mark.slow  # it imports Transformers
 @of_lapack
 @every_shape
 @every_proj_type
 def test_it_is_galore_torch_1(galore_1, shape, proj_type):
     problem = Problem.make(SHAPES[shape], torch.float32)
-    expected = galore_1[f"{shape} {proj_type}"]
+    expected = walk_galore_1(galore_1, problem, proj_type)
     assert distance(problem.start, expected[-1]) > 0.1
     assert distance(walk_ours(problem, proj_type, eps=NEGLIGIBLE_EPS), expected) <= 1e-5
 
@@ -107,7 +112,10 @@ def test_it_is_galore_torch_1(galore_1, shape, proj_type):
 @every_proj_type
 def test_the_reference_is_galore_torch_1(galore_1, shape, proj_type):
     problem = Problem.make(SHAPES[shape], torch.float32)
-    assert distance(walk_reference(problem, proj_type, eps=NEGLIGIBLE_EPS), galore_1[f"{shape} {proj_type}"]) <= 1e-5
+    assert (
+        distance(walk_reference(problem, proj_type, eps=NEGLIGIBLE_EPS), walk_galore_1(galore_1, problem, proj_type))
+        <= 1e-5
+    )
 
 
 def test_a_later_renewal_is_another_path(monkeypatch):
