@@ -32,6 +32,7 @@ os.environ.setdefault(
         f"torchinductor_{getpass.getuser()}_{os.environ.get('ATEN_CPU_CAPABILITY', 'default')}",
     ),
 )
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, each of which imports torch anew
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for equal results of equal calls on a GPU
 
 from collections.abc import Iterator
