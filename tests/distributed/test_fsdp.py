@@ -58,7 +58,7 @@ def test_shards_train_as_one_process(pool, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["adamw", "sgd", "adafactor", "torch's adafactor", "muon"])
 def test_shards_of_every_recipe_train_as_one_process(pool, recipe):
-    assert_as_one(pool, 2, recipe=recipe, shape=UNEVEN, steps=STEPS)
+    assert_as_one(pool, 2, **of_one_layer({"recipe": recipe, "shape": UNEVEN, "steps": STEPS}))
 
 
 EARLY: dict[str, dict[str, Any]] = {
@@ -91,7 +91,7 @@ def test_four_shards_train_as_one_process(pool, name):
 
 
 def of_one_layer(variant: dict[str, Any]) -> dict[str, Any]:
-    """All that differs from two processes is in each layer."""
+    """What is varied is in each layer."""
     return {"steps": SHORT, **variant, "shape": {**variant.get("shape", {}), "layers": 1}}
 
 
@@ -119,14 +119,13 @@ ALIKE = {
 @pytest.mark.parametrize("name", ALIKE)
 @pytest.mark.broad("compensated")
 def test_numbers_of_few_bits_are_those_of_one_process(pool, name):
-    given = {"steps": SHORT, **ALIKE[name]}
-    assert_as_one(pool, 2, bar=0, alike=True, keys={"proj_type": "right", "rank": 64}, **given)
+    assert_as_one(pool, 2, bar=0, alike=True, keys={"proj_type": "right", "rank": 64}, **of_one_layer(ALIKE[name]))
 
 
 @pytest.mark.slow
 def test_moments_of_few_bits_are_rotated_as_in_one_process(pool):
     keys = {"proj_type": "right", "rank": 64, "moments": "rotate"}
-    assert_as_one(pool, 2, bar=0, alike=True, steps=SHORT, keys=keys, **ALIKE["8 bits in parts"])
+    assert_as_one(pool, 2, bar=0, alike=True, keys=keys, **of_one_layer(ALIKE["8 bits in parts"]))
 
 
 def test_state_in_few_bits_is_divided_between_blocks(pool, tmp_path):

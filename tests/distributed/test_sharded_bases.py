@@ -12,6 +12,7 @@ from galore_torch import attach
 from galore_torch.distributed import shard_bases, shard_placement
 from tests.distributed.pool import assert_every_process_raises
 from tests.distributed.sharded import UNEVEN, fully_sharded, trained_in_shards
+from tests.distributed.test_fsdp import of_one_layer
 from tests.distributed.trained import GAP, RANK, batch, llama, loss_of, optimizer_of, weights_of
 from tests.modes import MODES
 
@@ -29,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.broad("fused, at step")
 def test_steps_are_those_with_whole_bases_to_the_bit(pool, name):
-    assert_the_same_in_parts(pool, 2, steps=2 * GAP + 2, **CASES[name])
+    assert_the_same_in_parts(pool, 2, **of_one_layer({"steps": 2 * GAP + 2, **CASES[name]}))
 
 
 @pytest.mark.slow

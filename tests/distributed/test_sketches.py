@@ -16,6 +16,7 @@ from tests.distributed.test_ddp import (
     at_first_on_one,
     bytes_of_steps,
     every_low_rank_mode,
+    of_one_layer,
     on_all_processes,
     on_one_process,
     with_an_infinite_gradient,
@@ -55,13 +56,13 @@ def test_four_processes_train_as_one(pool):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.broad("accumulated with no_sync", "unused on one process")
 def test_a_variant_trains_as_one(pool, name):
-    assert_as_one(pool, 2, mode=("fused", "step"), steps=SHORT, **SKETCHED, **VARIANTS[name])
+    assert_as_one(pool, 2, mode=("fused", "step"), steps=SHORT, **SKETCHED, **of_one_layer(VARIANTS[name]))
 
 
 @pytest.mark.parametrize("name", ["not staggered", "both sides"])
 @pytest.mark.slow
 def test_a_variant_applied_in_the_backward_trains_as_one(pool, name):
-    assert_as_one(pool, 2, mode=("fused", "backward"), steps=SHORT, **SKETCHED, **VARIANTS[name])
+    assert_as_one(pool, 2, mode=("fused", "backward"), steps=SHORT, **SKETCHED, **of_one_layer(VARIANTS[name]))
 
 
 HELD = {
@@ -73,7 +74,7 @@ HELD = {
 @pytest.mark.parametrize("name", HELD)
 @pytest.mark.broad("averaged each time")
 def test_all_processes_hold_the_same(pool, name):
-    ranks = pool.run(trained, 2, mode=("fused", "step"), **SKETCHED, **HELD[name])
+    ranks = pool.run(trained, 2, mode=("fused", "step"), **SKETCHED, **of_one_layer(HELD[name]))
     assert torch.equal(*ranks)
     assert bool(ranks[0].isfinite().all())
 
@@ -137,7 +138,7 @@ def sharded(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.broad("fused", "accumulated")
 def test_shards_train_as_one(pool, name):
-    test_fsdp.assert_as_one(pool, 2, **sharded(name))
+    test_fsdp.assert_as_one(pool, 2, **test_fsdp.of_one_layer(sharded(name)))
 
 
 @pytest.mark.slow
