@@ -44,7 +44,11 @@ import pytest
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 gc.disable()  # while all is imported, which stays
-collect_ignore = ["frozen.py", "training/unplanned.py"]  # whose import has effects, which are not for pytest
+collect_ignore = [
+    "frozen.py",
+    "training/unplanned.py",
+    "training/warmed.py",
+]  # whose import has effects, which are not for pytest
 
 ON_ANY_DEVICE = {"optim", "projection", "lowbit", "gradients", "reference"}
 """The folders of tests that run on the device that `--device` names. All others are of the CPU."""
@@ -200,3 +204,12 @@ def seeded(device: str) -> None:
     import torch
 
     (torch.default_generator if device == "cpu" else torch).manual_seed(0)
+
+
+@pytest.fixture
+def bfloat16_in_float32() -> Iterator[None]:
+    """For steps in bfloat16 where the CPU has no instructions for its products: ten times as fast, rounded once."""
+    from benchmarks.common.bf16_products import while_in_float32
+
+    with while_in_float32():
+        yield

@@ -6,7 +6,8 @@ the floor) multiplies in the same way: blocks of both factors are widened, multi
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,6 +32,17 @@ def in_float32() -> bool:
     if not bfloat16_is_native() and not _installed:
         _install()
     return not bfloat16_is_native()
+
+
+@contextmanager
+def while_in_float32() -> Iterator[None]:
+    """The same for a time, after which torch's own kernels are back."""
+    in_float32()
+    try:
+        yield
+    finally:
+        while _installed:
+            _installed.pop()._destroy()
 
 
 def _install() -> None:

@@ -122,6 +122,7 @@ def test_of_every_architecture(architecture, method, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("bfloat16_in_float32")
 @pytest.mark.parametrize(("preset", "method", "given"), PRESETS)
 def test_of_presets(preset, method, given):
     planned = subject(preset, {"micro_batch": 1, "batch": 1, "seq": 8, **given}, None)

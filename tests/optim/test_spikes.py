@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -21,6 +21,7 @@ from tests.gradients.llama import TOKENS, VOCABULARY, llama, loss_of
 from tests.optim.small import assert_same, snapshot
 
 ROWS, SPIKE, RECOVERED = 16, 40, 20  # the batch of garbage comes in step 40, and 20 more follow
+LAST = 5  # of these, which tell where a model has come to
 SUCCESSORS = torch.randint(VOCABULARY, (VOCABULARY, 4), generator=torch.Generator().manual_seed(7))
 
 
@@ -62,18 +63,22 @@ def held_out(model: nn.Module) -> float:
         return float(loss_of(model, HELD_OUT))
 
 
-def steps(model: nn.Module, optimizer: Optimizer, batches: Iterable[Tensor]) -> list[float]:
-    """The losses of held-out text after each step."""
+def steps(model: nn.Module, optimizer: Optimizer, batches: Sequence[Tensor], told: int) -> list[float]:
+    """The losses of held-out text after each of the last steps."""
     losses = []
-    for ids in batches:
+    for left, ids in zip(range(len(batches), 0, -1), batches, strict=True):
         make_step(model, optimizer, ids)
-        losses.append(held_out(model))
+        if left <= told:
+            losses.append(held_out(model))
     return losses
 
 
 @functools.cache
 def losses(method: str, seed: int) -> tuple[float, dict[str, list[float]]]:
-    """The loss before, and those of the steps from `SPIKE` on: undisturbed, and after each kind of garbage."""
+    """The loss before, and those of the steps from `SPIKE` on: undisturbed, and after each kind of garbage.
+
+    Of AdamW only the last are asked for.
+    """
     model, generator = llama(), torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         if weight.dim() > 1:
@@ -88,7 +93,7 @@ def losses(method: str, seed: int) -> tuple[float, dict[str, list[float]]]:
         resumed = optimizer_of(method, own)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         first = batches[0] if kind == "undisturbed" else garbage(kind, seed)
-        ways[kind] = steps(own, resumed, [first, *batches[1:]])
+        ways[kind] = steps(own, resumed, [first, *batches[1:]], len(batches) if method == "muon" else LAST)
     return before, ways
 
 
@@ -100,16 +105,17 @@ def setback(method: str, seed: int, kind: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.learning
+@pytest.mark.usefixtures("bfloat16_in_float32")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", ["random", "one token"])
 def test_muon_of_low_rank_recovers_from_garbage_within_twenty_steps(kind, seed):
     before, ways = losses("muon", seed)
     of_muon, of_adamw = (setback(method, seed, kind) for method in ("muon", "adamw"))
     assert max(of_muon) > 0.015  # it was a spike: 0.02 to 0.04 above the undisturbed run
-    assert max(ways[kind][-5:]) < before - 0.02  # and is over: 0.04 to 0.12 below
-    assert fmean(of_muon[-5:]) < 0.05  # at most 0.03 above the undisturbed run
-    assert fmean(of_muon[-5:]) < fmean(of_adamw[-5:]) + 0.03  # at most 0.015 more than AdamW's
-    assert fmean(ways[kind][-5:]) < fmean(losses("adamw", seed)[1][kind][-5:])
+    assert max(ways[kind][-LAST:]) < before - 0.02  # and is over: 0.04 to 0.12 below
+    assert fmean(of_muon[-LAST:]) < 0.05  # at most 0.03 above the undisturbed run
+    assert fmean(of_muon[-LAST:]) < fmean(of_adamw[-LAST:]) + 0.03  # at most 0.015 more than AdamW's
+    assert fmean(ways[kind][-LAST:]) < fmean(losses("adamw", seed)[1][kind][-LAST:])
 
 
 @pytest.mark.parametrize("residual", LIMITED)
@@ -128,7 +134,7 @@ def test_the_limiter_resumes_bit_for_bit_through_a_spike(residual):
     model, optimizer = made()
     saved, norms = {}, []
     for step, ids in enumerate(batches):
-        steps(model, optimizer, [ids])
+        make_step(model, optimizer, ids)
         file = io.BytesIO()
         torch.save([model.state_dict(), optimizer.state_dict()], file)
         saved[step] = file.getvalue()
@@ -142,5 +148,6 @@ def test_the_limiter_resumes_bit_for_bit_through_a_spike(residual):
         of_model, of_optimizer = torch.load(io.BytesIO(saved[step]), weights_only=True)
         again.load_state_dict(of_model)
         resumed.load_state_dict(of_optimizer)
-        steps(again, resumed, batches[step + 1 :])
+        for ids in batches[step + 1 :]:
+            make_step(again, resumed, ids)
         assert_same(snapshot(resumed)[:2], snapshot(optimizer)[:2])
