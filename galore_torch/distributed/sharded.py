@@ -127,6 +127,7 @@ class ShardedWork(TrainedWeight):
 
     def __post_init__(self) -> None:
         TrainedWeight.__post_init__(self)
+        self.drops_factors = True
         self.local_projection = self.cut.projection
         self.first = self.cut.start * math.prod(self.weight.shape[1:])
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from galore_torch.optim.folding import common_factors, fold
 from galore_torch.optim.inner_group import GroupWrites, moves_at_rate_one
-from galore_torch.optim.nonfinite import count_nonfinite
+from galore_torch.optim.nonfinite import NonfiniteCounter
 from galore_torch.optim.slices import inner_params, keep_inner_state
-from galore_torch.optim.state_keys import STEP
+from galore_torch.optim.state_keys import INNER, STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import devices
 
@@ -58,7 +58,9 @@ class Chunk:
     def __init__(self, weights: list[TrainedWeight]) -> None:
         self.weights = weights
         self.firsts = list({id(one.inner_group): one for one in weights}.values())
+        self._projected = [index for index, one in enumerate(weights) if one.projection.modes]
         self._layout: list[_Alike] | None = None
+        self._counter: NonfiniteCounter | None = None
 
     def coordinates(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
         """The coordinates of the weights: zeros, in one piece of memory for each dtype.
@@ -79,6 +81,28 @@ class Chunk:
             for index, view in zip(alike.indices, views, strict=True):
                 coordinates[index] = view
         return coordinates
+
+    def count_nonfinite(
+        self, grads: Sequence[Tensor], agree: Callable[[Tensor], Tensor], *, everywhere: bool = False
+    ) -> Tensor:
+        """Counts the gradients that are not finite, in the states of the projected weights.
+
+        Args:
+            grads: of each weight, as the optimizer inside gets it.
+            agree: the largest value of all processes.
+            everywhere: whether those of all weights are looked at, and as wholes; else of those that are projected.
+
+        Returns:
+            One boolean for each that is looked at.
+        """
+        weights, seen = self.weights, grads
+        if not everywhere and len(self._projected) < len(weights):
+            if not self._projected:
+                return torch.zeros(0, dtype=torch.bool)
+            weights, seen = [weights[index] for index in self._projected], [grads[index] for index in self._projected]
+        if self._counter is None:
+            self._counter = NonfiniteCounter(weights, seen)
+        return self._counter.count(seen, agree, everywhere=everywhere)
 
 
 class _Alike(NamedTuple):
@@ -155,7 +179,8 @@ def step_chunk(
     for one in chunk.firsts:
         written.note(one.group, wrote[id(one.inner_group)])
     for one, (_, parts) in zip(chunk.weights, params, strict=True):
-        keep_inner_state(one, parts)
+        if len(parts) > 1 or parts[0].state is not one.state.get(INNER):
+            keep_inner_state(one, parts)
     fold_all(chunk, grads, versions, [tensor for tensor, _ in params])
 
 
@@ -179,7 +204,8 @@ def fold_all(chunk: Chunk, grads: Sequence[Tensor], versions: Sequence[int], mov
         else:
             is_changed = grad._version != version and moves_at_rate_one(one.group)  # some rules write into gradients
             fold(one, one.given_back(tensor), one.inner_grad() if is_changed else grad)
-        one.drop_factors()
+        if one.drops_factors:
+            one.drop_factors()
 
 
 def _with_gradients(
@@ -189,15 +215,13 @@ def _with_gradients(
     weights = chunk.weights
     grads = [one.inner_grad() for one in weights]
     if skip_nonfinite:
-        flags = count_nonfinite(weights, grads, agree, everywhere=True).tolist()
+        flags = chunk.count_nonfinite(grads, agree, everywhere=True).tolist()
         if any(flags):
             for one, is_bad in zip(weights, flags, strict=True):
                 if is_bad:
                     one.drop_factors()
             finite = [index for index, is_bad in enumerate(flags) if not is_bad]
             return Chunk([weights[index] for index in finite]), [grads[index] for index in finite]
-        return chunk, grads
-    projected = [index for index, one in enumerate(weights) if one.projection.modes]
-    if projected:
-        count_nonfinite([weights[index] for index in projected], [grads[index] for index in projected], agree)
+    else:
+        chunk.count_nonfinite(grads, agree)
     return chunk, grads

@@ -23,6 +23,7 @@ class Factors:
         state: dict[str, Any]
         projection: Projection
         storage: Storage
+        side: str | None
         _read: tuple[Any, Basis]
         _factors: Basis | None
         _pair: Sequence[Any] | None
@@ -58,8 +59,7 @@ class Factors:
 
     def drop_factors(self) -> None:
         """Forgets decoded factors: they take more memory than what is stored."""
-        if self._factors is not None:
-            self._factors = self._pair = None
+        self._factors = self._pair = None
 
     def _factor_pair(self, side: str) -> Sequence[Any]:
         """What is stored of a matrix' one factor, that, and its transpose: a view takes the host half a product."""
@@ -75,7 +75,7 @@ class Factors:
         Args:
             grad: of `projection.shape`.
         """
-        side = self.projection.one_side
+        side = self.side
         if side is None:
             return self.projection.project(grad, self.factors)
         _, factor, turned = self._factor_pair(side)
@@ -89,7 +89,7 @@ class Factors:
             alpha: factor of what is added.
             beta: factor of the weight.
         """
-        side, weight = self.projection.one_side, self.weight
+        side, weight = self.side, self.weight
         if side is None or coordinates.dtype is not weight.dtype:
             self.projection.fold(weight, coordinates, self.factors, alpha=alpha, beta=beta)
             return

@@ -18,14 +18,8 @@ FEW = 2**12
 twice as long."""
 
 
-def count_nonfinite(
-    trained: Sequence[TrainedWeight],
-    projected_grads: Sequence[Tensor],
-    agree: Callable[[Tensor], Tensor],
-    *,
-    everywhere: bool = False,
-) -> Tensor:
-    """Finds the projected gradients that are not finite, and counts them in the state of the projected weights.
+class NonfiniteCounter:
+    """Finds the projected gradients of some weights that are not finite, and counts them in the weights' states.
 
     A number that is not finite in a full gradient spoils a whole slice of the projected one across its projected axes,
     so on a CPU the first entries along these are looked at. A gradient that came projected may have overflowed anywhere
@@ -34,38 +28,43 @@ def count_nonfinite(
 
     Args:
         trained: the weights, at least one.
-        projected_grads: of each weight, or its gradient where it is not projected.
-        agree: the largest value of all processes.
-        everywhere: whether all projected gradients are looked at as a whole: projecting itself may overflow.
-
-    Returns:
-        One boolean for each, on the first one's device.
+        projected_grads: of each weight, or its gradient where it is not projected: those of any step.
     """
-    seen = projected_grads
-    if not (everywhere or devices.runs_ahead(projected_grads[0])):
-        seen = [
-            projected
-            if projected.numel() <= FEW or isinstance(one.grad, ProjectedGradient)
-            else _across(projected, one.projection)
-            for one, projected in zip(trained, projected_grads, strict=True)
-        ]
-    bad = agree(peaks(seen).lt(float("inf")).logical_not_())  # a NaN is not less either
-    for start, stop in _runs(trained):
-        first = trained[start]
-        assert first.counters is not None
-        first.counters[first.slot : first.slot + stop - start].add_(bad[start:stop])
-    return bad
+
+    def __init__(self, trained: Sequence[TrainedWeight], projected_grads: Sequence[Tensor]) -> None:
+        self._trained = trained
+        self._alike = _Alike(projected_grads)
+        self._large = [] if devices.runs_ahead(projected_grads[0]) else self._alike.others
+        self._runs = list(_runs(trained))
+
+    def count(
+        self, projected_grads: Sequence[Tensor], agree: Callable[[Tensor], Tensor], *, everywhere: bool = False
+    ) -> Tensor:
+        """Counts those of one step.
+
+        Args:
+            projected_grads: of each weight.
+            agree: the largest value of all processes.
+            everywhere: whether all are looked at as a whole: projecting itself may overflow.
+
+        Returns:
+            One boolean for each, on the first one's device.
+        """
+        seen = list(projected_grads)
+        for index in [] if everywhere else self._large:
+            one = self._trained[index]
+            if not isinstance(one.grad, ProjectedGradient):
+                seen[index] = _across(seen[index], one.projection)
+        bad = agree(self._alike.peaks(seen).lt(float("inf")).logical_not_())  # a NaN is not less either
+        for start, stop in self._runs:
+            first = self._trained[start]
+            assert first.counters is not None
+            first.counters[first.slot : first.slot + stop - start].add_(bad[start:stop])
+        return bad
 
 
 def _runs(trained: Sequence[TrainedWeight]) -> Iterator[tuple[int, int]]:
     """Where weights follow each other as their counters do: one run in an ordinary step."""
-    first = trained[0]
-    if [one.slot for one in trained] == list(range(first.slot, first.slot + len(trained))) and all(
-        one.counters is first.counters for one in trained
-    ):
-        if first.counters is not None:
-            yield 0, len(trained)
-        return
     start = 0
     for stop in range(1, len(trained) + 1):
         before = trained[stop - 1]
@@ -100,24 +99,46 @@ def peaks(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         (number of tensors,); not finite where an entry is not finite, 0 only where all entries are 0.
     """
-    gathers = not devices.runs_ahead(tensors[0])
-    kinds: dict[Any, list[int]] = {}
-    for index, one in enumerate(tensors):
-        kind = (one.shape, one.dtype, one.device) if gathers and one.numel() <= FEW else None
-        kinds.setdefault(kind, []).append(index)
-    found = [_peaks([tensors[index] for index in indices], kind) for kind, indices in kinds.items()]
-    if len(found) == 1:
-        return found[0]
-    found = [peak.to(tensors[0].device) for peak in found]
-    order = torch.tensor([index for indices in kinds.values() for index in indices]).argsort()
-    return torch.cat(found)[order]
+    return _Alike(tensors).peaks(tensors)
 
 
-def _peaks(tensors: list[Tensor], kind: Any) -> Tensor:
-    """The same of tensors of one shape, which are put together to be looked at; or one by one where `kind` is None."""
-    if kind is not None and tensors[0].numel():
-        return torch.stack(tensors).view(len(tensors), -1).abs_().amax(1)
-    device = tensors[0].device
+class _Alike:
+    """Which tensors are looked at together: on a CPU small ones of one shape are put together.
+
+    Attributes:
+        others: the indices of those that are looked at one by one.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.others: list[int] = []
+        kinds: dict[Any, list[int]] = {}
+        gathers = not devices.runs_ahead(tensors[0])
+        for index, one in enumerate(tensors):
+            is_gathered = gathers and 0 < one.numel() <= FEW
+            kind = kinds.setdefault((one.shape, one.dtype, one.device), []) if is_gathered else self.others
+            kind.append(index)
+        self._gathered = list(kinds.values())
+        indices = [index for alike in (*self._gathered, self.others) for index in alike]
+        self._order = None if indices == list(range(len(indices))) else torch.tensor(indices).argsort()
+
+    def peaks(self, tensors: Sequence[Tensor]) -> Tensor:
+        """As the function of this name.
+
+        Args:
+            tensors: as many as there were, of the same shapes.
+        """
+        device = tensors[0].device
+        found = [
+            torch.stack([tensors[index] for index in indices]).view(len(indices), -1).abs_().amax(1).to(device)
+            for indices in self._gathered
+        ]
+        if self.others:
+            found.append(_norms([tensors[index] for index in self.others], device))
+        together = found[0] if len(found) == 1 else torch.cat(found)
+        return together if self._order is None else together[self._order]
+
+
+def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
     # A process' part of a weight may be empty.
     filled = [one if one.numel() else one.new_zeros(1) for one in tensors]
     largest = [peak.to(device) for peak in torch._foreach_norm(filled, float("inf"))]

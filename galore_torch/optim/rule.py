@@ -77,7 +77,7 @@ class Traits:
     common: frozenset[str] = frozenset()
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class InnerParam:
     """One tensor that a rule moves, as the rule gets it.
 

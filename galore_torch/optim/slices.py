@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,14 +32,14 @@ def inner_params(
     if tensor is None:
         tensor = torch.zeros_like(projected) if fresh else trained.lent()
     inner = {} if begins_anew(trained) else trained.opened(trained.state.get(INNER, {}))
-    made = partial(InnerParam, group=trained.inner_group, weight=trained.weight, is_fresh=fresh)
+    group, weight = trained.inner_group, trained.weight
     # One that has sizes and no numbers stays whole: slices are whole blocks, so that their states take the same bytes.
     if size is None or tensor.numel() < 2 * size or not tensor.is_contiguous() or not has_numbers(tensor):
-        return tensor, [made(tensor=tensor, grad=projected, state=inner)]
+        return tensor, [InnerParam(tensor, projected, inner, group, weight, fresh)]
     ends = list(range(size, tensor.numel() - size + 1, size))  # the last takes the rest: none is too small
     slices = zip(tensor.view(-1).tensor_split(ends), projected.reshape(-1).tensor_split(ends), strict=True)
     return tensor, [
-        made(tensor=part, grad=grad, state=inner.get(f"slice{number}", {}))
+        InnerParam(part, grad, inner.get(f"slice{number}", {}), group, weight, fresh)
         for number, (part, grad) in enumerate(slices)
     ]
 

@@ -81,6 +81,8 @@ class TrainedWeight(Factors, ProcessPart, Turns):
         counters: of all projected weights on the device, one for each: how many gradients were not finite.
         slot: which of them is the weight's.
         is_plain: whether its update is added to it as it is: it is a plain tensor, and not rounded in a way of ours.
+        side: the projected side of a plain weight that is a matrix and has one, as nearly all have; None for all else.
+        drops_factors: whether its factors are made for each step, since what is stored takes less memory.
     """
 
     weight: Tensor
@@ -105,6 +107,8 @@ class TrainedWeight(Factors, ProcessPart, Turns):
     storage: Storage = field(init=False)
     coordinate_count: int = field(init=False)
     is_plain: bool = field(init=False)
+    side: str | None = field(init=False)
+    drops_factors: bool = field(init=False)
     local_projection: Projection = field(init=False)
     first: int = field(init=False, default=0)
     _read: tuple[Any, Basis] = field(init=False, default=(None, {}))
@@ -116,6 +120,8 @@ class TrainedWeight(Factors, ProcessPart, Turns):
         self.storage = storage_in(self.group)
         self.coordinate_count = torch.Size(self.projection.projected_shape).numel()
         self.is_plain = type(self.weight) in (Tensor, torch.nn.Parameter) and self.rounding == "nearest"
+        self.side = self.projection.one_side if self.is_plain else None
+        self.drops_factors = self.storage.bits < 16
 
     def is_current(self, state: Any) -> bool:
         """Whether what the optimizer holds of the weight is still this state.

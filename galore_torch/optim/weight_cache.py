@@ -68,7 +68,7 @@ class WeightCache:
         self._held: tuple[list[Tensor], list[Any]] | None = None
         self._of_weight: dict[int, tuple[TrainedWeight, int, int]] = {}
         self._seen: list[_Seen] = []
-        self._chunked: tuple[Sequence[TrainedWeight], list[torch.device], list[Chunk]] = ((), [], [])
+        self._chunked: dict[int, tuple[Sequence[TrainedWeight], list[torch.device], list[Chunk]]] = {}
 
     def all(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], make: Make) -> list[TrainedWeight]:
         """What is known of all weights, in order.
@@ -91,11 +91,14 @@ class WeightCache:
         Args:
             trained: those that make a step.
         """
-        before, on, made = self._chunked
+        if not trained:
+            return []
         devices = [one.weight.device for one in trained]
+        first = id(trained[0])  # inside the backward some come together, others after them
+        before, on, made = self._chunked.get(first, ((), [], []))
         if on != devices or not all(map(operator.is_, before, trained)):
             made = list(chunks(trained, self.coordinates))
-            self._chunked = trained, devices, made
+            self._chunked[first] = trained, devices, made
         return made
 
     def changed(self) -> None:
@@ -164,7 +167,7 @@ class WeightCache:
 
     def _make(self, groups: Sequence[dict[str, Any]], make: Make) -> None:
         self.changed()
-        self._chunked = (), [], []
+        self._chunked.clear()
         held = list(positions(groups))
         self._trained = [make(place) for place in held]
         self._held = None
