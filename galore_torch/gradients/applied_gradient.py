@@ -49,7 +49,7 @@ class AppliedGradient(WithoutMemory):
     def __deepcopy__(self, memo: dict[int, Any]) -> AppliedGradient:
         return AppliedGradient(self, self.weight_name, self.euclidean_norm)
 
-    def to_plain(self) -> Tensor:
+    def to_full(self) -> Tensor:
         """Raises an error: the numbers are gone."""
         return self.clone()
 

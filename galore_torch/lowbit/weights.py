@@ -152,7 +152,7 @@ class QuantizedWeight(WithoutMemory):
             plain[rows] = self._decode(rows)
         return plain
 
-    def to_plain(self) -> Tensor:
+    def to_full(self) -> Tensor:
         """What `decode` returns, in the weight's dtype."""
         return self.decode()
 

@@ -18,7 +18,7 @@ COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 class WithoutMemory(Tensor):
     """A tensor of a shape and dtype whose numbers are in other tensors."""
 
-    def to_plain(self) -> Tensor:
+    def to_full(self) -> Tensor:
         """The numbers that this stands for, in a tensor of their own. No gradient flows through it."""
         raise NotImplementedError
 
@@ -28,25 +28,25 @@ class WithoutMemory(Tensor):
         Args:
             force: from another device, too.
         """
-        return self.to_plain().numpy(force=force)
+        return self.to_full().numpy(force=force)
 
     def tolist(self) -> Any:
         """The numbers as Python's."""
-        return self.to_plain().tolist()
+        return self.to_full().tolist()
 
     def __array__(self, dtype: Any = None) -> Any:
         """What numpy.asarray takes."""
-        return self.to_plain().__array__(dtype)  # type: ignore[no-untyped-call]
+        return self.to_full().__array__(dtype)  # type: ignore[no-untyped-call]
 
     def __dlpack__(self, **arguments: Any) -> Any:
         """A copy of the numbers, for other libraries."""
-        return self.to_plain().__dlpack__(**arguments)
+        return self.to_full().__dlpack__(**arguments)
 
     def apply_(self, function: Callable[[Any], Any]) -> Tensor:
         """Raises an error: it would write where there is nothing."""
         raise ValueError(
             f"apply_({function!r}) cannot change a {type(self).__name__} of shape {tuple(self.shape)} in place; act on "
-            "a plain copy of it, .to_plain()"
+            "a plain copy of it, .to_full()"
         )
 
     def share_memory_(self) -> Tensor:

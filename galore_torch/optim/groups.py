@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from galore_torch.group_keys import FIXED_KEYS, KEYS, PROJECTED_DEFAULTS, checked_key
@@ -77,8 +78,21 @@ def check_group(group: dict[str, Any]) -> None:
         return
     if not group["params"]:
         raise ValueError(f"the projected group (rank {group['rank']!r}) has no parameters; check your target modules")
-    group |= {key: checked_key(key, group.get(key, declared.default)) for key, declared in KEYS.items()}
+    check_keys(group)
     _check_projections(group)
+
+
+def check_keys(group: dict[str, Any]) -> None:
+    """Checks the keys of a projected group, and fills in those that it lacks.
+
+    Args:
+        group: changed in place.
+
+    Raises:
+        ValueError: one has a value that is not allowed.
+    """
+    if is_projected(group):
+        group |= {key: checked_key(key, group.get(key, declared.default)) for key, declared in KEYS.items()}
 
 
 def require_current(weight: Tensor) -> None:
@@ -112,11 +126,22 @@ def _check_parameter(group: Mapping[str, Any], index: int, parameter: Any) -> No
             f"params[{index}] of a parameter group is {parameter!r}, a {type(parameter).__name__}; list parameters, or "
             "(name, parameter) pairs for all of them"
         )
+    if parameter.requires_grad and _is_expanded(parameter):
+        raise ValueError(
+            f"{parameter_name(group, index)} is expanded: several of its numbers are one in memory, so that it cannot "
+            "be trained; pass nn.Parameter(weight.clone())"
+        )
     if not parameter.is_leaf and not parameter.retains_grad:
         raise ValueError(
             f"{parameter_name(group, index)} was computed from other tensors, so that it gets no gradient; pass the "
             "nn.Parameter itself, or its .detach().requires_grad_()"
         )
+
+
+def _is_expanded(weight: Tensor) -> bool:
+    """Whether several of a weight's numbers are one in memory, so that it cannot be written to."""
+    pairs = zip(weight.shape, weight.stride(), strict=True) if weight.layout is torch.strided else ()
+    return any(size > 1 and stride == 0 for size, stride in pairs)
 
 
 def _check_projections(group: Mapping[str, Any]) -> None:
@@ -126,6 +151,11 @@ def _check_projections(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} is {weight.dtype}; only real floating-point weights can be projected. Put it in a group "
                 "without `rank`"
+            )
+        if weight.requires_grad and weight.element_size() < 2:
+            raise ValueError(
+                f"{name} is {weight.dtype}, in which nothing can be computed; use 16 bits or more, or INT8 weights "
+                "(quantize_weights)"
             )
         try:
             projection_of(weight.shape, group["rank"], group["proj_type"], group["layout"])

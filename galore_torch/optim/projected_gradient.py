@@ -161,10 +161,6 @@ class ProjectedGradient(WithoutMemory):
         """The full-size gradient that this stands for: P R, R Q^T or P R Q^T."""
         return self.projection.project_back(self.projected.to(self.dtype), self.basis)
 
-    def to_plain(self) -> Tensor:
-        """What `to_full` returns."""
-        return self.to_full()
-
     def projected_by(self, projection: Projection, basis: Mapping[str, Tensor]) -> Tensor:
         """The gradient projected by a basis: the stored tensor when it was made with that basis, else projected anew.
 

@@ -93,6 +93,11 @@ class StateChecks:
         """What must take the place of a state; None, as in every ordinary step, where it fits as it is."""
         form, shapes = _form(trained), _shapes(trained.state.get(INNER))
         before = self._forms.get(id(trained.weight))
+        if trained.projection.modes and form.shape != trained.projection.shape:
+            raise ValueError(
+                f"{trained.name} has shape {tuple(form.shape)} now, and the optimizer was made for "
+                f"{tuple(trained.projection.shape)}; resize weights before it is made"
+            )
         if before == (form, shapes) or not trained.state:
             return None
         if before is not None and before[0].geometry != form.geometry:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from galore_torch.group_keys import FIXED_KEYS
+from galore_torch.group_keys import FIXED_KEYS, KEYS
 from galore_torch.optim.chunks import Chunk, chunks
+from galore_torch.optim.groups import check_keys
 from galore_torch.optim.positions import Position, positions
 from galore_torch.optim.precision import ASKED
 from galore_torch.optim.state_keys import NONFINITE
@@ -23,6 +24,9 @@ from galore_torch.optim.trained_weight import TrainedWeight
 
 DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", "residual", *ASKED)
 """Keys of a group that decide what is known of a weight. All others are read from the group when they are used."""
+
+READ_LATER = tuple(name for name in KEYS if name not in DECIDING)
+"""Those of a projected group that are read when they are used, and checked where they are others than before."""
 
 Make = Callable[[Position], TrainedWeight]
 _versions = itertools.count(1)
@@ -34,13 +38,17 @@ class _Seen(NamedTuple):
     group: dict[str, Any]
     weights: list[Tensor]
     values: list[Any]
+    read_later: list[Any]
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> _Seen:
-        return cls(group, list(group["params"]), _values(group))
+        return cls(group, list(group["params"]), _values(group), list(map(group.get, READ_LATER)))
 
     def is_current(self, group: dict[str, Any]) -> bool:
-        weights = group["params"]
+        weights, read_later = group["params"], list(map(group.get, READ_LATER))
+        if read_later != self.read_later:
+            check_keys(group)
+            self.read_later[:] = map(group.get, READ_LATER)
         return (
             group is self.group
             and len(weights) == len(self.weights)
@@ -166,6 +174,8 @@ class WeightCache:
         return True
 
     def _make(self, groups: Sequence[dict[str, Any]], make: Make) -> None:
+        for group in groups:
+            check_keys(group)
         self.changed()
         self._chunked.clear()
         held = list(positions(groups))
