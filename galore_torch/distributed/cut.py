@@ -213,21 +213,18 @@ class Cut:
             return placed._local_tensor.contiguous()
         return placed.redistribute(placements=self.placements).to_local().contiguous()
 
-    def reduce(self, tensor: Tensor) -> DTensor:
-        """Begins to add up projected gradients over the processes; what reads the sum waits for it.
+    def reduce(self, tensor: Tensor, *, for_all: bool = False) -> DTensor:
+        """Begins to add up a tensor over the processes; what reads the sum waits for it.
 
         Args:
             tensor: this process', of all of the weight.
+            for_all: whether each process gets all of the sum.
 
         Returns:
-            The sum, cut as the weight is, or whole where the projected axis is cut.
+            The sum; otherwise of projected gradients, cut as the weight is, or whole where the projected axis is cut.
         """
-        placements = [Replicate()] * self.mesh.ndim if self.is_contracted else self.placements
+        placements = [Replicate()] * self.mesh.ndim if for_all or self.is_contracted else self.placements
         return self._placed(tensor, Partial()).redistribute(placements=placements, async_op=True)
-
-    def add_up(self, tensor: Tensor) -> DTensor:
-        """Begins to add up a tensor over the processes, each of which gets all of the sum."""
-        return self._placed(tensor, Partial()).redistribute(placements=[Replicate()] * self.mesh.ndim, async_op=True)
 
     def _placed(self, tensor: Tensor, placement: Any) -> DTensor:
         return DTensor.from_local(tensor, self.mesh, [placement] * self.mesh.ndim, run_check=False)

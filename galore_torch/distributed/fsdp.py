@@ -132,7 +132,7 @@ class ShardTraffic(Traffic):
             return
         renewed: list[ShardedWork] = [optimizer._trained_weight(one.sharded_param) for one in arrived]
         grads = [_complete_grad(one) for one in arrived]
-        sums = [one.cut.add_up(one.sketch(grad)) for one, grad in zip(renewed, grads, strict=True)]
+        sums = [one.cut.reduce(one.sketch(grad), for_all=True) for one, grad in zip(renewed, grads, strict=True)]
         averages = [one.to_local() / _divisor(group, trained) for one, trained in zip(sums, renewed, strict=True)]
         bases = optimizer._processes.bases(renewed, averages)
         for one, trained, grad, basis in zip(arrived, renewed, grads, bases, strict=True):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import galore_torch
 from galore_torch import GaLoreAdamW, attach, param_groups
-from tests.distributed.pool import assert_every_process_raises
+from tests.distributed.pool import Pool, assert_every_process_raises
+from tests.distributed.sharded import fully_sharded
 from tests.distributed.trained import batch, distance, llama, loss_of, optimizer_of, trained, weights_of
 
 
@@ -26,6 +30,7 @@ DISAGREEMENTS: dict[str, Any] = {
     "update_proj_gap": lambda rank: {"update_proj_gap": 7 + rank},
     "seed": lambda rank: {"seed": rank},
     "decomposition": lambda rank: {"decomposition": ("warm", "svd")[rank]},
+    "galore_torch": lambda _: {},  # its version
 }
 
 
@@ -41,7 +46,14 @@ def test_processes_that_disagree_are_told(pool, name, gradients):
 
 
 def disagreeing(rank: int, world: int, name: str, gradients: Any) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        _disagreeing(rank, world, name, gradients, patched)
+
+
+def _disagreeing(rank: int, world: int, name: str, gradients: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
+    if name == "galore_torch" and rank:
+        monkeypatch.setattr(galore_torch, "__version__", "1.9")
     if name == "weight":
         groups = param_groups(model, rank=4)
         for group in groups:
@@ -103,6 +115,43 @@ def refused(rank: int, world: int, name: str) -> None:
         case "create_graph":
             attach(model, optimizer)
             loss_of(DistributedDataParallel(model), batch(0)).backward(create_graph=True)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_where_a_process_has_no_data_left_and_ends_the_others_end(is_sharded):
+    pool = Pool(2)
+    try:
+        (answer,) = [one for one in pool.ask(running_out, 2, survivors=1, is_sharded=is_sharded) if one is not None]
+        assert answer.kind in ("RuntimeError", "DistBackendError", "DistNetworkError")
+    finally:
+        pool.close()
+
+
+def running_out(rank: int, world: int, is_sharded: bool) -> None:
+    model = llama()
+    model = fully_sharded(model, world) if is_sharded else model
+    optimizer = optimizer_of(model)
+    attach(model, optimizer)
+    net = model if is_sharded else DistributedDataParallel(model)
+    for _ in range(3 - rank):
+        step(net, optimizer, rank, world)
+    if rank:
+        os._exit(0)
+
+
+def test_a_group_whose_backend_serves_no_cpu_is_told_in_every_process(pool, tmp_path):
+    for answer in pool.ask(on_gpus_alone, 2, store=str(tmp_path / "store")):
+        assert answer.kind == "RuntimeError"
+        assert "backend" in answer.text
+
+
+def on_gpus_alone(rank: int, world: int, store: str) -> None:
+    dist.destroy_process_group()
+    dist.init_process_group("cuda:gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = llama()
+    optimizer = optimizer_of(model)
+    attach(model, optimizer)
+    step(DistributedDataParallel(model), optimizer, rank, world)
 
 
 def test_a_copy_of_an_attached_model_is_a_plain_one(pool):

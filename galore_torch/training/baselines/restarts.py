@@ -54,7 +54,8 @@ class Restarts(TrainerCallback):
         """Restart when it is time, before a checkpoint is written. After the last step there is nothing to begin."""
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             optimizer = kw["optimizer"]
-            restart(kw["model"], getattr(optimizer, "optimizer", optimizer), self.prune)
+            seed = args.seed + state.global_step
+            restart(kw["model"], getattr(optimizer, "optimizer", optimizer), self.prune, seed)
 
 
 def jagged(smooth: Callable[[int], float], every: int, warmup: int) -> Callable[[int], float]:
@@ -77,15 +78,18 @@ def jagged(smooth: Callable[[int], float], every: int, warmup: int) -> Callable[
 
 
 @torch.no_grad()
-def restart(model: nn.Module, optimizer: Optimizer, prune: float) -> None:
+def restart(model: nn.Module, optimizer: Optimizer, prune: float, seed: int) -> None:
     """Merge a model's LoRA layers and begin them again; what the model computes stays the same.
 
-    A is drawn anew from torch's global random state; B is zero; a share of their state is, see `prune_state`.
+    A is drawn anew, from the seed alone, so that several processes draw the same; B is zero; a share of their state
+    is, see `prune_state`.
     """
-    for _, layer in lora_layers(model):
-        merge(layer)
-        layer.reset_lora_parameters(NAME, True)  # type: ignore[no-untyped-call]
-        prune_state(optimizer, [*layer.lora_A.parameters(), *layer.lora_B.parameters()], prune)
+    with torch.random.fork_rng({one.device for one in model.parameters() if one.is_cuda}):
+        torch.manual_seed(seed)
+        for _, layer in lora_layers(model):
+            merge(layer)
+            layer.reset_lora_parameters(NAME, True)  # type: ignore[no-untyped-call]
+            prune_state(optimizer, [*layer.lora_A.parameters(), *layer.lora_B.parameters()], prune)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, Json, option, reported_errors, this_command
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
-from galore_torch.training.run.processes import is_first
+from galore_torch.training.run.processes import gathered, is_first
 from galore_torch.training.run.signals import Screen, stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS
@@ -109,8 +109,9 @@ def _command(job: JobCommand) -> Callable[..., None]:
                 return
             if not report_only:
                 make_runs(job, runs, folder, console, this_command())
-            if is_first():
-                _report(job, runs, folder, console, json=json)
+            failed = is_first() and _report(job, runs, folder, console, json=json)
+            if gathered(failed)[0]:  # in all processes, so that all launchers start them anew
+                raise typer.Exit(FAILED)
 
     doing = job.presets.config.doing
     command.__doc__ = f"""Compare methods on {doing}, at equal data: every learning rate with every seed.
@@ -134,7 +135,8 @@ def _show_plan(runs: Sequence[PlannedRun], console: Console) -> None:
     print_line(console, f"{len(runs)} runs, {whole} in all")
 
 
-def _report(job: JobCommand, runs: Sequence[PlannedRun], out: Path, console: Console, *, json: bool) -> None:
+def _report(job: JobCommand, runs: Sequence[PlannedRun], out: Path, console: Console, *, json: bool) -> bool:
+    """Write the report and show its table; returns whether a run has failed."""
     from galore_torch.training.compare.report import report  # and with it matplotlib and Transformers
 
     comparison = compare(job, [read_end(run, out) for run in runs])
@@ -150,5 +152,4 @@ def _report(job: JobCommand, runs: Sequence[PlannedRun], out: Path, console: Con
     failed = [end for end in comparison.ends if end.error]
     for end in failed:
         print_line(Console(stderr=True), f"galore compare {job.name}: {end.run.label} failed: {end.error}")
-    if failed:
-        raise typer.Exit(FAILED)
+    return bool(failed)

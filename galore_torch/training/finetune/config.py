@@ -240,11 +240,6 @@ class FinetuneConfig(TrainConfig):
         return replace(self, model=replace(self.model, model=str(weights), gguf_file=None))
 
     @property
-    def in_processes(self) -> bool:
-        """Not where TRL has one process write what all of them read, or each draws answers of its own."""
-        return self.data.task not in ("dpo", "grpo")
-
-    @property
     def target_modules(self) -> str | list[str]:
         """Which modules hold the matrices, by the rules of `galore_torch.param_groups`."""
         return MATRICES if self.model.target_modules is None else modules_named(self.model.target_modules)

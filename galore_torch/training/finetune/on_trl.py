@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import trl
-from datasets import Value
+from datasets import Value, load_from_disk
 from jinja2 import TemplateError
 from rich.console import Console
 from transformers import (
@@ -27,6 +27,7 @@ from trl.chat_template_utils import get_training_chat_template
 
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
+from galore_torch.training.run import processes
 from galore_torch.training.run.base_model import load_base
 from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.text.files import in_rows, require_form
@@ -221,6 +222,17 @@ class Preferences(OnTRL):
     def options(self) -> dict[str, Any]:
         """How far the model may go from the reference, and that the reference is not kept."""
         return {**super().options(), "beta": self.data.beta, "precompute_ref_log_probs": True}
+
+    def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
+        """Make the trainer; of several processes one writes the reference's log-probabilities, beside rows in files."""
+        if processes.count() > 1:
+            for name in ("train_dataset", "eval_dataset"):
+                path = f"{args.output_dir}/{name}"
+                if processes.is_first():
+                    more[name].save_to_disk(path)
+                processes.wait_for_all()
+                more[name] = load_from_disk(path)
+        return super().trainer(args, **more)
 
 
 class Reward(OnTRL):

@@ -55,7 +55,7 @@ class Cards:
         """Why a run with such settings is refused in so many processes; None if it is not."""
         adapter, own = config.adapter.adapter, config.optimizer
         if self.world_size > 1 and adapter != "none":
-            return f"adapter = {adapter!r} runs in one process"
+            return f"adapter = {adapter!r} is planned in one process alone"
         for name in ("weight_bits", "grad_bits") if self.parallel == "fsdp" else ():
             if getattr(own, name) != 16:
                 return f"{name} = {getattr(own, name)} is not served by parallel = 'fsdp'"

@@ -74,10 +74,11 @@ def require_served(config: Any) -> int:
     Raises:
         ValueError: it cannot, or its batch cannot be divided.
     """
-    if not config.in_processes:
-        require_one()
-    if count() > 1 and config.adapter.adapter != "none":
-        raise ValueError(f"adapter = {config.adapter.adapter!r} runs in one process; start it without a launcher.")
+    adapter = config.adapter.adapter
+    if count() > 1 and adapter != "none" and getattr(config.schedule, "parallel", "ddp") == "fsdp":
+        raise ValueError(
+            f"parallel = 'fsdp' and adapter = {adapter!r}, which is merged into whole matrices at the end; use ddp."
+        )
     return divided(config.schedule, count())
 
 
@@ -104,9 +105,11 @@ def begin_part(number: int) -> None:
     """Let processes that this one starts from now on meet those that the others start, at a place of their own.
 
     Args:
-        number: of the part of the job that they are to do, the same in all processes.
+        number: of the part of the job that they are to do, the same in all processes, which all must call.
     """
-    os.environ |= {_PART: str(number), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # what serves us serves them
+    start = gathered(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))[0]  # each node counts for itself
+    serves_us = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": start}
+    os.environ |= {_PART: str(number), **serves_us}
 
 
 def connect(*, trains: bool = True) -> None:

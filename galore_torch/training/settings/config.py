@@ -51,11 +51,6 @@ class TrainConfig:
         _check_modes(self.optimizer, self.schedule.batch, self.micro_batch)
 
     @property
-    def in_processes(self) -> bool:
-        """Whether a run with it can be one of several processes."""
-        return True
-
-    @property
     def micro_batch(self) -> int:
         """Sequences or rows at once."""
         return int(self.schedule.micro_batch or self.schedule.batch)

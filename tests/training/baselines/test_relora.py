@@ -51,7 +51,7 @@ def test_a_restart_keeps_the_function_and_begins_the_adapters_again(model):
     matrices = {name: layer.base_layer.weight.clone() for name, layer in layers.items()}
     drawn = {name: layer.lora_A["default"].weight.clone() for name, layer in layers.items()}
     products = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
-    restart(model, optimizer, 0.9)
+    restart(model, optimizer, 0.9, 0)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
     for name, layer in layers.items():
         assert torch.linalg.matrix_rank(products[name]) == 4
@@ -67,8 +67,8 @@ def test_a_restart_keeps_the_function_and_begins_the_adapters_again(model):
 def test_restarts_add_up_to_more_than_the_rank(model):
     layer = dict(lora_layers(model))["model.layers.0.mlp.up_proj"]
     first = layer.base_layer.weight.clone()
-    for _ in range(3):
-        restart(model, trained(model), 1.0)
+    for seed in range(3):
+        restart(model, trained(model), 1.0, seed)
     assert torch.linalg.matrix_rank(layer.base_layer.weight - first, rtol=1e-4) == 12
 
 
@@ -80,7 +80,7 @@ def test_the_smallest_numbers_of_the_adapters_state_are_gone_and_nothing_else(mo
     before = {
         weight: {name: value.clone() for name, value in state.items()} for weight, state in optimizer.state.items()
     }
-    restart(model, optimizer, share)
+    restart(model, optimizer, share, 0)
     assert adapters < {id(weight) for weight in optimizer.state}
     for weight, state in optimizer.state.items():
         for name, value in state.items():
@@ -100,7 +100,7 @@ def test_all_of_the_state_is_begun_anew_at_one(model):
     optimizer = trained(model)
     weight = dict(lora_layers(model))["model.layers.0.self_attn.q_proj"].lora_A["default"].weight
     kept = model.lm_head.weight
-    restart(model, optimizer, 1.0)
+    restart(model, optimizer, 1.0, 0)
     assert weight not in optimizer.state
     assert optimizer.state[kept]["step"] == 3
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()

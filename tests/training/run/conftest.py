@@ -21,3 +21,18 @@ def alone(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "alone"
     ended(folder, "--config", config, world=1)
     return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    """The options of a comparison, and the folder of one that one process has made."""
+    config = tiny(steps=8, save_every=3, batch=8, micro_batch=None, eval_every=4)
+    given = {**vars(config.data), **vars(config.model)}
+    given |= {"rank": 8, "steps": 8, "batch": 8, "save_every": 3, "eval_every": 4, "update_proj_gap": 3}
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, True, False)
+    ]
+    options += ["--method=full", "--method=galore", "--lr=0.01"]
+    folder = tmp_path_factory.mktemp("compared") / "alone"
+    ended(folder, *options, job="compare", world=1)
+    return options, folder

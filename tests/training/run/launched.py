@@ -7,10 +7,12 @@ first start; after step 0 it is while the run is made ready, when the first proc
 "SEED*COUNT" kills a process in each of the first starts: which one, after which step and how long after it is drawn.
 LOSES = "node:PID:STEP" kills after that step with the agent that has started it; after step -1 it is before all meet.
 "others" has a process that is alone wait after step 6 for others to join, "waits:SECONDS" has those that meet wait no
-longer. LOSES = "none" kills none. Of a comparison it is the processes of its runs.
+longer, "fills:STEP" fills the disk of the run's folder after that step. LOSES = "none" kills none. Of a comparison it
+is the processes of its runs.
 """
 
 # ruff: noqa: E402 (no garbage is looked for while all is imported)
+import contextlib
 import gc
 import os
 import random
@@ -73,6 +75,10 @@ def lose(given: str, rank: int, world: int, start: int) -> None:
     if given.startswith("waits:"):
         processes.MEETING = int(given.removeprefix("waits:"))
         return
+    if given.startswith("fills:"):
+        folder = Path(sys.argv[sys.argv.index("--out") + 1])
+        after_step(int(given.removeprefix("fills:")), lambda _: fill(folder))
+        return
     if given == "others":
         if world == 1:
             waits = iter([signal.pause])  # once: it obeys the signal after its next step
@@ -88,6 +94,12 @@ def lose(given: str, rank: int, world: int, start: int) -> None:
     lost, step, moment = draws.randrange(world), draws.randrange(1, LAST), draws.random()
     if start < count and rank == lost:
         after_step(step, lambda seconds: threading.Timer(moment * seconds, kill).start())
+
+
+def fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / "filler").open("ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
 
 
 class ToTrain:

@@ -20,6 +20,7 @@ from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run
 from tests.command_line import app
 from tests.training.during import last_record
+from tests.training.run.torchrun import BAR, ended, launch, losses
 
 MEGABYTES = 48
 RUNS = 3
@@ -101,6 +102,19 @@ def test_a_disk_that_fills_is_told_and_nothing_is_lost(tiny, disk, tmp_path):
     settings.write_text(config.to_toml(), encoding="utf-8")
     ended = [filled_at_random(number, settings, disk, whole) for number in range(RUNS)]
     print({how: ended.count(how) for how in set(ended)})
+
+
+@pytest.mark.slow
+def test_two_processes_whose_disk_fills_say_so_and_go_on_once_there_is_room(tiny, disk, tmp_path):
+    settings = tmp_path / "run.toml"
+    settings.write_text(tiny(save_every=3, batch=8, micro_batch=None).to_toml(), encoding="utf-8")
+    ended(tmp_path / "alone", "--config", str(settings), world=1)
+    status, said = launch(disk, "--config", str(settings), loses="fills:4")
+    assert status == 1
+    assert "ree some space" in said
+    (disk / "filler").unlink()
+    ended(disk, "--resume")
+    assert losses(disk) == pytest.approx(losses(tmp_path / "alone"), rel=BAR)
 
 
 def flat(config) -> dict:

@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 
 from tests.forked import TRAINING
-from tests.training.run.torchrun import BAR, LAUNCHED, be_torchrun, ended, losses
+from tests.training.run.torchrun import BAR, LAUNCHED, be_torchrun, ended, losses, losses_of_runs
 from tests.waiting import DEADLINE, wait_for
 
 
-def agent(folder: Path, loses: str, port: int, *given: str) -> Any:
+def agent(folder: Path, loses: str, port: int, *given: str, job: str = "pretrain", nodes: str = "1:2") -> Any:
     """Start one of the agents of an elastic job, each of one process; returns what has the methods of a `Popen`."""
     said = folder.with_name(f"{folder.name}.said")
     rendezvous = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", "--rdzv-backend=c10d"]
     noticed = "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
-    how = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1", *rendezvous, noticed]
-    command = [str(LAUNCHED), str(said), loses, "pretrain", *given, "--out", str(folder)]
+    counts = [f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3"]
+    how = [*counts, "--local-addr=127.0.0.1", *rendezvous, noticed]
+    command = [str(LAUNCHED), str(said), loses, job, *given, "--out", str(folder)]
     process = TRAINING.start(be_agent, [*how, "--run-path", "--start-method=forkserver", *command], said)
 
     def wait(seconds: float) -> int | None:
@@ -85,3 +86,17 @@ def test_a_run_that_a_node_leaves_and_joins_ends_as_if_none_had(alone, config, t
     second = agent(folder, "others", port, *given)
     assert first.wait(DEADLINE) == second.wait(DEADLINE) == 0
     assert losses(folder) == pytest.approx(losses(alone), rel=BAR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loses", ["none", "1:5"])
+def test_two_nodes_make_the_comparison_of_one_process_also_where_one_of_a_run_is_killed(compared, tmp_path, loses):
+    options, alone = compared
+    folder, how = tmp_path / "nodes", {"job": "compare", "nodes": "2"}
+    port = free_port()
+    agents = [agent(folder, loses, port, *options, **how) for _ in range(2)]
+    assert [each.wait(2 * DEADLINE) for each in agents] == [0, 0]
+    for method, expected in losses_of_runs(alone).items():
+        assert losses_of_runs(folder)[method] == pytest.approx(expected, rel=BAR)
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert [run["error"] for run in found["runs"]] == [None, None]

@@ -15,14 +15,14 @@ import pytest
 
 from galore_torch.training.run import processes
 from galore_torch.training.run.command import REFUSED
-from tests.training.run.torchrun import BAR, ended, launch, losses, names
+from tests.training.run.torchrun import BAR, ended, launch, losses, losses_of_runs, names
 from tests.waiting import DEADLINE
 
 
-def settings(*, in_processes: bool = True, **given: Any) -> Any:
+def settings(**given: Any) -> Any:
     adapter = SimpleNamespace(adapter=given.pop("adapter", "none"))
     schedule = SimpleNamespace(**{"batch": 8, "micro_batch": None, **given})
-    return SimpleNamespace(schedule=schedule, adapter=adapter, in_processes=in_processes)
+    return SimpleNamespace(schedule=schedule, adapter=adapter)
 
 
 @pytest.mark.parametrize(
@@ -35,18 +35,17 @@ def test_a_batch_is_divided_among_the_processes(world, given, micro_batch, monke
 
 
 @pytest.mark.parametrize(
-    ("world", "given", "in_processes", "words"),
+    ("world", "given", "words"),
     [
-        ("3", {}, True, "batch = 8 cannot be divided among 3"),
-        ("2", {"micro_batch": 3}, True, "micro-batches of 3"),
-        ("2", {"adapter": "relora"}, True, "adapter = 'relora'"),
-        ("2", {}, False, "WORLD_SIZE = 2"),
+        ("3", {}, "batch = 8 cannot be divided among 3"),
+        ("2", {"micro_batch": 3}, "micro-batches of 3"),
+        ("2", {"adapter": "relora", "parallel": "fsdp"}, "parallel = 'fsdp' and adapter = 'relora'"),
     ],
 )
-def test_what_several_processes_cannot_run_is_refused(world, given, in_processes, words, monkeypatch):
+def test_what_several_processes_cannot_run_is_refused(world, given, words, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ValueError, match=words):
-        processes.require_served(settings(**given, in_processes=in_processes))
+        processes.require_served(settings(**given))
 
 
 ALONE = """
@@ -90,25 +89,6 @@ def test_two_processes_make_the_run_of_one_also_where_one_is_killed(alone, confi
         assert names(folder) == names(tmp_path / "two")
 
 
-@pytest.fixture(scope="module")
-def compared(tiny, tmp_path_factory):
-    """The options of a comparison, and the folder of one that one process has made."""
-    config = tiny(steps=8, save_every=3, batch=8, micro_batch=None, eval_every=4)
-    given = {**vars(config.data), **vars(config.model)}
-    given |= {"rank": 8, "steps": 8, "batch": 8, "save_every": 3, "eval_every": 4, "update_proj_gap": 3}
-    options = [
-        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, True, False)
-    ]
-    options += ["--method=full", "--method=galore", "--lr=0.01"]
-    folder = tmp_path_factory.mktemp("compared") / "alone"
-    ended(folder, *options, job="compare", world=1)
-    return options, folder
-
-
-def losses_of_runs(folder: Path) -> dict[str, list[float]]:
-    return {method: losses(folder / method / "lr-0.01" / "seed-0") for method in ("full", "galore")}
-
-
 @pytest.mark.slow
 def test_a_comparison_in_two_processes_is_that_of_one_and_goes_on_where_one_is_killed(compared, tmp_path):
     options, alone = compared
@@ -139,10 +119,25 @@ def test_a_comparison_goes_on_by_itself_also_with_shards(compared, tmp_path):
 
 
 def test_what_a_comparison_cannot_run_in_two_is_refused_before_anything_is_made(tmp_path):
-    status, printed = launch(tmp_path / "compared", "--method=full", "--method=lora", job="compare")
+    options = "--method=full", "--method=lora", "--parallel=fsdp"
+    status, printed = launch(tmp_path / "compared", *options, job="compare")
     assert status == 1
-    assert "adapter = 'lora' runs in one process" in printed  # torchrun ends the other one when it hears of the first
+    assert "parallel = 'fsdp' and adapter = 'lora'" in printed  # torchrun ends the other one when it hears of the first
     assert names(tmp_path) == ["compared.said"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "given"), [("low-rank", {}), ("relora", {"adapter_dropout": 0.0, "restart_every": 3})]
+)
+def test_adapters_are_trained_as_by_one_process_also_where_one_is_killed(method, given, tiny, tmp_path):
+    """Those of a ReLoRA begin again after 3 and 6 steps, in the same random directions in all."""
+    own = {"rank": 4, "update_proj_gap": None, "batch": 8, "micro_batch": None, "save_every": 4, "lr": 1e-3}
+    path = tmp_path / "config.toml"
+    path.write_text(tiny(method=method, **own, **given).to_toml(), encoding="utf-8")
+    ended(tmp_path / "alone", "--config", str(path), world=1)
+    ended(tmp_path / "lost", "--config", str(path), restarts=1, loses="1:5")
+    assert losses(tmp_path / "lost") == pytest.approx(losses(tmp_path / "alone"), rel=BAR)
 
 
 @pytest.mark.slow

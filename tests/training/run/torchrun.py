@@ -51,7 +51,7 @@ def launch(
     command = [str(LAUNCHED), str(said), loses, job, *given, "--out", str(folder)]
     if forks:
         process = TRAINING.start(be_torchrun, [*arguments, "--run-path", "--start-method=forkserver", *command], said)
-        process.join(DEADLINE)
+        process.join(DEADLINE * (1 + restarts))  # for each start
         assert process.exitcode is not None, "the deadline has passed"
         return process.exitcode, said.read_text(encoding="utf-8")
     torchrun = Path(sys.executable).with_name("torchrun")
@@ -75,6 +75,10 @@ def be_torchrun(arguments: list[str], said: Path) -> None:
 def losses(folder: Path) -> list[float]:
     found = records.read(RunFolder(folder).metrics)
     return [record.get("loss", record.get("eval_loss")) for record in found]
+
+
+def losses_of_runs(folder: Path) -> dict[str, list[float]]:
+    return {method: losses(folder / method / "lr-0.01" / "seed-0") for method in ("full", "galore")}
 
 
 def ended(folder: Path, *given: str, **how: Any) -> str:
