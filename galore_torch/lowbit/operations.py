@@ -111,6 +111,7 @@ def _set_item(target: Tensor, place: Any, value: Tensor) -> None:
 
 FUNCTIONS |= {
     Tensor.contiguous: _contiguous,
+    Tensor.is_shared: lambda weight: weight.codes.is_shared(),
     Tensor.untyped_storage: lambda weight: weight.codes.untyped_storage(),  # recognizes tied weights, and counts bytes
     Tensor.data_ptr: _refuse_memory,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ arXiv 2407.08296). A linear layer decodes it for its forward and again for its b
 between. An optimizer's update is added to the decoded numbers and rounded to codes again, up or down at random, so that
 updates of less than a code are right on average.
 
-Whatever else only reads it sees the decoded numbers; of views, too: they are views of a decoded copy. Whatever else
+Whatever else only reads it sees the decoded numbers; so do views, which are of a decoded copy. Whatever else
 would change it in place raises an error, but for `copy_`, which rounds to the nearest: numbers that were decoded, and
 kept in bfloat16 or more, become the same codes again. So plain checkpoints lose nothing.
 """
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from galore_torch.lowbit.codes import Codes, check_bits, has_numbers
 from galore_torch.lowbit.updated_codes import fastest
+from galore_torch.lowbit.views import of_copy
 from galore_torch.lowbit.without_memory import COLLECTIVES, WithoutMemory, written_to
 from galore_torch.random_bits import key_of
 
@@ -161,10 +162,6 @@ class QuantizedWeight(WithoutMemory):
         self.codes.share_memory_()  # type: ignore[no-untyped-call]
         self.scale.share_memory_()  # type: ignore[no-untyped-call]
         return self
-
-    def is_shared(self) -> bool:
-        """Whether other processes can use it."""
-        return bool(self.codes.is_shared())  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def move(
@@ -330,7 +327,8 @@ class QuantizedWeight(WithoutMemory):
             for one in tree_leaves((args, kwargs)):
                 if isinstance(one, cls):
                     one.codes.entered_arithmetic = True  # type: ignore[attr-defined]
-        return func(*decoded(args), **decoded(kwargs))
+        made = func(*decoded(args), **decoded(kwargs))
+        return of_copy(made) if func.is_view else made
 
     @property
     def _fsdp_orig_uid(self) -> int:
