@@ -98,6 +98,7 @@ def rehearse(job: Job, *, exact: bool = False) -> Rehearsal:
     """
     further = 0 if exact else max(0, len(alike_blocks(job.model)) - FEW)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # `known` keeps as much, and a second store costs more than it spares
     model = copy_without_numbers(prepared(job, FEW if further else None), torch.device(job.device), mode=mode)
     recorder = Recorder(_vocabulary(model), _tokens(job.batch))
     with warnings.catch_warnings():  # what is to be said will be said of the real run
