@@ -94,9 +94,9 @@ def attach(
         optimizer: a GaLore optimizer that holds its parameters.
         gradients: `full`: as autograd makes them. `projected`: each is projected the moment it is complete, and freed;
             projected gradients accumulate over micro-batches. `fused`: linear layers compute the projected gradient in
-            their own backward; the full one is formed only where a basis is renewed. The first basis of a weight is
-            found from the first micro-batch, layer by layer. None: "full" where the optimizer keeps a residual, which
-            needs it, else "fused".
+            their own backward, also for torch.autograd.grad; the full one is formed only where a basis is renewed. The
+            first basis of a weight is found from the first micro-batch, layer by layer. None: "full" where the
+            optimizer keeps a residual, which needs it, else "fused".
         update: `step`: `optimizer.step()` applies them. `backward`: each weight is updated the moment its gradient is
             complete, and the gradient is gone; `step()` then only closes the step. No accumulation, clipping or loss
             scaling then.

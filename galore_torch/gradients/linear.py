@@ -152,14 +152,14 @@ class FusedLinear:
 
     def holds(self, weight: Tensor) -> bool:
         """See `compiled_linear.Layer`."""
-        return self.module.weight is weight
+        return self.module._parameters.get("weight") is weight
 
     @torch.no_grad()
     def gradient(self, weight: Tensor, grad_y_nm: Tensor, x_nn: Tensor) -> Tensor:
         """See `compiled_linear.Layer`."""
         trained = self.tracker.known.in_backward(weight)
         assert trained is not None
-        basis = None if trained.needs_renewal else trained.basis
+        basis = trained.basis if trained.projection.modes and not trained.needs_renewal else None
         plan = Plan(self.optimizer._cache.version, weight, trained.projection, basis, False, None, False)
         return _weight_gradient(plan, grad_y_nm, x_nn, weight.dtype)
 

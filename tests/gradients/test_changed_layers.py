@@ -30,7 +30,9 @@ class Attention(nn.Module):
 Step = Callable[[Attention, Tensor], Tensor]
 
 
-def trained(mode: tuple[str, str] | None, change: Callable[[Attention], object], loss: Step) -> list[Tensor]:
+def trained(
+    mode: tuple[str, str] | None, change: Callable[[Attention], object], loss: Step, *, is_compiled: bool = False
+) -> list[Tensor]:
     """The weights that the optimizer holds, after steps before and after a change of the layers."""
     torch.manual_seed(0)
     model = Attention()
@@ -39,10 +41,11 @@ def trained(mode: tuple[str, str] | None, change: Callable[[Attention], object],
     held = list(model.parameters())
     if mode is not None:
         attach(model, optimizer, *mode)
+    run = torch.compile(model, backend="eager") if is_compiled else model
     for step in range(7):
         if step == 3:
             change(model)
-        loss(model, torch.randn(32, 16)).backward()
+        loss(run, torch.randn(32, 16)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return [weight.detach() for weight in held]
@@ -67,6 +70,13 @@ CHANGES: dict[str, Callable[[Attention], object]] = {
 def test_it_trains_as_without_attach(mode: tuple[str, str], change: Callable[[Attention], object]):
     plain = trained(None, change, plainly)
     torch.testing.assert_close(trained(mode, change, plainly), plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["weight pruned", "bias pruned", "tied to one that is not projected"])
+def test_a_compiled_model_trains_so_too(change: str):
+    plain = trained(None, CHANGES[change], plainly)
+    fused = trained(("fused", "step"), CHANGES[change], plainly, is_compiled=True)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
 
 
 @every_mode
