@@ -119,9 +119,9 @@ TORCH = Server(
 TRAINING = Server(
     "galore_torch.cli", "galore_torch.training.pretrain.run", "galore_torch.training.finetune.run",
     "torch.distributed.fsdp", "torch.distributed.run", "scipy.io", "matplotlib.backends.backend_agg",
-    "tests.training.unplanned",
+    "tests.training.unplanned", "tests.training.warmed",
 )  # fmt: skip
-"""Of those that train by the command line; with what they import on their way."""
+"""Of those that train by the command line; with what they import and make on their way."""
 
 
 class Galore:

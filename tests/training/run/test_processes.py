@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +13,8 @@ import pytest
 
 from galore_torch.training.run import processes
 from galore_torch.training.run.command import REFUSED
+from tests.forked import galore
 from tests.training.run.torchrun import BAR, ended, launch, losses, losses_of_runs, names
-from tests.waiting import DEADLINE
 
 
 def settings(**given: Any) -> Any:
@@ -48,13 +46,9 @@ def test_what_several_processes_cannot_run_is_refused(world, given, words, monke
         processes.require_served(settings(**given))
 
 
-ALONE = """
-import sys
-from galore_torch.cli import main
-from galore_torch.training.run import processes
-processes.MEETING = 2
-main()
-"""
+def lose_the_others(place: dict[str, str]) -> None:
+    os.environ |= place
+    processes.MEETING = 2
 
 
 @pytest.mark.slow
@@ -64,9 +58,8 @@ def test_where_a_process_is_lost_at_the_start_the_others_say_so(rank, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    env = {**os.environ, **place, "RANK": rank, "WORLD_SIZE": "2", "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, "-c", ALONE, "pretrain", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    place |= {"RANK": rank, "WORLD_SIZE": "2"}
+    done = galore("pretrain", "--out", tmp_path / "run", before=partial(lose_the_others, place))
     assert done.returncode == REFUSED
     assert f"127.0.0.1:{place['MASTER_PORT']} in 2 s" in done.stderr
     assert "Traceback" not in done.stderr
