@@ -58,6 +58,8 @@ def _wrong_surroundings() -> str | None:
     try:
         for text in (*sys.argv[1:], str(Path.cwd())):
             text.encode()
+        if dashes := [text for text in sys.argv[1:] if text.startswith(("\u2013", "\u2014"))]:
+            return f"{dashes[0]!r} begins by a dash that is no hyphen, as when text is copied; write --."
     except UnicodeEncodeError as error:
         why = "is no UTF-8, as Python reads it; set PYTHONUTF8=1 or LANG=C.UTF-8, or rename what it names."
         return f"{error.object!r} {why}"

@@ -19,98 +19,10 @@ import galore_torch
 from galore_torch.training.finetune.presets import configure as finetune
 from galore_torch.training.pretrain.presets import configure as pretrain
 from tests.command_line import app
+from tests.training.mistakes import EARLY, FILES
 from tests.waiting import DEADLINE
 
 ROOT = Path(__file__).parents[2]
-
-# What is typed, and words of what is told: of the remedy, or of what is wrong with what.
-EARLY = [
-    ("pretain", "Did you mean 'pretrain'"),
-    ("pretrain --stpes 5", "--steps"),
-    ("pretrain --steps five", "a valid integer"),
-    ("pretrain --steps 0", "steps = 0 is out of range; it must be at least 1"),
-    ("pretrain --preset llama-7B", "choose one of llama-tiny"),
-    ("pretrain --preset continued", "give --model"),
-    ("pretrain --method Galore", "did you mean 'galore'?"),
-    ("pretrain --optim adam", "choose one of galore-adamw"),
-    ("pretrain --rank 0", "must be at least 1"),
-    ("pretrain --rank 4096.5", "a valid integer"),
-    ("pretrain --lr -1", "must be more than 0"),
-    ("pretrain --lr 1,e-3", "a valid number"),
-    ("pretrain --lr inf", "give a finite number"),
-    ("pretrain --heads 3", "choose hidden as a multiple"),
-    ("pretrain --dtype fp16", "choose one of float32, bfloat16"),
-    ("pretrain --micro-batch 3", "choose a divisor"),
-    ("pretrain --basis-bits 4 --method lora", "leave it out"),
-    ("pretrain --rank 8 --method full", "leave it out"),
-    ("pretrain --update backward --max-grad-norm 1", "leaves nothing to clip"),
-    ("pretrain --config nowhere.toml", "Give a readable TOML file"),
-    ("pretrain --config typo.toml", "did you mean rank"),
-    ("pretrain --config section.toml", "[optimizer]"),
-    ("pretrain --resume", "give its folder as --out"),
-    ("pretrain --resume --out nowhere", "leave out --resume to start one"),
-    ("pretrain --resume --out nowhere --lr 1e-3", "What may change is steps"),
-    ("pretrain --out text.txt", "choose another --out"),
-    ("pretrain --out full", "not an empty folder; choose another --out"),
-    ("pretrain --out /proc/foo", "choose another --out"),
-    ("pretrain --data ./nowhere", "give an existing file or folder"),
-    ("pretrain --data nowhere.txt", "give an existing file or folder"),
-    ("pretrain --data empty", "give a folder with files of one kind, or one file"),
-    ("pretrain --data empty.txt", "give a file or folder that holds text"),
-    ("pretrain --data pictures", "give a folder with files of one kind"),
-    ("pretrain --data mixed", "give a folder with files of one kind"),
-    ("pretrain --data latin.txt", "latin.txt is not UTF-8 text"),
-    ("pretrain --data reviews.csv", "text_column = 'text' is not a column of the rows; choose one of review, stars"),
-    ("pretrain --data chats.jsonl", "choose one of messages"),
-    ("pretrain --model nowhere/at/all", "give one that exists"),
-    ("pretrain --model empty", "give a folder that a model was saved in"),
-    ("pretrain --model text.txt", "give the folder"),
-    ("pretrain --model begun", "finish it with --resume --out begun"),
-    ("pretrain --model causal --hidden 64", "leave it out"),
-    ("pretrain --model causal --tokenizer t5-base", "leave it out"),
-    ("pretrain --config-of ./nowhere", "give one that exists"),
-    ("pretrain --tokenizer ./nowhere", "give one that exists"),
-    ("finetune", "give a file"),
-    ("finetune --data nowhere.csv", "give one that exists"),
-    ("finetune --data empty.csv", "give a file that holds rows"),
-    ("finetune --data text.txt", "CSV, JSON lines or Parquet"),
-    ("finetune --data reviews.csv", "choose one of review, stars"),
-    ("finetune --data reviews.csv --text-column review", "label_column = 'label' is not a column"),
-    ("finetune --data chats.jsonl", "Rows with these fit --task sft"),
-    (
-        "finetune --task sft --data reviews.csv",
-        "messages or prompt, completion or text, and the rows have review, stars",
-    ),
-    ("finetune --task dpo --data chats.jsonl", "rename those. Rows with these fit --task sft"),
-    ("finetune --data reviews.csv --early-stopping-patience 2", "choose load_best_model_at_end"),
-    ("finetune --data reviews.csv --rank-pattern q_proj", "give such as q_proj=32"),
-    ("finetune --data pairs.jsonl", "Rows with these fit --task dpo"),
-    ("finetune --data broken.jsonl", "line 2 is not JSON"),
-    ("finetune --data marked.csv --model empty", "give a folder that a model was saved in"),
-    ("finetune --data marked.jsonl --model empty", "give a folder that a model was saved in"),
-    ("finetune --data semicolons.csv", "choose one of text;label. Columns are parted by commas."),
-    ("finetune --data deep.jsonl", "line 1 is not JSON"),
-    ("finetune --data labelled.csv --text-pair-column also", "text_pair_column = 'also' is not a column"),
-    ("finetune --data labelled.csv --label-column text", "label_column = 'text' is the column of the text too"),
-    ("pretrain --config deep.toml", "Give a readable TOML file"),
-    ("pretrain --model=", "model = '' names nothing"),
-    ("pretrain --preset=", "preset = '' is not known"),
-    ("finetune --data gaps.csv", "text_column = 'text' is empty in rows 2, 4; leave such rows out"),
-    ("finetune --data unlabelled.jsonl", "label_column = 'label' is without a label in row 3; leave such rows out"),
-    ("finetune --task chat --data chats.jsonl", "choose one of cola"),
-    ("finetune --task sft --data chats.jsonl --label-column stars", "leave it out"),
-    ("finetune --task grpo --data arithmetic --generations 3", "give a divisor"),
-    ("finetune --data labelled.csv --model nowhere/at/all", "give one that exists"),
-    ("finetune --data labelled.csv --model empty", "give a folder that a model was saved in"),
-    ("evaluate causal", "give --data"),
-    ("predict nowhere/at/all --task classify --data labelled.csv", "give one that exists"),
-    ("predict causal --task classify --data labelled.csv --out /proc/foo", "choose another --out"),
-    ("inspect --model causal --data text.txt --out /proc/foo", "choose another --out"),
-    ("plan llama-tiny --page /proc/foo", "choose another --page"),
-    ("plan llama-tiny --page full", "name a file, such as full/plan.html"),
-    ("compare --method gallore", "did you mean 'galore'"),
-    ("compare finetune --task rte --set lora", "METHOD:NAME=VALUE"),
-]
 
 # In Python: what is written, with a model, a weight W of it and groups of one's OWN; and words of what is told.
 SNIPPETS = [
@@ -136,35 +48,10 @@ SNIPPETS = [
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A newcomer's folder, with what may be wrong in it."""
     folder = tmp_path_factory.mktemp("here")
-    for name in ("empty", "pictures", "mixed", "full", "begun"):
+    for name in ("empty", "pictures", "mixed", "full", "begun", "bare"):
         (folder / name).mkdir()
     AutoConfig.for_model("llama").save_pretrained(folder / "causal")
-    files = {
-        "text.txt": "A text.\n\nAnd another.\n",
-        "empty.txt": "",
-        "empty.csv": "",
-        "latin.txt": "caf\xe9",
-        "pictures/logo.png": "\x89PNG",
-        "mixed/one.txt": "one",
-        "mixed/two.jsonl": '{"text": "two"}\n',
-        "full/letter.txt": "dear",
-        "begun/config.toml": "",
-        "typo.toml": "[optimizer]\nrnak = 64\n",
-        "section.toml": "[optimiser]\nrank = 64\n",
-        "reviews.csv": "review,stars\ngood,5\nbad,1\n",
-        "labelled.csv": "text,label\ngood,5\nbad,1\n",
-        "gaps.csv": "text,label\ngood,5\n,1\nfine,4\n ,2\n",
-        "marked.csv": "\xef\xbb\xbftext,label\ngood,5\nbad,1\n",
-        "marked.jsonl": '\xef\xbb\xbf{"text": "a", "label": 1}\n',
-        "semicolons.csv": "text;label\ngood;5\nbad;1\n",
-        "deep.jsonl": "[" * 100_000,
-        "deep.toml": "a=" + "[" * 100_000,
-        "chats.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}\n' * 4,
-        "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4,
-        "broken.jsonl": '{"text": "a", "label": 1}\n{"text": "a", label: 1}\n',
-        "unlabelled.jsonl": '{"text": "a", "label": 1}\n' * 2 + '{"text": "b", "label": null}\n',
-    }
-    for name, text in files.items():
+    for name, text in FILES.items():
         (folder / name).write_text(text, encoding="latin-1")
     return folder
 
@@ -173,6 +60,7 @@ TYPED = """
 import json, sys
 from typer.testing import CliRunner
 from tests.command_line import app
+from tests.training.mistakes import EARLY, FILES
 found = []
 for line in json.loads(sys.stdin.read()):
     before = "torch" in sys.modules

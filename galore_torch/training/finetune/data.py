@@ -111,7 +111,9 @@ def _in_columns(rows: datasets.Dataset) -> Any:
     if {"chosen", "rejected"} <= columns and "prompt" not in columns:
         from trl import extract_prompt
 
-        return rows.map(extract_prompt)
+        rows = rows.map(extract_prompt)
+        if not any(rows["prompt"]):
+            raise ValueError("chosen and rejected begin alike in no row, and no column is named prompt; name one so.")
     return rows
 
 

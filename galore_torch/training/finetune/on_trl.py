@@ -57,7 +57,7 @@ class OnTRL:
             if is_chat and column != "answer":
                 _require_messages(rows, column)
             else:
-                require_texts(rows, "text_column", column)
+                require_texts(rows, "text_column" if column == self.data.text_column else "column", column)
                 parts = [part.cast_column(column, Value("string")) for part in parts]  # a CSV file's may be numbers
         self.train, self.held_out = parts
         self._rows = rows.held_out_rows
@@ -93,8 +93,10 @@ class OnTRL:
         """Make the trainer."""
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
         made = getattr(trl, f"{self.trainer_name}Config")(**given | self.options())
-        trainer: Trainer = getattr(trl, f"{self.trainer_name}Trainer")(args=made, **more)
-        return trainer
+        trainer: Any = getattr(trl, f"{self.trainer_name}Trainer")(args=made, **more)
+        if not (len(trainer.train_dataset) and len(trainer.eval_dataset)):
+            raise ValueError(f"max_length = {self.data.max_length} leaves no answers, so long are prompts; give more.")
+        return trainer  # type: ignore[no-any-return]
 
     def predictions(self, _trainer: Trainer) -> list[dict[str, Any]]:
         """What the model writes, greedily, after the first held-out prompts, of as many as the settings say."""

@@ -14,6 +14,8 @@ from galore_torch.training.finetune.config import GLUE
 from galore_torch.training.inspection.config import InspectConfig, ModelDataConfig, configure
 from galore_torch.training.run.command import loading, option, reported_errors, this_command
 from galore_torch.training.run.files import require_empty, require_writable, write_folder
+from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.names import model_of_run, require_model
 from galore_torch.training.run.signals import deferred, stoppable
 from galore_torch.training.settings.fields import field_names
 
@@ -119,6 +121,12 @@ def _require_one_subject(
     for message, applies in wrong.items():
         if applies:
             raise ValueError(message)
+    if model is not None:
+        require_model("model", model_of_run("model", model), given.get("gguf_file") or "config.json")
+    elif run is not None and not RunFolder(run).config.is_file():
+        is_model = (run / "config.json").is_file()
+        remedy = f"give it as --model {run}" if is_model else "give the folder of a galore pretrain or finetune"
+        raise ValueError(f"{subject} holds no config.toml, so it is no run folder; {remedy}.")
 
 
 def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) -> dict[str, Any]:

@@ -166,11 +166,7 @@ def _within_budget(
         count * group.captured[min(group.captured)] for count, group in zip(counts, modules.values(), strict=True)
     ]
     ranks = ranks_within(
-        parse_bytes(config.state_budget),
-        curves,
-        list(sizes.values()),
-        most=most,
-        multiple=config.rank_multiple,
+        parse_bytes(config.state_budget), curves, list(sizes.values()), most=most, multiple=config.rank_multiple
     )
     return {name: recommend(modules[name], config, rank) for name, rank in zip(advice, ranks, strict=True)}
 

@@ -68,10 +68,6 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
         fresh: whether its first weights are meant.
     """
     folder = RunFolder(run)
-    if not folder.config.is_file():
-        is_model = (run / "config.json").is_file()
-        remedy = f"give it as --model {run}" if is_model else "give the folder of a galore pretrain or finetune"
-        raise ValueError(f"run = {str(run)!r} holds no config.toml, so it is no run folder; {remedy}.")
     kind: type[Pretraining | Finetuning] = Finetuning if "task" in folder.settings() else Pretraining
     recorded: Any = kind.recorded(folder)
     if recorded.adapter.adapter != "none":

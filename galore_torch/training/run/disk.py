@@ -47,8 +47,9 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The folder that a path is, is in, or would be made in: the nearest one that exists."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
+    """The folder that a path is, is in, or would be made in: the nearest one there is, or a file in its place."""
+    path = path.absolute()
+    return path if path.is_dir() else next(each for each in path.parents if each.exists())
 
 
 def free_bytes(path: Path) -> int:

@@ -100,11 +100,7 @@ class Job(ABC):
 
 
 def make_trainer(
-    job: Job,
-    folder: str,
-    optimizer: torch.optim.Optimizer,
-    callbacks: Sequence[Any] = (),
-    **given: Any,
+    job: Job, folder: str, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any] = (), **given: Any
 ) -> Trainer:
     """Make the Trainer of a job: whatever it is of, everything here is the same.
 

@@ -69,10 +69,13 @@ def require_model(field: str, name: str, file: str = "config.json") -> None:
     if path.is_dir():
         if not (path / file).is_file():
             raise ValueError(f"{wrong}the folder has no {file}; give a folder that a model was saved in.")
+        of_tokenizers = ("tokenizer*", "vocab*", "*.model", "*.spm")
+        if field == "model" and file == "config.json" and not any(any(path.glob(one)) for one in of_tokenizers):
+            raise ValueError(f"{wrong}the folder has no tokenizer; save it there too, by its save_pretrained.")
     elif path.is_file():
         raise ValueError(f"{wrong}it is a file; give the folder that it is in.")
     elif is_written_as_path(name) or name.count("/") > 1:
-        raise ValueError(f"{wrong}there is no such folder, and no name on the Hub is like that; give one that exists.")
+        raise ValueError(f"{wrong}there is no such folder, and names on the Hub are org/name; give one that exists.")
     else:
         require_on_hub(field, name, "model")
 

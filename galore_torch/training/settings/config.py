@@ -76,10 +76,7 @@ def _check_modes(optimizer: OptimizerConfig, batch: int, micro_batch: int) -> No
 
     modes = (optimizer.gradients, optimizer.update)
     check_modes(
-        *modes,
-        grad_bits=optimizer.grad_bits,
-        save_inputs=optimizer.save_inputs,
-        max_grad_norm=optimizer.max_grad_norm,
+        *modes, grad_bits=optimizer.grad_bits, save_inputs=optimizer.save_inputs, max_grad_norm=optimizer.max_grad_norm
     )
     try:
         check_modes(*modes, gradient_accumulation_steps=batch // micro_batch)

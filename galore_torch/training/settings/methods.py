@@ -87,6 +87,8 @@ def over_file(values: Mapping[str, Any], method: str | None, flags: Mapping[str,
     'adamw'
     """
     chosen = method_settings(method)
+    if flags.get("optim", chosen.get("optim")) != chosen.get("optim"):  # whose own defaults it does not have
+        chosen = {name: value for name, value in chosen.items() if name not in KINDS[chosen["optim"]].defaults}
     own = KINDS.get(str(values.get("optim")), UNKNOWN).defaults
     suited = {"lr", "others_lr", *(name for name, value in own.items() if values.get(name) == value)}
     kept = {name: value for name, value in values.items() if not (chosen and name in suited)}

@@ -43,10 +43,7 @@ csv.field_size_limit((1 << 31) - 1)  # a document may be longer than the 131,072
 _FORMS = {  # columns that rows of a kind have, and the tasks that take them
     ("chosen", "rejected"): "dpo or --task reward",
     ("prompt", "answer"): "grpo",
-    ("instruction", "output"): "sft",
-    ("conversations",): "sft",
-    ("messages",): "sft",
-    ("prompt", "completion"): "sft",
+    **dict.fromkeys((("instruction", "output"), ("conversations",), ("messages",), ("prompt", "completion")), "sft"),
 }
 
 
@@ -163,7 +160,8 @@ def require_rows(field: str, name: str) -> str:
     path = local_path(field, name)
     kind = _kind(path)
     if kind in (None, "text") or not path.is_file():
-        raise ValueError(f"{field} = {name!r} is not a CSV, JSON lines or Parquet file; give one that exists.")
+        remedy = "convert it, or give one" if path.exists() else "give one that exists"
+        raise ValueError(f"{field} = {name!r} is not a CSV, JSON lines or Parquet file; {remedy}.")
     if not path.stat().st_size:
         raise ValueError(f"{field} = {name!r} is empty; give a file that holds rows.")
     if kind == "parquet":
@@ -219,7 +217,7 @@ def _fields(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator
 
 
 def _is_otherwise_parted(columns: Sequence[str]) -> bool:
-    return len(columns) == 1 and re.search(r"[;\t|]", columns[0]) is not None
+    return len(columns) == 1 and re.search(r"[;\t|,]", columns[0]) is not None
 
 
 def _lines(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[dict[str, Any]]:
@@ -228,7 +226,7 @@ def _lines(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[
         try:
             row = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({error}); fix the line.") from error
+            raise ValueError(f"{where} is not JSON ({error}); fix the line; one list is a .json file.") from error
         if isinstance(row, dict):
             yield row
         elif line.strip():
@@ -238,8 +236,10 @@ def _lines(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[
 def missing_column(field: str, name: str, columns: Iterable[str]) -> ValueError:
     """That rows have no column that a setting names, with those that they have and the task that takes them."""
     columns = list(columns)
-    whole = " Columns are parted by commas." if _is_otherwise_parted(columns) else ""
-    found = f"choose one of {', '.join(columns)}.{whole}{_fitting(columns)}"
+    shown = ", ".join(each if each == each.strip() else repr(each) for each in columns)
+    whole = " Columns are parted by commas, in .tsv by tabs." if _is_otherwise_parted(columns) else ""
+    whole += " The first line of a table names its columns." * any(map(str.isdecimal, columns))
+    found = f"choose one of {shown}.{whole}{_fitting(columns)}"
     return ValueError(f"{field} = {name!r} is not a column of the rows; {found}")
 
 

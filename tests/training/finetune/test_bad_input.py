@@ -190,7 +190,9 @@ def test_a_tokenizer_that_does_not_fit(classify, encoder, tmp_path):
         ([{"text": "a"}] * 4, {"answers_only": True}, ["answers_only = True", "has no effect without messages"]),
         ([{"text": "a"}] * 4, {"max_length": 500}, ["max_length = 500", "128 positions"]),
         ([{"text": "a"}] * 4, {"model": "{encoder}"}, ["is an encoder (bert)", "--task classify"]),
-        ([{"instruction": "a", "output": ""}] * 4, {}, ["is empty in rows 1, 2, 3, 4;"]),
+        ([{"instruction": "a", "output": ""}] * 4, {}, ["column = 'completion' is empty in rows 1, 2, 3, 4;"]),
+        ([{"prompt": "a " * 99, "completion": "b"}] * 4, {"max_length": 8}, ["max_length = 8", "give more"]),
+        ([{"chosen": "a", "rejected": "b"}] * 4, {"task": "dpo"}, ["begin alike in no row", "name one so"]),
     ],
 )
 def test_rows_that_nothing_can_be_learnt_from(supervise, encoder, write, tmp_path, rows, given, words):

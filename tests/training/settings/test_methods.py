@@ -108,6 +108,8 @@ def test_flags_override_a_method_and_a_method_overrides_the_file(tmp_path):
     lora = configure(file=file, method="lora", adapter_rank=4, optim="sgd", lr=0.5)
     assert (lora.adapter.adapter_rank, lora.optimizer.optim, lora.optimizer.lr) == (4, "sgd", 0.5)
     assert lora.optimizer.others_lr is None
+    plain = configure("llama-tiny", method="galore", optim="adamw")  # which forms no gradient as GaLore does
+    assert plain.optimizer == configure("llama-tiny", optim="adamw").optimizer
     for method in ("qgalore", "galore-adafactor"):  # whose bits and dtypes say nothing to others
         file.write_text(configure("llama-tiny", method=method).to_toml(), encoding="utf-8")
         assert configure(file=file, method="full").optimizer == configure("llama-tiny", method="full").optimizer
