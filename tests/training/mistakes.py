@@ -116,7 +116,6 @@ EARLY = [
     ("inspect", "give --run, or --model with --data"),
     ("inspect --run nowhere", "give the folder of a galore pretrain or finetune"),
     ("inspect --model nowhere/at/all --data text.txt", "give one that exists"),
-    ("plan nowhere", "choose one of llama-tiny"),
     ("plan llama-tiny --memory 24", "give a number with a unit"),
 ]
 

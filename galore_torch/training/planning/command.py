@@ -72,12 +72,12 @@ def plan(
                 if page.is_dir():
                     raise ValueError(f"page = {str(page)!r} is a folder; name a file, such as {page / 'plan.html'}.")
                 require_writable("page", page)
+            room = None if memory is None else parse_bytes(memory)
             with loading(console):
                 from galore_torch.training.planning.cards import Cards
                 from galore_torch.training.planning.report import Planned
                 from galore_torch.training.planning.subject import subject
 
-            room = None if memory is None else parse_bytes(memory)
             cards = Cards(
                 world_size=world_size,
                 parallel=parallel,  # type: ignore[arg-type]
