@@ -105,7 +105,6 @@ def setback(method: str, seed: int, kind: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.learning
-@pytest.mark.usefixtures("bfloat16_in_float32")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", ["random", "one token"])
 def test_muon_of_low_rank_recovers_from_garbage_within_twenty_steps(kind, seed):
