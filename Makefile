@@ -66,7 +66,8 @@ $(installed): pyproject.toml constraints.txt
 
 .oldest/.installed: pyproject.toml constraints-oldest.txt
 	test -x .oldest/bin/python || $(PYTHON) -m venv .oldest
-	.oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[train,bnb]" pytest pytest-xdist hypothesis tensorly
+	.oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[train,bnb,torchao]" pytest pytest-xdist hypothesis tensorly \
+		prodigyopt schedulefree torch-optimi
 	@touch $@
 
 # galore-torch 1.0 and apollo-torch, whose trajectories ours must equal, lie in folders of their own: the first is
