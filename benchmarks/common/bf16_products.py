@@ -41,8 +41,13 @@ def while_in_float32() -> Iterator[None]:
     try:
         yield
     finally:
-        while _installed:
-            _installed.pop()._destroy()
+        as_torch_does()
+
+
+def as_torch_does() -> None:
+    """Compute this process' products as torch does, again."""
+    while _installed:
+        _installed.pop()._destroy()
 
 
 def _install() -> None:

@@ -119,7 +119,8 @@ class _Alike:
             kind.append(index)
         self._gathered = list(kinds.values())
         indices = [index for alike in (*self._gathered, self.others) for index in alike]
-        self._order = None if indices == list(range(len(indices))) else torch.tensor(indices).argsort()
+        # Numbers of Python's, for nothing is to stay on the device.
+        self._order = sorted(range(len(indices)), key=indices.__getitem__) if indices != sorted(indices) else None
 
     def peaks(self, tensors: Sequence[Tensor]) -> Tensor:
         """As the function of this name.
