@@ -47,7 +47,7 @@ def while_in_float32() -> Iterator[None]:
 def as_torch_does() -> None:
     """Compute this process' products as torch does, again."""
     while _installed:
-        _installed.pop()._destroy()
+        _installed.pop()._destroy()  # type: ignore[no-untyped-call]
 
 
 def _install() -> None:
