@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_format
+import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +75,8 @@ def plan(
                     raise ValueError(f"page = {str(page)!r} is a folder; name a file, such as {page / 'plan.html'}.")
                 require_writable("page", page)
             room = None if memory is None else parse_bytes(memory)
+            if "torch" not in sys.modules:  # bitsandbytes has functions compiled as it is imported, which no plan calls
+                os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             with loading(console):
                 from galore_torch.training.planning.cards import Cards
                 from galore_torch.training.planning.report import Planned
