@@ -95,13 +95,12 @@ class Chunk:
         Returns:
             One boolean for each that is looked at.
         """
-        weights, seen = self.weights, grads
-        if not everywhere and len(self._projected) < len(weights):
-            if not self._projected:
-                return torch.zeros(0, dtype=torch.bool)
-            weights, seen = [weights[index] for index in self._projected], [grads[index] for index in self._projected]
+        looked_at = range(len(grads)) if everywhere else self._projected
+        if not looked_at:
+            return torch.zeros(0, dtype=torch.bool)
+        seen = [grads[index] for index in looked_at]
         if self._counter is None:
-            self._counter = NonfiniteCounter(weights, seen)
+            self._counter = NonfiniteCounter([self.weights[index] for index in looked_at], seen)
         return self._counter.count(seen, agree, everywhere=everywhere)
 
 

@@ -33,8 +33,8 @@ class NonfiniteCounter:
 
     def __init__(self, trained: Sequence[TrainedWeight], projected_grads: Sequence[Tensor]) -> None:
         self._trained = trained
-        self._alike = _Alike(projected_grads)
-        self._large = [] if devices.runs_ahead(projected_grads[0]) else self._alike.others
+        self._together = _Together(projected_grads)
+        self._large = [] if devices.runs_ahead(projected_grads[0]) else self._together.others
         self._runs = list(_runs(trained))
 
     def count(
@@ -55,7 +55,7 @@ class NonfiniteCounter:
             one = self._trained[index]
             if not isinstance(one.grad, ProjectedGradient):
                 seen[index] = _across(seen[index], one.projection)
-        bad = agree(self._alike.peaks(seen).lt(float("inf")).logical_not_())  # a NaN is not less either
+        bad = agree(self._together.peaks(seen).lt(float("inf")).logical_not_())  # a NaN is not less either
         for start, stop in self._runs:
             first = self._trained[start]
             assert first.counters is not None
@@ -99,10 +99,10 @@ def peaks(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         (number of tensors,); not finite where an entry is not finite, 0 only where all entries are 0.
     """
-    return _Alike(tensors).peaks(tensors)
+    return _Together(tensors).peaks(tensors)
 
 
-class _Alike:
+class _Together:
     """Which tensors are looked at together: on a CPU small ones of one shape are put together.
 
     Attributes:

@@ -12,7 +12,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "glue-rank4": {**_ROBERTA, "rank": 4, "scale": 4.0},
     "glue-rank8": {**_ROBERTA, "rank": 8, "scale": 2.0},
     "classify": {"rank": 8, "scale": 2.0, "epochs": 3.0, "batch": 32, "max_length": 256, "warmup": 0.1},
-    **dict.fromkeys(("sft", "dpo", "reward"), _CAUSAL),
+    "sft": _CAUSAL,
+    "dpo": _CAUSAL,
+    "reward": _CAUSAL,
     "grpo": {**_CAUSAL, "batch": 32, "steps": 200},
 }
 """Settings of each preset by name."""

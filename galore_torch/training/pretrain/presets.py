@@ -52,7 +52,7 @@ BY_OPTIMIZER: dict[str, dict[str, dict[str, Any]]] = {
         PROJECTED: {"update": "backward"},
         FULL_RANK: {"max_grad_norm": 1.0},
         "galore-adamw8bit": {"basis_bits": 8},
-    }
+    },
 }
 """What a preset sets besides, for optimizers that project, for those that do not, and for one by its name."""
 

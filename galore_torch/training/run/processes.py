@@ -62,6 +62,15 @@ def require_one() -> None:
         raise ValueError(f"WORLD_SIZE = {count()}: this job runs in one process; start it without a launcher.")
 
 
+def divides_weights(config: Any) -> bool:
+    """Whether each of several processes is to keep a part of every weight.
+
+    Args:
+        config: of the job.
+    """
+    return count() > 1 and getattr(config.schedule, "parallel", "ddp") == "fsdp"
+
+
 def require_served(config: Any) -> int:
     """Check that a job can run in as many processes as there are.
 
@@ -75,7 +84,7 @@ def require_served(config: Any) -> int:
         ValueError: it cannot, or its batch cannot be divided.
     """
     adapter = config.adapter.adapter
-    if count() > 1 and adapter != "none" and getattr(config.schedule, "parallel", "ddp") == "fsdp":
+    if adapter != "none" and divides_weights(config):
         raise ValueError(
             f"parallel = 'fsdp' and adapter = {adapter!r}, which is merged into whole matrices at the end; use ddp."
         )

@@ -34,7 +34,7 @@ def shard(model: Any, config: Any, target_modules: Any) -> None:
         config: the job's settings.
         target_modules: which modules hold the matrices; they are cut where they are not projected, if that is even.
     """
-    if processes.count() == 1 or getattr(config.schedule, "parallel", "ddp") != "fsdp":
+    if not processes.divides_weights(config):
         return
     processes.connect()
     kind = "cuda" if torch.cuda.is_available() else "cpu"

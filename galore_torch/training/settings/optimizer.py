@@ -52,8 +52,14 @@ class Kind:
 
 _MOMENTUM, _ADAM, _STATE = frozenset({"beta1"}), frozenset({"beta1", "beta2", "eps"}), frozenset({"state_dtype"})
 _OTHERS = frozenset({"others_bits"})
-_PROJECTED = frozenset(KEYS)
-_PROJECTED |= {"gradients", "grad_bits", "save_inputs", "weight_bits", "weight_rounding", "rank_pattern"}
+_PROJECTED = frozenset(KEYS) | {
+    "gradients",
+    "grad_bits",
+    "save_inputs",
+    "weight_bits",
+    "weight_rounding",
+    "rank_pattern",
+}
 _FEW_BITS = {"basis_bits": 4, "cos_threshold": 0.4}
 _MUON = {
     "gradients": "full",

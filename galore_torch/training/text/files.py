@@ -43,7 +43,10 @@ csv.field_size_limit((1 << 31) - 1)  # a document may be longer than the 131,072
 _FORMS = {  # columns that rows of a kind have, and the tasks that take them
     ("chosen", "rejected"): "dpo or --task reward",
     ("prompt", "answer"): "grpo",
-    **dict.fromkeys((("instruction", "output"), ("conversations",), ("messages",), ("prompt", "completion")), "sft"),
+    ("instruction", "output"): "sft",
+    ("conversations",): "sft",
+    ("messages",): "sft",
+    ("prompt", "completion"): "sft",
 }
 
 
