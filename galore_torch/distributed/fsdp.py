@@ -8,6 +8,7 @@ is enough: then the weights of a layer that renew send sketches, once all of the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,11 +81,14 @@ class ShardTraffic(Traffic):
     def _completes(self, of_fsdp: Any, group: Any) -> Hook:
         """What is done when the gradient of a weight is complete in this process."""
         is_projected = self.takes(of_fsdp.sharded_param)
+        # A hook of a weight that holds what holds the weight would keep all of the model alive for ever: what a weight
+        # that another object holds too has in C++, the garbage collector does not see.
+        one, its_group = weakref.ref(of_fsdp), weakref.ref(group)
 
         @torch.no_grad()
         def complete(unsharded: Tensor) -> None:
-            optimizer = self._optimizer()
-            if optimizer is None:
+            optimizer, of_fsdp, group = self._optimizer(), one(), its_group()
+            if optimizer is None or of_fsdp is None or group is None:
                 return
             self._synchronizes = group.reduce_grads and group.all_reduce_grads
             self.begin()
@@ -130,6 +134,7 @@ class ShardTraffic(Traffic):
         waiting = [weight for weight in ours if weight.requires_grad and weight.grad is None]
         if len(arrived) < sum(optimizer._trained_weight(weight).renews_from_sketch for weight in waiting):
             return
+        del self._arrived[id(group)]
         renewed: list[ShardedWork] = [optimizer._trained_weight(one.sharded_param) for one in arrived]
         grads = [_complete_grad(one) for one in arrived]
         sums = [one.cut.reduce(one.sketch(grad), for_all=True) for one, grad in zip(renewed, grads, strict=True)]
