@@ -48,7 +48,7 @@ SNIPPETS = [
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A newcomer's folder, with what may be wrong in it."""
     folder = tmp_path_factory.mktemp("here")
-    for name in ("empty", "pictures", "mixed", "full", "begun", "bare"):
+    for name in ("empty", "pictures", "mixed", "full", "begun", "bare", "broken"):
         (folder / name).mkdir()
     AutoConfig.for_model("llama").save_pretrained(folder / "causal")
     for name, text in FILES.items():
@@ -155,7 +155,9 @@ def test_where_the_hub_is_not_reached_nobody_tries_again(hub):
     from huggingface_hub import constants
 
     hub(OSError("no network"))
-    pretrain(model="nobody/nothing").require_there()
+    with pytest.raises(ValueError, match=r"not reached \(no network\); check the path and the network"):
+        pretrain(model="nobody/nothing").require_there()
+    pretrain(data="nobody/texts").require_there()
     assert constants.HF_HUB_OFFLINE
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 

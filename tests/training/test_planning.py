@@ -1,6 +1,7 @@
 """``galore plan``: its table, its JSON, its page, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import transformers
@@ -181,7 +182,7 @@ def test_a_rank_that_saves_nothing_is_said(small):
             [*TINY, "--world-size", "2", "--parallel", "fsdp", "--shard-bases", "--basis-bits", "8"],
             "basis_bits = 8 is not served by shard_bases",
         ),
-        (["folder/that/is/not", "--memory", "24GB"], "model = 'folder/that/is/not' has no configuration"),
+        (["folder/that/is/not", "--memory", "24GB"], "model = 'folder/that/is/not' cannot be loaded"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_with_its_remedy(arguments, words, monkeypatch):
@@ -189,6 +190,23 @@ def test_bad_input_is_named_with_its_remedy(arguments, words, monkeypatch):
     result = galore_plan(*arguments)
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
+
+
+def test_methods_whose_library_is_missing_are_left_out_and_told(small, monkeypatch):
+    monkeypatch.setattr("galore_torch.training.settings.optimizer.find_spec", lambda _: None)
+    monkeypatch.setattr("galore_torch.training.planning.command.METHODS", {"galore-8bit": {}, "galore": {}})
+    result = galore_plan(*small, "--json")
+    assert list(json.loads(result.stdout)["methods"]) == ["galore"]
+    assert "Left out: galore-8bit." in " ".join(result.stderr.split())
+    refused = galore_plan(*small, "--method", "galore-8bit")
+    assert refused.exit_code == 2
+    assert "needs bitsandbytes. Install it with" in " ".join(refused.output.split())
+
+
+def test_of_a_run_its_model_is_planned(small, tmp_path):
+    shutil.copytree(small[0], tmp_path / "model")
+    (tmp_path / "config.toml").touch()
+    assert planned(str(tmp_path), *small[1:], "--method", "galore")["methods"].keys() == {"galore"}
 
 
 def test_a_rank_that_nobody_gave_fits_keys_and_values_of_few_heads(tmp_path):

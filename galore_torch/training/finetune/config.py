@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from galore_torch.training.run.names import local_path, model_of_run, require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig, sections_of
-from galore_torch.training.settings.fields import DType, RunConfig, require_defaults, setting, settings
+from galore_torch.training.settings.fields import DType, Purpose, RunConfig, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES, modules_named
 from galore_torch.training.text import files
 
@@ -18,6 +18,9 @@ TaskName = Literal[
 
 ON_TRL = ("sft", "dpo", "reward", "grpo")
 """Those that a trainer of TRL does."""
+
+PREFERENCES = ("dpo", "reward")
+"""Those of pairs of answers."""
 
 ARITHMETIC = "arithmetic"
 """The name of data that are made on the spot, for grpo: sums with their answers."""
@@ -203,17 +206,22 @@ class FinetuneConfig(TrainConfig):
             )
         super().__post_init__()
 
-    def require_there(self, *, labelled: bool = True) -> None:
+    def require_there(self, to: Purpose = "train") -> None:
         """Refuse rows or a model that is not there, and rows without a column or with none in one of the first.
 
-        Rows need their labels, ``labelled``, for all but predictions. Asked before libraries are imported.
+        To predict, rows need no labels; to train, held-out rows that the others have not. Asked before libraries are
+        imported.
         """
+        super().require_there(to)
+        found: dict[str, list[dict[str, Any]]] = {}
         for field in ("data", "held_out"):
             name = getattr(self.data, field)
             if name is not None and name != ARITHMETIC:
-                rows = _require_rows(self.data, field, name, labelled=labelled)
-                if field == "data" and labelled and self.data.task == "classify":
+                found[field] = rows = _require_rows(self.data, field, name, labelled=to != "predict")
+                if field == "data" and to != "predict" and self.data.task == "classify":
                     self._require_labels([row.get(self.data.label_column) for row in rows])
+        if to == "train" and "held_out" in found:
+            files.shared_rows(found["data"], found["held_out"])
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")
         require_model("model", self.model.model, self.model.gguf_file or "config.json")
@@ -254,6 +262,8 @@ def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) 
     rows = list(files.first_rows(field, name))
     if config.task in ON_TRL and rows:
         files.require_form(config.task, config.text_column, rows[0])
+    if config.task in PREFERENCES:
+        files.equal_answers((n, row.get("chosen"), row.get("rejected")) for n, row in enumerate(rows, 1))
     checked = {"text_column": "is empty"} | ({"label_column": "is without a label"} if labelled else {})
     checked |= {"text_pair_column": "is empty"} if config.text_pair_column else {}
     for of_column, what in checked.items() if config.task == "classify" else ():

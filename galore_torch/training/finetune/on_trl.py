@@ -25,12 +25,12 @@ from transformers import (
 )
 from trl.chat_template_utils import get_training_chat_template
 
-from galore_torch.training.finetune.config import FinetuneConfig
+from galore_torch.training.finetune.config import PREFERENCES, FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run import processes
 from galore_torch.training.run.base_model import load_base
 from galore_torch.training.run.names import local_path, refused
-from galore_torch.training.text.files import in_rows, require_form
+from galore_torch.training.text.files import equal_answers, in_rows, require_form, tell_rows
 
 
 class OnTRL:
@@ -59,6 +59,10 @@ class OnTRL:
             else:
                 require_texts(rows, "text_column" if column == self.data.text_column else "column", column)
                 parts = [part.cast_column(column, Value("string")) for part in parts]  # a CSV file's may be numbers
+        if self.data.task in PREFERENCES:
+            both = (rows.column("column", name) for name in self.columns[1:])
+            equal = equal_answers((number, one, other) for (number, one), (_, other) in zip(*both, strict=True))
+            tell_rows(console, equal, "pairs of equal answers, of which nothing is learnt")
         self.train, self.held_out = parts
         self._rows = rows.held_out_rows
         self.model, self.tokenizer = load_base(

@@ -19,6 +19,7 @@ from galore_torch.training.finetune.on_trl import STAGES
 from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.job import Job, RunResult
 from galore_torch.training.run.records import perplexity
+from galore_torch.training.text.files import shared_rows, tell_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,10 @@ class Finetuning(Job):
     def __init__(self, config: FinetuneConfig, console: Console, rows: Rows | None = None) -> None:
         schedule = config.schedule
         set_seed(schedule.seed)
-        rows = rows or load(config.data)
+        if rows is None:
+            rows = load(config.data)
+            if config.data.held_out is not None:
+                tell_rows(console, shared_rows(rows.train, rows.held_out), "held out and trained on, too")
         self.config, self.target_modules = config, config.target_modules
         self.data = config.data.data or config.data.task
         self.digest, self.units_per_step = rows.digest, schedule.batch

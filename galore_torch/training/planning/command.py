@@ -12,11 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from galore_torch.training.pretrain.presets import PRESETS
 from galore_torch.training.run.command import loading, option, reported_errors, table_of, this_command
 from galore_torch.training.run.files import require_writable
+from galore_torch.training.run.names import local_path, model_of_run, require_json, require_model
 from galore_torch.training.run.signals import stoppable
-from galore_torch.training.settings.fields import given_settings
+from galore_torch.training.settings.fields import given_settings, suggest
 from galore_torch.training.settings.methods import METHODS, method_settings
+from galore_torch.training.settings.optimizer import missing_library
 from galore_torch.units import parse_bandwidth, parse_bytes, parse_tokens
 
 EPILOG = """[bold]Examples[/]
@@ -68,8 +71,7 @@ def plan(
     with stoppable(lambda: "Stopped. Nothing was written."):
         console = Console(stderr=json)
         with reported_errors(_COMMAND):
-            for name in method or ():
-                method_settings(name)
+            model, known = _found(model), _methods(console, method)
             if page is not None:
                 if page.is_dir():
                     raise ValueError(f"page = {str(page)!r} is a folder; name a file, such as {page / 'plan.html'}.")
@@ -91,7 +93,7 @@ def plan(
                 tokens_per_second=tokens_per_second,
             )
             planned = subject(model, given, dtype, cards)
-            methods = method or [name for name in METHODS if not planned.refuses(name)]
+            methods = method or [name for name in known if not planned.refuses(name)]
             with console.status("Planning") as status:
                 shown = Planned.of(planned, methods, room, lambda name: status.update(f"Planning: {name} is done"))
                 texts = shown.texts
@@ -105,3 +107,31 @@ def plan(
             console.print(table_of(columns, rows), "")
         for text in texts:
             console.print(text, highlight=False, markup=False)
+
+
+def _found(name: str) -> str:
+    """A preset, or where a model's configuration is; a ValueError says, before libraries are imported, what is none."""
+    if name in PRESETS:
+        return name
+    name = model_of_run("model", name)
+    path = local_path("model", name)
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix == ".json" and file.is_file():
+        require_json("model", name, file)
+    elif path.exists() or "/" in name:
+        require_model("model", name)
+    else:
+        close = suggest(name, PRESETS)
+        raise ValueError(f"model = {name!r} is no preset, folder or file; {close.rstrip('.')}, or give a folder.")
+    return name
+
+
+def _methods(console: Console, given: list[str] | None) -> list[str]:
+    """The methods to plan, but for those whose library is missing: told, or an ImportError for one that was given."""
+    wanted = {name: method_settings(name)["optim"] for name in given or METHODS}
+    missing = {name: missing_library(optim) for name, optim in wanted.items() if missing_library(optim)}
+    if missing and given:
+        raise ImportError(next(iter(missing.values())))
+    if missing:
+        console.print(f"Left out: {', '.join(missing)}. {next(iter(missing.values()))}", highlight=False, markup=False)
+    return [name for name in wanted if name not in missing]

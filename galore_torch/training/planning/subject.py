@@ -15,7 +15,6 @@ from torch import nn
 from galore_torch.lowbit import quantize_weights
 from galore_torch.memory import Job, MemoryPlan, plan
 from galore_torch.memory.ranks import Sizes, of_a_rank
-from galore_torch.messages import nearest
 from galore_torch.training.baselines.layers import adapt
 from galore_torch.training.planning.cards import Cards, Cost, cost
 from galore_torch.training.pretrain.config import PretrainConfig
@@ -145,10 +144,6 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards
 
 def _configuration(name: str) -> Any:
     path = Path(name)
-    if "/" not in name and not path.exists():
-        close = nearest(name, PRESETS)
-        hint = f"did you mean {close!r}?" if close else f"choose one of {', '.join(PRESETS)}, or give a folder."
-        raise ValueError(f"model = {name!r} is no preset, folder or file; {hint}")
     with refused(f"model = {name!r} has no configuration that can be read", "Give another."):
         return transformers.AutoConfig.from_pretrained(path if path.exists() else name)
 

@@ -6,7 +6,15 @@ from typing import ClassVar
 
 from galore_torch.training.run.names import model_of_run, require_model
 from galore_torch.training.settings.config import TrainConfig, sections_of
-from galore_torch.training.settings.fields import DType, Parallel, RunConfig, require_defaults, setting, settings
+from galore_torch.training.settings.fields import (
+    DType,
+    Parallel,
+    Purpose,
+    RunConfig,
+    require_defaults,
+    setting,
+    settings,
+)
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import require_readable
 
@@ -95,8 +103,9 @@ class PretrainConfig(TrainConfig):
             raise ValueError("adapter = 'low-rank' throws away what a model has learnt; choose lora, or none.")
         super().__post_init__()
 
-    def require_there(self, *, labelled: bool = True) -> None:  # noqa: ARG002 - text has no labels
-        """Refuse a LLaMA without sizes, and a model or text that is not there."""
+    def require_there(self, to: Purpose = "train") -> None:
+        """Refuse a LLaMA without sizes, and a model, text or library that is not there."""
+        super().require_there(to)
         model = self.model
         missing = [name for name in SIZES if getattr(model, name) is None]
         if model.model is None and model.config_of is None and missing:

@@ -5,6 +5,7 @@ Asked before libraries that take seconds are imported, and the Hub asked once.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ def require_model(field: str, name: str, file: str = "config.json") -> None:
     if path.is_dir():
         if not (path / file).is_file():
             raise ValueError(f"{wrong}the folder has no {file}; give a folder that a model was saved in.")
+        if file.endswith(".json"):
+            require_json(field, name, path / file)
         of_tokenizers = ("tokenizer*", "vocab*", "*.model", "*.spm")
         if field == "model" and file == "config.json" and not any(any(path.glob(one)) for one in of_tokenizers):
             raise ValueError(f"{wrong}the folder has no tokenizer; save it there too, by its save_pretrained.")
@@ -80,8 +83,17 @@ def require_model(field: str, name: str, file: str = "config.json") -> None:
         require_on_hub(field, name, "model")
 
 
+def require_json(field: str, name: str, path: Path, *, lines: bool = False) -> None:
+    """Refuse, with a ValueError, a file of a setting that is no JSON; it may be objects one after another, if lines."""
+    try:
+        json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if not (lines and getattr(error, "msg", "") == "Extra data"):
+            raise ValueError(f"{field} = {name!r}: {path} is not JSON: {error}. Mend it, or give another.") from error
+
+
 def require_on_hub(field: str, name: str, kind: str) -> None:
-    """Refuse, with a ValueError, a name that the Hub does not have. Where it is not reached, what is cached counts."""
+    """Refuse, with a ValueError, a name that the Hub does not have, or, where it is not reached, a model not cached."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -97,7 +109,13 @@ def require_on_hub(field: str, name: str, kind: str) -> None:
         raise ValueError(
             f"{wrong}it is neither here nor on the Hugging Face Hub; check the name, or log in by hf auth login."
         ) from error
-    except Exception:  # no network: whoever looks for it would try again and again
+    except Exception as error:
+        if kind == "model":
+            raise ValueError(
+                f"{wrong}it is not here, and the Hugging Face Hub is not reached ({error}); check the path and the "
+                "network, or give the folder of a model or a run."
+            ) from error
+        # Whoever looks for it would try again and again.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
 

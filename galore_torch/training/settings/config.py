@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import tomli_w
 
 from galore_torch.training.settings.adapter import AdapterConfig, resolved
-from galore_torch.training.settings.fields import field_names, settings, suggest
+from galore_torch.training.settings.fields import Purpose, field_names, settings, suggest
 from galore_torch.training.settings.methods import over_file, refuse_without_effect
-from galore_torch.training.settings.optimizer import KINDS, UNKNOWN, OptimizerConfig
+from galore_torch.training.settings.optimizer import KINDS, UNKNOWN, OptimizerConfig, missing_library
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,6 +49,12 @@ class TrainConfig:
                 f"micro_batch = {self.micro_batch} does not divide batch = {self.schedule.batch}; choose a divisor."
             )
         _check_modes(self.optimizer, self.schedule.batch, self.micro_batch)
+
+    def require_there(self, to: Purpose = "train") -> None:
+        """Refuse, with an ImportError, to train by an optimizer whose library is missing."""
+        missing = missing_library(self.optimizer.optim)
+        if to == "train" and missing is not None:
+            raise ImportError(missing)
 
     @property
     def micro_batch(self) -> int:
@@ -227,10 +233,11 @@ class PresetTable(Generic[C]):
         kind = KINDS.get(optim, UNKNOWN)
         trains = optim if adapter == "none" and kind.fixed_size else what_trains(optim, adapter)
         rates = {} if "lr" in chosen else self.rates[preset].get(trains, {})
-        config = from_values(
-            self.config,
-            {**self.presets[preset], **kind.defaults, **self.besides(preset, optim, start), **rates, **chosen},
-        )
+        values = {**self.presets[preset], **kind.defaults, **self.besides(preset, optim, start), **rates, **chosen}
+        at_once = values.get("micro_batch", sections_of(self.config)["schedule"].micro_batch)  # type: ignore[attr-defined]
+        if isinstance(chosen.get("batch"), int) and "micro_batch" not in chosen and at_once:  # a bound of memory
+            values["micro_batch"] = next(size for size in range(at_once, 0, -1) if chosen["batch"] % size == 0)
+        config = from_values(self.config, values)
         if "lr" not in {**rates, **chosen}:
             raise ValueError(f"preset = {preset!r} has no learning rate for {trains}; give --lr.")
         refuse_without_effect(method, flags, config.optimizer, config.adapter)

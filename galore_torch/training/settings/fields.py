@@ -21,6 +21,7 @@ from galore_torch.group_keys import KEYS
 T = TypeVar("T")
 DType = typing.Literal["float32", "bfloat16"]
 Parallel = typing.Literal["ddp", "fsdp"]
+Purpose = typing.Literal["train", "evaluate", "predict"]
 
 
 def setting(default: Any, help: str, *, default_help: str | None = None, **limits: Any) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
+from galore_torch.extras import install
 from galore_torch.group_keys import KEYS, BasisBits, Decomposition, Layout, Moments, Normalize, ProjType, Residual
 from galore_torch.training.settings.fields import DType, field_names, group_setting, require_defaults, setting, settings
 
@@ -104,6 +106,13 @@ def has_effect(name: str, optim: str) -> bool:
     if name in _PROJECTED:
         return KINDS[optim].projected
     return name not in _ADAM | _STATE | _OTHERS or name in KINDS[optim].settings
+
+
+def missing_library(optim: str) -> str | None:
+    """Which library an optimizer needs that is not installed, with how to install it; None where it needs none."""
+    if not optim.endswith("adamw8bit") or find_spec("bitsandbytes") is not None:
+        return None
+    return f"optim = {optim!r} needs bitsandbytes. {install('bnb')}"
 
 
 def optimizers_with(name: str) -> list[str]:

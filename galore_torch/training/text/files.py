@@ -19,8 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from galore_torch.training.run.files import digest_of_file
-from galore_torch.training.run.names import is_written_as_path, local_path, require_on_hub
+from galore_torch.training.run.names import is_written_as_path, local_path, require_json, require_on_hub
 from galore_torch.training.text.config import DataConfig
 from galore_torch.units import first_of
 
@@ -38,6 +40,7 @@ _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 _FILES, _BEGINNING, ROWS = 1000, 1 << 20, 100_000  # how many files, bytes of a text and rows are looked at
 _BEGINNING_ROWS = 10_000  # of all files together
 _NAMED = 20  # rows that a message names
+_WHOLE = 1 << 26  # bytes of a list that is read to see that it is one
 csv.field_size_limit((1 << 31) - 1)  # a document may be longer than the 131,072 characters of the standard library
 
 _FORMS = {  # columns that rows of a kind have, and the tasks that take them
@@ -189,10 +192,12 @@ def first_rows(field: str, name: str) -> Iterator[dict[str, Any]]:
     """The first rows of a file, as its format has them; none where reading them needs a library.
 
     A ValueError says which line of a file of JSON lines is not one, which of a table has more fields than its header,
-    or that there are no rows.
+    that a list is broken, or that there are no rows.
     """
     path = local_path(field, name)
     suffix = path.suffix.lower()
+    if suffix == ".json" and path.stat().st_size <= _WHOLE:
+        require_json(field, name, path, lines=True)
     found = suffix not in {*_LINES, *_DELIMITERS}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file by a mark of its encoding
@@ -274,6 +279,33 @@ def require_two_labels(column: str, labels: Sequence[Any]) -> None:
     """Refuse, with a ValueError, the labels of all rows in a column if all are the same."""
     if len(set(map(str, labels))) < 2:
         raise ValueError(f"label_column = {column!r} is {labels[0]!r} in all rows; give rows of at least two labels.")
+
+
+def shared_rows(rows: Iterable[Any], held_out: Iterable[Any]) -> list[int]:
+    """Numbers of the held-out rows that are rows to train on too; a ValueError says that all are."""
+    known = {json.dumps(row, sort_keys=True, default=str) for row in rows}
+    are = [json.dumps(row, sort_keys=True, default=str) in known for row in held_out]
+    if are and all(are):
+        raise ValueError(
+            "held_out has no row that data has not, and would score what was learnt by heart; give other rows, or "
+            "leave it out for a share of data."
+        )
+    return [number for number, shared in enumerate(are, 1) if shared]
+
+
+def equal_answers(pairs: Iterable[tuple[int, Any, Any]]) -> list[int]:
+    """Numbers of the rows whose chosen and rejected answers are equal; a ValueError says that all are."""
+    pairs = list(pairs)
+    equal = [number for number, chosen, rejected in pairs if chosen == rejected]
+    if pairs and len(equal) == len(pairs):
+        raise ValueError("chosen and rejected are equal in all rows, which prefer nothing; give answers that differ.")
+    return sorted(equal)
+
+
+def tell_rows(console: Console, numbers: Sequence[int], what: str) -> None:
+    """Print how many rows are not as they should be, in what, and which."""
+    if numbers:
+        console.print(f"{len(numbers):,} rows are {what}: {in_rows(numbers)}.", highlight=False)
 
 
 def in_rows(numbers: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from galore_torch.training.finetune.config import GLUE, TASKS
 from galore_torch.training.finetune.presets import configure
 from galore_torch.training.finetune.run import Finetuning
+from galore_torch.training.pretrain.presets import configure as pretrain
 from galore_torch.training.run.files import write_manifest
 from galore_torch.training.run.run import new_run
 from tests.command_line import app
@@ -149,7 +151,7 @@ def test_one_class_is_enough_for_a_model_that_knows_it(classify, encoder, tmp_pa
     config = classify(data=str(tmp_path / "rows.csv"), model=str(tmp_path / "model"))
     with pytest.raises(ValueError, match="is 'one' in all rows"):
         config.require_there()
-    config.require_there(labelled=False)
+    config.require_there("predict")
     file = tmp_path / "model" / "config.json"
     known = {**json.loads(file.read_text(encoding="utf-8")), "id2label": {"0": "one", "1": "two"}}
     file.write_text(json.dumps(known), encoding="utf-8")
@@ -160,6 +162,46 @@ def test_a_class_that_is_only_held_out(classify, write, tmp_path):
     held_out = write("held_out.jsonl", [{"text": "a line", "label": "json"}])
     with pytest.raises(ValueError, match=r"holds 'json' in held-out rows only; train on it too"):
         new_run(Finetuning, classify(held_out=held_out), tmp_path / "run")
+
+
+def test_held_out_rows_that_are_trained_on_are_told(classify, write, tmp_path):
+    held_out = write("held_out.jsonl", [ROWS[0], {**ROWS[1], "text": "another line"}, ROWS[2]])
+    console = Console(record=True, width=200)
+    config = classify(data=write("rows.jsonl", ROWS), held_out=held_out)
+    new_run(Finetuning, config, tmp_path / "run", console=console)
+    assert "2 rows are held out and trained on, too: rows 1, 3." in console.export_text()
+
+
+def test_a_held_out_file_without_a_row_of_its_own(classify, tmp_path):
+    for name in ("rows.parquet", "others.parquet"):  # of which nothing is read before libraries are imported
+        datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / name)
+    config = classify(data=str(tmp_path / "rows.parquet"), held_out=str(tmp_path / "others.parquet"))
+    config.require_there()
+    with pytest.raises(ValueError, match="held_out has no row that data has not"):
+        new_run(Finetuning, config, tmp_path / "run")
+
+
+def test_an_evaluation_on_the_rows_of_the_training_is_let_be(classify, write):
+    data = write("rows.jsonl", ROWS)
+    config = classify(data=data, held_out=data)
+    config.require_there("evaluate")
+    with pytest.raises(ValueError, match="give other rows"):
+        config.require_there()
+
+
+@pytest.mark.parametrize("data", [{"data": "rows.jsonl"}, {"held_out": "rows.jsonl", "data": "rows.csv"}])
+def test_a_library_that_an_optimizer_needs_is_told_first(data, classify, monkeypatch):
+    monkeypatch.setattr("galore_torch.training.settings.optimizer.find_spec", lambda _: None)
+    config = classify(**data, method="galore-8bit")
+    with pytest.raises(ImportError, match=r"galore-adamw8bit.* needs bitsandbytes\. Install it with: .*\[bnb\]"):
+        config.require_there()
+
+
+@pytest.mark.parametrize(("batch", "at_once"), [(4, 4), (7, 7), (12, 6), (64, 8)])
+def test_a_micro_batch_of_the_preset_fits_a_batch_of_ones_own(batch, at_once):
+    assert pretrain("llama-tiny", batch=batch).schedule.micro_batch == at_once
+    with pytest.raises(ValueError, match="choose a divisor"):
+        pretrain("llama-tiny", batch=batch, micro_batch=5)
 
 
 def test_numbers_that_are_not_finite(classify, write, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -80,6 +81,16 @@ def test_sums_are_made_on_the_spot(staged, tmp_path):
     row = run.job.kind.train[0]
     assert eval(row["prompt"].removesuffix("= ")) == int(row["answer"])
     assert len(run.job.kind.train) + len(run.job.kind.held_out) == 2000
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+def test_pairs_of_equal_answers_are_told(task, staged, pairs, write, tmp_path):
+    rows = [json.loads(line) for line in Path(pairs).read_text(encoding="utf-8").splitlines()]
+    for number in (3, 7):
+        rows[number - 1]["rejected"] = rows[number - 1]["chosen"]
+    console = Console(record=True, width=200)
+    new_run(Finetuning, staged(task, data=write("some.jsonl", rows)), tmp_path / task, console=console)
+    assert "2 rows are pairs of equal answers, of which nothing is learnt: rows 3, 7." in console.export_text()
 
 
 def test_predictions_name_the_row_and_what_was_expected(staged, pairs, tmp_path):
