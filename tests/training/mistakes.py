@@ -124,6 +124,7 @@ EARLY = [
     ("inspect --run nowhere", "give the folder of a galore pretrain or finetune"),
     ("inspect --model nowhere/at/all --data text.txt", "give one that exists"),
     ("plan nowhere", "choose one of llama-tiny"),
+    ("plan continued", "choose one of llama-tiny"),
     ("plan llama-8b", "did you mean llama-"),
     ("plan nowhere/at/all", "give one that exists"),
     ("plan empty", "give a folder that a model was saved in"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from galore_torch.training.pretrain.presets import PRESETS
+from galore_torch.training.pretrain.presets import CONTINUED, PRESETS
 from galore_torch.training.run.command import loading, option, reported_errors, table_of, this_command
 from galore_torch.training.run.files import require_writable
 from galore_torch.training.run.names import local_path, model_of_run, require_json, require_model
@@ -38,6 +38,7 @@ galore plan llama-1b --method galore --gradients projected --json
 """
 
 _COMMAND = "galore plan"
+_MODELS = [name for name in PRESETS if name != CONTINUED]  # presets that say of which sizes a model is
 _option = partial(option, panel="Plan")
 
 
@@ -111,7 +112,7 @@ def plan(
 
 def _found(name: str) -> str:
     """A preset, or where a model's configuration is; a ValueError says, before libraries are imported, what is none."""
-    if name in PRESETS:
+    if name in _MODELS:
         return name
     name = model_of_run("model", name)
     path = local_path("model", name)
@@ -121,7 +122,7 @@ def _found(name: str) -> str:
     elif path.exists() or "/" in name:
         require_model("model", name)
     else:
-        close = suggest(name, PRESETS)
+        close = suggest(name, _MODELS)
         raise ValueError(f"model = {name!r} is no preset, folder or file; {close.rstrip('.')}, or give a folder.")
     return name
 
