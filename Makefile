@@ -12,7 +12,7 @@ peers     := $(patsubst %,.peers/%/.installed,galore-torch-1.0 apollo-torch-1.0.
 CORE := $(addprefix tests/,projection lowbit optim targets gradients)
 
 # One thread a test process: two processes on two cores are faster than one process with two threads.
-test test-fast test-oldest frameworks: export OMP_NUM_THREADS = 1
+test test-fast test-oldest frameworks: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-fast test-oldest frameworks check format bench docs dist clean
 
