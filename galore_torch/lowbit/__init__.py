@@ -6,8 +6,9 @@ from galore_torch.lowbit.codes import BITS, Codes, check_bits, has_numbers
 from galore_torch.lowbit.quantize import dequantize_weights, quantize_weights
 from galore_torch.lowbit.quantized_linear import linear
 from galore_torch.lowbit.rounding import ROUNDINGS, Rounding, add_rounded
+from galore_torch.lowbit.schemas import COLLECTIVES, written_to
 from galore_torch.lowbit.weights import QuantizedWeight
-from galore_torch.lowbit.without_memory import COLLECTIVES, WithoutMemory, written_to
+from galore_torch.lowbit.without_memory import WithoutMemory
 
 __all__ = [
     "BITS",

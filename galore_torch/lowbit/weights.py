@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from galore_torch.lowbit.codes import Codes, check_bits, has_numbers
+from galore_torch.lowbit.schemas import COLLECTIVES, written_to
 from galore_torch.lowbit.updated_codes import fastest
 from galore_torch.lowbit.views import of_copy
-from galore_torch.lowbit.without_memory import COLLECTIVES, WithoutMemory, written_to
+from galore_torch.lowbit.without_memory import WithoutMemory
 from galore_torch.random_bits import key_of
 
 aten = torch.ops.aten

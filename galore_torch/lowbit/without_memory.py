@@ -11,9 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
-"""Namespaces of operations between processes. Their schemas do not say what they write to."""
-
 
 class WithoutMemory(Tensor):
     """A tensor of a shape and dtype whose numbers are in other tensors."""
@@ -55,10 +52,3 @@ class WithoutMemory(Tensor):
             f"a {type(self).__name__} of shape {tuple(self.shape)} cannot be put into shared memory; call zero_grad() "
             "before share_memory()"
         )
-
-
-def written_to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to."""
-    specs = func._schema.arguments
-    given = [*zip(args, specs, strict=False), *((kwargs.get(spec.name), spec) for spec in specs[len(args) :])]
-    return [value for value, spec in given if spec.alias_info and spec.alias_info.is_write]
