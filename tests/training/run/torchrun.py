@@ -49,15 +49,16 @@ def launch(
     said.unlink(missing_ok=True)
     arguments = ["--standalone", f"--nproc-per-node={world}", f"--max-restarts={restarts}"]
     command = [str(LAUNCHED), str(said), loses, job, *given, "--out", str(folder)]
+    deadline = DEADLINE * (1 + restarts)  # for each start
     if forks:
         process = TRAINING.start(be_torchrun, [*arguments, "--run-path", "--start-method=forkserver", *command], said)
-        process.join(DEADLINE * (1 + restarts))  # for each start
+        process.join(deadline)
         assert process.exitcode is not None, "the deadline has passed"
         return process.exitcode, said.read_text(encoding="utf-8")
     torchrun = Path(sys.executable).with_name("torchrun")
     env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(
-        [torchrun, *arguments, *command], env=env, capture_output=True, text=True, timeout=DEADLINE, check=False
+        [torchrun, *arguments, *command], env=env, capture_output=True, text=True, timeout=deadline, check=False
     )
     return done.returncode, said.read_text(encoding="utf-8") + done.stderr
 
