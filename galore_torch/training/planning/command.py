@@ -130,7 +130,7 @@ def _found(name: str) -> str:
 def _methods(console: Console, given: list[str] | None) -> list[str]:
     """The methods to plan, but for those whose library is missing: told, or an ImportError for one that was given."""
     wanted = {name: method_settings(name)["optim"] for name in given or METHODS}
-    missing = {name: missing_library(optim) for name, optim in wanted.items() if missing_library(optim)}
+    missing = {name: told for name, optim in wanted.items() if (told := missing_library(optim))}
     if missing and given:
         raise ImportError(next(iter(missing.values())))
     if missing:
