@@ -220,8 +220,8 @@ class FinetuneConfig(TrainConfig):
                 found[field] = rows = _require_rows(self.data, field, name, labelled=to != "predict")
                 if field == "data" and to != "predict" and self.data.task == "classify":
                     self._require_labels([row.get(self.data.label_column) for row in rows])
-        if to == "train" and "held_out" in found:
-            files.shared_rows(found["data"], found["held_out"])
+        if to == "train" and len(found.get("held_out", ())) < files.ROWS:  # no more are to be read
+            files.shared_rows(found.get("data", ()), found.get("held_out", ()))
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")
         require_model("model", self.model.model, self.model.gguf_file or "config.json")
@@ -262,7 +262,7 @@ def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) 
     rows = list(files.first_rows(field, name))
     if config.task in ON_TRL and rows:
         files.require_form(config.task, config.text_column, rows[0])
-    if config.task in PREFERENCES:
+    if config.task in PREFERENCES and len(rows) < files.ROWS:
         files.equal_answers((n, row.get("chosen"), row.get("rejected")) for n, row in enumerate(rows, 1))
     checked = {"text_column": "is empty"} | ({"label_column": "is without a label"} if labelled else {})
     checked |= {"text_pair_column": "is empty"} if config.text_pair_column else {}

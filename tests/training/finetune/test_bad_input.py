@@ -7,7 +7,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -162,31 +161,6 @@ def test_a_class_that_is_only_held_out(classify, write, tmp_path):
     held_out = write("held_out.jsonl", [{"text": "a line", "label": "json"}])
     with pytest.raises(ValueError, match=r"holds 'json' in held-out rows only; train on it too"):
         new_run(Finetuning, classify(held_out=held_out), tmp_path / "run")
-
-
-def test_held_out_rows_that_are_trained_on_are_told(classify, write, tmp_path):
-    held_out = write("held_out.jsonl", [ROWS[0], {**ROWS[1], "text": "another line"}, ROWS[2]])
-    console = Console(record=True, width=200)
-    config = classify(data=write("rows.jsonl", ROWS), held_out=held_out)
-    new_run(Finetuning, config, tmp_path / "run", console=console)
-    assert "2 rows are held out and trained on, too: rows 1, 3." in console.export_text()
-
-
-def test_a_held_out_file_without_a_row_of_its_own(classify, tmp_path):
-    for name in ("rows.parquet", "others.parquet"):  # of which nothing is read before libraries are imported
-        datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / name)
-    config = classify(data=str(tmp_path / "rows.parquet"), held_out=str(tmp_path / "others.parquet"))
-    config.require_there()
-    with pytest.raises(ValueError, match="held_out has no row that data has not"):
-        new_run(Finetuning, config, tmp_path / "run")
-
-
-def test_an_evaluation_on_the_rows_of_the_training_is_let_be(classify, write):
-    data = write("rows.jsonl", ROWS)
-    config = classify(data=data, held_out=data)
-    config.require_there("evaluate")
-    with pytest.raises(ValueError, match="give other rows"):
-        config.require_there()
 
 
 @pytest.mark.parametrize("data", [{"data": "rows.jsonl"}, {"held_out": "rows.jsonl", "data": "rows.csv"}])
