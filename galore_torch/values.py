@@ -42,3 +42,17 @@ def is_whole(value: Any, least: int = 1) -> bool:
         least: the smallest.
     """
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a whole number that is no larger than some other.
+
+    Args:
+        number: at least 1.
+        most: at least 1.
+
+    Example:
+        >>> largest_divisor(12, 8)
+        6
+    """
+    return next(size for size in range(most, 0, -1) if number % size == 0)

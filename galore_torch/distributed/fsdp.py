@@ -81,8 +81,8 @@ class ShardTraffic(Traffic):
     def _completes(self, of_fsdp: Any, group: Any) -> Hook:
         """What is done when the gradient of a weight is complete in this process."""
         is_projected = self.takes(of_fsdp.sharded_param)
-        # A hook of a weight that holds what holds the weight would keep all of the model alive for ever: what a weight
-        # that another object holds too has in C++, the garbage collector does not see.
+        # Held weakly: the garbage collector does not look into the hooks of a tensor that C++ holds too, and one that
+        # held what holds its own weight would keep all of the model alive.
         one, its_group = weakref.ref(of_fsdp), weakref.ref(group)
 
         @torch.no_grad()

@@ -50,8 +50,10 @@ def _of_text(config: PretrainConfig, console: Console, *, whole: bool) -> dict[s
     text = datasets.concatenate_datasets([corpus.train, corpus.held_out]) if of_all else corpus.held_out
     packed = packing.pack(text, tokenizer, config.data.seq).take(config.data.eval_tokens // config.data.seq)
     with tempfile.TemporaryDirectory() as scratch:
-        args = TrainingArguments(scratch, prediction_loss_only=True, report_to=[], disable_tqdm=True)
-        args.dataloader_pin_memory = torch.cuda.is_available()
+        args = TrainingArguments(
+            scratch, prediction_loss_only=True, report_to=[], disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
         trainer = Trainer(model, args, data_collator=packing.collate, eval_dataset=packed)
         trainer.remove_callback(PrinterCallback)
         loss = trainer.evaluate()["eval_loss"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.base_model import recompute_activations
-from galore_torch.training.run.names import refused
+from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.run.processes import divided
 from galore_torch.training.settings.methods import has_effect
 from galore_torch.training.settings.optimizer import KINDS, MATRICES
@@ -143,7 +142,7 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards
 
 
 def _configuration(name: str) -> Any:
-    path = Path(name)
+    path = local_path("model", name)
     with refused(f"model = {name!r} has no configuration that can be read", "Give another."):
         return transformers.AutoConfig.from_pretrained(path if path.exists() else name)
 

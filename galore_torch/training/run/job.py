@@ -15,6 +15,7 @@ from galore_torch.training.run import optimizers, processes, sharded
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.stream import Stream
 from galore_torch.training.settings.config import from_values
+from galore_torch.values import largest_divisor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,6 @@ def make_trainer(
     trainer.optimizer_cls_and_kwargs = factory  # not all of TRL's trainers take it
     if processes.count() > 1:  # whole batches alone, so that none is filled up with rows that count twice
         rows = len(trainer.eval_dataset)  # type: ignore[arg-type]
-        args.per_device_eval_batch_size = max(size for size in range(1, micro_batch + 1) if rows % size == 0)
+        args.per_device_eval_batch_size = largest_divisor(rows, micro_batch)
     trainer.remove_callback(PrinterCallback)  # our own lines are shown
     return trainer

@@ -120,11 +120,12 @@ def job(
 
 def least_state_bytes(optimizer: Optimizer, config: OptimizerConfig) -> int:
     """What the state of an optimizer that `build` made will take at least, before it has any."""
-    if not has_effect("beta2", config.optim) or KINDS[config.optim].fixed_size:  # one moment or a factored one
+    kind = KINDS[config.optim]
+    if not has_effect("beta2", config.optim) or kind.fixed_size:  # one moment or a factored one
         return 0
     groups = [{**PROJECTED_DEFAULTS, **group} for group in optimizer.param_groups]
     return sum(
-        projection_in(group, weight).state_elements * (1 if "8bit" in config.optim else weight.element_size())
+        projection_in(group, weight).state_elements * (1 if kind.eight_bit else weight.element_size())
         for group in groups
         for weight in group["params"]
     )

@@ -16,6 +16,7 @@ from galore_torch.training.settings.adapter import AdapterConfig, resolved
 from galore_torch.training.settings.fields import Purpose, field_names, settings, suggest
 from galore_torch.training.settings.methods import over_file, refuse_without_effect
 from galore_torch.training.settings.optimizer import KINDS, UNKNOWN, OptimizerConfig, missing_library
+from galore_torch.values import largest_divisor
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -236,7 +237,7 @@ class PresetTable(Generic[C]):
         values = {**self.presets[preset], **kind.defaults, **self.besides(preset, optim, start), **rates, **chosen}
         at_once = values.get("micro_batch", sections_of(self.config)["schedule"].micro_batch)  # type: ignore[attr-defined]
         if isinstance(chosen.get("batch"), int) and "micro_batch" not in chosen and at_once:  # a bound of memory
-            values["micro_batch"] = next(size for size in range(at_once, 0, -1) if chosen["batch"] % size == 0)
+            values["micro_batch"] = largest_divisor(chosen["batch"], at_once)
         config = from_values(self.config, values)
         if "lr" not in {**rates, **chosen}:
             raise ValueError(f"preset = {preset!r} has no learning rate for {trains}; give --lr.")

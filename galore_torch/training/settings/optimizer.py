@@ -39,6 +39,7 @@ class Kind:
     # A learning rate alone says how far matrices move, so that rates of others do not suit it; of them it keeps one
     # momentum.
     fixed_size: bool = False
+    eight_bit: bool = False  # its state is that of bitsandbytes
     own: Mapping[str, Any] = field(default_factory=dict)  # settings where nobody says otherwise; see `defaults`
 
     @property
@@ -75,15 +76,15 @@ _UNSCALED = {"scale_parameter": False, "relative_step": False}  # an Adafactor b
 
 KINDS: dict[str, Kind] = {
     "galore-adamw": Kind("galore_torch:GaLoreAdamW", _ADAM | _STATE | _OTHERS),
-    "galore-adamw8bit": Kind("galore_torch:GaLoreAdamW8bit", _ADAM),
-    "qgalore-adamw8bit": Kind("galore_torch:QGaLoreAdamW8bit", _ADAM, own=_FEW_BITS),
+    "galore-adamw8bit": Kind("galore_torch:GaLoreAdamW8bit", _ADAM, eight_bit=True),
+    "qgalore-adamw8bit": Kind("galore_torch:QGaLoreAdamW8bit", _ADAM, eight_bit=True, own=_FEW_BITS),
     "galore-adafactor": Kind(
         "galore_torch:GaLoreAdafactor", _STATE, arguments=_UNSCALED, own={"state_dtype": "float32"}
     ),
     "galore-muon": Kind("galore_torch:GaLoreMuon", _ADAM | _STATE | _OTHERS, fixed_size=True, own=_MUON),
     "galore-sgd": Kind("galore_torch:GaLoreSGD", _MOMENTUM | _STATE),
     "adamw": Kind("torch.optim:AdamW", _ADAM, arguments={"fused": True}, prunable=True),
-    "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", _ADAM),
+    "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", _ADAM, eight_bit=True),
     "adafactor": Kind("transformers:Adafactor", arguments=_UNSCALED),
     "sgd": Kind("torch.optim:SGD", _MOMENTUM, prunable=True),
 }
@@ -110,7 +111,7 @@ def has_effect(name: str, optim: str) -> bool:
 
 def missing_library(optim: str) -> str | None:
     """Which library an optimizer needs that is not installed, with how to install it; None where it needs none."""
-    if not optim.endswith("adamw8bit") or find_spec("bitsandbytes") is not None:
+    if not KINDS[optim].eight_bit or find_spec("bitsandbytes") is not None:
         return None
     return f"optim = {optim!r} needs bitsandbytes. {install('bnb')}"
 
