@@ -69,7 +69,7 @@ class ShardTraffic(Traffic):
             return
         if current_backward() == -1:  # or it is a checkpointed layer's, inside a backward pass
             self._backward = None  # one that ended in an error is over
-        for group in module._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
+        for group in _groups_of(module):
             for one in group.fsdp_params:
                 unsharded = getattr(one, "_unsharded_param", None)
                 if unsharded is not None and id(one) not in self._hooked:
@@ -169,6 +169,14 @@ class ShardTraffic(Traffic):
         else:
             grad.add_(projected)  # it has been applied: says so
         self._keep(weight)
+
+
+def _groups_of(module: nn.Module) -> list[Any]:
+    """FSDP2's groups of a module's parameters: torch 2.12 and later have a list of them, earlier ones at most one."""
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [group for group in [state._fsdp_param_group] if group is not None]
 
 
 def _divisor(group: Any, trained: ShardedWork) -> float:
