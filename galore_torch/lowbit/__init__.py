@@ -1,6 +1,9 @@
 """Bases, projected gradients and weights in few bits, and `quantize_weights`. It knows no optimizer."""
 
-from galore_torch.lowbit import operations  # noqa: F401 (implements torch's operations on a QuantizedWeight)
+from galore_torch.lowbit import (
+    operations,  # noqa: F401 (implements torch's operations on a QuantizedWeight)
+    taken_over,  # noqa: F401 (has fully_shard mark what it takes over)
+)
 from galore_torch.lowbit.bases import Storage, StoredBasis, is_same_basis, orthonormality_loss
 from galore_torch.lowbit.codes import BITS, Codes, check_bits, has_numbers
 from galore_torch.lowbit.quantize import dequantize_weights, quantize_weights

@@ -106,7 +106,7 @@ def require_current(weight: Tensor) -> None:
     """
     if not weight.__dict__:  # what replaces a weight writes into it
         return
-    if not isinstance(weight, QuantizedWeight) and hasattr(weight, "_fsdp_orig_uid"):  # which raises for codes
+    if not isinstance(weight, QuantizedWeight) and hasattr(weight, "_fsdp_orig_uid"):  # `lowbit.taken_over`; raises for codes
         raise ValueError(
             f"the optimizer holds a weight of shape {tuple(weight.shape)} that is not in the model any more: "
             "fully_shard has replaced it by its shard, and training it would change nothing. Make the optimizer after "
