@@ -29,8 +29,9 @@ HEADINGS = ("weights", "grads", "states", "bases", "acts", "logits", "work", "pe
 """Of what a plan holds of each kind, in the order of `KINDS`, and of its peak."""
 LEGEND = (
     "weights to bases: what there is from the first step on; grads: before a step; acts (activations), logits and "
-    "work: the most of each at a time. peak: the most of all at one time, which is less than their sum. A GPU's driver "
-    "and its libraries take some 0.5 GB besides."
+    "work: the most of each at a time. peak: the most of all at one time, which is less than their sum. Besides, a "
+    "GPU's driver and its libraries take some 0.5 GB, and torch's work space for cuBLAS 64 MiB on an H200, less on "
+    "older cards."
 )
 
 

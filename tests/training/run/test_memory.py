@@ -4,10 +4,16 @@ import io
 
 import psutil
 import pytest
+import torch
 from rich.console import Console
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_torch.training.pretrain.run import Pretraining
+from galore_torch.training.run import machine
 from galore_torch.training.run.run import new_run
+
+MIB = 2**20
 
 
 @pytest.mark.usefixtures("planned")
@@ -34,3 +40,43 @@ def test_a_model_that_cannot_be_planned_is_trained_all_the_same(tiny, tmp_path, 
     assert "cannot be planned: no such thing" in said.getvalue()
     assert result.finished
     assert result.planned_memory_bytes is None
+
+
+@pytest.mark.usefixtures("planned")
+def test_the_process_itself_is_what_is_taken_before(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "taken_bytes", lambda: 10**12)
+    said = io.StringIO()
+    new_run(Pretraining, tiny(steps=1), tmp_path / "run", console=Console(file=said, width=300))
+    assert ": 1,000.00 GB the process itself" in said.getvalue()
+
+
+class Workspaces(TorchDispatchMode):
+    """Stands for a GPU, whose allocator keeps 32 MiB for each thread and library that has made a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: set[tuple[str, bool]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            in_backward = torch._C._current_graph_task_id() != -1
+            self.kept.add((func.name(), in_backward))
+        return func(*args, **(kwargs or {}))
+
+
+class NoGPU(TorchFunctionMode):
+    """Makes on the CPU what is asked for on a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "cpu"} if kwargs.get("device") == "cuda" else kwargs))
+
+
+def test_on_a_gpu_what_products_keep_is_taken_already(monkeypatch):
+    with Workspaces() as gpu, NoGPU():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000 + 32 * MIB * len(gpu.kept))
+        before = torch.random.get_rng_state()
+        assert machine.taken_bytes() == 1000 + 3 * 32 * MIB
+    assert gpu.kept == {("aten::mm", False), ("aten::addmm", False), ("aten::mm", True)}
+    assert torch.equal(torch.random.get_rng_state(), before)
