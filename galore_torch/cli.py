@@ -33,6 +33,7 @@ def main() -> None:
         app = build_app()
     except ImportError as missing:
         sys.exit(f"galore: {missing}")
+    _show_warnings()
     try:
         try:
             app()
@@ -116,6 +117,14 @@ def build_app() -> typer.Typer:
     of_method = {"optimizer": OptimizerConfig, "adapter": AdapterConfig}
     app.command("plan", epilog=planning.EPILOG)(with_settings(planning.plan, of_method, {}))
     return app
+
+
+def _show_warnings() -> None:
+    from rich.console import Console
+
+    from galore_torch.training.run.command import show_warnings
+
+    show_warnings(Console(stderr=True))
 
 
 def _show_version(asked: bool) -> None:

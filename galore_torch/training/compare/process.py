@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from galore_torch.interrupts import SIGNALS
+from galore_torch.training.run.command import show_warnings
 from galore_torch.training.run.processes import is_first
 from galore_torch.training.run.signals import Stop, handled_by, heard, stoppable
 
@@ -123,7 +124,9 @@ def _serve(
             if _POSIX:
                 os.setsid()
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            answer = function(*args, Console(file=screen, width=width if screen else None)), None
+            shown = Console(file=screen, width=width if screen else None)
+            show_warnings(shown)
+            answer = function(*args, shown), None
     except typer.Exit:
         answer = None, Stop()
     except BaseException as error:

@@ -1,12 +1,14 @@
-"""What all commands share: how options are declared, libraries loaded and errors told."""
+"""What all commands share: how options are declared, libraries loaded, errors and warnings told."""
 
 from __future__ import annotations
 
 import gc
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from galore_torch.training.run import processes
 from galore_torch.training.run.disk import failed_write
 from galore_torch.training.run.folder import OtherDataError
 from galore_torch.training.run.names import NotPushedError
@@ -30,6 +33,7 @@ def option(help: str, *names: str, panel: str = "Run", metavar: str | None = Non
 
 Json = Annotated[bool, option("Print the result as one JSON object; progress goes to stderr.", "--json")]
 
+_PYTHONS_OWN = ("warnings", "_py_warnings")  # the module in which Python's functions for warnings are, by its version
 _ROOM = "Free some space there, or allow writing; --out, --cache and TMPDIR choose other places."
 
 
@@ -87,6 +91,27 @@ def explain(error: Exception, *, at_work: bool = False) -> str | None:
     if not at_work and file is not None:
         return f"{file.filename!r} cannot be used: {file.strerror}. Allow it, or give another path."
     return None
+
+
+def show_warnings(console: Console) -> None:
+    """Print this package's warnings as a command's other lines from now on, by the first of several processes alone.
+
+    By itself Python adds where in the program a warning arose, which here is a line of another library. Those that
+    other libraries give are shown as before.
+    """
+    as_before = warnings.showwarning
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals["__name__"] in _PYTHONS_OWN:
+            frame = frame.f_back  # to who has called `warnings.warn`
+        if frame is None or not frame.f_globals["__name__"].startswith("galore_torch."):
+            as_before(message, *where, **more)
+        elif processes.is_first():
+            text = f"[bold yellow]warning:[/] {escape(str(message))}"
+            console.print(text, highlight=False, soft_wrap=not console.is_terminal)
+
+    warnings.showwarning = show
 
 
 @contextmanager

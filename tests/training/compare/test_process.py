@@ -8,6 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
+from galore_torch import messages
 from galore_torch.training.compare import process
 from galore_torch.training.compare.process import ProcessDiedError, call_in_process
 from galore_torch.training.run.signals import Stop, exit_status
@@ -37,6 +38,7 @@ def forked(monkeypatch):
 def whoami(name, console):
     print(f"hello {name}")
     console.print("shown")
+    messages.warn("told")
     return name, os.getpid(), os.getsid(0)
 
 
@@ -68,7 +70,7 @@ def test_what_a_function_returns_comes_back_from_a_process_and_session_of_its_ow
     name, child, session = call(whoami, "you", log=tmp_path / "log")
     assert (name, session) == ("you", child)
     assert child != os.getpid()
-    assert (tmp_path / "log").read_text().splitlines() == ["hello you", "shown"]
+    assert (tmp_path / "log").read_text().splitlines() == ["hello you", "shown", "warning: told"]
 
 
 def test_what_a_function_raises_comes_back_as_it_is(forked, tmp_path):
