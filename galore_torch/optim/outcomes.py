@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from galore_torch.messages import warn
 from galore_torch.optim.state_keys import LACKING, RENEWALS
 
 if TYPE_CHECKING:
@@ -49,11 +50,13 @@ class Found:
 
     Attributes:
         usable: whether the gradient is finite and not zero.
-        renewed: whether it has told a whole basis, which is then the new one.
+        renewed: whether the basis is a new one.
+        partly: whether the gradient has told some of its directions and not all.
     """
 
     usable: Tensor
     renewed: Tensor
+    partly: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,8 @@ class _Awaited:
     Attributes:
         trained: the weight.
         before: the numbers in its state before.
-        reading: whether the gradient was usable, whether the basis is new, its columns that are zeros, whether some
-            matrix has none but such, and the mean overlap.
+        reading: whether the gradient was usable, whether the basis is new, whether the gradient told it in part, its
+            columns that are zeros, whether some matrix has none but such, and the mean overlap.
     """
 
     trained: TrainedWeight
@@ -103,18 +106,20 @@ class Outcomes:
         one = self.awaited.pop(id(state), None)
         if one is None:
             return
-        trained, held = one.trained, one.trained.state
-        usable, renewed, missing, some_lack_all, overlap = one.reading.read()
+        trained, held, before = one.trained, one.trained.state, one.before
+        usable, renewed, partly, missing, some_lack_all, overlap = one.reading.read()
         if not renewed:
-            held.update(one.before)
-            if usable:  # it tells some directions only: the next gradient is looked at more closely
-                held[LACKING] = -1
+            held.update(before)
+            if usable and partly and not before[LACKING]:
+                held[LACKING] = -1  # the next gradient's directions are to be completed
+            elif usable:
+                warn(f"{trained.name} keeps its basis for now: the decomposition failed (it is not finite)")
             return
-        if not one.before[RENEWALS]:
-            some_are_told = missing < trained.projection.basis_columns or some_lack_all
-            held[LACKING] = int(missing if some_are_told else -missing)
-        elif trained.is_lazy:
-            trained.adapt_gap(overlap, one.before[RENEWALS])
+        if not before[RENEWALS] or before[LACKING]:
+            most = abs(before[LACKING]) if before[RENEWALS] else trained.projection.basis_columns
+            held[LACKING] = int(missing if missing < most or some_lack_all else -missing) or -int(partly)
+        if before[RENEWALS] and trained.is_lazy:
+            trained.adapt_gap(overlap, before[RENEWALS])
 
     def settle_all(self) -> None:
         """The same for all weights."""

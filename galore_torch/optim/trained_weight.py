@@ -232,15 +232,15 @@ class TrainedWeight(Factors, ProcessPart, Turns):
         grad = self.grad
         if isinstance(grad, ProjectedGradient):
             usable = is_usable(grad.projected)
-            return grad.basis, Found(usable=usable, renewed=usable)
-        basis, whole = find_unread(self.projection, grad, **self._asked())
-        usable = is_usable(grad)
-        renewed = usable & whole
+            return grad.basis, Found(usable=usable, renewed=usable, partly=torch.zeros_like(usable))
+        completes, usable = self.state[LACKING] < 0, is_usable(grad)
+        basis, finite, partly = find_unread(self.projection, grad, completes=completes, **self._asked())
+        renewed = usable & finite if completes else usable & finite & ~partly
         stored = self.storage.store({name: factor.to(self.weight.dtype) for name, factor in basis.items()})
         chosen = tree_map(functools.partial(torch.where, renewed), stored, self.state[BASIS])
         self.outcomes.seconds += time.perf_counter() - start
         shapes, dtype = self.projection.factor_shapes, self.weight.dtype
-        return self.storage.read(chosen, shapes, dtype), Found(usable=usable, renewed=renewed)
+        return self.storage.read(chosen, shapes, dtype), Found(usable=usable, renewed=renewed, partly=partly)
 
     def renew(self) -> None:
         """Takes the basis that the gradient brings, or finds one from the full gradient."""
@@ -274,7 +274,7 @@ class TrainedWeight(Factors, ProcessPart, Turns):
             state[RENEWALS] += 1
             state[RENEWED_STEP] = state[STEP]
         if found is not None:
-            told = [found.usable, found.renewed, *count_lacking(basis).unbind(), state[OVERLAPS].mean()]
+            told = [found.usable, found.renewed, found.partly, *count_lacking(basis).unbind(), state[OVERLAPS].mean()]
             self.outcomes.expect(self, before, torch.stack([one.to(torch.float64) for one in told]))
 
     def _compare(self, basis: Basis, old: Basis, found: Found | None) -> None:

@@ -91,13 +91,13 @@ class Turns:
     def renews_unread(self) -> bool:
         """Whether the basis can be renewed in this step without reading anything back from the device.
 
-        Not where a basis is to be filled up, or the last gradient told less than one; nor by an exact decomposition,
-        where the moments begin anew, or where processes share the work.
+        Not where a basis is to be filled up; nor by an exact decomposition, where the moments begin anew, or where
+        processes share the work.
         """
         group = self.group
         return (
             devices.runs_ahead(self.weight)
-            and self.state[LACKING] == 0
+            and self.state[LACKING] <= 0
             and not self.projection.is_tucker
             and group["decomposition"] != "svd"
             and group.get("moments") != "reset"

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from galore_torch.projection.geometry import Basis
-from galore_torch.projection.orthonormal import above_zero, exact_svd
+from galore_torch.projection.orthonormal import above_zero, cholesky_qr, exact_products, exact_svd, leading_by_cholesky
 
 LEAST_SINE = 0.1
 """The sine of the angle between an old direction and the new ones from which on it is one more direction. Rounding a
 basis to bfloat16 turns its columns by less."""
+
+DRIFT, TURNS = 0.01, 12
+"""How far a turned direction is drawn to one that is orthogonal to all others, so that they can be told apart, and the
+steps that turn them."""
 
 
 def determined_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dtype) -> Tensor:
@@ -117,23 +121,64 @@ def keep_determined(found: Directions, old_dr: Tensor | None) -> Tensor:
     return torch.stack([_completed(*one) for one in each]).view(found.columns_dr.shape)
 
 
-def keep_whole(found: Directions, old_dr: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `keep_determined` gives, where nothing needs to be read back for it.
+def keep_unread(found: Directions, old_dr: Tensor | None, *, completes: bool) -> tuple[Tensor, Tensor]:
+    """What `keep_determined` gives, nearly, and nothing is read back.
 
     Args:
         found: the directions.
         old_dr: (..., d, r), the basis in use until now, of their dtype; None at first.
+        completes: whether the old basis' directions are put beside what a matrix tells of its own. Without that a basis
+            is the one or the other, for a third of the work.
 
     Returns:
-        The basis (..., d, r), and whether it is what `keep_determined` gives, a boolean of no dimensions. Not where a
-        matrix determines some of its directions and not all, beside an old basis.
+        The basis (..., d, r), and whether some matrix tells some of its directions and not all, beside an old basis: a
+        boolean of no dimensions.
     """
     told_r = found.told_r
     if old_dr is None:
-        return determined_first(found), torch.ones((), dtype=torch.bool, device=told_r.device)
+        return determined_first(found), torch.zeros((), dtype=torch.bool, device=told_r.device)
     some = told_r.any(-1)
-    basis = torch.where(some[..., None, None], found.columns_dr, old_dr)
-    return basis, (told_r.all(-1) | ~some).all()
+    columns_dr = complete(found, old_dr) if completes else found.columns_dr
+    basis = torch.where(some[..., None, None], columns_dr, old_dr)
+    return basis, (some & ~told_r.all(-1)).any()
+
+
+def complete(found: Directions, old_dr: Tensor) -> Tensor:
+    """The determined columns, and then directions of the old basis that are orthogonal to them: by products alone.
+
+    As `keep_determined`, but for two things: which directions of the old basis the determined ones hold least is found
+    by the Cholesky LR iteration, nearly; and these are turned to the old one's last columns by Newton-Schulz steps and
+    a QR decomposition.
+
+    Args:
+        found: the directions.
+        old_dr: (..., d, r), of their dtype, orthonormal but for columns of zeros.
+
+    Returns:
+        (..., d, r), orthonormal but for columns of zeros, which come last.
+    """
+    with exact_products():
+        is_there_r = ~is_lacking(old_dr)
+        told_dr, old_dr = determined_first(found), determined_first(Directions(old_dr, is_there_r))
+        told, there = (one.sum(-1, keepdim=True) for one in (found.told_r, is_there_r))
+        outside_dr = old_dr - told_dr @ (told_dr.mT @ old_dr)
+        gram_rr = outside_dr.mT @ outside_dr
+        gram_rr.diagonal(dim1=-2, dim2=-1).add_(LEAST_SINE**2 / 10)  # of what is shorter nothing is wanted
+        rank = gram_rr.shape[-1]
+        outside_dr = outside_dr @ leading_by_cholesky(gram_rr, rank)  # the longest first
+        places_r = torch.arange(rank, device=gram_rr.device)
+        kept_r = (torch.linalg.vector_norm(outside_dr, dim=-2) > LEAST_SINE) & (places_r < rank - told)
+        outside_dr = cholesky_qr(determined_first(Directions(outside_dr, kept_r)))
+        # Their places are those after the determined ones, as they are in the old basis those before its end.
+        kept, places_r = kept_r.sum(-1, keepdim=True), places_r - told
+        outside_dr = outside_dr.take_along_dim((places_r % rank).unsqueeze(-2), dim=-1)
+        nearest_dr = old_dr.take_along_dim(((places_r + there - kept) % rank).unsqueeze(-2), dim=-1)
+        filled_r = ((places_r >= 0) & (places_r < kept)).unsqueeze(-2)
+        turn_rr = torch.where(filled_r, outside_dr.mT @ nearest_dr, 0)
+        turn_rr = turn_rr + DRIFT * torch.diag_embed(filled_r.squeeze(-2).to(turn_rr.dtype))
+        for _ in range(TURNS):
+            turn_rr = 1.5 * turn_rr - 0.5 * turn_rr @ (turn_rr.mT @ turn_rr)
+        return told_dr + cholesky_qr(outside_dr @ turn_rr)
 
 
 def determined_first(found: Directions) -> Tensor:

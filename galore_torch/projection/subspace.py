@@ -12,7 +12,7 @@ from torch import Tensor
 
 from galore_torch.projection.decompositions import find_bases, find_directions
 from galore_torch.projection.geometry import Basis, Mode, Projection, multiply_mode
-from galore_torch.projection.numerical_rank import is_lacking, keep_whole
+from galore_torch.projection.numerical_rank import is_lacking, keep_unread
 from galore_torch.projection.sketches import sketch_columns, sketches
 
 TUCKER_SWEEPS = 4
@@ -117,8 +117,9 @@ def find_unread(
     seed: int,
     old: Basis | None = None,
     old_is_whole: bool = False,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """What `find_basis` gives of most gradients, without reading anything back from the device.
+    completes: bool = False,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What `find_basis` gives, nearly, without reading anything back from the device.
 
     Args:
         projection: as there, with modes; no Tucker projection.
@@ -127,21 +128,23 @@ def find_unread(
         seed: as there.
         old: as there.
         old_is_whole: as there.
+        completes: whether what the gradient does not tell is taken from the old basis, see `keep_unread`.
 
     Returns:
-        The factors by mode, in `grad`'s dtype, and a boolean of no dimensions: whether they are what `find_basis`
-        gives. Not where the gradient tells some directions and not all beside an old basis, nor where they are not
-        finite.
+        The factors by mode, in `grad`'s dtype, and two booleans of no dimensions: whether they are finite, and whether
+        the gradient tells some directions and not all, beside an old basis.
     """
     view = grad.reshape(projection.view_shape)
     ranks = _ranks(projection)
     found = find_directions(view, ranks, decomposition, seed=seed, old=old, old_is_whole=old_is_whole)
-    factors, whole = {}, []
+    factors, finite, partly = {}, [], []
     for name, directions in found.items():
-        basis, is_whole = keep_whole(directions, None if old is None else old[name].to(directions.columns_dr.dtype))
-        whole += [is_whole, basis.isfinite().all()]
+        before = None if old is None else old[name].to(directions.columns_dr.dtype)
+        basis, is_partly = keep_unread(directions, before, completes=completes)
+        finite.append(basis.isfinite().all())
+        partly.append(is_partly)
         factors[name] = basis.to(grad.dtype, memory_format=torch.contiguous_format, copy=True)
-    return factors, torch.stack(whole).all()
+    return factors, torch.stack(finite).all(), torch.stack(partly).any()
 
 
 def is_usable(grad: Tensor) -> Tensor:

@@ -20,7 +20,10 @@ from galore_torch import GaLoreAdamW, attach, param_groups, quantize_weights
 from tests.forked import CONTEXT, TORCH
 from tests.waiting import DEADLINE
 
-pytestmark = pytest.mark.slow  # two more processes import torch
+pytestmark = [
+    pytest.mark.slow,  # two more processes import torch
+    pytest.mark.of_cpu("a forked process cannot use the GPU that its parent uses"),
+]
 
 
 def model() -> nn.Sequential:

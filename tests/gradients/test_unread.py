@@ -151,3 +151,33 @@ def test_a_gradient_of_too_few_directions_leaves_its_turn_to_the_next():
         renewed.append(state_of(optimizer, weight)["renewed_step"])
     assert renewed == [0, 0, 0, 0, 4, 4, 6, 6]
     assert state_of(optimizer, weight)["lacking"] == 0
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"proj_type": "full"}, {"moments": "rotate"}, {"decomposition": "tracked"}], ids=str
+)
+def test_what_gradients_do_not_tell_stays_and_nothing_is_read_back(keys, readings):
+    """Of rank 2 where the basis has 4 columns: from the second turn on, the old directions stay beside the new ones."""
+    (weight,) = weights((24, 16))
+    group = {"params": [weight], "rank": 4, "update_proj_gap": 3, "stagger": False, **keys}
+    optimizer, renewed = GaLoreAdamW([group], lr=0.1, fused=True), []
+    for step in range(11):
+        torch.manual_seed(step)
+        weight.grad = torch.randn(24, 16) if step == 0 else torch.randn(24, 2) @ torch.randn(2, 16)
+        trained = optimizer._trained_weight(weight) if step else None
+        before = dict(trained.basis) if step else {}
+        with Reads() as reads:
+            optimizer.step()
+        assert reads.where == []
+        readings[0] += 1
+        trained = optimizer._trained_weight(weight)
+        for name, factor in trained.basis.items() if step in (4, 6, 9) else ():
+            torch.testing.assert_close(factor.mT @ factor, torch.eye(4), rtol=0, atol=1e-5)
+            assert not torch.equal(factor, before[name])
+            kept = torch.linalg.svdvals(factor.mT @ before[name])
+            assert kept[1] > 0.95
+            held = factor @ (factor.mT @ weight.grad) if name == "left" else weight.grad @ factor @ factor.mT
+            torch.testing.assert_close(held, weight.grad, rtol=1e-3, atol=1e-3)
+        renewed.append(state_of(optimizer, weight)["renewed_step"])
+    assert renewed == [0, 0, 0, 0, 4, 4, 6, 6, 6, 9, 9]
+    assert state_of(optimizer, weight)["lacking"] == -1

@@ -41,7 +41,12 @@ def in_int8() -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
+of_cpu = pytest.mark.of_cpu("numpy reads the CPU's memory alone")
+
+
+@pytest.mark.parametrize(
+    "read", [pytest.param(read, id=name, marks=of_cpu if "numpy" in name else ()) for name, read in READS.items()]
+)
 def test_what_reads_it_gets_the_numbers(read: Callable[[Tensor], Any]):
     for tensor in (in_int8()[0].weight.detach(), after_backward("step")[0].weight.grad):
         torch.testing.assert_close(read(tensor), tensor + torch.zeros(32, 16))
@@ -65,6 +70,7 @@ def test_gradients_that_wait_are_not_shared_with_other_processes(update: str):
     assert model.share_memory()[0].weight.is_shared()
 
 
+@pytest.mark.of_cpu("a GPU's memory counts as shared from the start")
 def test_a_weight_in_int8_is_shared_by_its_codes():
     model = in_int8()
     before = model[0].weight.detach().clone()

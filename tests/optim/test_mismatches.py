@@ -21,6 +21,7 @@ def test_random_mismatches_are_refused_by_name_or_loaded_right():
 
 
 @pytest.mark.slow
+@pytest.mark.of_cpu("a forked process cannot use the GPU that its parent uses")
 def test_a_thousand_more_end_no_process(tmp_path):
     first, count = 15, 1000
     said = [tmp_path / "stdout", tmp_path / "stderr"]

@@ -28,8 +28,9 @@ SUCCESSORS = torch.randint(VOCABULARY, (VOCABULARY, 4), generator=torch.Generato
 def text(generator: torch.Generator, rows: int = ROWS) -> Tensor:
     """Sequences in which one of four tokens follows each: their loss is log 4 at best."""
     ids = torch.randint(VOCABULARY, (rows, TOKENS), generator=generator)
+    successors = SUCCESSORS.to(ids.device)
     for place in range(1, TOKENS):
-        ids[:, place] = SUCCESSORS[ids[:, place - 1], torch.randint(4, (rows,), generator=generator)]
+        ids[:, place] = successors[ids[:, place - 1], torch.randint(4, (rows,), generator=generator)]
     return ids
 
 
@@ -60,7 +61,7 @@ def make_step(model: nn.Module, optimizer: Optimizer, ids: Tensor) -> None:
 def held_out(model: nn.Module) -> float:
     """The loss of held-out text."""
     with torch.no_grad():
-        return float(loss_of(model, HELD_OUT))
+        return float(loss_of(model, HELD_OUT.to(next(model.parameters()).device)))
 
 
 def steps(model: nn.Module, optimizer: Optimizer, batches: Sequence[Tensor], told: int) -> list[float]:

@@ -114,6 +114,7 @@ def test_many_chunks_end_where_one_ends(recipe, monkeypatch):
 def test_chunks_hold_as_many_weights_as_fit(monkeypatch):
     """Coordinates of 96, 96, 128 and 16 numbers, at most 200 together, or one weight alone."""
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(chunks, "GPU_CHUNKS", 1)
     trained, made = mixed()
     optimizer = GaLore(made, Counted, lr=0.1)
     Counted.calls = []

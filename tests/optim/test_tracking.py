@@ -11,7 +11,7 @@ from galore_torch import GaLoreAdamW, attach
 from galore_torch.optim.groups import projection_in
 from galore_torch.projection import captured_energy, find_basis
 from tests.modes import every_mode
-from tests.optim.small import assert_same, snapshot, walk, weights
+from tests.optim.small import assert_same, snapshot, state_of, walk, weights
 
 LAYOUTS = {
     "left": ((12, 20), {}),
@@ -92,8 +92,8 @@ def test_a_basis_that_lacks_directions_is_filled_first():
     optimizer = made([weight])
     weight.grad = torch.outer(torch.randn(12), torch.randn(20))
     optimizer.step()
-    assert optimizer.state[weight]["lacking"] != 0
+    assert state_of(optimizer, weight)["lacking"] != 0
     walk(optimizer, [weight], range(1, 4))
-    assert optimizer.state[weight]["lacking"] == 0
+    assert state_of(optimizer, weight)["lacking"] == 0
     basis = optimizer.state[weight]["basis"]["left"]
     torch.testing.assert_close(basis.mT @ basis, torch.eye(4), rtol=0, atol=1e-5)

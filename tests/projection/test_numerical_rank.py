@@ -1,11 +1,14 @@
 """Directions that a gradient does not tell: the old basis' stay, or columns of zeros where there is none."""
 
+from statistics import fmean
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galore_torch.projection import Projection, find_basis, lacking
+from galore_torch.projection.numerical_rank import Directions, complete, keep_determined
 from tests.projection.bases import orthonormal, random_basis
 from tests.projection.test_properties import projections, seeds
 
@@ -102,3 +105,41 @@ def test_columns_that_stay_keep_their_place():
     grad = old[:, :1] @ torch.randn(1, 12, dtype=torch.float64)
     basis = find(Projection.of((30, 12), 5, "left"), grad, "warm", {"left": old})["left"]
     torch.testing.assert_close(basis, old, atol=1e-10, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([torch.float32, torch.float64]), st.integers(0, 8), st.integers(0, 8), st.integers(0, 3), seeds)
+def test_a_basis_is_completed_by_products_as_by_decompositions(dtype, told, alike, empty, seed):
+    """The determined columns as they are, and as much of the old basis: beside other matrices, and of any of them."""
+    torch.manual_seed(seed)
+    rank, alike = 8, min(told, alike)
+    old = torch.linalg.qr(torch.randn(3, 40, rank, dtype=dtype)).Q
+    mixed = torch.randn(3, 40, rank, dtype=dtype)
+    mixed[..., :alike] = old @ torch.randn(3, rank, alike, dtype=dtype)  # a subspace that moves slowly
+    old[..., rank - empty :] = 0
+    columns = torch.linalg.qr(mixed).Q
+    told_r = torch.arange(rank).expand(3, rank).flip(-1) < told
+    made = complete(Directions(columns, told_r), old)
+    expected = keep_determined(Directions(columns, told_r), old)
+    bound = 1e-5 if dtype is torch.float32 else 1e-12
+    there = torch.linalg.vector_norm(made, dim=-2) > 0.5
+    torch.testing.assert_close(made.mT @ made, torch.diag_embed(there.to(dtype)), atol=bound, rtol=0)
+    torch.testing.assert_close(made[..., :told], columns[..., told_r[0]], atol=bound, rtol=0)
+    assert torch.equal(there, torch.linalg.vector_norm(expected, dim=-2) > 0.5)
+    ours, theirs = ((one.mT @ old).square().sum((-2, -1)) for one in (made, expected))
+    assert (ours > 0.98 * theirs - bound).all(), (ours, theirs)
+
+
+def test_directions_that_stay_lie_near_the_columns_in_whose_places_they_are():
+    """As near as the orthogonal Procrustes problem's solution, on average over subspaces that move little or much."""
+    shares = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        rank, told = 32, 8 * (1 + seed % 3)
+        old, columns = torch.linalg.qr(torch.randn(2, 128, rank)).Q
+        if seed % 2:
+            columns = torch.linalg.qr(old @ torch.randn(rank, rank) + 0.1 * columns).Q
+        found = Directions(columns, torch.arange(rank) < told)
+        ours, theirs = ((one * old)[:, told:].sum() for one in (complete(found, old), keep_determined(found, old)))
+        shares.append(float(ours / theirs))
+    assert fmean(shares) > 0.95  # without Newton-Schulz steps 0.85

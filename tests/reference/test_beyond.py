@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from galore_torch import GaLore
+from galore_torch.projection import devices
 from reference.beyond import Beyond
 from tests.reference.problem import RANK, SHAPES, Problem, distance
 
@@ -65,7 +66,9 @@ def test_it_is_the_reference(shape, inside, residual, normalize, monkeypatch):
 @pytest.mark.parametrize("moments", ["keep", "rotate"])
 @pytest.mark.parametrize(("gap", "residual"), [(1, None), (5, "fira"), (1, "full")])
 @pytest.mark.broad
-def test_a_tracked_basis_is_the_reference(shape, inside, moments, gap, residual):
+def test_a_tracked_basis_is_the_reference(shape, inside, moments, gap, residual, monkeypatch):
+    if (moments, inside) != ("rotate", "sgd"):  # where axes count: a GPU turns them to the singular directions, nearly
+        monkeypatch.setattr(devices, "runs_ahead", lambda _: False)
     problem, weight = problem_of(shape)
     keys = {"residual": residual, "moments": moments}
     optimizer = optimizer_of(weight, inside, update_proj_gap=gap, **keys)  # an exact basis at first
