@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.cases import RARELY, OptimizerStep, Training
-from benchmarks.common.measuring import clear, timed
-from benchmarks.common.methods import METHODS, OPTIMIZERS, REFERENCE
+from benchmarks.common.floor import weights_with_gradients
+from benchmarks.common.measuring import clear, kernels, timed
+from benchmarks.common.methods import LEARNING_RATE, METHODS, OPTIMIZERS, REFERENCE
 from benchmarks.common.sizes import Llama
 from benchmarks.device.correctness import waits
 from benchmarks.device.session import Figures, Row, Session
+from galore_torch import GaLore
 from galore_torch.projection import find_bases
 from galore_torch.projection.orthonormal import cholesky_qr, leading_by_cholesky
 
@@ -154,6 +156,8 @@ def steps(session: Session) -> Iterator[Row]:
             one = OptimizerStep(method=method, size=replace(size, gap=RARELY), device=session.device)
             folder = session.peers / method.peer.name if method.peer else None
             yield f"{name}, {which}", partial(_of_step, session, which, one, folder), STEP_S.get(name, 5.0)
+            if which == "galore" and session.device == "cuda":
+                yield f"{name}, galore, a CUDA graph", partial(_replayed, one.size), STEP_S.get(name, 5.0)
 
 
 def _of_step(session: Session, which: str, one: OptimizerStep, folder: Path | None) -> Figures:
@@ -164,6 +168,20 @@ def _of_step(session: Session, which: str, one: OptimizerStep, folder: Path | No
         return {"left out": f"no folder {folder.name}"}
     with one.start(which, folder) as worker:
         return worker.ask("figures", within_s=min(PEER_S, max(session.left_s, 1)))
+
+
+def _replayed(size: Llama) -> Figures:
+    """The figures of an ordinary step that was captured in a CUDA graph."""
+    clear("cuda")
+    weights = weights_with_gradients(size.weights, torch.bfloat16, "cuda")
+    groups = [{"params": weights, "rank": size.rank, "update_proj_gap": size.gap}]
+    optimizer = GaLore(groups, torch.optim.AdamW, lr=torch.tensor(LEARNING_RATE, device="cuda"), capturable=True)
+    for _ in range(3):  # the first finds the bases, the next one reads how that went
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return timed(graph.replay, "cuda") | kernels(graph.replay, "cuda")
 
 
 def staggered(session: Session) -> Iterator[Row]:
@@ -183,4 +201,6 @@ def _staggered(session: Session, size: Llama) -> Figures:
         seconds.append(one.step()["step_s"])
     worst, middle = max(seconds), median(seconds)
     times = {"median_ms": 1e3 * middle, "worst_ms": 1e3 * worst, "worst_over_median": worst / middle}
+    later = seconds[len(seconds) // 2 :]  # libraries have loaded by then what they need for each shape
+    times["later_worst_over_median"] = max(later) / median(later)
     return {"steps": len(seconds), **times, "shortest_ms": 1e3 * min(seconds)}

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,7 +28,7 @@ from typing import Any
 from benchmarks.common.command import described, some_of
 from benchmarks.study import training
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import FIRST, LONG, SEEDS, at_seed_0, means, wanted
+from benchmarks.study.plan import FIRST, LONG, SEEDS, at_seed_0, means, searched, wanted
 from benchmarks.study.training import Job
 
 Line = dict[str, Any]
@@ -57,7 +58,7 @@ def study(given: argparse.Namespace, methods: Sequence[str]) -> Lines:
     began_s = time.monotonic()
     lines = read(given.out)
     known = perplexities(lines)
-    taken = set(known)
+    taken, plan = set(known), wanted if given.steps == Job.steps else partial(searched, steps=given.steps)
     context = multiprocessing.get_context("spawn")  # what has been forked may not use a GPU
     idle: list[Connection] = []
     processes = []
@@ -71,7 +72,7 @@ def study(given: argparse.Namespace, methods: Sequence[str]) -> Lines:
         idle += [end for end, _ in pipes]
     running: dict[Connection, Job] = {}
     while (left_s := given.budget - (time.monotonic() - began_s)) > 0:
-        while idle and (job := next((one for one in wanted(known, methods) if one not in taken), None)):
+        while idle and (job := next((one for one in plan(known, methods) if one not in taken), None)):
             taken.add(job)
             running[here := idle.pop(0)] = job
             here.send(job)
@@ -191,6 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--workers", type=int, default=1, help="processes (1)")
     add("--streams", type=int, default=1, help="trainings that take turns in each process (1)")
     add("--budget", type=float, default=3600.0, help="seconds for all of it (3600)")
+    add("--steps", type=int, default=Job.steps, help="of a training; other than 400, only rates are searched (400)")
     add("--out", type=Path, default=Path("study.jsonl"), help="file of the lines; one that exists is gone on with")
     add("--small", action="store_true", help="a model of next to nothing on random tokens, to rehearse")
     given = command.parse_args(arguments)

@@ -124,13 +124,22 @@ MOMENTUM: dict[str, Any] = {"inside": "SGD", "of_inside": NESTEROV, "scale": 0.2
 FULL: dict[str, Any] = {**MOMENTUM, "residual": "full", "residual_scale": 1 / (1 - BETA)}
 """The same, with a residual that weighs as much as the gradients which SGD's momentum is a sum of."""
 
+
+def wide(rank: int) -> dict[str, Any]:
+    """Return the keys of the same, orthogonalised, at a rank of its own: in few bits twice the columns are a half."""
+    return {**FULL, "normalize": "orthogonal", "rank": rank, "basis_bits": 8}
+
+
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", ADAMW, 0.001, others_lr=0.02),
     "galore": Method("GaLore, moments kept", galore(), 0.01),
+    "galore-128": Method("GaLore at rank 128, bases in 8 bits", galore(rank=128, basis_bits=8), 0.005, others_lr=0.02),
     "galore-rotate": Method("GaLore, moments rotated", galore(moments="rotate"), 0.01),
     "fira": Method("GaLore, rotated, Fira's residual", galore(moments="rotate", residual="fira"), 0.01),
     "columns": Method("momentum in the subspace and residual, by columns", galore(**FULL, normalize="columns"), 0.003),
     "orthogonal": Method("the same, orthogonalised", galore(**FULL, normalize="orthogonal"), 0.008),
+    "orthogonal-96": Method("the same at rank 96, bases in 8 bits", galore(**wide(96)), 0.004, others_lr=0.02),
+    "orthogonal-128": Method("the same at rank 128, bases in 8 bits", galore(**wide(128)), 0.004, others_lr=0.02),
     "blocks": Method("the same, orthogonalised in blocks", galore(**FULL, normalize="blocks"), 0.008, others_lr=0.08),
     "muon": Method("Muon", MUON, 0.004, others_lr=0.08),
     "galore-reset": Method("GaLore, moments reset", galore(moments="reset"), 0.01),

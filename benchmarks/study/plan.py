@@ -30,9 +30,9 @@ def at_seed_0(known: Known, method: str, steps: int | None = None, tokens: int |
     return dict(sorted(((j, v) for j, v in found.items() if (j.steps, j.tokens) == wanted), key=lambda pair: pair[1]))
 
 
-def start(method: str) -> Job:
+def start(method: str, steps: int = Job.steps) -> Job:
     """Return the middle of a method's grid."""
-    return Job(method=method, lr=METHODS[method].lr, others_lr=METHODS[method].others_lr)
+    return Job(method=method, lr=METHODS[method].lr, others_lr=METHODS[method].others_lr, steps=steps)
 
 
 def at(job: Job, *factors: tuple[float, float]) -> list[Job]:
@@ -40,13 +40,13 @@ def at(job: Job, *factors: tuple[float, float]) -> list[Job]:
     return [replace(job, lr=job.lr * lr, others_lr=job.others_lr * others) for lr, others in factors]
 
 
-def search(method: str, known: Known) -> list[Job]:
+def search(method: str, known: Known, steps: int = Job.steps) -> list[Job]:
     """Return what a method's search wants next: what surrounds its best rates so far, and nothing at its end."""
     around = (1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)
-    first = [job for job in at(start(method), *around) if job not in known]
+    first = [job for job in at(start(method, steps), *around) if job not in known]
     if first:
         return first
-    best, value = next(iter(at_seed_0(known, method).items()))
+    best, value = next(iter(at_seed_0(known, method, steps).items()))
     return [job for job in at(best, *around) if job not in known and math.isfinite(value)]
 
 
@@ -65,6 +65,14 @@ def seeded(method: str, known: Known, pair: int = 0, factor: float = 1.0, **chan
     found = [] if search(method, known) else list(at_seed_0(known, method).items())[pair : pair + 1]
     best = [replace(job, **changes) for job, value in found if math.isfinite(value)]
     return [replace(one, seed=seed) for job in best for one in at(job, (factor, 1.0)) for seed in SEEDS]
+
+
+def searched(known: Known, methods: Sequence[str], steps: int) -> Iterator[Job]:
+    """Yield what a search at another length wants: of each method the best rates, and then these with all seeds."""
+    for name in methods:
+        yield from (around := search(name, known, steps))
+        for best in () if around else list(at_seed_0(known, name, steps))[:1]:
+            yield from (replace(best, seed=seed) for seed in SEEDS)
 
 
 def wanted(known: Known, methods: Sequence[str]) -> Iterator[Job]:

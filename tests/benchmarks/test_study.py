@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.methods import METHODS, Scaled
-from benchmarks.study.plan import BATCHES, FIRST, LONG, LONGER, SEEDS, THEN, at_seed_0, means, wanted
+from benchmarks.study.plan import BATCHES, FIRST, LONG, LONGER, SEEDS, THEN, at_seed_0, means, searched, wanted
 from benchmarks.study.training import Job, rate, rehearsal, train
 from tests.forked import CONTEXT, TORCH
 
@@ -22,10 +23,10 @@ def perplexity(job: Job) -> float:
     return 20 + off[0] ** 2 + off[1] ** 2 + job.seed / 100
 
 
-def finished(methods: Sequence[str]) -> list[Job]:
+def finished(methods: Sequence[str], plan: Callable[..., Iterator[Job]] = wanted) -> list[Job]:
     """Return all trainings in their order, each ended before the next begins."""
     known: dict[Job, float] = {}
-    while new := next((job for job in wanted(known, methods) if job not in known), None):
+    while new := next((job for job in plan(known, methods) if job not in known), None):
         known[new] = perplexity(new)
     return list(known)
 
@@ -38,6 +39,15 @@ def test_the_plan_finds_the_best_rates_and_then_asks_for_seeds():
         assert (job.lr, job.others_lr) == (2 * METHODS[name].lr, 2 * METHODS[name].others_lr)
         assert [len(each) for each in found.values()] == [len(SEEDS)] * 2
         assert next(iter(at_seed_0(known, name))) == job
+
+
+def test_a_search_at_another_length_is_of_that_length_alone():
+    known = {job: perplexity(job) for job in finished(["adamw", "muon"], partial(searched, steps=LONGER))}
+    assert {job.steps for job in known} == {LONGER}
+    for name in ("adamw", "muon"):
+        ((job, values),) = means(known, name, LONGER).items()
+        assert (job.lr, job.others_lr) == (2 * METHODS[name].lr, 2 * METHODS[name].others_lr)
+        assert len(values) == len(SEEDS)
 
 
 def test_what_matters_most_is_trained_first():
