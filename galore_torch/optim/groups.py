@@ -104,9 +104,9 @@ def require_current(weight: Tensor) -> None:
     Raises:
         ValueError: it has been; the message says what to do.
     """
-    if not weight.__dict__:  # what replaces a weight writes into it
+    if not weight.__dict__:  # what replaces a weight writes into it (`lowbit.taken_over`)
         return
-    if not isinstance(weight, QuantizedWeight) and hasattr(weight, "_fsdp_orig_uid"):  # `lowbit.taken_over`; raises for codes
+    if not isinstance(weight, QuantizedWeight) and hasattr(weight, "_fsdp_orig_uid"):  # which raises for codes
         raise ValueError(
             f"the optimizer holds a weight of shape {tuple(weight.shape)} that is not in the model any more: "
             "fully_shard has replaced it by its shard, and training it would change nothing. Make the optimizer after "
