@@ -56,6 +56,23 @@ class GaLoreFactory:
         100
     """
 
+    def __new__(cls, *groups: Any, **arguments: Any) -> Any:
+        """Makes one, or the optimizer itself for a Trainer that knows no factories: it calls it as an optimizer is.
+
+        Args:
+            *groups: what that Trainer (of Transformers 5.0) has put into groups of its own.
+            **arguments: of `__call__`.
+
+        Raises:
+            ValueError: arguments that no trainer gave.
+        """
+        if not groups and not arguments:
+            return super().__new__(cls)
+        self = _calling_trainer()  # `__call__` looks for it by this name
+        if self is None:
+            raise ValueError("GaLoreFactory takes no arguments; call what it makes: GaLoreFactory()(model, rank=128)")
+        return cls()(self.model, **arguments)
+
     def __call__(
         self,
         model: nn.Module,

@@ -102,8 +102,12 @@ def saved(pool, tmp_path_factory) -> Callable[[str, str], tuple[str, Tensor]]:
 @pytest.mark.parametrize("saved_by", ["one", "ddp", "fsdp"])
 @pytest.mark.broad("fsdp-one-nested")
 def test_what_some_have_saved_others_load(pool, saved, saved_by, loaded_by, options):
+    if options == "flattened" and torch.__version__ < "2.10":
+        with pytest.raises(RuntimeError, match=r"NotImplementedError: Flattening .* 'dict'"):  # as a basis is
+            saved(saved_by, options)
+        return
     folder, went_on = saved(saved_by, options)
-    kind, world = KINDS[loaded_by]
+    kind, world = SAVERS[loaded_by]
     ranks = pool.run(load, world, kind=kind, folder=folder, options=OPTIONS[options])
     assert all(torch.equal(ranks[0], other) for other in ranks)
     assert distance(ranks[0], went_on) <= BAR
@@ -130,11 +134,7 @@ def test_what_four_have_saved_one_and_two_and_three_load(pool, saved, saved_by, 
 )
 @pytest.mark.broad("bases in parts, 4-bases in parts, 3-nested")
 def test_bases_in_parts_are_loaded_in_others_and_whole(pool, saved, saved_by, loaded_by, options):
-    folder, went_on = saved(saved_by, options)
-    kind, world = SAVERS[loaded_by]
-    ranks = pool.run(load, world, kind=kind, folder=folder, options=OPTIONS[options])
-    assert all(torch.equal(ranks[0], other) for other in ranks)
-    assert distance(ranks[0], went_on) <= BAR
+    test_what_some_have_saved_others_load(pool, saved, saved_by, loaded_by, options)
 
 
 @pytest.mark.parametrize("in_parts", [False, True], ids=["whole bases", "bases in parts"])

@@ -40,6 +40,17 @@ def test_what_training_arguments_say_arrives_unless_it_is_given():
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.3, 0.1, (0.8, 0.95), 1e-4)
 
 
+def test_a_trainer_that_knows_no_factories_gets_the_optimizer_itself():
+    class Older(Calling):
+        def create_optimizer(self, **keywords):
+            return GaLoreFactory([{"params": []}], rank=4, **keywords)
+
+    (group, *_) = Older(model=model()).create_optimizer(eps=1e-4).param_groups
+    assert (group["rank"], group["lr"], group["eps"]) == (4, 0.3, 1e-4)
+    with pytest.raises(ValueError, match=r"GaLoreFactory\(\)\(model"):
+        GaLoreFactory(model(), rank=4)
+
+
 def test_the_head_of_a_loss_is_trained_without_projection():
     made = Calling(loss=nn.ModuleDict({"head": nn.Linear(8, 2)})).create_optimizer()
     (group,) = (one for one in made.param_groups if "loss.head.weight" in one["param_names"])

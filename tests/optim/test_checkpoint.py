@@ -139,6 +139,10 @@ def test_across_distributed_checkpoints(recipe, dtype, arguments, flatten, tmp_p
     straight = Net(dtype)
     optimizer = recipe(straight.groups(), **arguments)
     walk(optimizer, straight.weights, range(2))
+    if flatten and torch.__version__ < "2.10":
+        with pytest.raises(NotImplementedError, match=r"Flattening .* 'dict'"):  # as a basis is
+            get_optimizer_state_dict(straight, optimizer, options=options)
+        return
     dcp.save(get_optimizer_state_dict(straight, optimizer, options=options), checkpoint_id=tmp_path, no_dist=True)
     resumed = Net(dtype)
     resumed.load_state_dict(straight.state_dict())
