@@ -9,7 +9,8 @@ python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 peers     := $(patsubst %,.peers/%/.installed,galore-torch-1.0 apollo-torch-1.0.3)
 
-CORE := $(addprefix tests/,projection lowbit optim targets gradients)
+CORE      := $(addprefix tests/,projection lowbit optim targets gradients)
+PROCESSES := tests/distributed tests/gradients/test_processes.py
 
 # One thread a test process: two processes on two cores are faster than one process with two threads.
 test test-fast test-oldest frameworks: export OMP_NUM_THREADS ?= 1
@@ -30,8 +31,9 @@ test: $(installed) $(peers)  ## the whole test suite
 test-fast: $(installed) $(peers)  ## the test suite without what takes more than a few seconds
 	$(python) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
-test-oldest: .oldest/.installed  ## the core's fast tests with the oldest releases that pyproject.toml allows
+test-oldest: .oldest/.installed  ## the core's fast tests and all of several processes with the oldest releases allowed
 	.oldest/bin/python -m pytest -n $(WORKERS) -m "not slow" $(CORE) $(ARGS)
+	.oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PROCESSES) $(ARGS)
 
 frameworks: export GALORE_FRAMEWORKS ?= .frameworks
 frameworks: $(installed)  ## run published frameworks with GaLore, each in an environment of its own under .frameworks
@@ -67,7 +69,7 @@ $(installed): pyproject.toml constraints.txt
 .oldest/.installed: pyproject.toml constraints-oldest.txt
 	test -x .oldest/bin/python || $(PYTHON) -m venv .oldest
 	.oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[train,bnb,torchao]" pytest pytest-xdist hypothesis tensorly \
-		prodigyopt schedulefree torch-optimi
+		lightning prodigyopt schedulefree torch-optimi
 	@touch $@
 
 # galore-torch 1.0 and apollo-torch, whose trajectories ours must equal, lie in folders of their own: the first is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,3 +34,10 @@ def test_the_oldest_versions_are_the_lower_bounds():
     lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
     pinned = versions([line for line in lines if not line.startswith("#")], "==")
     assert {name: pinned.get(name) for name in wanted} == wanted
+
+
+def test_with_them_everything_in_several_processes_is_run():
+    told = subprocess.run(["make", "-n", "test-oldest"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = (line for line in told.splitlines() if "tests/distributed" in line)
+    assert line.startswith(".oldest/bin/python -m pytest")
+    assert "not slow" not in line

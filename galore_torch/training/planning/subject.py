@@ -162,6 +162,7 @@ def _without_weights(kind: Any, config: Any, dtype: str) -> Any:
     config.use_cache = False
     with torch.device("meta"):
         model = kind(config)
+    model.tie_weights()  # as Transformers 5.0 does of real weights alone
     for parameter in model.parameters():
         parameter.data = parameter.to(getattr(torch, dtype))
     return model
