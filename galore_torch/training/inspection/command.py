@@ -135,7 +135,7 @@ def _observed(inspected: InspectedJob, config: InspectConfig, console: Console) 
     from galore_torch.training.inspection.observer import GradientObserver, observed_trainer
     from galore_torch.training.run.callbacks import StepProgress
 
-    progress = StepProgress(console, steps=config.snapshots.last)
+    progress = StepProgress(console, steps=config.snapshots.last, every=config.snapshots.every)
     with tempfile.TemporaryDirectory(prefix="galore-inspect-") as scratch:
         with reported_errors(_COMMAND):
             observer = GradientObserver(inspected, config)

@@ -53,7 +53,7 @@ class InspectedJob:
             "optimizer": config.optimizer.optim,
             "learning rate": f"{'peak' if self.is_fresh else 'constant'} {config.optimizer.lr:g}",
             f"{self.job.unit} a step": self.job.units_per_step,
-            "tokens of one, at most": length,
+            "tokens of a sequence, at most": length,
         }
         return {name: str(value) for name, value in facts.items()}
 

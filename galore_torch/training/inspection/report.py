@@ -30,7 +30,8 @@ BY_IT = "To train by it"
 _HEADINGS = {"spectra": "Energy by rank", "ages": "Bases as they age", "stable_rank": "Stable rank", "run": "The run"}
 _CAPTIONS = {
     "spectra": "Share of a gradient's energy in its own strongest directions (solid), and in those of the gradient "
-    "{first} steps earlier (dotted), by the share of all directions that a rank is; means over weights and snapshots.",
+    "{first} steps earlier (dotted), by the share of all directions that a rank is; means over weights and snapshots. "
+    "Upright: rank {rank}.",
     "ages": "Share of a gradient's energy that a basis of rank {rank} captures, by the age of the basis. At age 0 the "
     "basis is the gradient's own and so holds its noise too; the level line is what a random basis captures.",
     "overlap": "Overlap of a basis of rank {rank} with the later gradient's own, by its age: 1 the same subspace, 0 as "
@@ -109,7 +110,10 @@ def files(found: Found, command: str) -> dict[str, bytes]:
     page = Page("Gradients and their subspaces", f"{lead} of {steps}.")
     page.table(list(next(rows(found))), [list(row.values()) for row in rows(found)])
     for text in texts(found):
-        (page.code if text.startswith(BY_IT) else page.text)(text)
+        said, colon, flags = text.partition(": ") if text.startswith(BY_IT) else (text, "", "")
+        page.text(said + colon)
+        if flags:  # alone, to be copied
+            page.code(flags)
     made = {"inspection.json": (json.dumps(found, indent=1) + "\n").encode()}
     for name, figure in _plots(found).items():
         if name in _HEADINGS:
@@ -192,7 +196,7 @@ def _draw(
         axes.axvline(value, color=GRAY, linewidth=0.8)
     axes.set_ylim(*ylim)
     if xlim is None:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     else:
         axes.set_xlim(*xlim)
     add_legend(figure)

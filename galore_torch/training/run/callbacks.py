@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 
@@ -211,14 +211,18 @@ class StepProgress(TrainerCallback):
         console: where.
         recorder: of the run, whose evaluations are lines too; if None, only the loss is shown.
         steps: how many there will be, if fewer than the Trainer expects.
+        every: steps of which one takes longer, so that only as many together tell what is to come.
     """
 
-    def __init__(self, console: Console, recorder: Recorder | None = None, steps: int | None = None) -> None:
-        self._console, self._recorder, self._steps = console, recorder, steps
+    def __init__(
+        self, console: Console, recorder: Recorder | None = None, steps: int | None = None, every: int = 1
+    ) -> None:
+        self._console, self._recorder, self._steps, self._every = console, recorder, steps, every
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}"))
-        left, shown = (TimeRemainingColumn(), TextColumn("left")), console.is_terminal
-        self._bar = Progress(*columns, *left, console=console, expand=True, transient=True, disable=not shown)
+        self._bar = Progress(*columns, console=console, expand=True, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("starting")
+        self._first: tuple[int, float] | None = None  # a step and when it ended: the first, which makes much once
+        self._end: float | None = None  # when the last one will have ended
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw the bar."""
@@ -235,11 +239,20 @@ class StepProgress(TrainerCallback):
             pace = f"{recorder.step[f'{recorder.unit}_per_second']:,.0f} {_PACES[recorder.unit]}"
             state_size = readable(state_bytes(kwargs["optimizer"]))
             text += f"  lr {logs['learning_rate']:.1e}  {pace}  state {state_size}"
+        total = self._steps or state.max_steps
+        text += self._left(step, total)
         self._bar.update(self._task, completed=step, description=text)
-        total, left = self._steps or state.max_steps, self._bar.tasks[self._task].time_remaining
         if not self._console.is_terminal and (step == 1 or step % max(1, total // PLAIN_LINES) == 0):
-            end = "" if left is None else f"  {duration(left)} left"
-            self._console.print(f"step {step}/{total}  {text}{end}", soft_wrap=True)
+            self._console.print(f"step {step}/{total}  {text}", soft_wrap=True)
+
+    def _left(self, step: int, total: int) -> str:
+        """The time that the steps after one will take, by those until now; nothing where that cannot be told yet."""
+        now = self._bar.get_time()
+        first, begun = self._first = self._first or (step, now)
+        if step > first and step % self._every == 0:
+            self._end = now + (now - begun) / (step - first) * (total - step)
+        end = now if step >= total else self._end
+        return "" if end is None else f"  {duration(max(0, end - now))} left"
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print an evaluation."""

@@ -6,6 +6,7 @@ end-of-text token, laid end to end and cut.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -158,8 +159,11 @@ def _sample(corpus: Corpus) -> Iterator[str]:
 def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, seq: int) -> Documents:
     """Turn documents, rows with a column ``text``, into rows ``input_ids`` of exactly ``seq`` tokens.
 
-    What is left over of each thousand documents, less than one sequence, is dropped.
+    What is left over of each thousand documents, less than one sequence, is dropped. Datasets knows what it has packed
+    by all that a tokenizer holds, and a run's model has that of its text under another name.
     """
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.name_or_path, tokenizer.model_max_length, tokenizer.init_kwargs = "", 0, {}  # none of which cuts text
     options = {"batched": True, "batch_size": _AT_ONCE, "remove_columns": ["text"]}
     named = {"desc": "Tokenizing"} if isinstance(documents, datasets.Dataset) else {}
     return documents.map(_tokenize_and_cut, fn_kwargs={"tokenizer": tokenizer, "seq": seq}, **options, **named)

@@ -215,7 +215,7 @@ def test_a_run_trains_by_the_flags_of_the_advice(run, tmp_path):
     advice = line.rpartition(": ")[2]
     found = json.loads((tmp_path / "looks" / "inspection.json").read_text(encoding="utf-8"))
     assert found["recommended"]["flags"] == advice
-    assert advice in (tmp_path / "looks" / "report.html").read_text(encoding="utf-8")
+    assert f"<code>{advice}</code>" in (tmp_path / "looks" / "report.html").read_text(encoding="utf-8")
     wanted = {name: own["recommended"]["rank"] for name, own in found["modules"].items()}
     assert len(set(wanted.values())) > 1  # else it would be one rank for all
 

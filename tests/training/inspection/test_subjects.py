@@ -94,7 +94,7 @@ def test_a_model_is_inspected_on_text_and_on_rows(run, rows, texts, cache):
     model = RunFolder(run).model
     text = of_model(model, texts, cache=str(cache), max_length=32, rank=8, target_modules="mlp")
     assert list(text["modules"]) == ["gate_proj", "up_proj", "down_proj"]
-    assert (text["rank"], text["facts"]["tokens of one, at most"]) == (8, "32")
+    assert (text["rank"], text["facts"]["tokens of a sequence, at most"]) == (8, "32")
     classes = of_model(model, rows, task="classify", max_length=16, rank=4)
     assert list(classes["modules"]) == MODULES
     chats = of_model(model, rows, task="sft", max_length=16, rank=4)

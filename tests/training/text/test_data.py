@@ -1,4 +1,4 @@
-"""Documents from every source, disjoint splits, tokenizers and packing."""
+"""Documents from every source, disjoint splits and tokenizers."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from galore_torch.training.pretrain.model import entries
 from galore_torch.training.text import files as files_of_text
-from galore_torch.training.text import packing, sources
+from galore_torch.training.text import sources
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.packing import END_OF_TEXT, prepare_text, tokenizer_for
+from galore_torch.training.text.packing import prepare_text, tokenizer_for
 
 
 def rows(texts: Path) -> list[str]:
@@ -309,35 +309,3 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told(texts, cache, tmp_path):
     config = DataConfig(data=str(texts), tokenizer=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"tokenizer = .*nowhere.* or give train"):
         tokenizer_for(sources.load(config, 0, cache), config, cache)
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_packing_lays_documents_end_to_end(streamed, texts, cache):
-    config = DataConfig(data=str(texts), vocab=400)
-    corpus = sources.load(config, 0, cache)
-    tokenizer = tokenizer_for(corpus, config, cache)
-    few = corpus.train.select(range(4))
-    documents = few.to_iterable_dataset() if streamed else few
-    packed = [row["input_ids"] for row in packing.pack(documents, tokenizer, 32)]
-    assert {len(row) for row in packed} == {32}
-    whole = END_OF_TEXT.join(row["text"] for row in few) + END_OF_TEXT
-    tokens = [token for row in packed for token in row]
-    assert whole.startswith(tokenizer.decode(tokens))
-    assert len(tokenizer(whole)["input_ids"]) - len(tokens) < 32
-
-
-def test_sequences_are_whole_batches_and_the_evaluation_has_its_size(tiny, cache):
-    config = tiny(batch=12)
-    corpus = sources.load(config.data, 0, cache)
-    train, held_out = packing.sequences(
-        corpus, tokenizer_for(corpus, config.data, cache), config.data, config.schedule.batch
-    )
-    assert len(train) % 12 == 0
-    assert len(held_out) == 640 // 32
-
-
-def test_text_for_less_than_a_batch_is_told(tiny, cache):
-    config = tiny(batch=100_000, micro_batch=4)
-    corpus = sources.load(config.data, 0, cache)
-    with pytest.raises(ValueError, match=r"fills \d+ sequences of 32 tokens, less than one batch of 100000.*--batch"):
-        packing.sequences(corpus, tokenizer_for(corpus, config.data, cache), config.data, config.schedule.batch)
