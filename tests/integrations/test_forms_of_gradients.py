@@ -75,7 +75,7 @@ def test_updates_inside_the_backward_train_as_step_does(tmp_path, gradients):
     expected = trained(by_factory(tmp_path, FULL, max_grad_norm=0))
     got = trained(by_factory(tmp_path, {"gradients": gradients, "update": "backward"}, max_grad_norm=0))
     assert losses(got) == pytest.approx(losses(expected), rel=1e-4)
-    for key in ("learning_rate", "grad_norm"):
+    for key in {"learning_rate", "grad_norm"} & expected[0].keys():  # 5.0 logs no norm then
         assert [float(one[key]) for one in got] == pytest.approx(
             [float(one[key]) for one in expected], rel=NORMS[gradients]
         )

@@ -10,7 +10,8 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 
 import galore_torch
-from galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, param_groups
+from galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from galore_torch.integrations.transformers import GaLoreFactory
 from galore_torch.projection import turn_offset
 from tests.integrations.small_mistral import SEQUENCE, assert_falls, blocks, mistral, text, tokenizer
 
@@ -181,20 +182,13 @@ def test_a_proj_type_that_is_none_is_told_before_training(tmp_path):
         run.train()
 
 
-class Factory:
-    """What `optimizer_cls_and_kwargs` takes: called with the model and the keywords."""
-
-    def __call__(self, model, **keywords):
-        return GaLoreAdamW(param_groups(model, 8, update_proj_gap=5), **keywords)
-
-
 @pytest.mark.learning
 def test_trainer_takes_our_groups_through_its_factory_and_names_layers(tmp_path):
     run = Trainer(
         model=mistral(),
         args=arguments(tmp_path),
         train_dataset=blocks(),
-        optimizer_cls_and_kwargs=(Factory, {"lr": 0.01, "weight_decay": 0.1}),
+        optimizer_cls_and_kwargs=(GaLoreFactory, {"rank": 8, "update_proj_gap": 5, "lr": 0.01, "weight_decay": 0.1}),
     )
     run.train()
     assert_falls(losses(run))
