@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, ob
     out = given.out or Path(os.environ.get("OUT") or ROOT / "runs" / "device")
     out.mkdir(parents=True, exist_ok=True)
     session = Session(device=device, small=given.small, out=out, peers=given.peers)
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # those of libraries
+    warnings.filterwarnings("default", module=r"(benchmarks|galore_torch)\.")
     gc.freeze()  # collecting garbage before each row would go through all that the libraries have made
     for name in (name for name in PARTS if name in wanted):
         begin, (rows, share) = time.monotonic(), PARTS[name]

@@ -175,7 +175,8 @@ def _replayed(size: Llama) -> Figures:
     clear("cuda")
     weights = weights_with_gradients(size.weights, torch.bfloat16, "cuda")
     groups = [{"params": weights, "rank": size.rank, "update_proj_gap": size.gap}]
-    optimizer = GaLore(groups, torch.optim.AdamW, lr=torch.tensor(LEARNING_RATE, device="cuda"), capturable=True)
+    lr = torch.tensor(LEARNING_RATE, device="cuda")
+    optimizer = GaLore(groups, torch.optim.AdamW, lr=lr, fused=True, capturable=True)
     for _ in range(3):  # the first finds the bases, the next one reads how that went
         optimizer.step()
     graph = torch.cuda.CUDAGraph()
