@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from galore_torch.projection.geometry import Basis
-from galore_torch.projection.orthonormal import above_zero, cholesky_qr, exact_products, exact_svd, leading_by_cholesky
+from galore_torch.projection.orthonormal import above_zero, cholesky_qr, exact_products, leading_directions
 
 LEAST_SINE = 0.1
 """The sine of the angle between an old direction and the new ones from which on it is one more direction. Rounding a
 basis to bfloat16 turns its columns by less."""
 
 DRIFT, TURNS = 0.01, 12
-"""How far a turned direction is drawn to one that is orthogonal to all others, so that they can be told apart, and the
-steps that turn them."""
+"""How far a turned direction is drawn to one that is orthogonal to all others, so that they can be told apart; and the
+Newton-Schulz steps that turn them."""
 
 
 def determined_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dtype) -> Tensor:
@@ -112,23 +112,17 @@ def keep_determined(found: Directions, old_dr: Tensor | None) -> Tensor:
         (..., d, r): of each matrix first the determined columns, then as many directions of the old basis that are
         orthogonal to them as there is room for, then zeros. Where none is determined, the old basis as it is.
     """
-    if bool(found.told_r.all()):
-        return found.columns_dr
-    if old_dr is None:
-        return determined_first(found)
-    columns, old = (one.reshape(-1, *one.shape[-2:]) for one in (found.columns_dr, old_dr))
-    each = zip(columns, old, found.told_r.reshape(-1, found.told_r.shape[-1]), strict=True)
-    return torch.stack([_completed(*one) for one in each]).view(found.columns_dr.shape)
+    return found.columns_dr if bool(found.told_r.all()) else keep_unread(found, old_dr, completes=True)[0]
 
 
 def keep_unread(found: Directions, old_dr: Tensor | None, *, completes: bool) -> tuple[Tensor, Tensor]:
-    """What `keep_determined` gives, nearly, and nothing is read back.
+    """What `keep_determined` gives, and nothing is read back.
 
     Args:
         found: the directions.
         old_dr: (..., d, r), the basis in use until now, of their dtype; None at first.
         completes: whether the old basis' directions are put beside what a matrix tells of its own. Without that a basis
-            is the one or the other, for a third of the work.
+            is the one or the other, for less work.
 
     Returns:
         The basis (..., d, r), and whether some matrix tells some of its directions and not all, beside an old basis: a
@@ -144,11 +138,11 @@ def keep_unread(found: Directions, old_dr: Tensor | None, *, completes: bool) ->
 
 
 def complete(found: Directions, old_dr: Tensor) -> Tensor:
-    """The determined columns, and then directions of the old basis that are orthogonal to them: by products alone.
+    """The determined columns, and then directions of the old basis that are orthogonal to them.
 
-    As `keep_determined`, but for two things: which directions of the old basis the determined ones hold least is found
-    by the Cholesky LR iteration, nearly; and these are turned to the old one's last columns by Newton-Schulz steps and
-    a QR decomposition.
+    In the order of columns the first are the strongest, so the first that are replaced. The others are turned to the
+    old one's last columns, nearly as far as an orthogonal Procrustes problem asks for: moments keep their meaning as
+    far as columns keep their place.
 
     Args:
         found: the directions.
@@ -161,21 +155,19 @@ def complete(found: Directions, old_dr: Tensor) -> Tensor:
         is_there_r = ~is_lacking(old_dr)
         told_dr, old_dr = determined_first(found), determined_first(Directions(old_dr, is_there_r))
         told, there = (one.sum(-1, keepdim=True) for one in (found.told_r, is_there_r))
+        rank = old_dr.shape[-1]
         outside_dr = old_dr - told_dr @ (told_dr.mT @ old_dr)
-        gram_rr = outside_dr.mT @ outside_dr
-        gram_rr.diagonal(dim1=-2, dim2=-1).add_(LEAST_SINE**2 / 10)  # of what is shorter nothing is wanted
-        rank = gram_rr.shape[-1]
-        outside_dr = outside_dr @ leading_by_cholesky(gram_rr, rank)  # the longest first
-        places_r = torch.arange(rank, device=gram_rr.device)
+        outside_dr = outside_dr @ leading_directions(old_dr, outside_dr, outside_dr, rank)  # the longest first
+        places_r = torch.arange(rank, device=old_dr.device)
         kept_r = (torch.linalg.vector_norm(outside_dr, dim=-2) > LEAST_SINE) & (places_r < rank - told)
         outside_dr = cholesky_qr(determined_first(Directions(outside_dr, kept_r)))
         # Their places are those after the determined ones, as they are in the old basis those before its end.
         kept, places_r = kept_r.sum(-1, keepdim=True), places_r - told
         outside_dr = outside_dr.take_along_dim((places_r % rank).unsqueeze(-2), dim=-1)
         nearest_dr = old_dr.take_along_dim(((places_r + there - kept) % rank).unsqueeze(-2), dim=-1)
-        filled_r = ((places_r >= 0) & (places_r < kept)).unsqueeze(-2)
-        turn_rr = torch.where(filled_r, outside_dr.mT @ nearest_dr, 0)
-        turn_rr = turn_rr + DRIFT * torch.diag_embed(filled_r.squeeze(-2).to(turn_rr.dtype))
+        filled_r = (places_r >= 0) & (places_r < kept)
+        turn_rr = torch.where(filled_r.unsqueeze(-2), outside_dr.mT @ nearest_dr, 0)
+        turn_rr = turn_rr + DRIFT * (torch.diag_embed(filled_r.to(turn_rr.dtype)) - turn_rr.mT @ turn_rr)
         for _ in range(TURNS):
             turn_rr = 1.5 * turn_rr - 0.5 * turn_rr @ (turn_rr.mT @ turn_rr)
         return told_dr + cholesky_qr(outside_dr @ turn_rr)
@@ -193,28 +185,3 @@ def determined_first(found: Directions) -> Tensor:
     order_r = (~found.told_r).to(torch.uint8).argsort(dim=-1, stable=True)
     kept = torch.where(found.told_r.unsqueeze(-2), found.columns_dr, 0)
     return kept.take_along_dim(order_r.unsqueeze(-2), dim=-1)
-
-
-def _completed(found_dr: Tensor, old_dr: Tensor, told_r: Tensor) -> Tensor:
-    told_dk = found_dr[:, told_r]
-    if not told_dk.shape[1]:
-        return old_dr
-    kept = _orthogonal_to(told_dk, old_dr[:, ~is_lacking(old_dr)], found_dr.shape[1] - told_dk.shape[1])
-    columns = torch.cat((told_dk, kept), dim=1)
-    return torch.nn.functional.pad(columns, (0, found_dr.shape[1] - columns.shape[1]))
-
-
-def _orthogonal_to(basis_dr: Tensor, other_dq: Tensor, most: int) -> Tensor:
-    """Directions of another basis' subspace that are orthogonal to a basis, turned to that one's last columns.
-
-    In the order of columns the first are the strongest, so the first that are replaced; moments of the others keep
-    their meaning as far as their columns keep their place.
-    """
-    cosines_rq = basis_dr.mT @ other_dq
-    axes_qq = exact_svd(cosines_rq, full=True)[2].mT.flip(-1)  # those that the basis holds least come first
-    outside_dq = (other_dq - basis_dr @ cosines_rq) @ axes_qq
-    sines_q = torch.linalg.vector_norm(outside_dq, dim=0)
-    directions = (outside_dq / sines_q)[:, :most][:, sines_q[:most] > LEAST_SINE]
-    left, _, right = exact_svd(directions.mT @ other_dq[:, other_dq.shape[1] - directions.shape[1] :])
-    turned: Tensor = directions @ (left @ right)
-    return turned

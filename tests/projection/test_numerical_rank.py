@@ -1,14 +1,15 @@
 """Directions that a gradient does not tell: the old basis' stay, or columns of zeros where there is none."""
 
 from statistics import fmean
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_torch.projection import Projection, find_basis, lacking
-from galore_torch.projection.numerical_rank import Directions, complete, keep_determined
+from galore_torch.projection import Projection, devices, find_basis, lacking
+from galore_torch.projection.numerical_rank import LEAST_SINE, Directions, complete
 from tests.projection.bases import orthonormal, random_basis
 from tests.projection.test_properties import projections, seeds
 
@@ -109,8 +110,9 @@ def test_columns_that_stay_keep_their_place():
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([torch.float32, torch.float64]), st.integers(0, 8), st.integers(0, 8), st.integers(0, 3), seeds)
-def test_a_basis_is_completed_by_products_as_by_decompositions(dtype, told, alike, empty, seed):
-    """The determined columns as they are, and as much of the old basis: beside other matrices, and of any of them."""
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_basis_is_completed_from_the_old_one(ahead, dtype, told, alike, empty, seed):
+    """The determined columns as they are, and as much of the old basis as there is room for, in each matrix."""
     torch.manual_seed(seed)
     rank, alike = 8, min(told, alike)
     old = torch.linalg.qr(torch.randn(3, 40, rank, dtype=dtype)).Q
@@ -119,15 +121,20 @@ def test_a_basis_is_completed_by_products_as_by_decompositions(dtype, told, alik
     old[..., rank - empty :] = 0
     columns = torch.linalg.qr(mixed).Q
     told_r = torch.arange(rank).expand(3, rank).flip(-1) < told
-    made = complete(Directions(columns, told_r), old)
-    expected = keep_determined(Directions(columns, told_r), old)
+    with mock.patch.object(devices, "runs_ahead", return_value=ahead):
+        made = complete(Directions(columns, told_r), old)
     bound = 1e-5 if dtype is torch.float32 else 1e-12
     there = torch.linalg.vector_norm(made, dim=-2) > 0.5
     torch.testing.assert_close(made.mT @ made, torch.diag_embed(there.to(dtype)), atol=bound, rtol=0)
     torch.testing.assert_close(made[..., :told], columns[..., told_r[0]], atol=bound, rtol=0)
-    assert torch.equal(there, torch.linalg.vector_norm(expected, dim=-2) > 0.5)
-    ours, theirs = ((one.mT @ old).square().sum((-2, -1)) for one in (made, expected))
-    assert (ours > 0.98 * theirs - bound).all(), (ours, theirs)
+    # What the determined columns leave of the old ones, and its strongest directions.
+    of_told = columns[..., told_r[0]]
+    outside = old - of_told @ (of_told.mT @ old)
+    sines = torch.linalg.svdvals(outside)[..., : rank - told]
+    assert torch.equal(there.sum(-1), told + (sines > LEAST_SINE).sum(-1))
+    most = torch.where(sines > LEAST_SINE, sines, 0).square().sum(-1)
+    held = (made[..., told:].mT @ outside).square().sum((-2, -1))
+    assert (held > (0.97 if ahead else 1 - 1e-5) * most - bound).all(), (held, most)
 
 
 def test_directions_that_stay_lie_near_the_columns_in_whose_places_they_are():
@@ -139,7 +146,7 @@ def test_directions_that_stay_lie_near_the_columns_in_whose_places_they_are():
         old, columns = torch.linalg.qr(torch.randn(2, 128, rank)).Q
         if seed % 2:
             columns = torch.linalg.qr(old @ torch.randn(rank, rank) + 0.1 * columns).Q
-        found = Directions(columns, torch.arange(rank) < told)
-        ours, theirs = ((one * old)[:, told:].sum() for one in (complete(found, old), keep_determined(found, old)))
-        shares.append(float(ours / theirs))
-    assert fmean(shares) > 0.95  # without Newton-Schulz steps 0.85
+        made = complete(Directions(columns, torch.arange(rank) < told), old)[:, told:]
+        nearest = torch.linalg.svdvals(made.mT @ old[:, told:]).sum()
+        shares.append(float((made * old[:, told:]).sum() / nearest))
+    assert fmean(shares) > 0.99  # without Newton-Schulz steps 0.85
