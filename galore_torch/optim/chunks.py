@@ -174,13 +174,13 @@ def step_chunk(
         return
     versions = [grad._version for grad in grads]
     params = [inner_params(*given) for given in zip(chunk.weights, grads, chunk.coordinates(grads), strict=True)]
-    wrote = chunk.weights[0].rule.step([part for _, parts in params for part in parts])
+    wrote = chunk.weights[0].rule.step([part for _, _, parts in params for part in parts])
     for one in chunk.firsts:
         written.note(one.group, wrote[id(one.inner_group)])
-    for one, (_, parts) in zip(chunk.weights, params, strict=True):
-        if len(parts) > 1 or parts[0].state is not one.state.get(INNER):
-            keep_inner_state(one, parts)
-    fold_all(chunk, grads, versions, [tensor for tensor, _ in params])
+    for one, given in zip(chunk.weights, params, strict=True):
+        if given[1] is not one.state.get(INNER) or len(given[2]) > 1:
+            keep_inner_state(one, *given)
+    fold_all(chunk, grads, versions, [tensor for tensor, _, _ in params])
 
 
 def fold_all(chunk: Chunk, grads: Sequence[Tensor], versions: Sequence[int], moved: Sequence[Tensor]) -> None:

@@ -75,8 +75,7 @@ class GaLore(Optimizer):
 
             * `step`: int, steps made; without it where the optimizer inside updates the weight itself.
             * `inner`: dict, the state of the optimizer inside, of tensors of r x n (m x r on the right, r x r on both
-              sides), in `state_dtype` or as that optimizer keeps it; in parts `slice0`, `slice1`, ... where it gets a
-              large tensor in slices.
+              sides), in `state_dtype` or as that optimizer keeps it.
             * `basis`: dict of factors by side (`left` m x r, `right` n x r; `mode0`, ... of a convolution), in the
               weight's dtype, or their codes and scales with `basis_bits` of 8 or 4.
             * `renewals`, `renewed_step`: int, bases found, and the step of the last.

@@ -128,7 +128,7 @@ def _cut(trained: TrainedWeight, new: Projection) -> dict[str, Any]:
             numbers = type(value) is Tensor and (not value.dim() or (name in kinds and value.is_floating_point()))
             if isinstance(value, (Tensor, dict)) and not numbers:
                 raise ValueError(
-                    f"{trained.rule.name} keeps {name} of {trained.name} in few bits, in slices, or in a way that is "
+                    f"{trained.rule.name} keeps {name} of {trained.name} in few bits, or in a way that is "
                     f"not known, and it cannot be cut to rank {next(iter(ranks.values()))}; begin its state anew, by "
                     "optimizer.state.pop(weight) and another rank in its group"
                 )

@@ -92,26 +92,18 @@ def carry(trained: TrainedWeight, old: Basis, new: Basis, renewed: Tensor | None
     beta1, beta2 = trained.group["betas"][:2] if "betas" in trained.group else (0.0, 0.0)
     steps = trained.state[STEP]
     rotation = _Rotation(trained.projection, changes, 1 - beta1**steps, 1 - beta2**steps)
-    opened = trained.opened(inner)
-    parts = list(opened.values()) if "slice0" in opened else [opened]
-    kinds = moments_of(trained.rule)
+    opened, kinds = trained.opened(inner), moments_of(trained.rule)
     moments = {
-        name: torch.cat([kinds[name].read(part, name).reshape(-1) for part in parts])
-        if len(parts) > 1
-        else kinds[name].read(opened, name)
-        for name, value in parts[0].items()
+        name: kinds[name].read(opened, name)
+        for name, value in opened.items()
         if isinstance(value, Tensor) and value.dim() and name in kinds and kinds[name].order
     }
-    if len(parts) > 1:
-        moments = {name: value.view(trained.local_projection.projected_shape) for name, value in moments.items()}
     rotated = {name: rotation.of(moments, name, kinds[name]) for name in moments}
     if renewed is not None:
         for name, moment in rotated.items():
             rotated[name] = torch.where(renewed, moment, moments[name].to(moment.dtype))
     for name, moment in rotated.items():
-        sizes = [part[name].numel() for part in parts]
-        for part, numbers in zip(parts, torch.split(moment.reshape(-1), sizes), strict=True):
-            kinds[name].write(part, name, numbers.view(part[name].shape))
+        kinds[name].write(opened, name, moment.reshape(opened[name].shape))
 
 
 def require_moments(rule: Rule, group: Mapping[str, Any]) -> None:

@@ -55,8 +55,8 @@ class Traits:
         is_another: whether `factor` makes another rule of the optimizer, so that parameters that are not projected go
             through coordinates too. Without it the optimizer itself moves them.
         given: hyperparameters that the rule gets instead of the group's, because `factor` takes their place.
-        slice_elements: how many numbers of one tensor the rule may get at a time: slices that it moves as it would
-            the whole, where it copies what it gets. All at once when None.
+        slice_elements: how many numbers of one tensor of a CPU the rule may get at a time: slices that it moves as it
+            would the whole, where it copies what it gets, and writes into their state. All at once when None.
         holds_in_few_bits: of an optimizer with quantized state, whether it quantizes that of a tensor with so many
             elements; None for one without.
         block: how many numbers of a tensor, one after the other, share a scale in quantized state of plain tensors, all

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from galore_torch.optim.slices import inner_params
+from galore_torch.optim.slices import inner_params, whole_state
 from galore_torch.optim.state_keys import (
     BASIS,
     CAPTURED,
@@ -170,16 +170,16 @@ def _tried(trained: TrainedWeight, start: float) -> dict[str, Any]:
     else:
         weight = torch.full_like(weight, start, requires_grad=False)
         projected = torch.ones_like(trained.local)
-    _, params = inner_params(replace(trained, weight=weight, state={}), projected)
-    rule, layouts = trained.rule.again(), {}
+    tensor, inner, params = inner_params(replace(trained, weight=weight, state={}), projected)
+    rule = trained.rule.again()
+    states: dict[torch.Size, dict[str, Any]] = {}
     for one in params:
-        if one.tensor.shape not in layouts:
+        if one.tensor.shape not in states:  # slices of one size have states alike
             for _ in range(2):
                 rule.step([one])
-            layouts[one.tensor.shape] = _layout(one.state)
-    if len(params) == 1:
-        return layouts[params[0].tensor.shape]  # type: ignore[no-any-return]
-    return {f"slice{number}": layouts[one.tensor.shape] for number, one in enumerate(params)}
+        one.state = states.setdefault(one.tensor.shape, one.state)
+    layout: dict[str, Any] = _layout(whole_state(tensor, inner, params, trained.traits))
+    return layout
 
 
 def _layout(tree: Any) -> Any:
@@ -201,13 +201,9 @@ def _has_shapes(value: Any, layout: Mapping[str, Any]) -> bool:
 def _steps_in(inner: Any) -> int:
     """How many steps a rule's state says it has made."""
     if isinstance(inner, Mapping):
-        for key in ("step", "slice0"):
-            if isinstance(inner.get(key), Mapping):
-                return _steps_in(inner[key])
-            if isinstance(inner.get(key), (int, float)) or (
-                isinstance(inner.get(key), Tensor) and not inner[key].dim()
-            ):
-                return int(inner[key])
+        step = inner.get("step")
+        if isinstance(step, (int, float)) or (isinstance(step, Tensor) and not step.dim()):
+            return int(step)
     return 0
 
 
@@ -265,12 +261,6 @@ def _refuse_keys(value: Any, expected: Mapping[str, Any], path: str, trained: Tr
     where = f"{path} " if path else ""
     if not isinstance(value, Mapping):
         _refuse(trained, f"{where}is {_shown(value)}, where a dictionary of {_names(expected)} is needed")
-    if path == INNER and ("slice0" in value) | ("slice0" in expected):
-        shape = trained.projection.projected_shape
-        _refuse(
-            trained,
-            f"it is of {_count(value):,} numbers, where {shape} is needed, {torch.Size(shape).numel():,} numbers",
-        )
     if path.startswith(INNER):
         kept_by = next((f", as that of {name} does" for keys, name in KEPT_BY if keys <= value.keys()), "")
         _refuse(
@@ -292,12 +282,6 @@ def _shown(value: Any) -> str:
 
 def _names(keys: Iterable[Any]) -> str:
     return ", ".join(sorted(map(str, keys))) or "nothing"
-
-
-def _count(inner: Mapping[str, Any]) -> int:
-    """How many numbers a rule's state is of: as many as the largest tensor has, in all slices."""
-    slices = [one for one in inner.values() if isinstance(one, Mapping)] or [inner]
-    return sum(max((t.numel() for t in one.values() if isinstance(t, Tensor)), default=0) for one in slices)
 
 
 def _refuse(trained: TrainedWeight, why: str) -> NoReturn:

@@ -13,6 +13,7 @@ import torchao.optim
 from galore_torch import GaLore, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, QGaLoreAdamW8bit, param_groups
 from galore_torch.optim import state_bytes
 from galore_torch.optim.recipes import eight_bit
+from galore_torch.optim.rule import Rule
 from tests.optim.small import assert_same, distance, groups, mixed, refusing, tensors_in, walk, weights
 
 FEW = pytest.mark.parametrize("bits", [8, 4])
@@ -151,11 +152,29 @@ def test_a_weight_moved_in_slices_moves_as_the_whole(monkeypatch):
         monkeypatch.setattr(eight_bit, "_SLICE_ELEMENTS", size)
         trained = weights((64, 96), (70, 31), (16, 16))
         optimizer = GaLoreAdamW8bit(groups(trained, 1, rank=16), lr=1e-2, min_8bit_size=256, weight_decay=0.1)
-        walk(optimizer, trained, range(5))
-        ends[size] = trained
-        inner = optimizer.state[trained[1]]["inner"]
-        assert ("slice0" in inner) == (size == 512)
+        walk(optimizer, trained, range(3))
+        state = through_a_file(optimizer.state_dict())  # of one that is moved in slices as of one that is not
+        monkeypatch.setattr(eight_bit, "_SLICE_ELEMENTS", 2**22 + 512 - size)
+        optimizer = GaLoreAdamW8bit(groups(trained, 1, rank=16), lr=1e-2, min_8bit_size=256, weight_decay=0.1)
+        optimizer.load_state_dict(state)
+        walk(optimizer, trained, range(3, 6))
+        ends[size] = trained, [optimizer.state[weight] for weight in trained]
     assert_same(ends[512], ends[2**22])
+
+
+def test_what_is_copied_is_a_slice(monkeypatch):
+    monkeypatch.setattr(eight_bit, "_SLICE_ELEMENTS", 512)
+    optimizer = GaLoreAdamW8bit(trained := weights((70, 31), (16, 16)), lr=1e-2, min_8bit_size=256)
+    sizes, step = [], Rule.step
+
+    def noted(rule, params):
+        sizes.append([one.tensor.numel() for one in params])
+        return step(rule, params)
+
+    walk(optimizer, trained, range(1))
+    monkeypatch.setattr(Rule, "step", noted)
+    walk(optimizer, trained, range(1, 3))
+    assert sizes == [[512, 512, 512, 634, 256]] * 2
 
 
 def test_slices_are_saved_and_loaded(monkeypatch):

@@ -47,8 +47,6 @@ def test_moments_in_eight_bits_are_rotated_through_their_codes(slices, monkeypat
         optimizer = kind([group], lr=0.01, weight_decay=0.0)
         walk(optimizer, [weight], range(8))
         ends.append(weight.detach())
-        names = set(optimizer.state[weight][INNER])
-    assert ("slice0" in names) == slices
     moved = ends[0] - weights((128, 256))[0]
     assert (ends[1] - ends[0]).norm() < 0.1 * moved.norm()
 

@@ -22,8 +22,7 @@ _BLOCK = 256
 """Numbers of a moment that share a scale."""
 
 _SLICE_ELEMENTS = 2**20
-"""On a CPU bitsandbytes copies what it moves, and its moments, into float32. Slices are whole blocks, so that
-they move as the whole would."""
+"""On a CPU bitsandbytes copies what it moves, and its moments, into float32. A multiple of the block."""
 
 
 def _decoded(state: Mapping[str, Any], name: str) -> Tensor:
