@@ -37,7 +37,7 @@ test-oldest: .oldest/.installed  ## the core's fast tests and all of several pro
 
 frameworks: export GALORE_FRAMEWORKS ?= .frameworks
 frameworks: $(installed)  ## run published frameworks with GaLore, each in an environment of its own under .frameworks
-	$(python) -m pytest -rs --durations 10 tests/integrations/test_*_for_real.py $(ARGS)
+	$(python) -m pytest -rsP --durations 10 tests/integrations/test_*_for_real.py $(ARGS)
 
 check: $(installed)  ## lint, format and types
 	$(python) -m ruff check

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,13 @@ class Framework:
         if not (folder / STAMP).exists():
             self._make(folder)
         return folder
+
+    def tell(self, losses: Sequence[float]) -> None:
+        """Print what the guide's table shows of a run: the version that is there, and the first and last loss."""
+        (there,) = importlib.metadata.distributions(
+            name=self.distribution, path=[str(folder) for folder in self.environment().glob("lib/*/site-packages")]
+        )
+        print(f"{self.distribution} {there.version}: loss {losses[0]:.3f}, {losses[-1]:.3f}")
 
     def _make(self, folder: Path) -> None:
         run(sys.executable, "-m", "venv", "--clear", str(folder))

@@ -73,6 +73,7 @@ def test_its_container_trains_saves_and_resumes(gradients, tmp_path):
 
     whole, half = trained("whole", STEPS, gradients), trained("half", SAVED, gradients)
     assert_falls(list(whole["losses"].values()))
+    TORCHTITAN.tell(list(whole["losses"].values()))
     assert whole["bases"]
     resumed = trained("resumed", STEPS, gradients, tmp_path / "half")
     assert {**half["losses"], **resumed["losses"]} == whole["losses"]
