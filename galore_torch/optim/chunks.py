@@ -177,9 +177,9 @@ def step_chunk(
     wrote = chunk.weights[0].rule.step([part for _, _, parts in params for part in parts])
     for one in chunk.firsts:
         written.note(one.group, wrote[id(one.inner_group)])
-    for one, given in zip(chunk.weights, params, strict=True):
-        if given[1] is not one.state.get(INNER) or len(given[2]) > 1:
-            keep_inner_state(one, *given)
+    for one, (tensor, inner, parts) in zip(chunk.weights, params, strict=True):
+        if inner is not one.state.get(INNER) or len(parts) > 1:
+            keep_inner_state(one, tensor, inner, parts)
     fold_all(chunk, grads, versions, [tensor for tensor, _, _ in params])
 
 

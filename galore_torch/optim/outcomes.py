@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from galore_torch.messages import warn
 from galore_torch.optim.state_keys import LACKING, RENEWALS
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ class Outcomes:
             if usable and partly and not before[LACKING]:
                 held[LACKING] = -1  # the next gradient's directions are to be completed
             elif usable:
-                warn(f"{trained.name} keeps its basis for now: the decomposition failed (it is not finite)")
+                trained.warn_of_failure("it is not finite")
             return
         if not before[RENEWALS] or before[LACKING]:
             most = abs(before[LACKING]) if before[RENEWALS] else trained.projection.basis_columns

@@ -183,11 +183,19 @@ class TrainedWeight(Factors, ProcessPart, Turns):
             if devices.runs_ahead(grad) and not all(bool(factor.isfinite().all()) for factor in basis.values()):
                 raise torch.linalg.LinAlgError("it is not finite")  # type: ignore[attr-defined]
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            warn(f"{self.name} keeps its basis for now: the decomposition failed ({error})")
+            self.warn_of_failure(error)
             return None
         found = {name: factor.to(self.weight.dtype) for name, factor in basis.items()}
         self.outcomes.seconds += time.perf_counter() - start
         return found
+
+    def warn_of_failure(self, why: object) -> None:
+        """Warns that no basis was found, so that there is the one before.
+
+        Args:
+            why: the error, or a description of what was found.
+        """
+        warn(f"{self.name} keeps its basis for now: the decomposition failed ({why})")
 
     def sketch(self, grad: Tensor) -> Tensor:
         """What `decompose` takes in a gradient's place where `renews_from_sketch`: linear in it, of one dimension.

@@ -80,7 +80,7 @@ def cholesky_qr(columns_dl: Tensor) -> Tensor:
     return columns_dl
 
 
-def exact_svd(matrix: Tensor, *, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def exact_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition by the QR method. Synchronizes.
 
     On a GPU torch would take cuSOLVER's Jacobi method: float32 vectors of a large matrix are then orthonormal to no
@@ -88,12 +88,12 @@ def exact_svd(matrix: Tensor, *, full: bool = False) -> tuple[Tensor, Tensor, Te
 
     Args:
         matrix: (..., m, n), float32 or float64.
-        full: whether U and V^T are completed to square ones; else they have min(m, n) columns and rows.
 
     Returns:
-        U, S and V^T, with the signs of LAPACK on a CPU and those of cuSOLVER's `gesvd` on a GPU.
+        U, S and V^T, of min(m, n) columns and rows, with the signs of LAPACK on a CPU and those of cuSOLVER's `gesvd`
+        on a GPU.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=full, driver="gesvd" if matrix.is_cuda else None)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False, driver="gesvd" if matrix.is_cuda else None)
     return left, values, right
 
 
