@@ -9,13 +9,11 @@ from galore_torch.lowbit.codes import BITS, Codes, check_bits, has_numbers
 from galore_torch.lowbit.quantize import dequantize_weights, quantize_weights
 from galore_torch.lowbit.quantized_linear import linear
 from galore_torch.lowbit.rounding import ROUNDINGS, Rounding, add_rounded
-from galore_torch.lowbit.schemas import COLLECTIVES, written_to
 from galore_torch.lowbit.weights import QuantizedWeight
 from galore_torch.lowbit.without_memory import WithoutMemory
 
 __all__ = [
     "BITS",
-    "COLLECTIVES",
     "ROUNDINGS",
     "Codes",
     "QuantizedWeight",
@@ -31,5 +29,4 @@ __all__ = [
     "linear",
     "orthonormality_loss",
     "quantize_weights",
-    "written_to",
 ]

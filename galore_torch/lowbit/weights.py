@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from galore_torch.lowbit.codes import Codes, check_bits, has_numbers
-from galore_torch.lowbit.schemas import COLLECTIVES, written_to
 from galore_torch.lowbit.updated_codes import fastest
 from galore_torch.lowbit.views import of_copy
 from galore_torch.lowbit.without_memory import WithoutMemory
@@ -66,6 +65,15 @@ class QuantizedWeight(WithoutMemory):
     codes: Tensor
     scale: Tensor
     seed: int | None
+
+    not_changed = (
+        "would change a weight in place that is kept in INT8. GaLore's optimizers move it, and copy_ sets it; for all "
+        f"else call dequantize_weights(model) first. {AVERAGES}"
+    )
+    not_sent = (
+        "cannot send a weight that is kept in INT8, or receive it: it would act on a decoded copy. Pass its .codes and "
+        "then its .scale in its place; both are plain tensors"
+    )
 
     @staticmethod
     def __new__(  # noqa: D417
@@ -314,16 +322,7 @@ class QuantizedWeight(WithoutMemory):
         served = OPERATIONS.get(func)
         if served is not None and isinstance(args[0], cls):
             return served(func, *args, **kwargs)
-        if any(isinstance(tensor, cls) for tensor in tree_leaves(written_to(func, args, kwargs))):
-            raise ValueError(
-                f"{func} would change a weight in place that is kept in INT8. GaLore's optimizers move it, and copy_ "
-                f"sets it; for all else call dequantize_weights(model) first. {AVERAGES}"
-            )
-        if func.namespace in COLLECTIVES:
-            raise ValueError(
-                f"{func} cannot send a weight that is kept in INT8, or receive it: it would act on a decoded copy. "
-                "Pass its .codes and then its .scale in its place; both are plain tensors"
-            )
+        cls.refuse_unserved(func, args, kwargs)
         if getattr(func, "overloadpacket", None) in _ARITHMETIC:
             for one in tree_leaves((args, kwargs)):
                 if isinstance(one, cls):

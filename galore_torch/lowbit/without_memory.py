@@ -7,13 +7,45 @@ the process. Those that read get a plain tensor, those that write are refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+"""Namespaces of operations between processes. Their schemas do not say what they write to."""
 
 
 class WithoutMemory(Tensor):
-    """A tensor of a shape and dtype whose numbers are in other tensors."""
+    """A tensor of a shape and dtype whose numbers are in other tensors.
+
+    Attributes:
+        not_changed: what `refuse_unserved` says, after its name, of an operation that would change such a tensor.
+        not_sent: what it says of one between processes.
+    """
+
+    not_changed: ClassVar[str]
+    not_sent: ClassVar[str]
+
+    @classmethod
+    def refuse_unserved(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Lets an operation that only reads such a tensor pass.
+
+        Args:
+            func: what torch dispatches, for which the class has no answer of its own.
+            args: its arguments.
+            kwargs: its named ones.
+
+        Raises:
+            ValueError: it would write into one, or send it to other processes.
+        """
+        specs = func._schema.arguments
+        given = [*zip(args, specs, strict=False), *((kwargs.get(spec.name), spec) for spec in specs[len(args) :])]
+        written_to = [value for value, spec in given if spec.alias_info and spec.alias_info.is_write]
+        if any(isinstance(tensor, cls) for tensor in tree_leaves(written_to)):
+            raise ValueError(f"{func} {cls.not_changed}")
+        if func.namespace in _COLLECTIVES:
+            raise ValueError(f"{func} {cls.not_sent}")
 
     def to_full(self) -> Tensor:
         """The numbers that this stands for, in a tensor of their own. No gradient flows through it."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from galore_torch.lowbit import COLLECTIVES, Codes, WithoutMemory, is_same_basis, written_to
+from galore_torch.lowbit import Codes, WithoutMemory, is_same_basis
 from galore_torch.projection import Mode, Projection
 
 aten = torch.ops.aten
@@ -90,6 +90,16 @@ class ProjectedGradient(WithoutMemory):
     basis: Mapping[str, Tensor]
     is_emptied: bool = False
     _stored: Tensor | Codes
+
+    not_changed = (
+        "would change a projected gradient in place, which it cannot do within the subspace; read the full gradient "
+        'with .to_full(), or use attach(..., gradients="full")'
+    )
+    not_sent = (
+        "cannot act on a projected gradient: the processes' bases may differ, and it would change a copy. To average "
+        "gradients over processes call attach(...) before DistributedDataParallel(model); to do so by hand use "
+        'attach(..., gradients="full"), or no attach at all'
+    )
 
     @staticmethod
     def __new__(  # noqa: D417
@@ -217,17 +227,7 @@ class ProjectedGradient(WithoutMemory):
             return _on_projected(func, args, kwargs)
         if func is aten._to_copy.default:
             return _to_copy(args[0], **kwargs)
-        if any(isinstance(tensor, cls) for tensor in tree_leaves(written_to(func, args, kwargs))):
-            raise ValueError(
-                f"{func} would change a projected gradient in place, which it cannot do within the subspace; read the "
-                'full gradient with .to_full(), or use attach(..., gradients="full")'
-            )
-        if func.namespace in COLLECTIVES:
-            raise ValueError(
-                f"{func} cannot act on a projected gradient: the processes' bases may differ, and it would change a "
-                "copy. To average gradients over processes call attach(...) before DistributedDataParallel(model); to "
-                'do so by hand use attach(..., gradients="full"), or no attach at all'
-            )
+        cls.refuse_unserved(func, args, kwargs)
         return func(*_full(args), **_full(kwargs))
 
 
