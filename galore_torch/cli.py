@@ -88,9 +88,7 @@ def build_app() -> typer.Typer:
     from galore_torch.training.inspection import command as inspection
     from galore_torch.training.inspection.config import SECTIONS
     from galore_torch.training.planning import command as planning
-    from galore_torch.training.settings.adapter import AdapterConfig
     from galore_torch.training.settings.fields import with_settings
-    from galore_torch.training.settings.optimizer import OptimizerConfig
 
     import typer  # isort: skip
 
@@ -114,8 +112,7 @@ def build_app() -> typer.Typer:
         app.command(epilog=examples)(with_settings(judged, {"data": RowsConfig}, {}))
     app.add_typer(comparison.commands(), name="compare")
     app.command("inspect", epilog=inspection.EPILOG)(with_settings(inspection.inspect, SECTIONS, {}))
-    of_method = {"optimizer": OptimizerConfig, "adapter": AdapterConfig}
-    app.command("plan", epilog=planning.EPILOG)(with_settings(planning.plan, of_method, {}))
+    app.command("plan", epilog=planning.EPILOG)(planning.command())
     return app
 
 

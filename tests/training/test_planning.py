@@ -177,7 +177,7 @@ def test_a_rank_that_saves_nothing_is_said(small):
         ([*TINY, "--tokens", "20 apples", "--tokens-per-second", "10"], "tokens = '20 apples' is no number of tokens"),
         ([*TINY, "--world-size", "2", "--method", "lora"], "adapter = 'lora' is planned in one process alone"),
         ([*TINY, "--world-size", "2", "--parallel", "fsdp", "--method", "qgalore"], "weight_bits = 8 is not served by"),
-        ([*TINY, "--world-size", "2", "--shard-bases"], "shard_bases has no effect with parallel = 'ddp'"),
+        ([*TINY, "--world-size", "2", "--shard-bases"], "shard_bases = True has no effect with parallel = 'ddp'"),
         (
             [*TINY, "--world-size", "2", "--parallel", "fsdp", "--shard-bases", "--basis-bits", "8"],
             "basis_bits = 8 is not served by shard_bases",

@@ -5,63 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
 
 from galore_torch.memory.links import Ring, renewal_bytes, replicated_step, sharded_step
 from galore_torch.memory.ranks import Sizes
+from galore_torch.training.planning.config import Cards
 from galore_torch.training.pretrain.config import PretrainConfig
-from galore_torch.training.settings.fields import Parallel
 
 HOP = 1e-4
 """Seconds that a message takes from one card to the next, whatever its size."""
 
 _DAY = 86_400
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cards:
-    """Where a training would run, one process a card.
-
-    Raises:
-        ValueError: a value that is not allowed, or has no effect without another.
-    """
-
-    world_size: int = 1  # how many processes there are
-    parallel: Parallel = "ddp"  # what they share, as in ``galore pretrain``
-    shard_bases: bool = False  # whether bases are divided among them, as there
-    bandwidth: float | None = None  # of each card's link, in bytes a second; None if nobody said, as of the others
-    tokens: float | None = None  # of the whole training
-    tokens_per_second: float | None = None  # of one process without any traffic
-
-    def __post_init__(self) -> None:
-        if self.parallel not in get_args(Parallel):
-            raise ValueError(f"parallel = {self.parallel!r} is not known; choose from {', '.join(get_args(Parallel))}.")
-        for name in ("world_size", "tokens", "tokens_per_second"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} = {value} is out of range; give a number above 0.")
-        if self.world_size == 1 and (self.bandwidth is not None or self.parallel != "ddp"):
-            name = "parallel" if self.bandwidth is None else "bandwidth"
-            raise ValueError(f"{name} has no effect with world_size = 1; give --world-size.")
-        if self.shard_bases and self.parallel != "fsdp":
-            raise ValueError(f"shard_bases has no effect with parallel = {self.parallel!r}; give --parallel fsdp.")
-        if self.tokens is not None and self.tokens_per_second is None:
-            raise ValueError(
-                f"tokens = {self.tokens:g} takes a time that depends on the card; give --tokens-per-second, of one "
-                "process, as a run prints it."
-            )
-
-    def refusal(self, config: PretrainConfig) -> str | None:
-        """Why a run with such settings is refused in so many processes; None if it is not."""
-        adapter, own = config.adapter.adapter, config.optimizer
-        if self.world_size > 1 and adapter != "none":
-            return f"adapter = {adapter!r} is planned in one process alone"
-        for name in ("weight_bits", "grad_bits") if self.parallel == "fsdp" else ():
-            if getattr(own, name) != 16:
-                return f"{name} = {getattr(own, name)} is not served by parallel = 'fsdp'"
-        if self.shard_bases and own.basis_bits != 16:
-            return f"basis_bits = {own.basis_bits} is not served by shard_bases"
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +25,19 @@ class Cost:
     link_seconds: Mapping[str, float] = field(default_factory=dict)  # that each takes; none without a known bandwidth
     step_seconds: float | None = None  # passes and traffic overlap; None if neither bandwidth nor rate is known
     days: float | None = None  # of the training; None if its tokens are not known
+
+
+def refusal(cards: Cards, config: PretrainConfig) -> str | None:
+    """Why a run with such settings is refused in so many processes; None if it is not."""
+    adapter, own = config.adapter.adapter, config.optimizer
+    if cards.world_size > 1 and adapter != "none":
+        return f"adapter = {adapter!r} is planned in one process alone"
+    for name in ("weight_bits", "grad_bits") if cards.parallel == "fsdp" else ():
+        if getattr(own, name) != 16:
+            return f"{name} = {getattr(own, name)} is not served by parallel = 'fsdp'"
+    if cards.shard_bases and own.basis_bits != 16:
+        return f"basis_bits = {own.basis_bits} is not served by shard_bases"
+    return None
 
 
 def cost(cards: Cards, sizes: Sizes, *, tokens_at_once: int, micro_batches: int) -> Cost:
@@ -87,8 +53,8 @@ def cost(cards: Cards, sizes: Sizes, *, tokens_at_once: int, micro_batches: int)
     """
     rate = cards.tokens_per_second
     work = 0.0 if rate is None else tokens_at_once / rate
-    bandwidth = cards.bandwidth or math.inf
-    hop = 0.0 if cards.bandwidth is None else HOP
+    bandwidth = cards.link or math.inf
+    hop = 0.0 if cards.link is None else HOP
     ring = Ring(count=cards.world_size, bandwidth=bandwidth, hop=hop, width=sizes.width, work=work)
     renewals = renewal_bytes(sizes.weights, ring)
     if cards.parallel == "fsdp":
@@ -101,13 +67,13 @@ def cost(cards: Cards, sizes: Sizes, *, tokens_at_once: int, micro_batches: int)
     read = sum(one.basis * (1 + micro_batches * (one.gradient != one.size)) for one in sizes.weights)
     bases = ring.half(read)[0] if cards.shard_bases else 0.0
     sent = {"weights": step.weights * times + bases, "gradients": step.gradients * times, "renewals": renewals}
-    if cards.bandwidth is None and rate is None:
+    if cards.link is None and rate is None:
         return Cost(sent_bytes=sent)
     seconds += (renewals + bases) / bandwidth
     a_step = tokens_at_once * micro_batches * cards.world_size
     return Cost(
         sent_bytes=sent,
-        link_seconds={} if cards.bandwidth is None else {kind: one / bandwidth for kind, one in sent.items()},
+        link_seconds={} if cards.link is None else {kind: one / bandwidth for kind, one in sent.items()},
         step_seconds=seconds,
-        days=None if cards.tokens is None else cards.tokens / a_step * seconds / _DAY,
+        days=None if cards.whole is None else cards.whole / a_step * seconds / _DAY,
     )

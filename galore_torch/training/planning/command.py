@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,15 +13,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from galore_torch.training.pretrain.presets import CONTINUED, PRESETS
+from galore_torch.training.planning.config import OF_A_STEP, Cards
+from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESETS
 from galore_torch.training.run.command import loading, option, reported_errors, table_of, this_command
 from galore_torch.training.run.files import require_writable
 from galore_torch.training.run.names import local_path, model_of_run, require_json, require_model
 from galore_torch.training.run.signals import stoppable
-from galore_torch.training.settings.fields import given_settings, suggest
+from galore_torch.training.settings.config import sections_of
+from galore_torch.training.settings.fields import field_names, given_settings, suggest, with_settings
 from galore_torch.training.settings.methods import METHODS, method_settings
 from galore_torch.training.settings.optimizer import missing_library
-from galore_torch.units import parse_bandwidth, parse_bytes, parse_tokens
+from galore_torch.units import parse_bytes
 
 EPILOG = """[bold]Examples[/]
 
@@ -47,18 +51,7 @@ def plan(
     *,
     memory: Annotated[str | None, _option("What there is, such as 24GB; says which methods fit.")] = None,
     method: Annotated[list[str] | None, _option(r"Plan these alone. [dim]\[default: all][/]")] = None,
-    batch: Annotated[int | None, _option("Sequences a step.")] = None,
-    micro_batch: Annotated[int | None, _option("Sequences at once.")] = None,
-    seq: Annotated[int | None, _option("Tokens of a sequence.")] = None,
-    vocab: Annotated[int | None, _option("Entries of a preset's vocabulary.")] = None,
     dtype: Annotated[str | None, _option(r"Of weights. [dim]\[default: the preset's; bfloat16][/]")] = None,
-    gradient_checkpointing: Annotated[bool | None, _option("Compute activations again in the backward.")] = None,
-    world_size: Annotated[int, _option("Processes, one a card; says what each needs and sends.")] = 1,
-    parallel: Annotated[str, _option("What they share: ddp, the batch; fsdp, weights and states as well.")] = "ddp",
-    shard_bases: Annotated[bool, _option("With fsdp: bases are divided as well.", "--shard-bases")] = False,
-    bandwidth: Annotated[str | None, _option("Of each card's link, such as 10gbit or 25GB/s.")] = None,
-    tokens: Annotated[str | None, _option("Of the training, such as 20B; says the days.")] = None,
-    tokens_per_second: Annotated[float | None, _option("Of one process alone, as a run measured it.")] = None,
     page: Annotated[Path | None, _option("Write a page with the table and a chart there.")] = None,
     json: Annotated[bool, _option("Print the plans as one JSON object.", "--json")] = False,
     **given: Any,
@@ -67,8 +60,8 @@ def plan(
 
     The real model, optimizer and hooks make their steps on tensors that have sizes and no numbers.
     """
-    own = {"batch": batch, "micro_batch": micro_batch, "seq": seq, "vocab": vocab}
-    given = given_settings({**given, **own, "gradient_checkpointing": gradient_checkpointing})
+    given = given_settings(given)
+    of_cards = {name: given.pop(name) for name in field_names(Cards) if name in given}
     with stoppable(lambda: "Stopped. Nothing was written."):
         console = Console(stderr=json)
         with reported_errors(_COMMAND):
@@ -77,22 +70,13 @@ def plan(
                 if page.is_dir():
                     raise ValueError(f"page = {str(page)!r} is a folder; name a file, such as {page / 'plan.html'}.")
                 require_writable("page", page)
-            room = None if memory is None else parse_bytes(memory)
+            room, cards = None if memory is None else parse_bytes(memory), Cards(**of_cards)
             if "torch" not in sys.modules:  # bitsandbytes has functions compiled as it is imported, which no plan calls
                 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             with loading(console):
-                from galore_torch.training.planning.cards import Cards
                 from galore_torch.training.planning.report import Planned
                 from galore_torch.training.planning.subject import subject
 
-            cards = Cards(
-                world_size=world_size,
-                parallel=parallel,  # type: ignore[arg-type]
-                shard_bases=shard_bases,
-                bandwidth=None if bandwidth is None else parse_bandwidth(bandwidth),
-                tokens=None if tokens is None else parse_tokens(tokens),
-                tokens_per_second=tokens_per_second,
-            )
             planned = subject(model, given, dtype, cards)
             methods = method or [name for name in known if not planned.refuses(name)]
             with console.status("Planning") as status:
@@ -108,6 +92,14 @@ def plan(
             console.print(table_of(columns, rows), "")
         for text in texts:
             console.print(text, highlight=False, markup=False)
+
+
+def command() -> Callable[..., None]:
+    """The command, with a flag for each setting of cards and methods, and for those of a step alone of the others."""
+    sections = sections_of(PretrainConfig)
+    del sections["model"]
+    hidden = {*field_names(sections["data"], sections["schedule"])} - {*OF_A_STEP, *field_names(Cards)}
+    return with_settings(plan, {"cards": Cards, **sections}, PRESETS, DEFAULT_PRESET, hidden)
 
 
 def _found(name: str) -> str:

@@ -15,7 +15,8 @@ from galore_torch.lowbit import quantize_weights
 from galore_torch.memory import Job, MemoryPlan, plan
 from galore_torch.memory.ranks import Sizes, of_a_rank
 from galore_torch.training.baselines.layers import adapt
-from galore_torch.training.planning.cards import Cards, Cost, cost
+from galore_torch.training.planning.cards import Cost, cost, refusal
+from galore_torch.training.planning.config import Cards
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
@@ -55,9 +56,9 @@ class Subject:
             micro_batch = self.given.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
             kept |= {"micro_batch": micro_batch * world, "batch": micro_batch * world}
         config = configure(self.preset, method=method, **kept)
-        refusal = self.cards.refusal(config)
-        if refusal is not None:
-            raise ValueError(f"{refusal}; choose another method, or leave out --world-size.")
+        refused_for = refusal(self.cards, config)
+        if refused_for is not None:
+            raise ValueError(f"{refused_for}; choose another method, or leave out --world-size.")
         self.micro_batch(config)  # raises where the batch cannot be divided
         return config
 
@@ -67,7 +68,7 @@ class Subject:
 
     def refuses(self, method: str) -> bool:
         """Whether a method by itself is refused in so many processes."""
-        return self.cards.refusal(configure(self.preset, micro_batch=1, batch=1, method=method)) is not None
+        return refusal(self.cards, configure(self.preset, micro_batch=1, batch=1, method=method)) is not None
 
     def planned(self, method: str) -> tuple[MemoryPlan, Cost | None]:
         """What a method needs of memory, in each process, and what a step costs, where that was asked for."""

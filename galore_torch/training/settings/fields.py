@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
@@ -182,30 +182,31 @@ def with_settings(
     sections: Mapping[str, type],
     presets: Presets,
     help_preset: str = "",
-    hidden: Sequence[str] = (),
+    hidden: Collection[str] = (),
 ) -> Callable[..., None]:
     """Give a command one optional flag a setting.
 
     Args:
         command: takes its own options and, as ``**given``, the settings by name; one that was not given is None. An
-            option of its own that is named as a setting takes the setting's place.
+            option of its own that is named as a setting takes the setting's place, and so does a section before.
         sections: the dataclass of each section by its name.
         presets: what presets set, by their names.
         help_preset: the preset whose values the help shows.
-        hidden: options of its own that are not offered.
+        hidden: options of its own and settings that are not offered.
 
     Returns:
         The command itself, with the flags in its signature, which typer reads.
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [one for one in own if one.kind is not inspect.Parameter.VAR_KEYWORD and one.name not in hidden]
-    taken = {parameter.name for parameter in parameters}
+    taken = {*hidden, *(parameter.name for parameter in parameters)}
     for kind, option in (typing.get_args(parameter.annotation) for parameter in parameters):
         option.metavar = "" if kind is bool else option.metavar
     for section, config in sections.items():
         kinds = typing.get_type_hints(config)
         for name in sorted(field_names(config), key=lambda name: name not in config.__annotations__):  # its own first
             if name not in taken:
+                taken.add(name)
                 parameters += _flags(section, config, name, plain_type(kinds[name]), presets, help_preset)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
