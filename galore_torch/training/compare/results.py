@@ -12,6 +12,7 @@ from rich.table import Table
 
 from galore_torch.training.compare.plan import PlannedRun
 from galore_torch.training.run import records
+from galore_torch.training.run.command import table_of
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job_command import JobCommand
 
@@ -206,14 +207,10 @@ def short(value: float) -> str:
 
 def table(comparison: Comparison) -> Table:
     """The comparison for a terminal of 80 columns, without the count of parameters."""
-    drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     beside = "points" if comparison.score.more_is_better else "/full"
     pace = {"tokens": "tok/s", "examples": "rows/s"}[comparison.job.unit]
-    for name in ("method", "lr/others", comparison.score.name or "score", beside, pace, "state MB", "peak MB"):
-        drawn.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
-    for row in rows(comparison):
-        drawn.add_row(*row[:-1])
-    return drawn
+    columns = ("method", "lr/others", comparison.score.name or "score", beside, pace, "state MB", "peak MB")
+    return table_of(columns, [row[:-1] for row in rows(comparison)])
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

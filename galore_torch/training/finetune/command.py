@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.presets import PRESET_TABLE
 from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.settings.methods import TUNING
-
-if TYPE_CHECKING:
-    from galore_torch.training.run.job import Job
 
 _HELP = """Fine-tune a model: classes or numbers of texts, or a causal model on examples.
 
@@ -36,12 +31,6 @@ galore finetune --resume --out runs/rte
 """
 
 
-def _load() -> type[Job]:
-    from galore_torch.training.finetune.run import Finetuning
-
-    return Finetuning
-
-
 def _amount(config: FinetuneConfig) -> Amount:
     length = config.schedule
     return Amount(length.steps * length.batch, "examples") if length.steps else Amount(length.epochs, "epochs")
@@ -56,7 +45,7 @@ FINETUNE = JobCommand(
     help_preset="classify",
     offered=TUNING,
     methods=("full", "galore", "lora"),
-    load=_load,
+    job="galore_torch.training.finetune.run:Finetuning",
     unit="examples",
     held_out="rows",
     libraries=("datasets", "trl", "peft"),

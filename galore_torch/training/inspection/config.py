@@ -69,7 +69,7 @@ class SnapshotConfig:
 
 @settings
 class RecommendConfig:
-    """By which rule a rank and a gap are recommended; see `galore_torch.training.inspection.recommend`."""
+    """By which rule a rank and a gap are recommended; see `galore_torch.training.inspection.figures`."""
 
     capture_share: float = setting(
         0.6, "Share of the next snapshot's gradient that a basis of the recommended rank must capture.", gt=0, lt=1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -11,9 +11,6 @@ from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESET_TABLE, PRESETS
 from galore_torch.training.run.command import loading
 from galore_torch.training.run.job_command import Amount, JobCommand
-
-if TYPE_CHECKING:
-    from galore_torch.training.run.job import Job
 
 _HELP = """Pre-train a causal model, from scratch or further, with GaLore or with a method to compare it with.
 
@@ -55,12 +52,6 @@ def _warn_of_rates(preset: str, config: PretrainConfig, given: Mapping[str, Any]
         Console(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
-def _load() -> type[Job]:
-    from galore_torch.training.pretrain.run import Pretraining
-
-    return Pretraining
-
-
 def _prepare(settings: PretrainConfig, console: Console) -> None:
     with loading(console):
         from galore_torch.training.pretrain.run import text_of
@@ -80,7 +71,7 @@ PRETRAIN = JobCommand(
     preset_help=rf"Flags and --config override it. [dim]\[default: {DEFAULT_PRESET}; with --model: {CONTINUED}][/]",
     help_preset=DEFAULT_PRESET,
     methods=("full", "galore"),
-    load=_load,
+    job="galore_torch.training.pretrain.run:Pretraining",
     prepare=_prepare,
     advise=_warn_of_rates,
     unit="tokens",

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,7 +61,7 @@ class JobCommand:
     help_preset: str  # the preset whose values ``--help`` shows
     offered: Sequence[str] = tuple(METHODS)  # methods to choose from
     methods: tuple[str, ...]  # what is compared by default
-    load: "Callable[[], type[Job]]"  # imports what the runs are of, with Transformers
+    job: str  # the class of what the runs are of, as `pkgutil.resolve_name` reads it: it is imported late
     prepare: Callable[[Any, Console], None] | None = None  # reads and caches the data for all runs, if that takes long
     advise: Callable[[str, Any, Mapping[str, Any]], None] = lambda *_: None  # of a preset, a configuration and flags
     unit: str  # what its records count: tokens or examples
@@ -68,6 +69,11 @@ class JobCommand:
     libraries: tuple[str, ...]  # whose versions a report names, beside torch's and Transformers'
     amount: Callable[[Any], Amount]  # how much a run with a configuration sees
     scores: Callable[[Record], Mapping[str, Any]]  # a final record's scores by name, the main one first
+
+    def load(self) -> "type[Job]":
+        """Import what the runs are of, and with it Transformers."""
+        found: type[Job] = resolve_name(self.job)
+        return found
 
     @property
     def epilog(self) -> str:

@@ -113,7 +113,8 @@ def test_the_end_is_told_with_the_score_and_what_is_behind_it(whole):
     final = measured(out, "galore")[-1]
     accuracy = f"{final['scores']['accuracy']:.4f}"
     assert f"2/2 galore {RATE} seed 0: accuracy {accuracy}, matthews " in printed
-    assert [line.split()[0] for line in printed.splitlines()[-4:-1]] == ["method", "full", "galore"]
+    words = [line.split()[0].strip("─") for line in printed.splitlines()[-5:-1]]
+    assert words == ["method", "", "full", "galore"]
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     assert plan["job"] == "finetune"
     assert plan["runs"][f"galore/{RATE}/seed-0"]["optimizer"]["rank"] == 2
