@@ -86,8 +86,9 @@ def build_app() -> typer.Typer:
     from galore_torch.training.evaluation import command as evaluation
     from galore_torch.training.finetune.config import RowsConfig
     from galore_torch.training.inspection import command as inspection
-    from galore_torch.training.inspection.config import SECTIONS
+    from galore_torch.training.inspection.config import InspectConfig
     from galore_torch.training.planning import command as planning
+    from galore_torch.training.settings.config import sections_of
     from galore_torch.training.settings.fields import with_settings
 
     import typer  # isort: skip
@@ -111,7 +112,7 @@ def build_app() -> typer.Typer:
         examples = evaluation.EXAMPLES.format(name=judged.__name__)
         app.command(epilog=examples)(with_settings(judged, {"data": RowsConfig}, {}))
     app.add_typer(comparison.commands(), name="compare")
-    app.command("inspect", epilog=inspection.EPILOG)(with_settings(inspection.inspect, SECTIONS, {}))
+    app.command("inspect", epilog=inspection.EPILOG)(with_settings(inspection.inspect, sections_of(InspectConfig), {}))
     app.command("plan", epilog=planning.EPILOG)(planning.command())
     return app
 

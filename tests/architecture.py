@@ -18,7 +18,7 @@ PACKAGE = "galore_torch"
 LEVELS = (  # from the ground up: a package or module imports those of the levels before its own
     ("extras", "galore_projector", "values", "units", "interrupts"),
     ("messages",),
-    ("modules", "group_keys", "random_bits"),
+    ("modules", "group_keys", "random_bits", "devices"),
     ("modes", "projection", "lowbit"),
     ("optim",),
     ("targets",),

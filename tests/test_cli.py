@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from galore_torch.training.finetune.config import SECTIONS as TUNING
-from galore_torch.training.pretrain.config import SECTIONS
+from galore_torch.training.finetune.config import FinetuneConfig
+from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import PRESETS
+from galore_torch.training.settings.config import sections_of
 from tests.command_line import app
 from tests.forked import Galore
 from tests.waiting import DEADLINE, wait_for
@@ -58,7 +59,7 @@ def test_help_names_the_commands():
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_help_of_pretrain_teaches(width):
     text = shown("pretrain", "--help", width=width)
-    for section in SECTIONS.values():
+    for section in sections_of(PretrainConfig).values():
         for field in dataclasses.fields(section):
             assert f"--{field.name.replace('_', '-')}" in text
     assert all(preset in text for preset in PRESETS)
@@ -94,9 +95,9 @@ def test_the_help_of_compare_teaches_both_jobs():
     assert "finetune Compare methods on a fine-tuning" in whole
     assert "galore compare pretrain --method full --method galore --seed 0 --seed 1" in whole
     assert "galore compare finetune --task rte" in whole
-    for command, sections in (("pretrain", SECTIONS), ("finetune", TUNING)):
+    for command, config in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
         text = shown("compare", command, "--help")
-        for section in sections.values():
+        for section in sections_of(config).values():
             for field in dataclasses.fields(section):
                 assert f"--{field.name.replace('_', '-')}" in text
         assert all(f"--{name}" in text for name in ("set", "method", "report-only", "dry-run"))

@@ -15,12 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from galore_torch import devices
 from galore_torch.gradients.known_weights import KnownWeights
 from galore_torch.lowbit import Codes
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
-from galore_torch.projection import devices, is_usable
+from galore_torch.projection import is_usable
 
 Hook = Callable[[Tensor], None]
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from galore_torch import devices
 from galore_torch.random_bits import random_bits, uniform
 
 Rounding = Literal["nearest", "stochastic", "compensated"]
@@ -21,7 +22,7 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "compensated")
 """How an update is rounded into a weight of 16 bits."""
 
 BLOCK_ELEMENTS = 2**20
-"""Numbers that are formed in float32 together, about; on a GPU 8 times as many, which it needs to be busy."""
+"""Numbers that are rounded together on a CPU, about."""
 
 
 def add_rounded(
@@ -57,7 +58,8 @@ def add_rounded(
         weight = weight.unsqueeze(0)
         compensation = None if compensation is None else compensation.unsqueeze(0)
     width = math.prod(weight.shape[1:])
-    height = max(1, BLOCK_ELEMENTS * (8 if weight.is_cuda else 1) // max(1, width))
+    # formed for each: its exact value, its exponent, its unit and its draw
+    height = max(1, devices.at_a_time(BLOCK_ELEMENTS, weight, formed=4) // max(1, width))
     for start in range(0, len(weight), height):
         rows = slice(start, start + height)
         exact = weight[rows].float()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from galore_torch import devices
 from galore_torch.lowbit.codes import Codes, check_bits, has_numbers
 from galore_torch.lowbit.updated_codes import fastest
 from galore_torch.lowbit.views import of_copy
@@ -39,8 +40,7 @@ _ARITHMETIC = {
 """What updates and averages are computed with."""
 
 BLOCK_ELEMENTS = 2**20
-"""Numbers that are decoded or encoded together on a CPU, about: what is formed of a weight's update at one time. A GPU
-takes 32 times as many, for it needs as much to be busy."""
+"""Numbers that are decoded or encoded together on a CPU, about: what is formed of a weight's update at one time."""
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 """What is done in place of an operation of torch's dispatcher; called with it and its arguments."""
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -218,8 +218,7 @@ class QuantizedWeight(WithoutMemory):
         """
         rows, columns = self.shape
         unit = self.group_size // math.gcd(self.group_size, columns)
-        block = BLOCK_ELEMENTS * (32 if self.device.type == "cuda" else 1)
-        step = unit * max(1, block // (unit * columns))
+        step = unit * max(1, devices.at_a_time(BLOCK_ELEMENTS, self.codes) // (unit * columns))
         for start in range(0, rows if has_numbers(self.codes) else 1, step):
             yield slice(start, min(start + step, rows))
 

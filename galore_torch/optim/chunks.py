@@ -9,19 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from galore_torch import devices
 from galore_torch.optim.folding import common_factors, fold
 from galore_torch.optim.inner_group import GroupWrites, moves_at_rate_one
 from galore_torch.optim.nonfinite import NonfiniteCounter
 from galore_torch.optim.slices import inner_params, keep_inner_state
 from galore_torch.optim.state_keys import INNER, STEP
 from galore_torch.optim.trained_weight import TrainedWeight
-from galore_torch.projection import devices
 
 CHUNK_ELEMENTS = 2**23
-"""Coordinates that are stepped together at least: enough to keep a CPU busy."""
-
-GPU_CHUNKS = 4
-"""How many times as many on a GPU: a chunk costs the host half a millisecond there, however small it is."""
+"""Coordinates that are stepped together at least on a CPU: enough to keep it busy."""
 
 CHUNK_SHARE = 1 / 16
 """Of all coordinates, how many may be stepped together: what exists of them in a step is then small beside the moments,
@@ -41,8 +38,7 @@ def most_together(coordinates: int, weight: Tensor) -> int:
     Returns:
         A number of elements.
     """
-    least = CHUNK_ELEMENTS * (GPU_CHUNKS if devices.runs_ahead(weight) else 1)
-    return max(least, int(CHUNK_SHARE * coordinates))
+    return max(devices.at_a_time(CHUNK_ELEMENTS, weight), int(CHUNK_SHARE * coordinates))
 
 
 class Chunk:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch import devices
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.trained_weight import TrainedWeight
-from galore_torch.projection import Projection, devices
+from galore_torch.projection import Projection
 
 FEW = 2**12
 """Numbers of a tensor on a CPU that are looked at together with those of others: a view takes as long, and torch's norm

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_torch import devices
 from galore_torch.lowbit import has_numbers
 from galore_torch.optim.moments import begins_anew
 from galore_torch.optim.rule import InnerParam, Traits
 from galore_torch.optim.state_keys import INNER
 from galore_torch.optim.trained_weight import TrainedWeight
-from galore_torch.projection import devices
 
 
 def inner_params(

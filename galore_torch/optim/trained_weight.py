@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from galore_torch import devices
 from galore_torch.lowbit import Rounding, Storage
 from galore_torch.messages import warn
 from galore_torch.optim.factors import Factors
@@ -43,7 +44,6 @@ from galore_torch.projection import (
     Projection,
     captured_energy,
     count_lacking,
-    devices,
     find_basis,
     find_unread,
     is_usable,

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from galore_torch import devices
 from galore_torch.lowbit import is_same_basis
 from galore_torch.optim.agreement import is_one_of_several
 from galore_torch.optim.outcomes import Outcomes
 from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import GAP, LACKING, RENEWALS, RENEWED_STEP, STEP
-from galore_torch.projection import Basis, Projection, adapt_gap, devices, is_due
+from galore_torch.projection import Basis, Projection, adapt_gap, is_due
 
 
 class Turns:

@@ -6,7 +6,6 @@ and how much of the old one is left in the new (`subspace_overlap`). `spectra` s
 holds.
 """
 
-from galore_torch.projection import devices
 from galore_torch.projection.decompositions import DECOMPOSITIONS, Side, find_bases
 from galore_torch.projection.geometry import LAYOUTS, PROJ_TYPES, Basis, Mode, Projection, multiply_mode
 from galore_torch.projection.numerical_rank import count_lacking, lacking
@@ -26,7 +25,6 @@ __all__ = [
     "adapt_gap",
     "captured_energy",
     "count_lacking",
-    "devices",
     "find_bases",
     "find_basis",
     "find_unread",

@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from galore_torch.projection import devices
+from galore_torch import devices
 from galore_torch.projection.numerical_rank import Directions, determined_columns, is_lacking, keep_determined
 from galore_torch.projection.orthonormal import above_zero, exact_products, exact_svd, leading_directions, orthonormal
 from galore_torch.projection.sketches import (

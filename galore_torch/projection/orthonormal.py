@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from galore_torch.projection import devices
+from galore_torch import devices
 
 SHIFTS = (1e-4, 1e-5, 2e-7)
 """On the diagonal of each round's Gram matrix, for float32. The last is as large as what rounding makes of it."""

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from galore_torch import GaLore, GaLoreAdamW, ProjectedGradient, param_groups
+from galore_torch import GaLore, GaLoreAdamW, ProjectedGradient, devices, param_groups
 from galore_torch.gradients import attach
 from galore_torch.gradients.applied_gradient import AppliedGradient
-from galore_torch.projection import devices
 from tests.device import accelerator
 from tests.gradients.llama import (
     BAR,

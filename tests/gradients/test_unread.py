@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from galore_torch import GaLoreAdamW, GaLoreSGD, attach, param_groups
+from galore_torch import GaLoreAdamW, GaLoreSGD, attach, devices, param_groups
 from galore_torch.optim.outcomes import Reading
-from galore_torch.projection import devices
 from tests.modes import every_mode
 from tests.optim.small import gradient, state_of, weights
 from tests.reads import Reads

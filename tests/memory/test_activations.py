@@ -5,10 +5,9 @@ import torch
 import transformers
 from torch import nn
 
-from galore_torch import GaLoreAdamW, attach, param_groups
+from galore_torch import GaLoreAdamW, attach, devices, param_groups
 from galore_torch.memory import Job, plan
 from galore_torch.optim.state_keys import RENEWED_STEP
-from galore_torch.projection import devices
 
 SIZES = {
     "hidden_size": 32,

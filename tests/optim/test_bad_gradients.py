@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from galore_torch import GaLore, GaLoreAdamW, GaLoreSGD, ProjectedGradient
-from galore_torch.projection import Projection, decompositions, devices
+from galore_torch import GaLore, GaLoreAdamW, GaLoreSGD, ProjectedGradient, devices
+from galore_torch.projection import Projection, decompositions
 from tests.optim.recipes import every_recipe
 from tests.optim.small import assert_same, gradient, groups, mixed, refusing, snapshot, state_of, walk, weights
 from tests.reads import Reads

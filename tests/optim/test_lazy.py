@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from galore_torch import GaLore, GaLoreAdamW, GaLoreSGD
-from galore_torch.projection import devices, overlap
+from galore_torch import GaLore, GaLoreAdamW, GaLoreSGD, devices
+from galore_torch.projection import overlap
 from tests.optim.recipes import every_recipe
 from tests.optim.small import assert_same, gradient, groups, mixed, walk, weights
 from tests.reads import Reads

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import SGD, Optimizer
 
-from galore_torch import GaLore, GaLoreAdamW, GaLoreSGD
+from galore_torch import GaLore, GaLoreAdamW, GaLoreSGD, devices
 from galore_torch.optim import chunks
 from galore_torch.optim.groups import projection_in
 from galore_torch.projection import DECOMPOSITIONS
@@ -114,7 +114,7 @@ def test_many_chunks_end_where_one_ends(recipe, monkeypatch):
 def test_chunks_hold_as_many_weights_as_fit(monkeypatch):
     """Coordinates of 96, 96, 128 and 16 numbers, at most 200 together, or one weight alone."""
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 200)
-    monkeypatch.setattr(chunks, "GPU_CHUNKS", 1)
+    monkeypatch.setattr(devices, "ON_GPU", 200)
     trained, made = mixed()
     optimizer = GaLore(made, Counted, lr=0.1)
     Counted.calls = []

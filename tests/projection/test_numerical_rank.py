@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_torch.projection import Projection, devices, find_basis, lacking
+from galore_torch import devices
+from galore_torch.projection import Projection, find_basis, lacking
 from galore_torch.projection.numerical_rank import LEAST_SINE, Directions, complete
 from tests.projection.bases import orthonormal, random_basis
 from tests.projection.test_properties import projections, seeds

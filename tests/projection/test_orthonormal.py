@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from galore_torch.projection import decompositions, devices, find_bases
+from galore_torch import devices
+from galore_torch.projection import decompositions, find_bases
 from galore_torch.projection.orthonormal import cholesky_qr, exact_products, leading_by_cholesky, orthonormal
 from tests.projection.bases import energy, with_spectrum
 

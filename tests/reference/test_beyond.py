@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from galore_torch import GaLore
-from galore_torch.projection import devices
+from galore_torch import GaLore, devices
 from reference.beyond import Beyond
 from tests.reference.problem import RANK, SHAPES, Problem, distance
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from galore_torch.training.run.names import local_path, model_of_run, require_model, require_on_hub
-from galore_torch.training.settings.config import TrainConfig, sections_of
+from galore_torch.training.settings.config import TrainConfig
 from galore_torch.training.settings.fields import DType, Purpose, RunConfig, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES, modules_named
 from galore_torch.training.text import files
@@ -272,7 +272,3 @@ def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) 
             raise files.missing_column(of_column, column, rows[0])
         files.require_filled(of_column, column, enumerate((row.get(column) for row in rows), 1), what)
     return rows
-
-
-SECTIONS = sections_of(FinetuneConfig)
-"""Every section by its name in TOML and in `FinetuneConfig`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from galore_torch.training.finetune.config import TASKS, TaskName
-from galore_torch.training.settings.config import from_values, sections_of
+from galore_torch.training.settings.config import from_values
 from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
 from galore_torch.units import parse_bytes
 
@@ -127,10 +127,6 @@ class InspectConfig:
     data: ModelDataConfig
 
     doing: ClassVar[str] = "an inspection"
-
-
-SECTIONS = sections_of(InspectConfig)
-"""Every section by its name in `InspectConfig`."""
 
 
 def configure(**given: Any) -> InspectConfig:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from galore_torch.training.run.names import model_of_run, require_model
-from galore_torch.training.settings.config import TrainConfig, sections_of
+from galore_torch.training.settings.config import TrainConfig
 from galore_torch.training.settings.fields import (
     DType,
     Parallel,
@@ -127,7 +127,3 @@ class PretrainConfig(TrainConfig):
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees."""
         return self.schedule.batch * self.data.seq
-
-
-SECTIONS = sections_of(PretrainConfig)
-"""Every section by its name in TOML and in `PretrainConfig`."""

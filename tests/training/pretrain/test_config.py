@@ -7,9 +7,9 @@ from typing import get_type_hints
 
 import pytest
 
-from galore_torch.training.pretrain.config import SECTIONS, ModelConfig, PretrainConfig, ScheduleConfig
+from galore_torch.training.pretrain.config import ModelConfig, PretrainConfig, ScheduleConfig
 from galore_torch.training.pretrain.presets import CONTINUED, PRESETS, configure
-from galore_torch.training.settings.config import from_values
+from galore_torch.training.settings.config import from_values, sections_of
 from galore_torch.training.settings.fields import plain_type
 from galore_torch.training.settings.optimizer import OptimizerConfig
 from galore_torch.training.text.config import DataConfig
@@ -119,7 +119,7 @@ def test_a_learning_rate_that_is_given_brings_no_other_with_it():
 
 
 def test_no_two_sections_share_a_name():
-    names = [field.name for section in SECTIONS.values() for field in dataclasses.fields(section)]
+    names = [field.name for section in sections_of(PretrainConfig).values() for field in dataclasses.fields(section)]
     assert len(names) == len(set(names))
 
 

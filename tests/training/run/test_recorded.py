@@ -11,11 +11,12 @@ from galore_torch.group_keys import KEYS, PROJECTED_DEFAULTS
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.training.baselines.layers import LowRankLinear, lora_layers
 from galore_torch.training.baselines.restarts import Restarts
-from galore_torch.training.pretrain.config import SECTIONS
+from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.run import new_run
+from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.methods import METHODS, has_effect
 from galore_torch.training.settings.optimizer import OptimizerConfig
 
@@ -165,7 +166,7 @@ def test_every_other_value_is_recorded_as_it_was_built(by_method, tmp_path, monk
         now = assert_recorded_is_built(by_method(method, **given), tmp_path / method, monkeypatch)
         compared |= now
         changed |= now & given.keys()
-    every = {field.name for section in SECTIONS.values() for field in dataclasses.fields(section)}
+    every = {field.name for section in sections_of(PretrainConfig).values() for field in dataclasses.fields(section)}
     assert compared == every - ELSEWHERE
     assert changed == OTHER.keys()
 
