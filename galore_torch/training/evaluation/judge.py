@@ -20,7 +20,7 @@ from galore_torch.training.run import records
 from galore_torch.training.run.base_model import load_base
 from galore_torch.training.run.callbacks import quiet
 from galore_torch.training.run.job import make_trainer
-from galore_torch.training.text import packing, sources
+from galore_torch.training.text import packing
 from galore_torch.training.text.files import missing_column
 
 Judgement = tuple[dict[str, float], list[dict[str, Any]]]
@@ -45,10 +45,10 @@ def judge(config: Any, console: Console, *, predicting: bool, others: bool) -> J
 
 def _of_text(config: PretrainConfig, console: Console, *, whole: bool) -> dict[str, float]:
     model, tokenizer = load_base(config.model, AutoModelForCausalLM, config.data.seq, console)
-    corpus = sources.load(config.data, 0, packing.cache_folder(config.data))
-    of_all = whole and not corpus.streamed
-    text = datasets.concatenate_datasets([corpus.train, corpus.held_out]) if of_all else corpus.held_out
-    packed = packing.pack(text, tokenizer, config.data.seq).take(config.data.eval_tokens // config.data.seq)
+    with packing.corpus_of(config.data, seed=0) as (corpus, files):
+        of_all = whole and files is not None
+        text = datasets.concatenate_datasets(list(corpus)) if of_all else corpus.held_out
+        packed = packing.pack(text, tokenizer, config.data.seq).take(config.data.eval_tokens // config.data.seq)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             scratch, prediction_loss_only=True, report_to=[], disable_tqdm=True,

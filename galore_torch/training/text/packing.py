@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -81,24 +81,30 @@ def prepare_text(
     What fills no whole batch, of so many sequences a step, is left out; the seed is that of a stream's order. A
     tokenizer that is given is a model's own, in the place of the settings'.
     """
-    cache = cache_folder(config)
-    with console.status("Reading the text"):
-        files = local_files(config)
-    with nullcontext() if files is None else kept(files.folder(cache)):
-        with console.status("Reading the text"):
-            corpus = sources.load(config, seed, cache, files)
+    with console.status("Reading the text") as status, corpus_of(config, seed) as (corpus, files):
         if files is not None:
             console.out(_told(config, files, corpus), highlight=False)
-        with console.status("Preparing the tokenizer"):
-            tokenizer = tokenizer or tokenizer_for(corpus, config, cache)
+        status.update("Preparing the tokenizer")
+        tokenizer = tokenizer or tokenizer_for(corpus, config, cache_folder(config))
         if tokenizer.eos_token_id is None:
             name = tokenizer.name_or_path
             raise ValueError(f"tokenizer = {name!r} has no end-of-text token to end documents with; choose another.")
-        with console.status("Packing documents into sequences"):
-            train, held_out = sequences(corpus, tokenizer, config, batch)
+        status.update("Packing documents into sequences")
+        train, held_out = sequences(corpus, tokenizer, config, batch)
     if corpus.streamed:
         train = Stream(train, batch=batch, data=config.data, endless=True)
     return Text(train=train, held_out=held_out, tokenizer=tokenizer)
+
+
+@contextmanager
+def corpus_of(config: DataConfig, seed: int) -> Iterator[tuple[Corpus, LocalFiles | None]]:
+    """The documents, and the files that they are in if those are here, whose tables no other process touches meanwhile.
+
+    The seed is that of a stream's order; a ValueError says why there are none.
+    """
+    cache, files = cache_folder(config), local_files(config)
+    with nullcontext() if files is None else kept(files.folder(cache)):
+        yield sources.load(config, seed, cache, files), files
 
 
 def _told(config: DataConfig, files: LocalFiles, corpus: Corpus) -> str:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
+from galore_torch.training.run.files import MANIFEST, damage
 from galore_torch.training.run.run import new_run
 from tests.command_line import app
 from tests.training.finetune.conftest import *  # noqa: F403 - its fixtures
@@ -49,11 +50,17 @@ def test_a_classifier_is_judged_as_at_its_end_and_on_new_rows(classify, labelled
 
 
 def test_a_pre_training_is_judged_by_perplexity(tiny, texts, tmp_path):
-    result = new_run(Pretraining, tiny(), tmp_path / "run").train()
+    result = new_run(Pretraining, tiny(cache=str(tmp_path / "cache")), tmp_path / "run").train()
     found = json.loads(told("evaluate", tmp_path / "run", "--json"))
     assert found["perplexity"] == pytest.approx(result.perplexity, rel=1e-4)
     other = json.loads(told("evaluate", tmp_path / "run", "--data", texts / "heapq.txt", "--json"))
     assert other["perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
+    documents = [path for path in (tmp_path / "cache" / "documents").iterdir() if path.is_dir()]
+    assert len(documents) == 2
+    for folder in documents:  # whole, so that a run to come need not make it again
+        listed = json.loads((folder / MANIFEST).read_text())["files"].keys() | {MANIFEST}
+        assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.arrow")} < listed
+        assert damage(folder) is None
     refused = CliRunner().invoke(app(), ["predict", str(tmp_path / "run")])
     assert (refused.exit_code, "no rows to predict" in refused.stderr) == (2, True)
 
