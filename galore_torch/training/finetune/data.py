@@ -70,7 +70,10 @@ def load(config: RowsConfig) -> Rows:
     if held_out is not None:
         return Rows(train, held_out, range(1, len(train) + 1), range(1, len(held_out) + 1))
     if len(train) < 2:
-        raise ValueError(f"data = {config.data!r} holds {len(train)} rows; give at least two, one to be held out.")
+        raise ValueError(
+            f"data = {config.data!r} holds {len(train)} rows; give at least two, one to be held out. In JSON a row is "
+            "an object, of a list or on a line of its own."
+        )
     size = max(1, round(config.held_out_share * len(train)))
     numbered = datasets.Dataset.from_dict({"row": range(1, len(train) + 1)})
     parts, rows = (each.train_test_split(test_size=size, seed=_SPLIT) for each in (train, numbered))

@@ -83,13 +83,12 @@ def require_model(field: str, name: str, file: str = "config.json") -> None:
         require_on_hub(field, name, "model")
 
 
-def require_json(field: str, name: str, path: Path, *, lines: bool = False) -> None:
-    """Refuse, with a ValueError, a file of a setting that is no JSON; it may be objects one after another, if lines."""
+def require_json(field: str, name: str, path: Path) -> None:
+    """Refuse, with a ValueError, a file of a setting that is no JSON."""
     try:
         json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        if not (lines and getattr(error, "msg", "") == "Extra data"):
-            raise ValueError(f"{field} = {name!r}: {path} is not JSON: {error}. Mend it, or give another.") from error
+        raise ValueError(f"{field} = {name!r}: {path} is not JSON: {error}. Mend it, or give another.") from error
 
 
 def require_on_hub(field: str, name: str, kind: str) -> None:

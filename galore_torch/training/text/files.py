@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
 from galore_torch.training.run.files import digest_of_file
-from galore_torch.training.run.names import is_written_as_path, local_path, require_json, require_on_hub
+from galore_torch.training.run.names import is_written_as_path, local_path, require_on_hub
 from galore_torch.training.text.config import DataConfig
 from galore_torch.units import first_of
 
@@ -192,44 +192,56 @@ def first_rows(field: str, name: str) -> Iterator[dict[str, Any]]:
     """The first rows of a file, as its format has them; none where reading them needs a library.
 
     A ValueError says which line of a file of JSON lines is not one, which of a table has more fields than its header,
-    that a list is broken, or that there are no rows.
+    that a list is broken or not of objects, or that there are no rows.
     """
     path = local_path(field, name)
-    suffix = path.suffix.lower()
-    if suffix == ".json" and path.stat().st_size <= _WHOLE:
-        require_json(field, name, path, lines=True)
-    found = suffix not in {*_LINES, *_DELIMITERS}
+    suffix, found = path.suffix.lower(), False
+    is_read = suffix in {*_LINES, *_DELIMITERS} or (suffix == ".json" and path.stat().st_size <= _WHOLE)
+    if not is_read:
+        return
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file by a mark of its encoding
-            rows = _fields(file, suffix, field, name) if suffix in _DELIMITERS else _lines(file, suffix, field, name)
+            if suffix in _DELIMITERS:
+                rows = _fields(file, _DELIMITERS[suffix], field, name)
+            else:
+                rows = (_lines if suffix in _LINES else _listed)(file, field, name)
             for row in islice(rows, ROWS):
                 found = True
                 yield row
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{field} = {name!r} cannot be read as text: {error}. Save it as UTF-8.") from error
     if not found:
         raise ValueError(f"{field} = {name!r} holds no rows; give a file that does, and leave out this one.")
 
 
-def _fields(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[dict[str, Any]]:
-    rows = csv.DictReader(file, delimiter=_DELIMITERS[suffix])
-    for row in rows:
+def _fields(file: Iterable[str], delimiter: str, field: str, name: str) -> Iterator[dict[str, Any]]:
+    rows = csv.DictReader(file, delimiter=delimiter, strict=True)  # pandas goes on to the next quote in silence
+    try:
         columns = list(rows.fieldnames or ())
-        more: Any = row.pop(None, None)  # where the standard library puts them
-        if more is not None and not _is_otherwise_parted(columns):  # Datasets would take the first for a row's name
-            raise ValueError(
-                f"{field} = {name!r}: line {rows.line_num} has {len(columns) + len(more)} fields, and the header "
-                f'{len(columns)}; put texts that hold {_DELIMITERS[suffix]!r} into "quotes", or fix the line.'
-            )
-        yield row
+        twice = next((column for column in columns if column and columns.count(column) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{field} = {name!r}: the header has two columns {twice!r}; rename one, or leave it out.")
+        for row in rows:
+            more: Any = row.pop(None, None)  # where the standard library puts them
+            if more is not None and not _is_otherwise_parted(columns):  # Datasets would take the first for a row's name
+                raise ValueError(
+                    f"{field} = {name!r}: line {rows.line_num} has {len(columns) + len(more)} fields, and the header "
+                    f'{len(columns)}; put texts that hold {delimiter!r} into "quotes", or fix the line.'
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(
+            f"{field} = {name!r}: line {rows.line_num + 1} cannot be read ({error}); a text that begins with a quote "
+            'ends with one, before the next field, and quotes within it are written twice: "".'
+        ) from error
 
 
 def _is_otherwise_parted(columns: Sequence[str]) -> bool:
     return len(columns) == 1 and re.search(r"[;\t|,]", columns[0]) is not None
 
 
-def _lines(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(file if suffix in _LINES else (), 1):
+def _lines(file: Iterable[str], field: str, name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, 1):
         where = f"{field} = {name!r}: line {number}"
         try:
             row = json.loads(line) if line.strip() else None
@@ -239,6 +251,23 @@ def _lines(file: Iterable[str], suffix: str, field: str, name: str) -> Iterator[
             yield row
         elif line.strip():
             raise ValueError(f"{where} is no JSON object; give one a line.")
+
+
+def _listed(file: IO[str], field: str, name: str) -> Iterator[dict[str, Any]]:
+    try:
+        held = json.load(file)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if getattr(error, "msg", "") != "Extra data":
+            raise ValueError(f"{field} = {name!r} is not JSON: {error}. Mend it, or give another.") from error
+        file.seek(0)
+        yield from _lines(file, field, name)
+        return
+    for number, row in enumerate(held if isinstance(held, list) else [held], 1):
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{field} = {name!r}: row {number} is no JSON object; give a list of objects, or one a line."
+            )
+        yield row
 
 
 def missing_column(field: str, name: str, columns: Iterable[str]) -> ValueError:
@@ -272,7 +301,10 @@ def require_filled(field: str, name: str, column: Iterable[tuple[int, Any]], wha
     """Refuse, with a ValueError, a column, that a setting names, of rows' numbers and values where one has none."""
     empty = [number for number, value in column if value is None or value != value or not str(value).strip()]
     if empty:
-        raise ValueError(f"{field} = {name!r} {what} in {in_rows(sorted(empty))}; leave such rows out.")
+        raise ValueError(
+            f"{field} = {name!r} {what} in {in_rows(sorted(empty))}; leave such rows out. "
+            "In tables NA, None, null and the like stand for nothing: use other words."
+        )
 
 
 def require_two_labels(column: str, labels: Sequence[Any]) -> None:

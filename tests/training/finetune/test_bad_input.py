@@ -127,6 +127,13 @@ def test_files_that_cannot_be_read(classify, tmp_path, name, content, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_words_that_stand_for_nothing_in_a_table_are_told_as_such(classify, tmp_path):
+    data = tmp_path / "rows.csv"
+    data.write_text("text,label\na,None\nb,some\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"without a label in row 1; .*None, null.*use other words"):
+        new_run(Finetuning, classify(data=str(data)), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
