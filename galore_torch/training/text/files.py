@@ -72,7 +72,7 @@ class LocalFiles:
 
     kind: str  # text, csv, tsv, json or parquet
     paths: list[Path]
-    left_out: list[Path]  # those of a folder that are empty or of no kind of text
+    left_out: list[Path]  # those of a folder that are empty, hidden or of no kind of text
 
     @cached_property
     def digest(self) -> str:
@@ -91,8 +91,9 @@ def local_files(config: DataConfig) -> LocalFiles | None:
     if is_hub_name("data", config.data):
         return None
     path = local_path("data", config.data)
-    if not path.exists():
-        raise ValueError(f"data = {config.data!r} does not exist; give an existing file or folder, or stdlib.")
+    if not (path.is_file() or path.is_dir()):
+        wrong = "is a pipe or a device" if path.exists() else "does not exist"
+        raise ValueError(f"data = {config.data!r} {wrong}; give an existing file or folder, or stdlib.")
     return _of_one_kind(path, config)
 
 
@@ -109,7 +110,8 @@ def _standard_library() -> list[Path]:
 
 def _of_one_kind(path: Path, config: DataConfig) -> LocalFiles:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    filled = [file for file in files if file.stat().st_size]
+    hidden = {file for file in files if any(part[0] == "." for part in file.relative_to(path).parts)}  # copies, .git
+    filled = [file for file in files if file.stat().st_size and file not in hidden]
     if files and not filled:
         raise ValueError(f"data = {config.data!r} is empty; give a file or folder that holds text.")
     kinds: dict[str, list[Path]] = {}
@@ -196,8 +198,7 @@ def first_rows(field: str, name: str) -> Iterator[dict[str, Any]]:
     """
     path = local_path(field, name)
     suffix, found = path.suffix.lower(), False
-    is_read = suffix in {*_LINES, *_DELIMITERS} or (suffix == ".json" and path.stat().st_size <= _WHOLE)
-    if not is_read:
+    if suffix not in {*_LINES, *_DELIMITERS} and (suffix != ".json" or path.stat().st_size > _WHOLE):
         return
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file by a mark of its encoding

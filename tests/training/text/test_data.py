@@ -268,6 +268,25 @@ def test_data_that_cannot_be_used_is_told_with_the_remedy(files, words, cache, t
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_hidden_copies_in_a_folder_are_left_out(tmp_path):
+    for name in ("one.txt", "two.txt", ".ipynb_checkpoints/one-checkpoint.txt", ".git/three.txt", "._two.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text", encoding="utf-8")
+    found = files_of_text.local_files(DataConfig(data=str(tmp_path)))
+    assert [path.name for path in found.paths] == ["one.txt", "two.txt"]
+    assert len(found.left_out) == 3
+
+
+def test_a_pipe_is_refused_as_what_it_is():
+    ends = os.pipe()
+    try:
+        with pytest.raises(ValueError, match="is a pipe or a device; give an existing file"):
+            files_of_text.local_files(DataConfig(data=f"/dev/fd/{ends[0]}"))
+    finally:
+        for end in ends:
+            os.close(end)
+
+
 def test_a_file_that_may_not_be_read_is_told(monkeypatch, cache, tmp_path):
     file = tmp_path / "secret.txt"
     file.write_text("one\n\ntwo", encoding="utf-8")
