@@ -122,8 +122,10 @@ def _in_columns(rows: datasets.Dataset) -> Any:
 
 def _asked(row: dict[str, Any]) -> dict[str, str]:
     """A row of Alpaca's, with the blank line between instruction, input and response that its template has."""
-    parts = [str(row.get(name) or "").strip() for name in ("instruction", "input")]
-    return {"prompt": "".join(f"{part}\n\n" for part in parts if part), "completion": str(row["output"] or "")}
+    asked, given, said = (
+        "" if row.get(name) is None else str(row[name]) for name in ("instruction", "input", "output")
+    )
+    return {"prompt": "".join(f"{part.strip()}\n\n" for part in (asked, given) if part.strip()), "completion": said}
 
 
 def _messages(row: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class OnTRL:
     cut = 0  # how many rows are longer than a sequence may be
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
-        self.data = config.data
+        self.data, self._console = config.data, console
         known = [name for name in rows.train.column_names if name in rows.held_out.column_names]
         require_form(self.data.task, self.data.text_column, known)
         self.columns = next(form for form in self.forms if set(form) <= set(known))
@@ -98,9 +98,18 @@ class OnTRL:
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
         made = getattr(trl, f"{self.trainer_name}Config")(**given | self.options())
         trainer: Any = getattr(trl, f"{self.trainer_name}Trainer")(args=made, **more)
-        if not (len(trainer.train_dataset) and len(trainer.eval_dataset)):
-            raise ValueError(f"max_length = {self.data.max_length} leaves no answers, so long are prompts; give more.")
+        kept = len(trainer.train_dataset), len(trainer.eval_dataset)
+        if not all(kept):
+            raise self._no_answers()
+        if not self.data.packing and (left_out := len(self.train) + len(self.held_out) - sum(kept)):
+            most = self.data.max_length
+            self._console.print(
+                f"{left_out:,} rows are too long for max_length = {most}, and left out.", highlight=False
+            )
         return trainer  # type: ignore[no-any-return]
+
+    def _no_answers(self) -> ValueError:
+        return ValueError(f"max_length = {self.data.max_length} leaves no answers, so long are prompts; give more.")
 
     def predictions(self, _trainer: Trainer) -> list[dict[str, Any]]:
         """What the model writes, greedily, after the first held-out prompts, of as many as the settings say."""
@@ -231,6 +240,9 @@ class Preferences(OnTRL):
 
     def trainer(self, args: TrainingArguments, **more: Any) -> Trainer:
         """Make the trainer; of several processes one writes the reference's log-probabilities, beside rows in files."""
+        for part in (self.train, self.held_out):  # of no rows TRL would compute them, too
+            if all(len(self.tokenizer(self._prompt(row))["input_ids"]) >= self.data.max_length for row in part):
+                raise self._no_answers()
         if processes.count() > 1:
             for name in ("train_dataset", "eval_dataset"):
                 path = f"{args.output_dir}/{name}"

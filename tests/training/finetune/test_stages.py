@@ -131,6 +131,7 @@ def test_a_rule_rewards_the_last_number():
             {"prompt": "Add.\n\n1 and 2\n\n", "completion": "3"},
         ),
         ({"instruction": "Greet.", "input": "", "output": "Hi"}, {"prompt": "Greet.\n\n", "completion": "Hi"}),
+        ({"instruction": "Count.", "input": 0, "output": 0}, {"prompt": "Count.\n\n0\n\n", "completion": "0"}),
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
@@ -166,6 +167,19 @@ def test_numbers_are_taken_for_text(task, row, write, causal, tmp_path):
     config = configure(task=task, model=str(causal), data=write("sums.csv", [row] * 8), max_length=32, steps=1)
     run = new_run(Finetuning, config, tmp_path / "run")
     assert run.job.kind.train[0] == {name: str(value) for name, value in row.items()}
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "reward"])
+def test_rows_that_are_left_out_for_their_length_are_told(task, write, causal, tmp_path):
+    answers = {"completion": "a"} if task == "sft" else {"chosen": "a", "rejected": "b"}
+    rows = [{"prompt": "word " * (99 if number % 2 else 1), **answers} for number in range(8)]
+    given = {"task": task, "model": str(causal), "max_length": 32, "steps": 1, "batch": 2}
+    console = Console(record=True, width=200)
+    new_run(Finetuning, configure(data=write("rows.jsonl", rows), **given), tmp_path / "run", console=console)
+    assert "4 rows are too long for max_length = 32, and left out." in console.export_text()
+    none = configure(data=write("none.jsonl", rows[1::2]), **given)
+    with pytest.raises(ValueError, match="max_length = 32 leaves no answers"):
+        new_run(Finetuning, none, tmp_path / "none")
 
 
 def test_a_chat_template_can_be_given(write, supervise, causal, tmp_path):
