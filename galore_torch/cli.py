@@ -25,6 +25,8 @@ def main() -> None:
     if wrong := _wrong_surroundings():
         os.write(2, f"galore: {wrong}\n".encode("ascii", "backslashreplace"))
         sys.exit(2)
+    if os.environ.get("COLUMNS") == "0":  # of a terminal that has no size yet; Rich would write nothing at all
+        del os.environ["COLUMNS"]
     for number in heeded():
         signal.signal(number, _stop)  # until a command has something to save
     for name in _CHATTY:

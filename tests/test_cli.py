@@ -198,6 +198,11 @@ def test_surroundings_in_which_no_run_can_end_well_are_told_at_once(given, words
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_terminal_without_a_size_is_written_to():
+    output, _ = galore("plan", "--help", env={**os.environ, "COLUMNS": "0"}).communicate(timeout=DEADLINE)
+    assert "--memory" in output
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
 def test_a_result_that_cannot_be_written_is_told():
     code = "import galore_torch.cli as cli; cli.build_app = lambda: lambda: print('a result'); cli.main()"
