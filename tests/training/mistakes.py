@@ -25,6 +25,8 @@ EARLY = [
     ("pretrain --config typo.toml", "did you mean rank"),
     ("pretrain --config section.toml", "[optimizer]"),
     ("pretrain --resume", "give its folder as --out"),
+    ("pretrain --resume --prepare --out begun", "leave out either"),
+    ("compare --method full --update-proj-gap 5", "leave it out, or use it with galore-adamw"),
     ("pretrain --resume --out nowhere", "leave out --resume to start one"),
     ("pretrain --resume --out nowhere --lr 1e-3", "What may change is steps"),
     ("pretrain --out text.txt", "choose another --out"),

@@ -165,6 +165,7 @@ def test_a_rank_that_saves_nothing_is_said(small):
         (["llama-tiny", "--method", "galore", "--rank", "300"], "rank = 300 is beyond the matrices of 'llama-tiny'"),
         (["llama-tiny", "--method", "galore", "--rank", "0"], "rank = 0 is out of range"),
         ([*TINY, "--method", "galore", "--update", "backward"], "micro_batch = 2 is a part of batch = 4"),
+        (["llama-tiny", "--method", "full", "--rank", "8"], "rank = 8 has no effect with method = 'full'"),
         ([*TINY, "--world-size", "0"], "world_size = 0 is out of range"),
         ([*TINY, "--world-size", "3"], "batch = 4 cannot be divided among 3 processes"),
         ([*TINY, "--world-size", "2", "--parallel", "tp"], "parallel = 'tp' is not known"),
@@ -190,6 +191,11 @@ def test_bad_input_is_named_with_its_remedy(arguments, words, monkeypatch):
     result = galore_plan(*arguments)
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
+
+
+def test_a_vocabulary_is_that_of_the_model_but_for_a_preset(small):
+    result = galore_plan(*small, "--vocab", "400")
+    assert (result.exit_code, "vocab = 400 has no effect" in result.output) == (2, True)
 
 
 def test_methods_whose_library_is_missing_are_left_out_and_told(small, monkeypatch):

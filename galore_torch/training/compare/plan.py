@@ -18,7 +18,7 @@ from galore_torch.training.run.files import Lock, require_empty, write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import field_names
-from galore_torch.training.settings.methods import method_settings, refuse_without_effect
+from galore_torch.training.settings.methods import method_settings, refuse_without_any_effect, refuse_without_effect
 
 JOBS = {job.name: job for job in (PRETRAIN, FINETUNE)}
 """What can be compared, by name; the first is meant where none is named."""
@@ -158,6 +158,7 @@ def make_plan(
             refuse_without_effect(method, own[method], config.optimizer, config.adapter)
             lr, others = config.optimizer.lr, config.optimizer.others_lr or config.optimizer.lr
             runs.append(PlannedRun(method, lr, others, seed, config, job.amount(config)))
+    refuse_without_any_effect(given, {run.method: run.config for run in runs})
     first = runs[0]
     for run in runs:
         if run.amount != first.amount:

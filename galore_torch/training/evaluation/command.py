@@ -93,6 +93,11 @@ def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
         if "task" in values:
             others = {} if data is None else {"held_out": data}
             return from_values(FinetuneConfig, {**values, **others, **given, "model": model}), data is not None
+    for key, value in given.items():
+        if key not in ("data", "text_column", "max_length"):
+            raise ValueError(
+                f"{key} = {value!r} has no effect on packed text, by which this model is judged; leave it out."
+            )
     kept = {key: values[key] for key in _OF_TEXT if key in values}
     named = {key: given[key] for key in ("data", "text_column") if key in given}
     return configure_text(CONTINUED, model=model, **(kept | named | length)), data is not None

@@ -115,7 +115,8 @@ class ModelDataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_defaults(self, "task", dict.fromkeys(("text_pair_column", "label_column", "labels"), ("classify",)))
+        of_rows = dict.fromkeys(("text_pair_column", "label_column", "labels"), ("classify",))
+        require_defaults(self, "task", {**of_rows, "cache": (PLAIN_TEXT,)})
 
 
 @settings

@@ -22,7 +22,7 @@ from galore_torch.training.run.names import local_path, model_of_run, require_js
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import field_names, given_settings, suggest, with_settings
-from galore_torch.training.settings.methods import METHODS, method_settings
+from galore_torch.training.settings.methods import METHODS, method_settings, refuse_without_any_effect
 from galore_torch.training.settings.optimizer import missing_library
 from galore_torch.units import parse_bytes
 
@@ -79,6 +79,7 @@ def plan(
 
             planned = subject(model, given, dtype, cards)
             methods = method or [name for name in known if not planned.refuses(name)]
+            refuse_without_any_effect(given, {name: planned.alone(name) for name in methods})
             with console.status("Planning") as status:
                 shown = Planned.of(planned, methods, room, lambda name: status.update(f"Planning: {name} is done"))
                 texts = shown.texts

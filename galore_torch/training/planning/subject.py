@@ -50,7 +50,7 @@ class Subject:
         Raises:
             ValueError: when the method or a value is not known or not allowed, or not in so many processes.
         """
-        alone, world = configure(self.preset, micro_batch=1, batch=1, method=method), self.cards.world_size
+        alone, world = self.alone(method), self.cards.world_size
         kept = {name: one for name, one in self.given.items() if has_effect(name, alone.optimizer, alone.adapter)}
         if alone.optimizer.update == "backward":  # which leaves nothing to accumulate
             micro_batch = self.given.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
@@ -68,7 +68,11 @@ class Subject:
 
     def refuses(self, method: str) -> bool:
         """Whether a method by itself is refused in so many processes."""
-        return refusal(self.cards, configure(self.preset, micro_batch=1, batch=1, method=method)) is not None
+        return refusal(self.cards, self.alone(method)) is not None
+
+    def alone(self, method: str) -> PretrainConfig:
+        """A method's own settings, whatever was given."""
+        return configure(self.preset, micro_batch=1, batch=1, method=method)
 
     def planned(self, method: str) -> tuple[MemoryPlan, Cost | None]:
         """What a method needs of memory, in each process, and what a step costs, where that was asked for."""
@@ -133,6 +137,10 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards
         sizes, kind = llama_sizes(config, vocab_size=config.data.vocab), transformers.LlamaForCausalLM
         built = _without_weights(kind, sizes, config.model.dtype)
         return Subject(name=name, model=built, preset=name, given=given, target_modules=MATRICES, cards=cards)
+    if "vocab" in given:
+        raise ValueError(
+            f"vocab = {given['vocab']} has no effect with model = {name!r}, which has its own; leave it out."
+        )
     sizes = _configuration(name)
     built = _without_weights(_kind(name, sizes), sizes, dtype or "bfloat16")
     width = int(getattr(sizes.get_text_config(), "hidden_size", 512))

@@ -126,6 +126,10 @@ class JobCommand:
         folder: RunFolder | None = None
         with stoppable(lambda: _stopped(folder, name, resumed=resume)):
             with reported_errors(name):
+                if resume and prepare:
+                    raise ValueError(
+                        "prepare = True is for runs to come, and resume goes on with one; leave out either."
+                    )
                 if resume:
                     if out is None:
                         raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")

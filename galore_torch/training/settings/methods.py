@@ -108,27 +108,42 @@ def has_effect(name: str, optimizer: OptimizerConfig, adapter: AdapterConfig) ->
 
 
 def refuse_without_effect(
-    method: str | None, given: Iterable[str], optimizer: OptimizerConfig, adapter: AdapterConfig
+    method: str | None, given: Mapping[str, Any], optimizer: OptimizerConfig, adapter: AdapterConfig
 ) -> None:
     """Refuse single flags that have no effect with a named method.
 
     Args:
         method: its name; None refuses nothing, for flags may then be shared by runs that are compared.
-        given: the names of the single flags.
+        given: the single flags by name.
         optimizer: the optimizer's settings, as resolved.
         adapter: the adapter's settings, as resolved.
 
     Raises:
         ValueError: with the setting, its value and the optimizers that it has an effect on.
     """
-    for name in given if method is not None else ():
+    for name, value in given.items() if method is not None else ():
         if not has_effect(name, optimizer, adapter):
-            value = getattr(adapter if name in field_names(AdapterConfig) else optimizer, name)
             also = ", or a method with an adapter" if name == "rank" else ""
             raise ValueError(
                 f"{name} = {value!r} has no effect with method = {method!r} (optim = {optimizer.optim!r}); leave it "
                 f"out, or use it with {', '.join(of_optimizer.optimizers_with(name))}{also}."
             )
+
+
+def refuse_without_any_effect(given: Mapping[str, Any], configs: Mapping[str, Any]) -> None:
+    """Refuse single flags that have an effect on none of the methods that share them.
+
+    Args:
+        given: the flags by name.
+        configs: of each method by its name, with ``optimizer`` and ``adapter``.
+
+    Raises:
+        ValueError: as `refuse_without_effect` has it, of the first method.
+    """
+    method, first = next(iter(configs.items()))
+    for name, value in given.items():
+        if not any(has_effect(name, one.optimizer, one.adapter) for one in configs.values()):
+            refuse_without_effect(method, {name: value}, first.optimizer, first.adapter)
 
 
 def help_text(names: Iterable[str] = METHODS) -> str:

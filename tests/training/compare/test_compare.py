@@ -100,8 +100,8 @@ def test_another_plan_is_refused_with_what_differs(given, tmp_path):
     require_same_plan(path, PRETRAIN, runs)
     with pytest.raises(ValueError, match="steps was 6"):
         require_same_plan(path, PRETRAIN, plan({**given, "steps": 7}))
-    with pytest.raises(ValueError, match=r"galore/lr-0\.01/seed-0 was planned"):
-        require_same_plan(path, PRETRAIN, plan(given, methods=("full",)))
+    with pytest.raises(ValueError, match=r"full/lr-0\.01/seed-0 was planned"):
+        require_same_plan(path, PRETRAIN, plan(given, methods=("galore",)))
 
 
 def test_a_setting_of_one_method_is_its_alone(given):

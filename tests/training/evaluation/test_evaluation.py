@@ -61,6 +61,8 @@ def test_a_pre_training_is_judged_by_perplexity(tiny, texts, tmp_path):
         listed = json.loads((folder / MANIFEST).read_text())["files"].keys() | {MANIFEST}
         assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.arrow")} < listed
         assert damage(folder) is None
+    refused = CliRunner().invoke(app(), ["evaluate", str(tmp_path / "run"), "--label-column", "stars"])
+    assert (refused.exit_code, "label_column = 'stars' has no effect" in refused.stderr) == (2, True)
     refused = CliRunner().invoke(app(), ["predict", str(tmp_path / "run")])
     assert (refused.exit_code, "no rows to predict" in refused.stderr) == (2, True)
 

@@ -188,6 +188,7 @@ def test_kinds_are_told_apart_by_name_and_shape():
         ({"state_budget": "lots"}, "state_budget = 'lots' is no size; give .* such as 200MB"),
         ({"lr": -1.0}, "lr = -1.0 is out of range"),
         ({"task": "sstt"}, "task = 'sstt' is not known.*did you mean 'sst2'"),
+        ({"task": "classify", "cache": "x"}, "cache = 'x' has no effect with task = 'classify'"),
         ({"label_column": "stars"}, "label_column = 'stars' has no effect with task = 'text'"),
         ({"tanks": 4}, "tanks = 4 is no setting of an inspection; did you mean"),
     ],
