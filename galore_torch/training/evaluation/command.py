@@ -77,22 +77,20 @@ def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
     """
     folder, data = RunFolder(local_path("model", model)), given.get("data")
     length: dict[str, Any] = {"seq": given["max_length"]} if "max_length" in given else {}
-    if not folder.config.is_file():
-        if data is None:
-            wrong, remedy = "is no folder of a run or a model", "one that exists, or a model of the Hub with --data"
-            if folder.root.exists():
-                wrong, remedy = "is no run that has data of its own", "--data"
-            raise ValueError(f"model = {model!r} {wrong}; give {remedy}.")
-        if "task" in given:
-            return configure_rows(model=model, **{"held_out": data, **given}), True
-        values: dict[str, Any] = {}
-    else:
-        values = folder.settings()
-        model = model_of_run("model", model)
+    values: dict[str, Any] = {}
+    if folder.config.is_file():
+        values, model = folder.settings(), model_of_run("model", model)
         values.pop("gguf_file", None)
-        if "task" in values:
-            others = {} if data is None else {"held_out": data}
-            return from_values(FinetuneConfig, {**values, **others, **given, "model": model}), data is not None
+    elif data is None:
+        wrong, remedy = "is no folder of a run or a model", "one that exists, or a model of the Hub with --data"
+        if folder.root.exists():
+            wrong, remedy = "is no run that has data of its own", "--data"
+        raise ValueError(f"model = {model!r} {wrong}; give {remedy}.")
+    if "task" in values:
+        others = {} if data is None else {"held_out": data}
+        return from_values(FinetuneConfig, {**values, **others, **given, "model": model}), data is not None
+    if "task" in given:
+        return configure_rows(model=model, **{"held_out": data, **given}), True
     for key, value in given.items():
         if key not in ("data", "text_column", "max_length"):
             raise ValueError(

@@ -6,6 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from galore_torch.training.evaluation.command import settings_of
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
@@ -63,6 +64,8 @@ def test_a_pre_training_is_judged_by_perplexity(tiny, texts, tmp_path):
         assert damage(folder) is None
     refused = CliRunner().invoke(app(), ["evaluate", str(tmp_path / "run"), "--label-column", "stars"])
     assert (refused.exit_code, "label_column = 'stars' has no effect" in refused.stderr) == (2, True)
+    on_rows, _ = settings_of(str(tmp_path / "run"), {"task": "sft", "data": "chats.jsonl"})
+    assert (on_rows.data.task, on_rows.model.model) == ("sft", str(tmp_path / "run" / "model"))
     refused = CliRunner().invoke(app(), ["predict", str(tmp_path / "run")])
     assert (refused.exit_code, "no rows to predict" in refused.stderr) == (2, True)
 
