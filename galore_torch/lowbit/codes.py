@@ -45,24 +45,14 @@ class Codes:
     bits: int
 
     @classmethod
-    def of(
-        cls,
-        tensor: Tensor,
-        bits: int = 8,
-        group_size: int = 256,
-        *,
-        symmetric: bool = False,
-        key: int | None = None,
-    ) -> Codes:
-        """A tensor in few bits.
+    def of(cls, tensor: Tensor, bits: int = 8, group_size: int = 256, *, symmetric: bool = False) -> Codes:
+        """A tensor in few bits, rounded to the nearest.
 
         Args:
             tensor: of any floating dtype. A group with a number that is not finite decodes to no finite number.
             bits: 8 or 4.
             group_size: numbers in a group, even.
             symmetric: whether codes lie evenly on both sides of zero.
-            key: of random numbers (`random_bits.key_of`): codes are then rounded up or down at random so that they
-                are right on average (symmetric only). None rounds to the nearest.
 
         Returns:
             The codes.
@@ -79,8 +69,7 @@ class Codes:
         groups = _groups(tensor.detach(), group_size)
         if symmetric:
             low = None
-            keyed = None if key is None else torch.full((), key, dtype=torch.int32, device=tensor.device)
-            codes, scale = symmetric_codes(groups, bits, keyed)
+            codes, scale = symmetric_codes(groups, bits, None)
         else:
             codes, scale, low = _ranged(groups, bits)
         if bits == 4:
@@ -165,7 +154,8 @@ def symmetric_codes(groups: Tensor, bits: int, key: Tensor | None, first: int | 
     Args:
         groups: (groups, group size), float32.
         bits: 8 or 4.
-        key: of random numbers, int32; None rounds to the nearest.
+        key: of random numbers (`random_bits.key_of`), int32: codes are then rounded up or down at random, so that they
+            are right on average. None rounds to the nearest.
         first: place of the first number, where the groups are part of a larger tensor. Whole groups come before it.
 
     Returns:
