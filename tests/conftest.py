@@ -209,7 +209,8 @@ def seeded(device: str) -> None:
 @pytest.fixture
 def bfloat16_in_float32() -> Iterator[None]:
     """For steps in bfloat16 where the CPU has no instructions for its products: ten times as fast, rounded once."""
-    from benchmarks.common.bf16_products import while_in_float32
+    from benchmarks.common.bf16_products import as_torch_does, in_float32
 
-    with while_in_float32():
-        yield
+    in_float32()
+    yield
+    as_torch_does()

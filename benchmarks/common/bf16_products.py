@@ -6,8 +6,7 @@ the floor) multiplies in the same way: blocks of both factors are widened, multi
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,16 +31,6 @@ def in_float32() -> bool:
     if not bfloat16_is_native() and not _installed:
         _install()
     return not bfloat16_is_native()
-
-
-@contextmanager
-def while_in_float32() -> Iterator[None]:
-    """The same for a time, after which torch's own kernels are back."""
-    in_float32()
-    try:
-        yield
-    finally:
-        as_torch_does()
 
 
 def as_torch_does() -> None:

@@ -52,7 +52,8 @@ def test_torchs_kernels_are_back_afterwards(monkeypatch):
     calls = []
     monkeypatch.setattr(products, "bfloat16_is_native", lambda: False)
     monkeypatch.setattr(products, "_addmm_in_place", lambda into, *_, **__: calls.append(1) or into.zero_())
-    with products.while_in_float32():
-        assert not (a @ a.T).any()
+    assert products.in_float32()
+    assert not (a @ a.T).any()
+    products.as_torch_does()
     assert (a @ a.T).any()
     assert len(calls) == 1
