@@ -73,6 +73,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._window = self._windows = 0
         self.block: int | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it is in eager mode already, and to say so of each operation costs as much as to run it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note what it has allocated. What would read a number gets one as of usual data."""
         if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
