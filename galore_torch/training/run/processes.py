@@ -84,10 +84,8 @@ def require_served(config: Any) -> int:
         ValueError: it cannot, or its batch cannot be divided.
     """
     adapter = config.adapter.adapter
-    if adapter != "none" and divides_weights(config):
-        raise ValueError(
-            f"parallel = 'fsdp' and adapter = {adapter!r}, which is merged into whole matrices at the end; use ddp."
-        )
+    if adapter == "relora" and divides_weights(config):
+        raise ValueError("parallel = 'fsdp' and adapter = 'relora', whose restarts need whole matrices; use ddp.")
     return divided(config.schedule, count())
 
 

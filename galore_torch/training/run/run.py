@@ -192,7 +192,8 @@ class Run:
         for line in predictions:
             records.append(self.folder.predictions, line)
         self.model.config.use_cache = True  # for generation, by whoever loads it
-        merged(self.model).save_pretrained(self.folder.model, state_dict=weights)
+        sharded.put_together(self.model, weights or {})
+        merged(self.model).save_pretrained(self.folder.model)
         self.job.tokenizer.save_pretrained(self.folder.model)
         write_manifest(self.folder.model)
         plot_losses(self.config.title, self.folder.metrics, self.folder.plot, self.job.unit)

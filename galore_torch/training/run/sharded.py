@@ -6,6 +6,7 @@ them, sharded or not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,21 @@ def whole_weights(model: nn.Module) -> dict[str, Any] | None:
     if not is_sharded(model):
         return None
     return get_model_state_dict(model, options=_WHOLE)
+
+
+def put_together(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a model its whole weights, in the place of this process' parts of them. It cannot be run any more.
+
+    Args:
+        model: that was sharded.
+        weights: as `whole_weights` returns them. Those that were tied are tied.
+    """
+    whole: dict[Tensor, nn.Parameter] = {}
+    for name, part in list(model.named_parameters(remove_duplicate=False)):
+        if name in weights:
+            holder, _, own = name.rpartition(".")
+            made = whole.setdefault(part, nn.Parameter(weights[name], requires_grad=False))
+            model.get_submodule(holder).register_parameter(own, made)
 
 
 def adopt(trainer: Trainer) -> Trainer:

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from galore_torch.training.run import processes
 from galore_torch.training.run.command import REFUSED
@@ -112,16 +114,22 @@ def test_a_comparison_goes_on_by_itself_also_with_shards(compared, tmp_path):
 
 
 def test_what_a_comparison_cannot_run_in_two_is_refused_before_anything_is_made(tmp_path):
-    options = "--method=full", "--method=lora", "--parallel=fsdp"
+    options = "--method=full", "--method=relora", "--parallel=fsdp"
     status, printed = launch(tmp_path / "compared", *options, job="compare")
     assert status == 1
-    assert "parallel = 'fsdp' and adapter = 'lora'" in printed  # torchrun ends the other one when it hears of the first
+    assert "parallel = 'fsdp' and adapter = 'relora'" in printed  # torchrun ends the other when it hears of the first
     assert names(tmp_path) == ["compared.said"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "given"), [("low-rank", {}), ("relora", {"adapter_dropout": 0.0, "restart_every": 3})]
+    ("method", "given"),
+    [
+        ("low-rank", {}),
+        ("relora", {"adapter_dropout": 0.0, "restart_every": 3}),
+        ("low-rank", {"parallel": "fsdp"}),
+        ("lora", {"adapter_dropout": 0.0, "parallel": "fsdp"}),
+    ],
 )
 def test_adapters_are_trained_as_by_one_process_also_where_one_is_killed(method, given, tiny, tmp_path):
     """Those of a ReLoRA begin again after 3 and 6 steps, in the same random directions in all."""
@@ -131,6 +139,9 @@ def test_adapters_are_trained_as_by_one_process_also_where_one_is_killed(method,
     ended(tmp_path / "alone", "--config", str(path), world=1)
     ended(tmp_path / "lost", "--config", str(path), restarts=1, loses="1:5")
     assert losses(tmp_path / "lost") == pytest.approx(losses(tmp_path / "alone"), rel=BAR)
+    saved, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("lost", "alone"))
+    assert {name: one.shape for name, one in saved.items()} == {name: one.shape for name, one in expected.items()}
+    assert all(torch.allclose(one, expected[name], atol=1e-4) for name, one in saved.items())
 
 
 @pytest.mark.slow
