@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from galore_torch.gradients import attach
+    from galore_torch.gradients import attach, detach
     from galore_torch.lowbit import dequantize_weights, quantize_weights
     from galore_torch.optim import (
         GaLore,
@@ -43,6 +43,7 @@ __all__ = [
     "attach",
     "choose_ranks",
     "dequantize_weights",
+    "detach",
     "lower_ranks",
     "param_groups",
     "quantize_weights",
@@ -54,6 +55,7 @@ _HOMES = {
     "attach": "gradients",
     "choose_ranks": "targets",
     "dequantize_weights": "lowbit",
+    "detach": "gradients",
     "param_groups": "targets",
     "quantize_weights": "lowbit",
 }

@@ -6,7 +6,7 @@ dict, its parameters and the optimizer's state are the same under all of them.
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from galore_torch.gradients.applied_gradient import AppliedGradient
 from galore_torch.gradients.backward_updates import BackwardUpdates
-from galore_torch.gradients.data_parallel import Traffic, refuse_data_parallel
+from galore_torch.gradients.data_parallel import ATTACHMENT, Traffic, attachments, refuse_data_parallel
 from galore_torch.gradients.hooks import discard_stale, project_when_complete
 from galore_torch.gradients.linear import FusedLinear, fuse, is_linear
 from galore_torch.gradients.other_optimizers import refuse_other_optimizers
@@ -37,9 +37,6 @@ from galore_torch.optim.groups import is_projected
 from galore_torch.optim.kinds import require_galore
 from galore_torch.optim.processes import JOIN, is_sharded
 from galore_torch.units import first_of
-
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Modules whose parameters are under an attachment. Not a mark on the module: a copy of it is not attached."""
 
 
 class Attachment:
@@ -62,6 +59,10 @@ class Attachment:
         """Takes everything off the model again. Gradients that wait for `step()` stay, projected or full."""
         while self._undo:
             self._undo.pop()()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model is not attached."""
+        return type(None), ()
 
     def __enter__(self) -> Attachment:
         return self
@@ -160,7 +161,7 @@ def attach(
         _refuse_residuals(optimizer, "update='backward' under DistributedDataParallel")
         projected = {name: weight for name, weight in projected.items() if traffic.takes(weight)}
     elif early:
-        attachment._undo.append(refuse_data_parallel(model, _ATTACHED).remove)
+        attachment._undo.append(refuse_data_parallel(model).remove)
     formed = f"gradients={gradients!r}, update={update!r}"
     attachment._undo.append(refuse_other_optimizers(optimizer, early.values(), formed))
     attachment._undo.append(refuse_replaced_weights(model, optimizer).remove)
@@ -176,9 +177,34 @@ def attach(
             room = discard_stale(optimizer, weight)
             arrival = weight.register_hook(room if traffic is None else traffic.arrives(room))  # type: ignore[no-untyped-call]
             attachment._undo.append(arrival.remove)
-    _ATTACHED.update(model.modules())
-    attachment._undo.append(lambda: _ATTACHED.difference_update(model.modules()))
+    _mark(model, attachment)
     return attachment
+
+
+def detach(model: nn.Module) -> None:
+    """Takes off a model what `attach` has put on it, or on what it is a part of: `remove()` of all their handles.
+
+    For those who have no handle: it was not kept, or a trainer has it. Gradients that wait for `step()` stay.
+
+    Args:
+        model: the model; one that is not attached stays as it is.
+
+    Example:
+        >>> from galore_torch import GaLoreAdamW, attach, param_groups
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        >>> for _ in range(2):  # as a cell of a notebook is run again
+        ...     optimizer = GaLoreAdamW(param_groups(model, rank=4, target_modules="all-linear"))
+        ...     detach(model)
+        ...     handle = attach(model, optimizer)
+    """
+    for attachment in attachments(model):
+        attachment.remove()
+
+
+def _mark(model: nn.Module, attachment: Attachment) -> None:
+    for module in model.modules():
+        module.__dict__[ATTACHMENT] = attachment
+        attachment._undo.append(functools.partial(module.__dict__.pop, ATTACHMENT, None))
 
 
 def _keeps_residual(group: dict[str, Any]) -> bool:
@@ -198,8 +224,11 @@ def _check(model: nn.Module, optimizer: GaLore) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; pass the nn.Module whose parameters the optimizer holds")
     require_galore(optimizer)
-    if not _ATTACHED.isdisjoint(model.modules()):
-        raise ValueError("the model is attached already; call remove() on the handle that attach() returned")
+    if attachments(model):
+        raise ValueError(
+            "the model is attached already; call galore_torch.detach(model), or remove() on the handle that attach() "
+            "returned"
+        )
 
 
 def _projected_weights(model: nn.Module, optimizer: GaLore) -> dict[str, Tensor]:

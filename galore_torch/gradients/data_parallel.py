@@ -6,7 +6,7 @@ of no other processes, the model refuses to run inside DDP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -37,27 +37,33 @@ class Traffic(Protocol):
         """Ends it."""
 
 
-_ATTACHED_TO: list[Container[nn.Module]] = []
-"""Where the hook looks, which is a plain function, for models are pickled with their hooks."""
+ATTACHMENT = "_galore_attachment"
+"""The attribute of each module under an attachment that holds it; None in copies of the module."""
 
 
-def refuse_data_parallel(model: nn.Module, attached: Container[nn.Module]) -> RemovableHandle:
-    """Makes a model refuse to run inside DDP.
+def attachments(model: nn.Module) -> set[Any]:
+    """The attachments that a model, its parts, or what it is a part of, are under.
 
     Args:
         model: the model.
-        attached: the modules for which this holds; copies of a model take its hooks along, and are not among them.
+    """
+    return {held for module in model.modules() if (held := module.__dict__.get(ATTACHMENT)) is not None}
+
+
+def refuse_data_parallel(model: nn.Module) -> RemovableHandle:
+    """Makes a model refuse to run inside DDP while it is attached; copies of it take the hook along, and are not.
+
+    Args:
+        model: the model.
 
     Returns:
         A handle to take the refusal off again.
     """
-    _ATTACHED_TO[:] = [attached]
     return model.register_forward_pre_hook(_check)
 
 
 def _check(module: nn.Module, _: Any) -> None:
-    active = DistributedDataParallel._active_ddp_module
-    if active is not None and any(module in attached for attached in _ATTACHED_TO):
+    if DistributedDataParallel._active_ddp_module is not None and module.__dict__.get(ATTACHMENT) is not None:
         raise ValueError(
             "the model runs inside DistributedDataParallel, and attach(...) was called without a process "
             "group: its projected gradients would not be averaged. Call torch.distributed.init_process_group before "

@@ -65,8 +65,8 @@ def refuse_other_optimizers(optimizer: GaLore, weights: Iterable[Tensor], how: s
                 raise ValueError(
                     f"{type(other).__name__} holds {parameter_name(group, index)}, whose gradients are formed for "
                     f"another optimizer, a {type(ours).__name__} (attach, {how}), and would move it by what that one's "
-                    "subspace holds. Call remove() on the handle that attach() returned, zero_grad(), and attach the "
-                    "model with the optimizer that is to train it"
+                    "subspace holds. Call galore_torch.detach(model) and zero_grad(), and attach the model with the "
+                    "optimizer that is to train it"
                 )
 
     _look_before_steps()

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from galore_torch.gradients.attachment import attach
+from galore_torch.gradients.attachment import attach, detach
 from galore_torch.messages import did_you_mean, warn
 from galore_torch.modes import DEFAULT_GRADIENTS, DEFAULT_UPDATE, Gradients, Update, check_modes
 from galore_torch.optim import GaLore, GaLoreAdamW
@@ -137,6 +137,7 @@ class GaLoreFactory:
         if outside:
             groups.append({"params": list(outside.values()), "param_names": list(outside)})
         made = optimizer(groups, **arguments)
+        detach(model)  # from the optimizer of a trainer before, which nobody has a handle of
         attach(model, made, gradients, update, **of_attach)
         return made
 

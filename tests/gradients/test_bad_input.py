@@ -29,6 +29,7 @@ from tests.gradients.llama import (
     walk,
     weights,
 )
+from tests.gradients.untouched import assert_untouched
 from tests.modes import MODES, every_mode
 from tests.optim.small import assert_same, refusing
 
@@ -51,11 +52,6 @@ class OneCall(torch.optim.Optimizer):
 
 
 # Refused before anything changes ------------------------------------------------------------------------------------
-
-
-def assert_untouched(model: nn.Module) -> None:
-    assert all("forward" not in vars(module) for module in model.modules())
-    assert not any(weight._post_accumulate_grad_hooks or weight._backward_hooks for weight in model.parameters())
 
 
 BAD_CHOICES = {
@@ -84,19 +80,6 @@ def test_choices_that_are_unknown_or_exclude_each_other(choice, message):
     assert message in refusing(lambda: attach(model, optimizer, **choice))
     assert_untouched(model)
     attach(model, optimizer)  # it is not taken for attached
-
-
-@every_mode
-def test_attaching_twice(mode):
-    model, optimizer, attachment = attached(mode, one_layer)
-    for again in (model, model.model, nn.ModuleList([model])):
-        message = refusing(lambda again=again: attach(again, optimizer, *mode))
-        assert "attached already" in message
-        assert "remove()" in message
-    walk(model, optimizer, range(2))
-    attachment.remove()
-    assert_untouched(model)
-    attach(model, optimizer, *mode)
 
 
 def test_an_optimizer_of_other_weights():
@@ -130,11 +113,11 @@ def test_a_second_optimizer_may_not_step_by_the_gradients_of_the_first(mode, sec
     loss_of(model, batch(2)).backward()
     moved = [weight.detach().clone() for weight in weights(model)]
     said = refusing(other.step)
-    assert all(word in said for word in (second.__name__, "q_proj.weight", mode[0], "remove()"))
+    assert all(word in said for word in (second.__name__, "q_proj.weight", mode[0], "detach(model)"))
     assert_same(weights(model), moved)
     assert not other.state
     optimizer.step()
-    assert "remove()" in refusing(lambda: other.step(lambda: loss_of(model, batch(3)).backward()))
+    assert "detach(model)" in refusing(lambda: other.step(lambda: loss_of(model, batch(3)).backward()))
     attachment.remove()
     model.zero_grad()
     walk(model, other, range(2, 4))

@@ -88,3 +88,12 @@ def test_a_trainer_before_the_mixin_is_refused():
     with pytest.raises(ValueError, match="names Calling before GaLoreTrainerMixin"):
         type("Wrong", (Calling, GaLoreTrainerMixin), {})
     type("Right", (GaLoreTrainerMixin, Calling), {})
+
+
+def test_the_next_trainers_optimizer_takes_a_model_over():
+    trained = model()
+    made = [GaLoreFactory()(trained, rank=4, lr=0.1) for _ in range(2)]
+    trained["attn"](torch.ones(2, 16)).sum().backward()
+    made[1].step()
+    assert trained["attn"].weight in made[1].state
+    assert not made[0].state
