@@ -32,6 +32,7 @@ EARLY = [
     ("pretrain --out text.txt", "choose another --out"),
     ("pretrain --out full", "not an empty folder; choose another --out"),
     ("pretrain --out /proc/foo", "choose another --out"),
+    ("pretrain --data text.txt --subset en", "subset = 'en' has no effect"),
     ("pretrain --data ./nowhere", "give an existing file or folder"),
     ("pretrain --data nowhere.txt", "give an existing file or folder"),
     ("pretrain --data empty", "give a folder with files of one kind, or one file"),

@@ -96,6 +96,6 @@ def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
             raise ValueError(
                 f"{key} = {value!r} has no effect on packed text, by which this model is judged; leave it out."
             )
-    kept = {key: values[key] for key in _OF_TEXT if key in values}
+    kept = {key: values[key] for key in _OF_TEXT if key in values and (key != "subset" or data is None)}
     named = {key: given[key] for key in ("data", "text_column") if key in given}
     return configure_text(CONTINUED, model=model, **(kept | named | length)), data is not None

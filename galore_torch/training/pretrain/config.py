@@ -16,7 +16,7 @@ from galore_torch.training.settings.fields import (
     settings,
 )
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.files import require_readable
+from galore_torch.training.text.files import is_hub_name, require_readable
 
 SIZES = ("hidden", "intermediate", "layers", "heads")
 """The settings of a LLaMA's sizes, which every preset of one gives."""
@@ -111,6 +111,9 @@ class PretrainConfig(TrainConfig):
         if model.model is None and model.config_of is None and missing:
             raise ValueError(f"model = None, and {missing[0]} is not given; give --model, or a preset with sizes.")
         require_readable(self.data)
+        data, subset = self.data.data, self.data.subset
+        if subset is not None and (data == "stdlib" or not is_hub_name("data", data)):
+            raise ValueError(f"subset = {subset!r} has no effect with data = {data!r}, which is here; leave it out.")
         if model.model is not None:
             require_model("model", model.model, model.gguf_file or "config.json")
         if model.config_of is not None and not model.config_of.endswith(".json"):
