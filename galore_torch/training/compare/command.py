@@ -16,7 +16,7 @@ from galore_torch.training.run.command import FAILED, Json, option, reported_err
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.run.processes import gathered, is_first
-from galore_torch.training.run.signals import Screen, stoppable
+from galore_torch.training.run.signals import NOTHING_WRITTEN, Screen, stoppable
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS
 
@@ -123,7 +123,7 @@ def _command(job: JobCommand) -> Callable[..., None]:
 
 def _stopped(runs: Sequence[PlannedRun], out: Path) -> str:
     if not (out / PLAN).exists():
-        return "Stopped. Nothing was written."
+        return NOTHING_WRITTEN
     finished = sum(final_record(run, out) is not None for run in runs)
     return f"Stopped with {finished} of {len(runs)} runs finished. {out} is saved; the same command goes on."
 

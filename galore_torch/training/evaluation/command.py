@@ -51,7 +51,7 @@ def predict(model: Model, *, out: File = None, **given: Any) -> None:
 
 def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, out: Path | None = None) -> None:
     console, predicting = Console(stderr=True), name == "predict"
-    with stoppable(lambda: "Stopped. Nothing was written."), reported_errors(f"galore {name}"):
+    with stoppable(), reported_errors(f"galore {name}"):
         if out is not None:
             if out.exists():
                 raise ValueError(f"out = {str(out)!r} exists; choose another --out.")

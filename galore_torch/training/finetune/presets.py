@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from galore_torch.training.finetune.config import GLUE, ON_TRL, FinetuneConfig
+from galore_torch.training.finetune.config import DEFAULT_MODEL, GLUE, ON_TRL, FinetuneConfig
 from galore_torch.training.settings.config import FULL_RANK, PROJECTED, PresetTable
 
-_ROBERTA = {"model": "FacebookAI/roberta-base", "epochs": 30.0, "batch": 16, "max_length": 512}
+_ROBERTA = {"model": DEFAULT_MODEL, "epochs": 30.0, "batch": 16, "max_length": 512}
 _CAUSAL = {"rank": 64, "scale": 1.0, "epochs": 1.0, "batch": 8, "max_length": 512, "warmup": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
     "glue-rank4": {**_ROBERTA, "rank": 4, "scale": 4.0},

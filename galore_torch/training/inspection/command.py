@@ -16,7 +16,7 @@ from galore_torch.training.run.command import loading, option, reported_errors, 
 from galore_torch.training.run.files import require_empty, require_writable, write_folder
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import model_of_run, require_model
-from galore_torch.training.run.signals import deferred, stoppable
+from galore_torch.training.run.signals import NOTHING_WRITTEN, deferred, stoppable
 from galore_torch.training.settings.fields import field_names
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def inspect(
     """
     path = run if run is not None else Path(model or "")
     folder = out or Path("runs") / f"inspect-{path.resolve().name if path.exists() else path.name}"
-    left = "Stopped. Nothing was written."
+    left = NOTHING_WRITTEN
     with stoppable(lambda: left):
         console = Console(stderr=json)
         with reported_errors(_COMMAND):

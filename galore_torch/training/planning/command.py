@@ -62,7 +62,7 @@ def plan(
     """
     given = given_settings(given)
     of_cards = {name: given.pop(name) for name in field_names(Cards) if name in given}
-    with stoppable(lambda: "Stopped. Nothing was written."):
+    with stoppable():
         console = Console(stderr=json)
         with reported_errors(_COMMAND):
             model, known = _found(model), _methods(console, method)

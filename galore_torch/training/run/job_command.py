@@ -18,7 +18,7 @@ from galore_torch.training.run.command import Json, loading, option, reported_er
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import require_token
 from galore_torch.training.run.records import Record
-from galore_torch.training.run.signals import Screen, exit_status, stoppable
+from galore_torch.training.run.signals import NOTHING_WRITTEN, Screen, exit_status, stoppable
 from galore_torch.training.settings.config import PresetTable, sections_of
 from galore_torch.training.settings.fields import given_settings, with_settings
 from galore_torch.training.settings.methods import METHODS, help_text
@@ -204,7 +204,7 @@ def _failed(folder: RunFolder, name: str) -> str:
 def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
     """Leave a saved state or an untouched folder of the run that a stopped command was at work on, and say which."""
     if folder is None or not (resumed or folder.was_begun_here):
-        return "Stopped. Nothing was written."
+        return NOTHING_WRITTEN
     folder.abandon()
     if folder.config.exists():
         return f"Stopped. {_failed(folder, name)}"

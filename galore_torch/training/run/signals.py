@@ -25,6 +25,9 @@ from rich.console import Console
 
 from galore_torch.interrupts import HANGUP, heeded, write_nowhere
 
+NOTHING_WRITTEN = "Stopped. Nothing was written."
+"""What a command says that had nothing to leave behind when a signal came."""
+
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -104,7 +107,7 @@ def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
 
 
 @contextmanager
-def stoppable(left: Callable[[], str]) -> Iterator[None]:
+def stoppable(left: Callable[[], str] = lambda: NOTHING_WRITTEN) -> Iterator[None]:
     """Make a command's body end in order, with `exit_status`, when a signal comes.
 
     ``left`` puts in order what the body leaves behind, disturbed by no signal, and says what that is, for stderr.
