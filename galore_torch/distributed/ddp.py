@@ -137,11 +137,7 @@ class ReplicaTraffic(Traffic):
             )
         if self._every > 1 and any(isinstance(weight, QuantizedWeight) for weight in self.weights()):
             raise ValueError(f"average_every is {self._every}, and weights in INT8 cannot be averaged; use 1")
-        if self._together is None:
-            ranks = dist.get_process_group_ranks(wrapper.process_group)
-            group = dist.new_group(ranks, use_local_synchronization=True)  # never interleaves with DDP's
-        else:
-            group = self._together.group
+        group = _beside(wrapper.process_group) if self._together is None else self._together.group
         kind = Replicas if self._every == 1 else LocalReplicas
         together = kind(optimizer, group, dtype=self._dtype, update=self._applies, average_every=self._every)
         together.require(optimizer._settings["seed"])
@@ -296,6 +292,18 @@ def _after_forward(module: nn.Module, _: Any, output: Any) -> None:
     for one in tree_leaves(output):
         if isinstance(one, Tensor) and one.requires_grad:
             one.register_hook(lambda _, traffic=traffic: traffic.begin(anew=True))  # type: ignore[no-untyped-call]
+
+
+def _beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Another group of the same processes, which never interleaves with theirs, with the same time limit.
+
+    torch would give it its own limit, of half an hour.
+    """
+    known = getattr(group._get_backend(next(iter(group._device_types))), "options", None)
+    limit = getattr(known, "_timeout", None)  # a backend of others may not say
+    ranks = dist.get_process_group_ranks(group)
+    made: dist.ProcessGroup = dist.new_group(ranks, timeout=limit, use_local_synchronization=True)
+    return made
 
 
 def _leave_out(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
 
 import galore_torch
-from galore_torch.group_keys import KEYS
 from galore_torch.lowbit import QuantizedWeight
 from galore_torch.optim.galore import GaLore
 from galore_torch.optim.groups import parameter_name
@@ -27,6 +26,12 @@ from galore_torch.optim.projected_gradient import ProjectedGradient
 from galore_torch.optim.state_keys import BASIS, INNER, RENEWALS, STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Basis
+
+_ASKED = ("optimizer_class", "fallback_class", "state_dtype", "rounding", "skip_nonfinite", "shard_bases")
+"""Settings of an optimizer that its groups do not say."""
+
+_PLAIN = (int, float, str, tuple, type(None))
+"""Types of the values in groups that read the same in all processes."""
 
 
 class Together(Alone):
@@ -75,9 +80,10 @@ class Together(Alone):
 
     def _said(self, seed: int) -> dict[str, str]:
         said = {"torch": torch.__version__, "galore_torch": galore_torch.__version__, "seed": seed, **self._choices}
-        said["shard_bases"] = self._optimizer._settings.get("shard_bases", False)
+        said |= {name: self._optimizer._settings.get(name, False) for name in _ASKED}
         for number, group in enumerate(self._optimizer.param_groups):
-            said |= {f"{key} of group {number}": group[key] for key in KEYS if key in group}
+            plain = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()}
+            said |= {f"{key} of group {number}": value for key, value in plain.items() if isinstance(value, _PLAIN)}
             for index, weight in enumerate(group["params"]):
                 named = f"weight {index} of group {number}"
                 said[named] = f"{parameter_name(group, index)} {tuple(weight.shape)} {weight.dtype}"

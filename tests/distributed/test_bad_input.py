@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import galore_torch
 from galore_torch import GaLoreAdamW, attach, param_groups
-from tests.distributed.pool import Pool, assert_every_process_raises
+from tests.distributed.pool import COLLECTIVE, Pool, assert_every_process_raises
 from tests.distributed.sharded import fully_sharded
 from tests.distributed.trained import batch, distance, llama, loss_of, optimizer_of, trained, weights_of
 
@@ -33,8 +33,14 @@ DISAGREEMENTS: dict[str, Any] = {
     "galore_torch": lambda _: {},  # its version
 }
 
+ARGUMENTS: dict[str, Any] = {  # of the optimizer, in each process
+    "lr": (0.01, 0.02),
+    "betas": ((0.9, 0.999), (0.9, 0.95)),
+    "state_dtype": (None, torch.float32),
+}
 
-@pytest.mark.parametrize("name", [*DISAGREEMENTS, "weight"])
+
+@pytest.mark.parametrize("name", [*DISAGREEMENTS, *ARGUMENTS, "weight"])
 @pytest.mark.parametrize("gradients", ["projected", "full"])
 @pytest.mark.broad("projected-rank", "full-weight")
 def test_processes_that_disagree_are_told(pool, name, gradients):
@@ -60,6 +66,8 @@ def _disagreeing(rank: int, world: int, name: str, gradients: Any, monkeypatch: 
             if rank == 1:
                 group["params"].reverse()
         optimizer = GaLoreAdamW(groups)
+    elif name in ARGUMENTS:
+        optimizer = GaLoreAdamW(param_groups(model, rank=4), **{"lr": 0.01, name: ARGUMENTS[name][rank]})
     else:
         optimizer = optimizer_of(model, **DISAGREEMENTS[name](rank))
     before = weights_of(model)
@@ -152,6 +160,18 @@ def on_gpus_alone(rank: int, world: int, store: str) -> None:
     optimizer = optimizer_of(model)
     attach(model, optimizer)
     step(DistributedDataParallel(model), optimizer, rank, world)
+
+
+def test_our_groups_time_limit_is_that_of_the_job(pool):
+    assert pool.run(time_limits, 2) == [COLLECTIVE] * 2
+
+
+def time_limits(rank: int, world: int) -> float:
+    model = llama()
+    optimizer = optimizer_of(model)
+    attach(model, optimizer)
+    step(DistributedDataParallel(model), optimizer, rank, world)
+    return optimizer._processes.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def test_a_copy_of_an_attached_model_is_a_plain_one(pool):
