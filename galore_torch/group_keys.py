@@ -19,7 +19,7 @@ Layout = Literal["tucker", "stack", "reshape"]
 BasisBits = Literal[16, 8, 4]
 Residual = Literal["fira", "apollo", "alice", "sign", "full"]
 Moments = Literal["keep", "rotate", "reset"]
-Normalize = Literal["columns", "orthogonal", "periodic", "blocks"]
+Normalize = Literal["columns", "orthogonal", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +178,8 @@ KEYS: Mapping[str, Key] = {
         choices=get_args(Normalize),
         optional=True,
         wanted=f"one of {', '.join(get_args(Normalize))}, or None",
-        help="Gives updates a fixed size: columns (one norm an input feature), orthogonal (Newton-Schulz), blocks "
-        "(that of rank rows at a time) or periodic (of all rows in each fifth step). Entries are then about 1, times "
-        "lr and scale (0.2 is as AdamW's).",
+        help="Gives updates a fixed size: columns (one norm an input feature), orthogonal (Newton-Schulz) or blocks "
+        "(that of twice rank rows at a time). Entries are then about 1, times lr and scale (0.2 is as AdamW's).",
     ),
 }
 """By their names. Gap and scale are the paper's, those of lazy layers Q-GaLore's."""

@@ -3,7 +3,7 @@
 Read `galore.py` first. Here every residual S is formed, one matrix at a time, in the precision of the weight. G is
 m x n and projected on its shorter side: from the left by P if m < n, else from the right, the same of its transpose.
 Papers: Fira 2410.01623, APOLLO 2412.05270, Alice 2502.07752, FRUGAL 2411.07837, LDAdam 2410.16103, SCALE 2506.16659,
-Muon as in 2502.16982, SUMO 2505.24749, MuonBP 2510.16981.
+Muon as in 2502.16982, SUMO 2505.24749.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,6 @@ from torch import Tensor, linalg
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 GROWTH = 1.01
-ORTHOGONAL = ("orthogonal", "periodic", "blocks")
 
 
 @dataclass
@@ -45,12 +44,12 @@ class Beyond:
         """Take one step with the gradient `G` of the loss at W."""
         is_wide = self.W.shape[0] < self.W.shape[1]
         U = self.update(G) if is_wide else self.update(G.T).T
-        if self.normalize in ORTHOGONAL and self.residual is None:
+        if self.normalize in ("orthogonal", "blocks") and self.residual is None:
             U = max(U.shape) ** 0.5 * U
-        elif self.normalize == "orthogonal" or (self.normalize == "periodic" and self.t % 5 == 0):
+        elif self.normalize == "orthogonal":
             U = max(U.shape) ** 0.5 * orthogonal(U)
-        elif self.normalize in ORTHOGONAL:
-            U = torch.cat([max(block.shape) ** 0.5 * orthogonal(block) for block in torch.split(U, self.rank)])
+        elif self.normalize == "blocks":
+            U = torch.cat([max(block.shape) ** 0.5 * orthogonal(block) for block in torch.split(U, 2 * self.rank)])
         if self.normalize == "columns":  # of all outputs, for one input
             U = U * U.shape[0] ** 0.5 / linalg.vector_norm(U, dim=0)
         self.W *= 1 - self.lr * self.weight_decay
@@ -65,7 +64,10 @@ class Beyond:
         if self.t == 1:
             self.M, self.V, self.p = 0 * R, 0 * R, 0 * G[0]
         psi = self.direction(R)
-        if self.residual is None and self.normalize in ORTHOGONAL:  # R is all that is needed
+        if self.residual is None and self.normalize in (
+            "orthogonal",
+            "blocks",
+        ):  # R is all that is needed
             return self.P @ orthogonal(psi)
         inside, S = self.P @ psi, self.outside(G, R, psi)
         return self.residual_scale * S + (0 if self.residual == "apollo" else inside)

@@ -140,7 +140,6 @@ METHODS: dict[str, Method] = {
     "orthogonal": Method("the same, orthogonalised", galore(**FULL, normalize="orthogonal"), 0.008),
     "orthogonal-96": Method("the same at rank 96, bases in 8 bits", galore(**wide(96)), 0.004, others_lr=0.02),
     "orthogonal-128": Method("the same at rank 128, bases in 8 bits", galore(**wide(128)), 0.004, others_lr=0.02),
-    "periodic": Method("the same, whole each fifth step", galore(**FULL, normalize="periodic"), 0.008, others_lr=0.08),
     "blocks": Method("the same, orthogonalised in blocks", galore(**FULL, normalize="blocks"), 0.008, others_lr=0.08),
     "muon": Method("Muon", MUON, 0.004, others_lr=0.08),
     "galore-reset": Method("GaLore, moments reset", galore(moments="reset"), 0.01),

@@ -93,8 +93,7 @@ def _in_units(trained: TrainedWeight, coordinates: Tensor, projected: Tensor, fa
         update = Update(trained.local_projection, coordinates, trained.factors)
     else:
         update = with_residual(trained, coordinates, projected, kind)
-    turn = trained.state[STEP] + trained.index
-    return (update if size is None else normalized(update, size, turn)), rate
+    return (update if size is None else normalized(update, size)), rate
 
 
 def _context(trained: TrainedWeight) -> UpdateContext:

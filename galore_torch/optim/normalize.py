@@ -3,9 +3,8 @@
 Entries of a normalized update have a root mean square of 1, so that learning rate and `scale` alone say how far a
 weight moves, as with Adam. Columns (SCALE, arXiv 2506.16659): each input's, over outputs, whichever side is projected.
 Orthogonal (Muon): torch's Newton-Schulz iteration, times sqrt(max(m, n)) (arXiv 2502.16982). What lies in the subspace
-alone is orthogonalized there (SUMO, arXiv 2505.24749), for bases are orthonormal. Blocks: the same of about as many
-outputs at a time as the rank is, so that m n r operations take the place of m^2 n, in memory of a block. Periodic
-(MuonBP, arXiv 2510.16981): blocks, but every `PERIOD`-th step the whole, so that blocks do not drift apart.
+alone is orthogonalized there (SUMO, arXiv 2505.24749), for bases are orthonormal. Blocks: the same of about twice as
+many outputs at a time as the rank is, so that m n r operations take the place of m^2 n, in memory of a block.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ from galore_torch.optim.norms import exact, sums_of_squares
 from galore_torch.optim.update import Update
 from galore_torch.projection import Projection
 
-PERIOD = 5
-"""Steps from one that orthogonalizes the whole of a weight to the next, where the others do so in blocks."""
+BLOCK_RANKS = 2
+"""Ranks of outputs in a block. Blocks of one learn less, and of two cost a tenth of a training step (docs/study.md)."""
 
 
-def normalized(update: Update, kind: str, turn: int) -> Update:
+def normalized(update: Update, kind: str) -> Update:
     """An update of the same direction, in the sense of `kind`, and of fixed size.
 
     Args:
         update: of one weight; what it holds may be changed in place.
-        kind: `columns`, `orthogonal`, `blocks` or `periodic`.
-        turn: of the weight, one more each step; weights that begin at different ones take turns in `periodic`.
+        kind: `columns`, `orthogonal` or `blocks`.
 
     Returns:
         The normalized update.
@@ -45,16 +43,15 @@ def normalized(update: Update, kind: str, turn: int) -> Update:
         )
     matrices = full.flatten(1) if _is_tensor(update.projection) else full
     outputs, ranks = matrices.shape[-2], [mode.rank for mode in update.projection.modes]
-    at_once = kind == "orthogonal" or (kind == "periodic" and turn % PERIOD == 0)
-    blocks = 1 if at_once else _count(outputs, min(ranks, default=outputs))
+    blocks = _count(outputs, BLOCK_RANKS * min(ranks, default=outputs)) if kind == "blocks" else 1
     for block in torch.tensor_split(matrices, blocks, -2) if outputs % blocks else (_in_blocks(matrices, blocks),):
         block.copy_(_orthogonal(block).mul_(math.sqrt(max(block.shape[-2:]))))
     return Update(update.projection, full=matrices.view(full.shape))
 
 
-def _count(outputs: int, rank: int) -> int:
-    """How many blocks of about `rank` outputs: such that all are alike, if that is no more than half as many again."""
-    least = -(-outputs // rank)
+def _count(outputs: int, size: int) -> int:
+    """How many blocks of about `size` outputs: such that all are alike, if that is no more than half as many again."""
+    least = -(-outputs // size)
     return next((count for count in range(least, least + least // 2 + 1) if outputs % count == 0), least)
 
 

@@ -44,7 +44,7 @@ class GaLoreMuon(GaLore):
         residual_scale: factor on it. None: 1 / (1 - momentum) for `full`, which then weighs as much as the sum of
             gradients that the momentum is, and 1 for the others.
         moments: what becomes of the momentum when a basis is renewed.
-        normalize: what gives updates their size; `periodic` costs fewer operations, `blocks` and `columns` fewer.
+        normalize: what gives updates their size; `blocks` costs fewer operations, `columns` fewest.
         others_bits: 8 or 4, for moments in so many bits of what is not projected (embeddings, head, norms), held by
             torchao's AdamW; None: as AdamW keeps them.
         state_dtype: dtype of the moments; the weight's own when None.
