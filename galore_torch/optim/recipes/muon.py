@@ -44,7 +44,8 @@ class GaLoreMuon(GaLore):
         residual_scale: factor on it. None: 1 / (1 - momentum) for `full`, which then weighs as much as the sum of
             gradients that the momentum is, and 1 for the others.
         moments: what becomes of the momentum when a basis is renewed.
-        normalize: what gives updates their size; `blocks` costs fewer operations, `columns` fewest.
+        normalize: what gives updates their size; `blocks` costs fewer operations than `orthogonal` and learns nearly as
+            well (docs/study.md), `columns` costs fewest.
         others_bits: 8 or 4, for moments in so many bits of what is not projected (embeddings, head, norms), held by
             torchao's AdamW; None: as AdamW keeps them.
         state_dtype: dtype of the moments; the weight's own when None.
