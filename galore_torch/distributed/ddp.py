@@ -99,6 +99,7 @@ class ReplicaTraffic(Traffic):
         """Ends it. The model can go on outside DDP, or be wrapped anew."""
         super().remove()
         self.enter(None)
+        self._part()
         for model in [model for model, one in _TRAFFIC.items() if one is self]:
             del _TRAFFIC[model]
 
@@ -119,14 +120,21 @@ class ReplicaTraffic(Traffic):
         if optimizer is None:
             return
         if wrapper is None:
-            if optimizer._processes is self._together:
-                optimizer._processes = Alone()
+            held = (weight for group in optimizer.param_groups for weight in group["params"])
+            if all(weight.grad is None for weight in held):  # else all make the step that they wait for
+                self._part()
             return
         if self._together is None or self._wrapper() is not wrapper:
             self._together = self._meet(wrapper, optimizer)
             self._wrapper = weakref.ref(wrapper)
         self._synchronizes, self._bucket_bytes = wrapper.require_backward_grad_sync, wrapper.bucket_bytes_cap
         optimizer._processes = self._together
+
+    def _part(self) -> None:
+        """Has the optimizer step by itself."""
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._processes is self._together:
+            optimizer._processes = Alone()
 
     def _meet(self, wrapper: DistributedDataParallel, optimizer: GaLore) -> Together:
         """The first forward pass in a wrapper: all agree, and begin from the first one's weights."""
@@ -269,9 +277,11 @@ class ReplicaTraffic(Traffic):
                 self._keep(weight)
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
-        if self.is_on and isinstance(self._together, LocalReplicas):
+        if isinstance(optimizer._processes, LocalReplicas):
             held = [optimizer._trained_weight(weight) for weight in self.weights()]
-            self._together.average([one for one in held if one.state[RENEWALS] and one.state[STEP] % self._every == 0])
+            optimizer._processes.average(
+                [one for one in held if one.state[RENEWALS] and one.state[STEP] % self._every == 0]
+            )
 
 
 def _before_forward(module: nn.Module, _: Any) -> None:

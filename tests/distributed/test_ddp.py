@@ -132,6 +132,28 @@ def run_by_itself_between(rank: int, world: int, mode: Any) -> torch.Tensor:
     return weights_of(model)
 
 
+@pytest.mark.parametrize("mode", [("full", "step"), ("fused", "step"), ("fused", "backward")], ids=" ".join)
+@pytest.mark.broad("fused step")
+def test_a_model_that_one_process_runs_by_itself_before_a_step_trains_as_one(pool, mode):
+    ranks = pool.run(run_by_one_before_a_step, 2, mode=mode)
+    assert torch.equal(*ranks)
+    assert distance(ranks[0], run_by_one_before_a_step(0, 1, mode=mode)) <= BAR
+
+
+def run_by_one_before_a_step(rank: int, world: int, mode: Any) -> torch.Tensor:
+    model = llama()
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, *mode)
+    net = DistributedDataParallel(model) if world > 1 else model
+    for step in range(10):
+        loss_of(net, batch(step).tensor_split(world)[rank]).backward()
+        if rank == 0:
+            loss_of(model, batch(step))  # a figure for a log, say, without no_grad
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
 @every_mode
 @pytest.mark.broad("fused, at step")
 def test_a_gradient_that_is_not_finite_on_one_process_is_so_on_all(pool, mode):
