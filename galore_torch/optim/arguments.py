@@ -98,7 +98,9 @@ def _named(group: Mapping[str, Any], place: int, *, needs_names: bool) -> dict[s
     pairs = [entry if _is_pair(entry) else (None, entry) for entry in group["params"]]
     given: Any = group.get("param_names")
     if given is not None and len(given) != len(pairs):
-        raise ValueError(f'"param_names" has {len(given)} names for {len(pairs)} parameters; give one for each')
+        raise ValueError(
+            f'"param_names" has {len(given)} names for {len(pairs)} parameters; give one for each, or leave them out'
+        )
     made = {**group, "params": [parameter for _, parameter in pairs]}
     names = [name for name, _ in pairs] if given is None else list(given)
     if needs_names or any(name is not None for name in names):
