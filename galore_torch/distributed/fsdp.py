@@ -72,7 +72,7 @@ class ShardTraffic(Traffic):
         for group in _groups_of(module):
             for one in group.fsdp_params:
                 unsharded = getattr(one, "_unsharded_param", None)
-                if unsharded is not None and id(one) not in self._hooked:
+                if unsharded is not None and unsharded.requires_grad and id(one) not in self._hooked:
                     self._hooked.add(id(one))
                     optimizer._processes.whole_weights[unsharded] = one.sharded_param
                     hook = self._completes(one, group)

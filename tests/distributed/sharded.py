@@ -49,6 +49,7 @@ def trained_in_shards(
     to_none: bool = True,
     checkpoints: bool = False,
     in_parts: bool = False,
+    frozen: bool = False,
 ) -> Tensor:
     """The weights after some steps, of one process or of one of several.
 
@@ -56,6 +57,8 @@ def trained_in_shards(
     """
     model: Any = llama(dtype=dtype, **(shape or {}))
     model.checkpoints = checkpoints
+    if frozen:
+        model.layers[0].mlp["up_proj"].requires_grad_(False)
     if world > 1:
         given: dict[str, Any] = {} if placement is None else {"shard_placement_fn": placement(model)}
         given |= {} if mp_policy is None else {"mp_policy": mp_policy}

@@ -72,6 +72,7 @@ EARLY: dict[str, dict[str, Any]] = {
     "fused, Muon": {"mode": ("fused", "step"), "recipe": "muon", "shape": UNEVEN},
     "fused, lazy": {"mode": ("fused", "step"), "keys": {"cos_threshold": 0.2, "queue_size": 2}, "steps": 10},
     "fused, run again in the backward": {"mode": ("fused", "step"), "checkpoints": True},
+    "fused, a layer frozen": {"mode": ("fused", "step"), "frozen": True},
     "applied in the backward": {"mode": ("fused", "backward"), "shape": UNEVEN},
     "full, applied in the backward": {"mode": ("full", "backward")},
 }
