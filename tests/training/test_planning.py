@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import transformers
@@ -221,6 +222,15 @@ def test_a_rank_that_nobody_gave_fits_keys_and_values_of_few_heads(tmp_path):
     config.save_pretrained(tmp_path)
     found = planned(str(tmp_path), "--seq", "8", "--method", "low-rank", "--method", "galore")["methods"]
     assert found["galore"]["held"]["bases"] > 0
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": -256}, {"rope_scaling": {"type": "nonsense"}}])
+def test_a_configuration_of_which_no_model_can_be_made_is_refused(wrong, small, tmp_path):
+    config = json.loads(Path(small[0], "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong), encoding="utf-8")
+    refused = galore_plan(str(tmp_path))
+    assert refused.exit_code == 2
+    assert "of which no model can be made" in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize("architectures", [None, ["LlamaModel"], ["NoSuchForCausalLM"]])

@@ -142,7 +142,9 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards
             f"vocab = {given['vocab']} has no effect with model = {name!r}, which has its own; leave it out."
         )
     sizes = _configuration(name)
-    built = _without_weights(_kind(name, sizes), sizes, dtype or "bfloat16")
+    kind = _kind(name, sizes)
+    with refused(f"model = {name!r} has a configuration of which no model can be made", "Mend it, or give another."):
+        built = _without_weights(kind, sizes, dtype or "bfloat16")
     width = int(getattr(sizes.get_text_config(), "hidden_size", 512))
     sides = [min(weight.shape[-2:]) for weight in optimizers.matrices(built, None).values()]
     rank = max(1, min(width // _RANK_SHARE, *sides))  # keys and values may have fewer rows than that

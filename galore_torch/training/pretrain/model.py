@@ -57,7 +57,8 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, cons
         if config.model.config_of is None:
             model = fresh_llama(architecture, dtype, made)
         else:
-            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)  # type: ignore[no-untyped-call]
+            with refused(f"config_of = {config.model.config_of!r} makes no model", "Mend it, or give another."):
+                model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)  # type: ignore[no-untyped-call]
     if quantized and (config.model.model or config.model.config_of):
         quantize_weights(model, MATRICES, stochastic_rounding=stochastic, seed=seed)
     model.config.use_cache = False
@@ -100,7 +101,7 @@ def _architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     if name is None:
         return llama_sizes(config, **given)
     remedy = "Give a name on the Hub, a folder or a config.json."
-    with refused(f"config_of = {name!r} cannot be loaded", remedy, (OSError, ValueError, KeyError)):
+    with refused(f"config_of = {name!r} cannot be loaded", remedy):
         architecture = AutoConfig.from_pretrained(name)
     if architecture.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"config_of = {name!r} is a {architecture.model_type}, not a causal model; give one of those.")

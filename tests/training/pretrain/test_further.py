@@ -103,6 +103,9 @@ def test_what_is_no_causal_model_is_refused(first, further, tmp_path):
     T5Config(d_model=8, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="is a t5, not a causal model"):
         new_run(Pretraining, further(config_of=str(tmp_path / "t5"), rank=4), tmp_path / "run")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": -8, "n_head": 2}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"makes no model: .*Mend it"):
+        new_run(Pretraining, further(config_of=str(tmp_path / "config.json"), rank=4), tmp_path / "run")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.toml").touch()
     with pytest.raises(ValueError, match="no finished model yet"):
