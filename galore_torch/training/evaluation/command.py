@@ -56,7 +56,7 @@ def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, 
             if out.exists():
                 raise ValueError(f"out = {str(out)!r} exists; choose another --out.")
             require_writable("out", out)
-        config, others = settings_of(model, given_settings(given))
+        config, others = settings_of(model, given_settings(given), predicting=predicting)
         config.require_there("predict" if predicting else "evaluate")
         with loading(console):
             from galore_torch.training.evaluation.judge import judge
@@ -68,12 +68,13 @@ def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, 
         print(text, end="") if out is None else write_whole(out, text)
 
 
-def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
+def settings_of(model: str, given: dict[str, Any], *, predicting: bool = False) -> tuple[Any, bool]:
     """The settings by which a model is judged, its run's or a task's own, and whether it has other data.
 
     Args:
         model: folder of a run, or name or folder of a model; a ValueError says why it cannot be judged.
         given: settings of the data by name, which override the run's.
+        predicting: whether rows are to be predicted, which text has not.
     """
     folder, data = RunFolder(local_path("model", model)), given.get("data")
     length: dict[str, Any] = {"seq": given["max_length"]} if "max_length" in given else {}
@@ -91,10 +92,16 @@ def settings_of(model: str, given: dict[str, Any]) -> tuple[Any, bool]:
         return from_values(FinetuneConfig, {**values, **others, **given, "model": model}), data is not None
     if "task" in given:
         return configure_rows(model=model, **{"held_out": data, **given}), True
+    if predicting:
+        raise ValueError(
+            f"model = {model!r} is no run of galore finetune, and text has no rows to predict; give the folder of such "
+            "a run, or --task and --data."
+        )
     for key, value in given.items():
         if key not in ("data", "text_column", "max_length"):
             raise ValueError(
-                f"{key} = {value!r} has no effect on packed text, by which this model is judged; leave it out."
+                f"{key} = {value!r} has no effect on packed text, by which this model is judged; leave it out, or "
+                "give --task."
             )
     kept = {key: values[key] for key in _OF_TEXT if key in values and (key != "subset" or data is None)}
     named = {key: given[key] for key in ("data", "text_column") if key in given}

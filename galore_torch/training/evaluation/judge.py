@@ -38,9 +38,7 @@ def judge(config: Any, console: Console, *, predicting: bool, others: bool) -> J
     quiet(console)
     if isinstance(config, FinetuneConfig):
         return _of_rows(config, console, predicting=predicting)
-    if predicting:
-        raise ValueError("task = None, and text has no rows to predict; give --task and --data.")
-    return _of_text(config, console, whole=others), []
+    return _of_text(config, console, whole=others), []  # which has no rows to predict: the settings refuse that
 
 
 def _of_text(config: PretrainConfig, console: Console, *, whole: bool) -> dict[str, float]:

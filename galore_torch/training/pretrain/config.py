@@ -110,12 +110,12 @@ class PretrainConfig(TrainConfig):
         missing = [name for name in SIZES if getattr(model, name) is None]
         if model.model is None and model.config_of is None and missing:
             raise ValueError(f"model = None, and {missing[0]} is not given; give --model, or a preset with sizes.")
+        if model.model is not None:  # before the text, of which evaluate asks other things where it is no run
+            require_model("model", model.model, model.gguf_file or "config.json")
         require_readable(self.data)
         data, subset = self.data.data, self.data.subset
         if subset is not None and (data == "stdlib" or not is_hub_name("data", data)):
             raise ValueError(f"subset = {subset!r} has no effect with data = {data!r}, which is here; leave it out.")
-        if model.model is not None:
-            require_model("model", model.model, model.gguf_file or "config.json")
         if model.config_of is not None and not model.config_of.endswith(".json"):
             require_model("config_of", model.config_of)
         if self.data.tokenizer not in ("auto", "train"):
