@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,11 +70,13 @@ class Pretraining(Job):
         if start.model is not None:
             self.task_type = "CAUSAL_LM"
         self.units_per_step = config.tokens_per_step
+        passes = schedule.steps * config.tokens_per_step / (self.text.tokens or math.inf)
         called = escape(start.model or start.config_of or "a LLaMA")
         self.announcement = (
             f"[bold]{config.title}[/] on {called} of {self.model.num_parameters():,} parameters; "
             f"{escape(self.data)} ({self.text.amount}); "
             f"{schedule.steps:,} steps of {config.tokens_per_step:,} tokens"
+            + (f", {passes:,.1f} passes over the text" if passes > 1 else "")
         )
 
     def schedule(self) -> dict[str, Any]:

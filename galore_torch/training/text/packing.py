@@ -66,11 +66,14 @@ class Text:
         return self.train if isinstance(self.train, Stream) else None
 
     @property
+    def tokens(self) -> int | None:
+        """How many there are to train on; a stream does not tell."""
+        return None if isinstance(self.train, Stream) else len(self.train) * len(self.train[0]["input_ids"])
+
+    @property
     def amount(self) -> str:
         """How much there is to train on, for people."""
-        if isinstance(self.train, Stream):
-            return "streamed"
-        return f"{len(self.train) * len(self.train[0]['input_ids']):,} tokens"
+        return "streamed" if self.tokens is None else f"{self.tokens:,} tokens"
 
 
 def prepare_text(

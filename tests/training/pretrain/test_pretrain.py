@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -314,6 +315,13 @@ def test_a_loss_that_is_not_finite_is_recorded_as_such(tiny, tmp_path):
     assert strict[3]["loss"] is None
     assert strict[-1]["perplexity"] is None
     assert not result.perplexity < float("inf")
+
+
+def test_that_the_text_is_gone_through_more_than_once_is_said_before(tiny):
+    job = Pretraining(tiny(), Console(quiet=True))
+    once = job.text.tokens // (8 * 32)  # whole steps
+    assert "passes" not in Pretraining(tiny(steps=once), Console(quiet=True)).announcement
+    assert ", 2.0 passes over the text" in Pretraining(tiny(steps=2 * once), Console(quiet=True)).announcement
 
 
 def test_callbacks_of_ones_own_are_called(tiny, tmp_path):
