@@ -90,6 +90,7 @@ def build_app() -> typer.Typer:
     from galore_torch.training.inspection import command as inspection
     from galore_torch.training.inspection.config import InspectConfig
     from galore_torch.training.planning import command as planning
+    from galore_torch.training.run.command import Command
     from galore_torch.training.settings.config import sections_of
     from galore_torch.training.settings.fields import with_settings
 
@@ -109,12 +110,13 @@ def build_app() -> typer.Typer:
 
     app.callback()(galore)
     for name, job in JOBS.items():
-        app.command(name, epilog=job.epilog)(job.command())
+        app.command(name, cls=Command, epilog=job.epilog)(job.command())
     for judged in (evaluation.evaluate, evaluation.predict):
         examples = evaluation.EXAMPLES.format(name=judged.__name__)
-        app.command(epilog=examples)(with_settings(judged, {"data": RowsConfig}, {}))
+        app.command(cls=Command, epilog=examples)(with_settings(judged, {"data": RowsConfig}, {}))
     app.add_typer(comparison.commands(), name="compare")
-    app.command("inspect", epilog=inspection.EPILOG)(with_settings(inspection.inspect, sections_of(InspectConfig), {}))
+    inspect = with_settings(inspection.inspect, sections_of(InspectConfig), {})
+    app.command("inspect", cls=Command, epilog=inspection.EPILOG)(inspect)
     app.command("plan", epilog=planning.EPILOG)(planning.command())
     return app
 

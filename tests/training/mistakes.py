@@ -4,6 +4,10 @@
 EARLY = [
     ("pretain", "Did you mean 'pretrain'"),
     ("pretrain --stpes 5", "--steps"),
+    ("pretrain reviews.csv", "give --data reviews.csv or --model reviews.csv, or leave it out"),
+    ("inspect begun", "give --run begun"),
+    ("predict causal labelled.csv --task classify", "give --data labelled.csv, or leave it out"),
+    ("compare --data text.txt reviews.csv", "give --data reviews.csv"),
     ("pretrain --steps five", "a valid integer"),
     ("pretrain --steps 0", "steps = 0 is out of range; it must be at least 1"),
     ("pretrain --preset llama-7B", "choose one of llama-tiny"),

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from galore_torch.training.compare.plan import JOBS, PLAN, PlannedRun, make_plan, read_plan, require_same_plan
 from galore_torch.training.compare.results import as_json, compare, final_record, notes, read_end, table
 from galore_torch.training.compare.runs import make_runs, print_line
-from galore_torch.training.run.command import FAILED, Json, option, reported_errors, this_command
+from galore_torch.training.run.command import FAILED, Command, Json, option, reported_errors, this_command
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.run.processes import gathered, is_first
@@ -75,7 +75,7 @@ def commands() -> typer.Typer:
     """``galore compare``: one command for each job, pretrain where none is named."""
     app = typer.Typer(cls=_PretrainByDefault, rich_markup_mode="rich", help=_HELP, epilog=_examples(1, *JOBS))
     for name, job in JOBS.items():
-        app.command(name, epilog=_examples(3, name))(_command(job))
+        app.command(name, cls=Command, epilog=_examples(3, name))(_command(job))
     return app
 
 

@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from galore_torch.training.run import processes
 from galore_torch.training.run.disk import failed_write
@@ -112,6 +113,21 @@ def show_warnings(console: Console) -> None:
             console.print(text, highlight=False, soft_wrap=not console.is_terminal)
 
     warnings.showwarning = show
+
+
+class Command(TyperCommand):
+    """A command that says of a word too many which options it may have been meant for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what was typed; what no option takes is an error."""
+        ctx.allow_extra_args = True
+        rest: list[str] = super().parse_args(ctx, args)
+        if ctx.args:
+            options = {name for one in self.params for name in one.opts}
+            named = [f"{name} {ctx.args[0]}" for name in ("--run", "--data", "--model") if name in options]
+            meant = " or ".join(named)
+            ctx.fail(f"{ctx.args[0]!r} follows no option, or one that has its value; give {meant}, or leave it out.")
+        return rest
 
 
 @contextmanager
