@@ -1,6 +1,7 @@
 """``galore plan``: its table, its JSON, its page, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_table_and_page(small, tmp_path):
     page = (tmp_path / "plan.html").read_text()
     assert "<svg" in page
     assert "galore-8bit-per-layer" in page
+    assert re.findall(r">\s*([GM]B)\s*<", page) == ["MB", "MB"]  # of the table and of the chart
 
 
 def test_where_nothing_fits_the_smallest_plan_says_what_it_lacks(small):

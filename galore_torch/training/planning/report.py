@@ -155,8 +155,8 @@ class Planned:
     @property
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
         """Headings and rows of what each method needs, and of what a step costs, where that was asked for."""
-        unit = GB if max(one.peak_bytes for one in self.found.values()) >= GB else MB
-        headings = ["GB" if unit == GB else "MB", *(HEADINGS if self.memory is not None else HEADINGS[:-1])]
+        called, unit = self._unit
+        headings = [called, *(HEADINGS if self.memory is not None else HEADINGS[:-1])]
         rows = [[name, *self._cells(one, unit)] for name, one in self.found.items()]
         if not self.costs:
             return [(headings, rows)]
@@ -166,6 +166,11 @@ class Planned:
             costs.append([name, *map(_figure, (*itertools.chain(*sent), one.step_seconds, one.days))])
         of_costs = ["GB a step", *(name for kind in SENT for name in (kind, "s")), "step, s", "days"]
         return [(headings, rows), (of_costs, costs)]
+
+    @property
+    def _unit(self) -> tuple[str, float]:
+        """In which all plans are told, and its bytes."""
+        return ("GB", GB) if max(one.peak_bytes for one in self.found.values()) >= GB else ("MB", MB)
 
     def _cells(self, one: MemoryPlan, unit: float) -> list[str]:
         unknown = ("activations", "logits", "work") if one.untraced is not None else ()
@@ -253,13 +258,14 @@ class Planned:
         from galore_torch.training.run.plots import COLORS, GRAY, new_axes
 
         names = list(self.found)[::-1]
-        figure, axes = new_axes("GB", "", size=(5.8, 1.2 + 0.28 * len(names)))
+        called, unit = self._unit
+        figure, axes = new_axes(called, "", size=(5.8, 1.2 + 0.28 * len(names)))
         start = [0.0] * len(names)
         for kind, color in zip(KINDS, COLORS, strict=False):
-            widths = [self.found[name].peak[kind] / GB for name in names]
+            widths = [self.found[name].peak[kind] / unit for name in names]
             axes.barh(names, widths, left=start, color=color, label=kind)
             start = [one + width for one, width in zip(start, widths, strict=True)]
         if self.memory is not None:
-            axes.axvline(self.memory / GB, color=GRAY, linestyle="--")
+            axes.axvline(self.memory / unit, color=GRAY, linestyle="--")
         axes.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
         return figure
