@@ -51,7 +51,7 @@ def plan(
     *,
     memory: Annotated[str | None, _option("What there is, such as 24GB; says which methods fit.")] = None,
     method: Annotated[list[str] | None, _option(r"Plan these alone. [dim]\[default: all][/]")] = None,
-    dtype: Annotated[str | None, _option(r"Of weights. [dim]\[default: the preset's; bfloat16][/]")] = None,
+    dtype: Annotated[str | None, _option(r"Of weights. [dim]\[default: the preset's; without one bfloat16][/]")] = None,
     page: Annotated[Path | None, _option("Write a page with the table and a chart there.")] = None,
     json: Annotated[bool, _option("Print the plans as one JSON object.", "--json")] = False,
     **given: Any,
