@@ -21,7 +21,7 @@ from galore_torch.training.run.base_model import load_base
 from galore_torch.training.run.callbacks import quiet
 from galore_torch.training.run.job import make_trainer
 from galore_torch.training.text import packing
-from galore_torch.training.text.files import missing_column
+from galore_torch.training.text.row_checks import missing_column
 
 Judgement = tuple[dict[str, float], list[dict[str, Any]]]
 

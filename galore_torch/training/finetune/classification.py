@@ -24,7 +24,7 @@ from transformers import (
 from galore_torch.training.finetune.config import GLUE, FinetuneConfig, RowsConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run.base_model import load_base
-from galore_torch.training.text.files import in_rows, require_filled, require_two_labels
+from galore_torch.training.text.row_checks import in_rows, require_filled, require_two_labels
 
 METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "accuracy": metrics.accuracy_score,

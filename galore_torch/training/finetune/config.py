@@ -9,7 +9,8 @@ from galore_torch.training.run.names import local_path, model_of_run, require_mo
 from galore_torch.training.settings.config import TrainConfig
 from galore_torch.training.settings.fields import DType, Purpose, RunConfig, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES, modules_named
-from galore_torch.training.text import files
+from galore_torch.training.text import row_checks
+from galore_torch.training.text import rows as files_of_rows
 
 TaskName = Literal[
     "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "classify", "sft", "dpo", "reward", "grpo"
@@ -220,8 +221,8 @@ class FinetuneConfig(TrainConfig):
                 found[field] = rows = _require_rows(self.data, field, name, labelled=to != "predict")
                 if field == "data" and to != "predict" and self.data.task == "classify":
                     self._require_labels([row.get(self.data.label_column) for row in rows])
-        if to == "train" and len(found.get("held_out", ())) < files.ROWS:  # no more are to be read
-            files.shared_rows(found.get("data", ()), found.get("held_out", ()))
+        if to == "train" and len(found.get("held_out", ())) < files_of_rows.ROWS:  # no more are to be read
+            row_checks.shared_rows(found.get("data", ()), found.get("held_out", ()))
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")
         require_model("model", self.model.model, self.model.gguf_file or "config.json")
@@ -229,8 +230,8 @@ class FinetuneConfig(TrainConfig):
     def _require_labels(self, values: list[Any]) -> None:
         """Refuse labels that are all the same, unless there are more to read or the model may know them."""
         labels = [value for value in values if isinstance(value, str | int | float)]
-        if 1 < len(labels) < files.ROWS and not self._may_know(set(map(str, labels))):
-            files.require_two_labels(self.data.label_column, labels)
+        if 1 < len(labels) < files_of_rows.ROWS and not self._may_know(set(map(str, labels))):
+            row_checks.require_two_labels(self.data.label_column, labels)
 
     def _may_know(self, labels: set[str]) -> bool:
         """Whether the model may have learnt to tell these labels; one that is not here may."""
@@ -255,20 +256,20 @@ class FinetuneConfig(TrainConfig):
 
 def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) -> list[dict[str, Any]]:
     """Refuse rows that cannot be used, as far as that is seen at once; the first ones are returned, or none."""
-    if files.is_hub_name(field, name):
+    if files_of_rows.is_hub_name(field, name):
         require_on_hub(field, name, "dataset")
         return []
-    files.require_rows(field, name)
-    rows = list(files.first_rows(field, name))
+    files_of_rows.require_rows(field, name)
+    rows = list(files_of_rows.first_rows(field, name))
     if config.task in ON_TRL and rows:
-        files.require_form(config.task, config.text_column, rows[0])
-    if config.task in PREFERENCES and len(rows) < files.ROWS:
-        files.equal_answers((n, row.get("chosen"), row.get("rejected")) for n, row in enumerate(rows, 1))
+        row_checks.require_form(config.task, config.text_column, rows[0])
+    if config.task in PREFERENCES and len(rows) < files_of_rows.ROWS:
+        row_checks.equal_answers((n, row.get("chosen"), row.get("rejected")) for n, row in enumerate(rows, 1))
     checked = {"text_column": "is empty"} | ({"label_column": "is without a label"} if labelled else {})
     checked |= {"text_pair_column": "is empty"} if config.text_pair_column else {}
     for of_column, what in checked.items() if config.task == "classify" else ():
         column = getattr(config, of_column)
         if rows and column not in rows[0]:
-            raise files.missing_column(of_column, column, rows[0])
-        files.require_filled(of_column, column, enumerate((row.get(column) for row in rows), 1), what)
+            raise row_checks.missing_column(of_column, column, rows[0])
+        row_checks.require_filled(of_column, column, enumerate((row.get(column) for row in rows), 1), what)
     return rows

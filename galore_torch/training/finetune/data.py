@@ -24,7 +24,8 @@ import datasets
 
 from galore_torch.training.finetune.config import ARITHMETIC, GLUE, RowsConfig
 from galore_torch.training.run.names import local_path, refused
-from galore_torch.training.text.files import is_hub_name, missing_column, require_filled, require_rows
+from galore_torch.training.text.row_checks import missing_column, require_filled
+from galore_torch.training.text.rows import is_hub_name, require_rows
 from galore_torch.training.text.sources import read_table
 
 _SPLIT = 0  # the seed of which rows of a file are held out

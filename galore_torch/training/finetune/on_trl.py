@@ -30,7 +30,7 @@ from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run import processes
 from galore_torch.training.run.base_model import load_base
 from galore_torch.training.run.names import local_path, refused
-from galore_torch.training.text.files import equal_answers, in_rows, require_form, tell_rows
+from galore_torch.training.text.row_checks import equal_answers, in_rows, require_form, tell_rows
 
 
 class OnTRL:

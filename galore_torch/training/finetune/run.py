@@ -19,7 +19,7 @@ from galore_torch.training.finetune.on_trl import STAGES
 from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.job import Job, RunResult
 from galore_torch.training.run.records import perplexity
-from galore_torch.training.text.files import shared_rows, tell_rows
+from galore_torch.training.text.row_checks import shared_rows, tell_rows
 
 
 @dataclass(frozen=True, kw_only=True)

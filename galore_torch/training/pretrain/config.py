@@ -16,7 +16,8 @@ from galore_torch.training.settings.fields import (
     settings,
 )
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.files import is_hub_name, require_readable
+from galore_torch.training.text.files import require_readable
+from galore_torch.training.text.rows import is_hub_name
 
 SIZES = ("hidden", "intermediate", "layers", "heads")
 """The settings of a LLaMA's sizes, which every preset of one gives."""

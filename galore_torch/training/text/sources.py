@@ -17,7 +17,8 @@ import datasets
 from galore_torch.training.run.disk import raise_failed_write
 from galore_torch.training.run.names import refused
 from galore_torch.training.text.config import DataConfig
-from galore_torch.training.text.files import LocalFiles, decode, local_files, missing_column
+from galore_torch.training.text.files import LocalFiles, decode, local_files
+from galore_torch.training.text.row_checks import missing_column
 from galore_torch.units import sentence
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
