@@ -46,9 +46,13 @@ def require_rows(field: str, name: str) -> str:
     """Refuse, with a ValueError, what is no file of rows that can be read; the kind of one that is, is returned."""
     path = local_path(field, name)
     kind = kind_of(path)
+    if not path.exists():
+        raise ValueError(
+            f"{field} = {name!r} does not exist; give one that exists, of CSV, TSV, JSON lines or Parquet."
+        )
     if kind in (None, "text") or not path.is_file():
-        remedy = "convert it, or give one" if path.exists() else "give one that exists"
-        raise ValueError(f"{field} = {name!r} is not a CSV, JSON lines or Parquet file; {remedy}.")
+        wrong = "is a folder; give one file" if path.is_dir() else "is no file of rows; convert it, or give one"
+        raise ValueError(f"{field} = {name!r} {wrong}: CSV, TSV, JSON lines or Parquet.")
     if not path.stat().st_size:
         raise ValueError(f"{field} = {name!r} is empty; give a file that holds rows.")
     if kind == "parquet":

@@ -102,8 +102,8 @@ def test_rows_and_models_that_do_not_fit(classify, write, tmp_path, rows, given,
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("nowhere.csv", None, ["data = ", "is not a CSV", "give one that exists"]),
-        ("rows.txt", "text,label\n", ["is not a CSV, JSON lines or Parquet file"]),
+        ("nowhere.csv", None, ["data = ", "does not exist", "give one that exists"]),
+        ("rows.txt", "text,label\n", ["is no file of rows", "CSV, TSV, JSON lines or Parquet"]),
         ("rows.csv", "", ["is empty"]),
         ("rows.csv", "text,label\n", ["holds no rows"]),
         ("rows.jsonl", "{no json}\n", ["line 1 is not JSON", "fix the line"]),
