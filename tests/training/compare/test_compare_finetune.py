@@ -160,7 +160,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_in_the_dark(whole, browser):
 @pytest.mark.parametrize(
     ("suffix", "instead", "words"),
     [
-        ("rows.jsonl", "nowhere.csv", "data = 'nowhere.csv' is not a"),
+        ("rows.jsonl", "nowhere.csv", "data = 'nowhere.csv' does not exist"),
         ("bert", "no/model", "model = 'no/model' cannot be loaded: "),
     ],
 )
