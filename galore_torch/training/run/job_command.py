@@ -126,10 +126,7 @@ class JobCommand:
         folder: RunFolder | None = None
         with stoppable(lambda: _stopped(folder, name, resumed=resume)):
             with reported_errors(name):
-                if resume and prepare:
-                    raise ValueError(
-                        "prepare = True is for runs to come, and resume goes on with one; leave out either."
-                    )
+                _require_not_both(resume, prepare)
                 if resume:
                     if out is None:
                         raise ValueError("resume needs to know which run; give its folder as --out runs/NAME.")
@@ -144,6 +141,9 @@ class JobCommand:
                         return
                     folder = processes.run_folder(out or default)
                     resume = processes.goes_on(folder)
+                    if resume and folder.final is not None:  # the process that was lost had nothing left to do
+                        console.out(_failed(folder, name), highlight=False)
+                        return
                     if not resume:
                         folder.require_new()
                 with loading(console):
@@ -169,6 +169,11 @@ class JobCommand:
         """A command with a flag for each setting of the job, but for options of its own that are hidden."""
         sections = sections_of(self.presets.config)
         return with_settings(command, sections, self.presets.presets, self.help_preset, hidden)
+
+
+def _require_not_both(resume: bool, prepare: bool) -> None:
+    if resume and prepare:
+        raise ValueError("prepare = True is for runs to come, and resume goes on with one; leave out either.")
 
 
 def _shown(result: "RunResult", name: str) -> list[str]:

@@ -65,6 +65,20 @@ def at_step(step: int, lose: Callable[..., Any]) -> None:
         setattr(processes, "connect" if step else "require_same_text", lose)
 
 
+def lose_at_the_end(is_lost: bool) -> None:
+    """Lose this process once the first one has ended the run."""
+    if is_lost:
+        waits = processes.wait_for_all
+        processes.wait_for_all = lambda: (waits(), kill())
+
+
+def wait_after_step_6(waits: bool) -> None:
+    """Let this process obey a signal after its next step."""
+    if waits:
+        once = iter([signal.pause])
+        after_step(6, lambda _: [wait() for wait in once])
+
+
 def lose(given: str, rank: int, world: int, start: int) -> None:
     if given == "none":
         return
@@ -76,13 +90,13 @@ def lose(given: str, rank: int, world: int, start: int) -> None:
         processes.MEETING = int(given.removeprefix("waits:"))
         return
     if given.startswith("fills:"):
-        folder = Path(sys.argv[sys.argv.index("--out") + 1])
-        after_step(int(given.removeprefix("fills:")), lambda _: fill(folder))
+        after_step(int(given.removeprefix("fills:")), lambda _: fill(Path(sys.argv[sys.argv.index("--out") + 1])))
+        return
+    if given == "ended":
+        lose_at_the_end(rank == world - 1 and start == 0)
         return
     if given == "others":
-        if world == 1:
-            waits = iter([signal.pause])  # once: it obeys the signal after its next step
-            after_step(6, lambda _: [wait() for wait in waits])
+        wait_after_step_6(world == 1)
         return
     if "*" not in given:
         lost, step = map(int, given.split(":"))

@@ -175,6 +175,13 @@ def test_a_run_that_has_lost_one_before_the_first_step_is_resumed(alone, config,
 
 
 @pytest.mark.slow
+def test_where_one_is_killed_after_the_end_the_run_has_ended(alone, config, tmp_path):
+    printed = ended(tmp_path / "lost", "--config", config, restarts=1, loses="ended")
+    assert "holds the finished run" in printed
+    assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
+
+
+@pytest.mark.slow
 def test_it_is_so_as_a_user_starts_it(alone, config, tmp_path):
     ended(tmp_path / "lost", "--config", config, "--parallel", "fsdp", restarts=1, loses="1:5", forks=False)
     assert losses(tmp_path / "lost") == pytest.approx(losses(alone), rel=BAR)
