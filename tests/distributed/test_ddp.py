@@ -110,6 +110,14 @@ def from_its_own_start(rank: int, world: int, mode: Any) -> torch.Tensor:
     return trained(rank, world, mode=mode, steps=SHORT, seed_of_model=rank)
 
 
+def attached(world: int, mode: Any) -> tuple[Any, Any, Any]:
+    """A model with its optimizer, and what its training runs: DDP around it, or itself in one process."""
+    model = llama()
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, *mode)
+    return model, optimizer, DistributedDataParallel(model) if world > 1 else model
+
+
 @every_low_rank_mode
 @pytest.mark.broad("fused, at step")
 def test_a_model_that_is_run_by_itself_before_a_backward_trains_as_one(pool, mode):
@@ -119,10 +127,7 @@ def test_a_model_that_is_run_by_itself_before_a_backward_trains_as_one(pool, mod
 
 
 def run_by_itself_between(rank: int, world: int, mode: Any) -> torch.Tensor:
-    model = llama()
-    optimizer = optimizer_of(model)
-    attach(model, optimizer, *mode)
-    net = DistributedDataParallel(model) if world > 1 else model
+    model, optimizer, net = attached(world, mode)
     for step in range(SHORT):
         loss = loss_of(net, batch(step).tensor_split(world)[rank])
         loss_of(model, batch(step, 1))
@@ -141,10 +146,7 @@ def test_a_model_that_one_process_runs_by_itself_before_a_step_trains_as_one(poo
 
 
 def run_by_one_before_a_step(rank: int, world: int, mode: Any) -> torch.Tensor:
-    model = llama()
-    optimizer = optimizer_of(model)
-    attach(model, optimizer, *mode)
-    net = DistributedDataParallel(model) if world > 1 else model
+    model, optimizer, net = attached(world, mode)
     for step in range(10):
         loss_of(net, batch(step).tensor_split(world)[rank]).backward()
         if rank == 0:

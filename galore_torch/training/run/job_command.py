@@ -142,7 +142,7 @@ class JobCommand:
                     folder = processes.run_folder(out or default)
                     resume = processes.goes_on(folder)
                     if resume and folder.final is not None:  # the process that was lost had nothing left to do
-                        console.out(_failed(folder, name), highlight=False)
+                        console.out(_left(folder, name), highlight=False)
                         return
                     if not resume:
                         folder.require_new()
@@ -155,7 +155,7 @@ class JobCommand:
                     if resume
                     else new_run(job, settings, folder, console=console)
                 )
-            with reported_errors(name, lambda: _failed(run.folder, name)):
+            with reported_errors(name, lambda: _left(run.folder, name)):
                 result: RunResult = run.train()
             if json and processes.is_first():
                 print(json_format.dumps(dataclasses.asdict(result)))
@@ -196,8 +196,8 @@ def _shown(result: "RunResult", name: str) -> list[str]:
     ]
 
 
-def _failed(folder: RunFolder, name: str) -> str:
-    """What a run whose process failed has left, and how to go on."""
+def _left(folder: RunFolder, name: str) -> str:
+    """What a run has left, and how to go on where it has not ended."""
     if folder.final is not None:
         return f"{folder.root} holds the finished run."
     saved, how = folder.checkpoints.newest(), f":\n  {name} --resume --out {shlex.quote(str(folder.root))}"
@@ -212,6 +212,6 @@ def _stopped(folder: RunFolder | None, name: str, *, resumed: bool) -> str:
         return NOTHING_WRITTEN
     folder.abandon()
     if folder.config.exists():
-        return f"Stopped. {_failed(folder, name)}"
+        return f"Stopped. {_left(folder, name)}"
     there = "as it was" if folder.root.exists() else "not there"
     return f"Stopped before there was anything to save: {folder.root} is {there}."
