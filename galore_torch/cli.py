@@ -112,8 +112,8 @@ def build_app() -> typer.Typer:
     for name, job in JOBS.items():
         app.command(name, cls=Command, epilog=job.epilog)(job.command())
     for judged in (evaluation.evaluate, evaluation.predict):
-        examples = evaluation.EXAMPLES.format(name=judged.__name__)
-        app.command(cls=Command, epilog=examples)(with_settings(judged, {"data": RowsConfig}, {}))
+        examples, hidden = evaluation.EXAMPLES.format(name=judged.__name__), evaluation.NOT_HEEDED[judged.__name__]
+        app.command(cls=Command, epilog=examples)(with_settings(judged, {"data": RowsConfig}, {}, hidden=hidden))
     app.add_typer(comparison.commands(), name="compare")
     inspect = with_settings(inspection.inspect, sections_of(InspectConfig), {})
     app.command("inspect", cls=Command, epilog=inspection.EPILOG)(inspect)

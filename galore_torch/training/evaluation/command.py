@@ -13,6 +13,7 @@ from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.presets import configure as configure_rows
 from galore_torch.training.pretrain.presets import CONTINUED
 from galore_torch.training.pretrain.presets import configure as configure_text
+from galore_torch.training.run import records
 from galore_torch.training.run.command import Json, loading, option, reported_errors
 from galore_torch.training.run.files import require_writable, write_whole
 from galore_torch.training.run.folder import RunFolder
@@ -33,6 +34,10 @@ galore {name} MODEL --task sft --data chats.jsonl
 [dim]any model; without a task, on packed text as in pre-training[/]
 """
 
+_OF_TRAINING = ("held_out", "held_out_share", "packing", "beta", "generations")
+NOT_HEEDED = {"evaluate": {*_OF_TRAINING, "answers"}, "predict": {*_OF_TRAINING, "answers_only"}}
+"""Settings of rows that change nothing of what each command says: their flags are not offered."""
+
 _OF_TEXT = ("data", "subset", "text_column", "cache", "seq", "eval_tokens", "dtype")
 
 Model = Annotated[str, typer.Argument(help="Folder of a run, or name or folder of a model.", metavar="RUN_OR_MODEL")]
@@ -40,12 +45,18 @@ File = Annotated[Path | None, option("File of predictions; by default the screen
 
 
 def evaluate(model: Model, *, json: Json = False, **given: Any) -> None:
-    """Score a run or a model: accuracy and the like of rows with labels, perplexity of text or answers."""
+    """Score a run or a model: accuracy and the like of rows with labels, perplexity of text or answers.
+
+    Where a run is judged, its own settings are the defaults.
+    """
     _judge("evaluate", model, given, json=json)
 
 
 def predict(model: Model, *, out: File = None, **given: Any) -> None:
-    """Say what a run or a model makes of rows: a JSON line each, with row, input, expected, prediction, probability."""
+    """Say what a run or a model makes of rows: a JSON line each, with row, input, expected, prediction, probability.
+
+    Where a run is asked, its own settings are the defaults.
+    """
     _judge("predict", model, given, out=out)
 
 
@@ -61,11 +72,11 @@ def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, 
         with loading(console):
             from galore_torch.training.evaluation.judge import judge
         scores, lines = judge(config, console, predicting=predicting, others=others)
-        text = "".join(json_format.dumps(line) + "\n" for line in lines)
+        text = "".join(map(records.line, lines))
         if not predicting:
             text = "  ".join(f"{key} {value:,.4f}" for key, value in scores.items()) + "\n"
             text = json_format.dumps(scores) + "\n" if json else text
-        print(text, end="") if out is None else write_whole(out, text)
+        typer.echo(text.encode(), nl=False) if out is None else write_whole(out, text)  # UTF-8, whatever the terminal's
 
 
 def settings_of(model: str, given: dict[str, Any], *, predicting: bool = False) -> tuple[Any, bool]:

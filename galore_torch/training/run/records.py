@@ -90,11 +90,16 @@ def final(path: Path) -> Record | None:
 def append(path: Path, record: Record) -> None:
     """Add one record."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(_line(record))
+        file.write(line(record))
 
 
-def _line(record: Record) -> str:
-    return json.dumps(_finite(record)) + "\n"
+def line(record: Record) -> str:
+    r"""A record as a line of JSON, with text as it is; of half a character, which UTF-8 has not, the escape stays.
+
+    >>> line({"input": "café"})
+    '{"input": "café"}\n'
+    """
+    return json.dumps(_finite(record), ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -107,7 +112,7 @@ def _finite(value: Any) -> Any:
 def keep_until(path: Path, step: int, *, final: bool = True) -> None:
     """Drop what was recorded after a step, which a resumed run makes again; the record of the end too, if asked for."""
     kept = (record for record in read(path) if record["step"] <= step and (final or "final" not in record))
-    write_whole(path, "".join(map(_line, kept)))
+    write_whole(path, "".join(map(line, kept)))
 
 
 def perplexity(loss: float) -> float:

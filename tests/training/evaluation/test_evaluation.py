@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -31,14 +32,16 @@ def test_a_classifier_is_judged_as_at_its_end_and_on_new_rows(classify, labelled
     kept = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines == [{**line, "probability": pytest.approx(line["probability"], rel=1e-3)} for line in kept]
 
-    new = tmp_path / "new.csv"
+    new, texts = tmp_path / "new.csv", ["The café's queue 🙂", *(text for text, _ in sentences()[:5])]
     with new.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["text"], *([text] for text, _ in sentences()[:5])])
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
     told("predict", out, "--data", new, "--out", tmp_path / "said.jsonl")
-    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(line["row"], line["input"]) for line in said] == [
-        (number, text) for number, (text, _) in enumerate(sentences()[:5], 1)
-    ]
+    lines = (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()
+    said = [json.loads(line) for line in lines]
+    assert [(line["row"], line["input"]) for line in said] == list(enumerate(texts, 1))
+    assert "The café's queue 🙂" in lines[0]  # and no escapes, also where the terminal has another encoding
+    shown = CliRunner(charset="latin-1").invoke(app(), ["predict", str(out), "--data", str(new)])
+    assert shown.stdout_bytes.decode() == "".join(f"{line}\n" for line in lines)
     assert {line["prediction"] for line in said} <= {"calendar", "heapq"}
     assert "expected" not in said[0]
     by_model = told("evaluate", out / "model", "--task", "classify", "--data", labelled, "--max-length", 32, "--json")
@@ -93,3 +96,15 @@ def test_a_folder_that_is_missing_is_named_and_one_without_data_told_apart(tmp_p
         assert model in said
         assert words in said
         assert "--data" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "without"),
+    [("evaluate", {"answers"}), ("predict", {"answers-only", "no-answers-only"})],
+)
+def test_flags_are_those_that_have_an_effect(command, without):
+    said = CliRunner().invoke(app(), [command, "--help"], env={"COLUMNS": "200"}).stdout
+    heeded = {"task", "data", "text-column", "text-pair-column", "label-column", "labels", "max-length"}
+    heeded |= {"chat-template", "answers", "answers-only", "no-answers-only", "answer-tokens"} - without
+    own = {"help", "json" if command == "evaluate" else "out"}
+    assert set(re.findall(r"--([a-z-]+)", said)) == heeded | own
