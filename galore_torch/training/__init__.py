@@ -10,8 +10,8 @@ A room imports only rooms named before it; `tests/test_architecture.py` holds th
 | `text` | where text comes from, which tokenizer cuts it, how it becomes sequences |
 | `page` | report pages for a browser |
 | `pretrain` | ``galore pretrain`` |
-| `planning` | ``galore plan``: what a training will need of memory, and send, by method |
 | `finetune` | ``galore finetune`` |
+| `planning` | ``galore plan``: what a training will need of memory, and send, by method |
 | `evaluation` | ``galore evaluate`` and ``galore predict``, of a run or of any model |
 | `inspection` | ``galore inspect``: how few dimensions hold the gradients, and for how long |
 | `compare` | ``galore compare``: methods beside each other; the demo |

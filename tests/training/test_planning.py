@@ -1,5 +1,6 @@
 """``galore plan``: its table, its JSON, its page, and what it refuses."""
 
+import html
 import json
 import re
 import shutil
@@ -10,7 +11,10 @@ import transformers
 from typer.testing import CliRunner
 
 from galore_torch.memory import KINDS, parse_bytes
+from galore_torch.training.finetune.presets import configure as finetune
 from galore_torch.training.planning.report import HEADINGS
+from galore_torch.training.pretrain.presets import configure as pretrain
+from galore_torch.training.run.folder import RunFolder
 from tests.command_line import app
 
 TINY = ("llama-tiny", "--micro-batch", "2", "--batch", "4", "--seq", "16", "--vocab", "300")
@@ -201,21 +205,59 @@ def test_a_vocabulary_is_that_of_the_model_but_for_a_preset(small):
     assert (result.exit_code, "vocab = 400 has no effect" in result.output) == (2, True)
 
 
-def test_methods_whose_library_is_missing_are_left_out_and_told(small, monkeypatch):
+def test_methods_whose_library_is_missing_are_left_out_and_told(small, monkeypatch, tmp_path):
     monkeypatch.setattr("galore_torch.training.settings.optimizer.find_spec", lambda _: None)
-    monkeypatch.setattr("galore_torch.training.planning.command.METHODS", {"galore-8bit": {}, "galore": {}})
-    result = galore_plan(*small, "--json")
-    assert list(json.loads(result.stdout)["methods"]) == ["galore"]
-    assert "Left out: galore-8bit." in " ".join(result.stderr.split())
+    monkeypatch.setattr("galore_torch.training.planning.command.METHODS", ("galore-8bit", "galore"))
+    result = galore_plan(*small, "--page", str(tmp_path / "plan.html"))
+    for told in (result.stdout, html.unescape((tmp_path / "plan.html").read_text())):
+        assert "Left out: galore-8bit. optim = 'galore-adamw8bit' needs bitsandbytes." in " ".join(told.split())
+    monkeypatch.setattr("galore_torch.training.planning.command.METHODS", ("galore-8bit", "galore", "lora"))
+    several = planned(*small, "--world-size", "2")
+    assert list(several["methods"]) == ["galore"]
+    assert several["left_out"].keys() == {"galore-8bit", "lora"}
+    assert several["left_out"]["lora"] == "adapter = 'lora' is planned in one process alone."
     refused = galore_plan(*small, "--method", "galore-8bit")
     assert refused.exit_code == 2
     assert "needs bitsandbytes. Install it with" in " ".join(refused.output.split())
 
 
-def test_of_a_run_its_model_is_planned(small, tmp_path):
-    shutil.copytree(small[0], tmp_path / "model")
-    (tmp_path / "config.toml").touch()
-    assert planned(str(tmp_path), *small[1:], "--method", "galore")["methods"].keys() == {"galore"}
+@pytest.fixture
+def ended(small, tmp_path):
+    """The folder of a run that has ended, by its settings, with a model that has a tokenizer."""
+
+    def make(config, name: str) -> str:
+        RunFolder(tmp_path / name).create(config, "0" * 64)
+        shutil.copytree(small[0], tmp_path / name / "model")
+        (tmp_path / name / "model" / "tokenizer.json").write_text("{}")
+        return str(tmp_path / name)
+
+    return make
+
+
+def test_a_run_is_planned_with_its_settings_but_for_those_that_are_given(small, ended):
+    sizes = {"batch": 6, "micro_batch": 3, "seq": 24, "rank": 12, "gradients": "projected"}
+    of_galore = ended(pretrain("llama-tiny", **sizes), "galore")
+    flags = [f for name, value in sizes.items() for f in (f"--{name.replace('_', '-')}", str(value))]
+    like = planned(small[0], "--dtype", "float32", *flags, "--method", "galore", "--method", "full")["methods"]
+    assert planned(of_galore)["methods"] == {"run": like["galore"]}
+    both = planned(of_galore, "--method", "run", "--method", "full", "--rank", "24")["methods"]
+    assert both["full"] == like["full"]
+    assert both["run"]["held"]["bases"] == 2 * like["galore"]["held"]["bases"]
+
+
+def test_a_fine_tuning_is_planned_as_one(small, ended):
+    """What is frozen has no state; a pair of answers is two sequences."""
+    flags = ("--dtype", "float32", "--batch", "8", "--micro-batch", "8", "--seq", "48", "--rank", "12")
+    fresh = planned(small[0], *flags, "--method", "lora", "--method", "full")["methods"]
+    tuned = {"task": "dpo", "data": "pairs.jsonl", "model": small[0], "batch": 4, "max_length": 48, "rank": 12}
+    folder = ended(finetune(**tuned, method="lora"), "pairs")
+    found = planned(folder)["methods"]["run"]["held"]
+    assert found["states"] < fresh["lora"]["held"]["states"]
+    assert "8 sequences of 48 tokens at once" in " ".join(galore_plan(folder).output.split())
+    assert planned(folder, "--rank", "24")["methods"]["run"]["held"]["states"] > found["states"]
+    assert planned(folder, "--method", "full")["methods"] == {"full": fresh["full"]}
+    narrow = ended(finetune(**tuned, method="lora", target_modules="q_proj"), "narrow")
+    assert planned(narrow)["methods"]["run"]["held"]["states"] < found["states"]
 
 
 def test_a_rank_that_nobody_gave_fits_keys_and_values_of_few_heads(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +13,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from galore_torch.training.planning.config import OF_A_STEP, Cards
+from galore_torch.training.finetune.config import FinetuneConfig
+from galore_torch.training.planning.config import OF_A_STEP, RUN, Cards
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESETS
 from galore_torch.training.run.command import loading, option, reported_errors, table_of, this_command
 from galore_torch.training.run.files import require_writable
+from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import local_path, model_of_run, require_json, require_model
 from galore_torch.training.run.signals import stoppable
-from galore_torch.training.settings.config import sections_of
+from galore_torch.training.settings.config import from_values, sections_of
 from galore_torch.training.settings.fields import field_names, given_settings, suggest, with_settings
 from galore_torch.training.settings.methods import METHODS, method_settings, refuse_without_any_effect
 from galore_torch.training.settings.optimizer import missing_library
@@ -37,6 +39,9 @@ galore plan FOLDER/config.json --micro-batch 4 --seq 1024 --method full --method
 galore plan llama-7b --world-size 8 --parallel fsdp --bandwidth 100gbit --tokens 20B --tokens-per-second 3000
 [dim]what each of eight processes needs and sends, and the days it takes[/]
 
+galore plan runs/mine --memory 24GB --seq 1024
+[dim]a run, with its settings but for those that are given[/]
+
 galore plan llama-1b --method galore --gradients projected --json
 [dim]one way to form gradients, for a script[/]
 """
@@ -47,11 +52,13 @@ _option = partial(option, panel="Plan")
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A preset, a folder, a config.json, or a name on the Hugging Face Hub.")],
+    model: Annotated[
+        str, typer.Argument(help="A preset, a run, a folder, a config.json, or a name on the Hugging Face Hub.")
+    ],
     *,
     memory: Annotated[str | None, _option("What there is, such as 24GB; says which methods fit.")] = None,
-    method: Annotated[list[str] | None, _option(r"Plan these alone. [dim]\[default: all][/]")] = None,
-    dtype: Annotated[str | None, _option(r"Of weights. [dim]\[default: the preset's; without one bfloat16][/]")] = None,
+    method: Annotated[list[str] | None, _option(r"Plan these alone. [dim]\[default: all; of a run: run][/]")] = None,
+    dtype: Annotated[str | None, _option("Of weights; by default the preset's or run's, else bfloat16.")] = None,
     page: Annotated[Path | None, _option("Write a page with the table and a chart there.")] = None,
     json: Annotated[bool, _option("Print the plans as one JSON object.", "--json")] = False,
     **given: Any,
@@ -65,23 +72,27 @@ def plan(
     with stoppable():
         console = Console(stderr=json)
         with reported_errors(_COMMAND):
-            model, known = _found(model), _methods(console, method)
+            room, cards = None if memory is None else parse_bytes(memory), Cards(**of_cards)
+            model, run = _found(model)
+            named = method or ([] if run is None else [RUN])
+            left_out = _without_library(named, run)
             if page is not None:
                 if page.is_dir():
                     raise ValueError(f"page = {str(page)!r} is a folder; name a file, such as {page / 'plan.html'}.")
                 require_writable("page", page)
-            room, cards = None if memory is None else parse_bytes(memory), Cards(**of_cards)
             if "torch" not in sys.modules:  # bitsandbytes has functions compiled as it is imported, which no plan calls
                 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             with loading(console):
                 from galore_torch.training.planning.report import Planned
                 from galore_torch.training.planning.subject import subject
 
-            planned = subject(model, given, dtype, cards)
-            methods = method or [name for name in known if not planned.refuses(name)]
+            planned = subject(model, given, dtype, cards, run)
+            if not named:
+                left_out |= {name: f"{why}." for name in METHODS if (why := planned.refusal(name))}
+            methods = named or [name for name in METHODS if name not in left_out]
             refuse_without_any_effect(given, {name: planned.alone(name) for name in methods})
             with console.status("Planning") as status:
-                shown = Planned.of(planned, methods, room, lambda name: status.update(f"Planning: {name} is done"))
+                shown = Planned.of(planned, methods, room, left_out, lambda name: status.update(f"{name} is planned"))
                 texts = shown.texts
             if page is not None:
                 shown.page(this_command()).write(page)
@@ -103,11 +114,14 @@ def command() -> Callable[..., None]:
     return with_settings(plan, {"cards": Cards, **sections}, PRESETS, DEFAULT_PRESET, hidden)
 
 
-def _found(name: str) -> str:
-    """A preset, or where a model's configuration is; a ValueError says, before libraries are imported, what is none."""
+def _found(name: str) -> tuple[str, Any]:
+    """A preset, or where a model's configuration is, and the settings of a run that made it, or None.
+
+    A ValueError says, before libraries are imported, what is none.
+    """
     if name in _MODELS:
-        return name
-    name = model_of_run("model", name)
+        return name, None
+    folder, name = RunFolder(local_path("model", name)), model_of_run("model", name)
     path = local_path("model", name)
     file = path / "config.json" if path.is_dir() else path
     if file.suffix == ".json" and file.is_file():
@@ -117,15 +131,17 @@ def _found(name: str) -> str:
     else:
         close = suggest(name, _MODELS)
         raise ValueError(f"model = {name!r} is no preset, folder or file; {close.rstrip('.')}, or give a folder.")
-    return name
+    if not folder.config.is_file():
+        return name, None
+    values = folder.settings()
+    return name, from_values(FinetuneConfig if "task" in values else PretrainConfig, values)
 
 
-def _methods(console: Console, given: list[str] | None) -> list[str]:
-    """The methods to plan, but for those whose library is missing: told, or an ImportError for one that was given."""
-    wanted = {name: method_settings(name)["optim"] for name in given or METHODS}
-    missing = {name: told for name, optim in wanted.items() if (told := missing_library(optim))}
-    if missing and given:
+def _without_library(named: Sequence[str], run: Any) -> dict[str, str]:
+    """The methods whose library is missing, with how to install it; an ImportError for those that are named."""
+    own = {} if run is None else {RUN: run.optimizer.optim}
+    optims = {name: own.get(name) or method_settings(name)["optim"] for name in named or METHODS}
+    missing = {name: told for name, optim in optims.items() if (told := missing_library(optim))}
+    if missing and named:
         raise ImportError(next(iter(missing.values())))
-    if missing:
-        console.print(f"Left out: {', '.join(missing)}. {next(iter(missing.values()))}", highlight=False, markup=False)
-    return [name for name in wanted if name not in missing]
+    return missing

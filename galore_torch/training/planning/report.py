@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from galore_torch.memory import KINDS, MemoryPlan
 from galore_torch.training.planning.cards import Cost
+from galore_torch.training.planning.config import RUN
 from galore_torch.training.planning.subject import Subject
 from galore_torch.training.settings.methods import METHODS
 from galore_torch.units import readable
@@ -56,11 +57,17 @@ class Planned:
     subject: Subject  # what is planned
     found: Mapping[str, MemoryPlan]  # by method
     memory: int | None  # what there is, in bytes; None if nobody said
-    costs: Mapping[str, Cost] = dataclasses.field(default_factory=dict)  # by method, where they were asked for
+    costs: Mapping[str, Cost]  # by method, where they were asked for
+    left_out: Mapping[str, str]  # methods that are not planned, and why
 
     @classmethod
     def of(
-        cls, subject: Subject, methods: Sequence[str], memory: int | None, done: Callable[[str], None] = lambda _: None
+        cls,
+        subject: Subject,
+        methods: Sequence[str],
+        memory: int | None,
+        left_out: Mapping[str, str],
+        done: Callable[[str], None],
     ) -> Planned:
         """Plan by each method in turn, which ``done`` is told; what differs in learning rates alone is planned once."""
         known: dict[str, tuple[MemoryPlan, Cost | None]] = {}
@@ -73,7 +80,8 @@ class Planned:
             found[method] = known[key] = known.get(key) or subject.planned(method)
             done(method)
         costs = {method: price for method, (_, price) in found.items() if price is not None}
-        return cls(subject=subject, found={name: one for name, (one, _) in found.items()}, memory=memory, costs=costs)
+        plans = {name: one for name, (one, _) in found.items()}
+        return cls(subject=subject, found=plans, memory=memory, costs=costs, left_out=left_out)
 
     def fits(self, one: MemoryPlan) -> bool:
         """Whether there is a memory that a plan fits."""
@@ -94,13 +102,13 @@ class Planned:
         """Methods, the one that gives up least first: adapters last, then weights, updates and states as they are."""
 
         def given_up(method: str) -> tuple[Any, ...]:
-            settings = METHODS[method]
+            config = self.subject.settings(method)
             return (
-                settings["adapter"] != "none",
-                settings["weight_bits"] == 8,
-                settings["update"] == "backward",
-                "8bit" in settings["optim"],
-                list(METHODS).index(method),
+                config.adapter.adapter != "none",
+                config.optimizer.weight_bits == 8,
+                config.optimizer.update == "backward",
+                "8bit" in config.optimizer.optim,
+                [*METHODS, RUN].index(method),
             )
 
         return sorted(self.found, key=given_up)
@@ -130,7 +138,8 @@ class Planned:
 
         Activations are computed again, and rows are ever fewer.
         """
-        micro_batch = self.subject.micro_batch(self.subject.settings(method))
+        config = self.subject.settings(method)
+        micro_batch = self.subject.micro_batch(config)
         given: dict[str, Any] = {"gradient_checkpointing": True}
         while True:
             changed = dataclasses.replace(self.subject, given={**self.subject.given, **given})
@@ -139,7 +148,7 @@ class Planned:
                 return method, given, found
             micro_batch = next(rows for rows in range(micro_batch // 2, 0, -1) if micro_batch % rows == 0)
             given |= {"micro_batch": micro_batch}
-            if method == self.least or METHODS[method]["update"] == "backward":  # which leaves nothing to accumulate
+            if method == self.least or config.optimizer.update == "backward":  # which leaves nothing to accumulate
                 given |= {"batch": micro_batch * self.subject.cards.world_size}
 
     @property
@@ -204,6 +213,9 @@ class Planned:
             lines.append(self._verdict(self.memory))
         if self.subject.cards.world_size > 1:
             lines.append(SEVERAL)
+        for why in dict.fromkeys(self.left_out.values()):
+            names = ", ".join(name for name, one in self.left_out.items() if one == why)
+            lines.append(f"Left out: {names}. {why}")
         return lines
 
     def _verdict(self, memory: int) -> str:
@@ -237,6 +249,7 @@ class Planned:
             "best": self.best,
             "instead": with_settings(self.instead),
             "usual": with_settings(self.usual),
+            "left_out": self.left_out,
             "methods": {name: one.as_json() | costs.get(name, {}) for name, one in self.found.items()},
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from galore_torch.lowbit import quantize_weights
 from galore_torch.memory import Job, MemoryPlan, plan
 from galore_torch.memory.ranks import Sizes, of_a_rank
 from galore_torch.training.baselines.layers import adapt
+from galore_torch.training.finetune.config import PREFERENCES, FinetuneConfig
 from galore_torch.training.planning.cards import Cost, cost, refusal
-from galore_torch.training.planning.config import Cards
+from galore_torch.training.planning.config import RUN, Cards
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
@@ -43,6 +45,8 @@ class Subject:
     given: Mapping[str, Any]  # settings that were given, by name, and those that the model brings
     target_modules: Any  # which modules hold the matrices; see `galore_torch.param_groups`
     cards: Cards = field(default_factory=Cards)
+    run: Mapping[str, Any] = field(default_factory=dict)  # settings of the run whose model it is, if it is one's
+    task_type: str | None = None  # PEFT's name of what a model that was trained before is trained for
 
     def settings(self, method: str) -> PretrainConfig:
         """All settings under a method; those that have no effect with it are left out.
@@ -51,11 +55,14 @@ class Subject:
             ValueError: when the method or a value is not known or not allowed, or not in so many processes.
         """
         alone, world = self.alone(method), self.cards.world_size
-        kept = {name: one for name, one in self.given.items() if has_effect(name, alone.optimizer, alone.adapter)}
+        kept, of_run = (
+            {name: one for name, one in values.items() if has_effect(name, alone.optimizer, alone.adapter)}
+            for values in (self.given, self.run)
+        )
         if alone.optimizer.update == "backward":  # which leaves nothing to accumulate
-            micro_batch = self.given.get("micro_batch") or PRESETS[self.preset].get("micro_batch", 32)
-            kept |= {"micro_batch": micro_batch * world, "batch": micro_batch * world}
-        config = configure(self.preset, method=method, **kept)
+            known = {"micro_batch": 32, **PRESETS[self.preset], **of_run, **kept}
+            kept |= dict.fromkeys(("micro_batch", "batch"), known["micro_batch"] * world)
+        config = configure(self.preset, of_run, method=None if method == RUN else method, **kept)
         refused_for = refusal(self.cards, config)
         if refused_for is not None:
             raise ValueError(f"{refused_for}; choose another method, or leave out --world-size.")
@@ -66,13 +73,14 @@ class Subject:
         """How many sequences a process takes at once, of a step that may have less for each."""
         return divided(config.schedule, self.cards.world_size)
 
-    def refuses(self, method: str) -> bool:
-        """Whether a method by itself is refused in so many processes."""
-        return refusal(self.cards, self.alone(method)) is not None
+    def refusal(self, method: str) -> str | None:
+        """Why a method by itself is refused in so many processes; None if it is not."""
+        return refusal(self.cards, self.alone(method))
 
     def alone(self, method: str) -> PretrainConfig:
-        """A method's own settings, whatever was given."""
-        return configure(self.preset, micro_batch=1, batch=1, method=method)
+        """A method's own settings, or the run's, whatever was given."""
+        values, named = (self.run, None) if method == RUN else ({}, method)
+        return configure(self.preset, values, method=named, micro_batch=1, batch=1)
 
     def planned(self, method: str) -> tuple[MemoryPlan, Cost | None]:
         """What a method needs of memory, in each process, and what a step costs, where that was asked for."""
@@ -98,10 +106,10 @@ class Subject:
                 raise ValueError(
                     f"rank = {settings.rank} is beyond the matrices of {self.name!r}; give at most {most}."
                 )
-        labels = rows if "Classification" not in type(model).__name__ else rows[:1]
+        labels = rows[:1] if _is_classifier(model) else rows
 
         def prepare(copied: nn.Module) -> None:
-            adapt(copied, config.adapter, self.target_modules or "all-linear")
+            adapt(copied, config.adapter, self.target_modules or "all-linear", task_type=self.task_type)
             if settings.weight_bits == 8:
                 quantize_weights(copied, self.target_modules)
             if config.schedule.gradient_checkpointing:
@@ -119,14 +127,17 @@ class Subject:
         )
 
 
-def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards | None = None) -> Subject:
+def subject(
+    name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards | None = None, run: Any = None
+) -> Subject:
     """The model of a name, without weights.
 
     Args:
         name: a preset, a folder or a ``config.json``, or a name on the Hugging Face Hub.
         given: settings by name.
-        dtype: of the weights; None for the preset's, or bfloat16.
+        dtype: of the weights; None for the preset's or the run's, or bfloat16.
         cards: where it would be trained; one if None.
+        run: the configuration of the run whose model it is, if it is one's.
 
     Raises:
         ValueError: when there is no such model, or it has no head that gives a loss.
@@ -144,12 +155,37 @@ def subject(name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards
     sizes = _configuration(name)
     kind = _kind(name, sizes)
     with refused(f"model = {name!r} has a configuration of which no model can be made", "Mend it, or give another."):
-        built = _without_weights(kind, sizes, dtype or "bfloat16")
+        built = _without_weights(kind, sizes, dtype or ("bfloat16" if run is None else run.model.dtype))
+    if run is not None:
+        modules = getattr(run, "target_modules", MATRICES)
+        tuned = "SEQ_CLS" if _is_classifier(built) else "CAUSAL_LM"
+        return Subject(
+            name=name, model=built, preset=_LIKE, given=given, target_modules=modules, cards=cards, run=_of_a_step(run),
+            task_type=None if run.model.model is None else tuned,
+        )  # fmt: skip
     width = int(getattr(sizes.get_text_config(), "hidden_size", 512))
     sides = [min(weight.shape[-2:]) for weight in optimizers.matrices(built, None).values()]
     rank = max(1, min(width // _RANK_SHARE, *sides))  # keys and values may have fewer rows than that
     of_tuning = {**_OF_TUNING, "rank": rank, **given}
     return Subject(name=name, model=built, preset=_LIKE, given=of_tuning, target_modules=None, cards=cards)
+
+
+def _of_a_step(run: Any) -> dict[str, Any]:
+    """The settings of a run that decide what a step needs, by the names that they have in a pre-training."""
+    data, schedule, adapter = run.data, run.schedule, dataclasses.asdict(run.adapter)
+    if adapter["adapter_rank"] == run.optimizer.rank:  # by default, as with another rank that one
+        del adapter["adapter_rank"]
+    found = {
+        **dataclasses.asdict(run.optimizer),
+        **adapter,
+        "seq": data.max_length if isinstance(run, FinetuneConfig) else data.seq,
+        "batch": schedule.batch,
+        "micro_batch": run.micro_batch,
+        "gradient_checkpointing": schedule.gradient_checkpointing,
+    }
+    if isinstance(run, FinetuneConfig) and data.task in PREFERENCES:  # of a row there are two sequences
+        found |= {"batch": 2 * schedule.batch, "micro_batch": 2 * run.micro_batch}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _configuration(name: str) -> Any:
@@ -167,6 +203,10 @@ def _kind(name: str, config: Any) -> Any:
             "gives a loss; name one in its config.json, such as LlamaForCausalLM."
         )
     return kind
+
+
+def _is_classifier(model: Any) -> bool:
+    return "Classification" in type(model).__name__
 
 
 def _without_weights(kind: Any, config: Any, dtype: str) -> Any:

@@ -193,7 +193,12 @@ class PresetTable(Generic[C]):
     rates: Mapping[str, Mapping[str, Mapping[str, float]]]
 
     def configure(
-        self, preset: str | None = None, file: Path | None = None, *, method: str | None = None, **given: Any
+        self,
+        preset: str | None = None,
+        file: Path | Mapping[str, Any] | None = None,
+        *,
+        method: str | None = None,
+        **given: Any,
     ) -> C:
         """A preset, overridden by a TOML file, by a method and by settings by name.
 
@@ -201,7 +206,7 @@ class PresetTable(Generic[C]):
 
         Args:
             preset: a key of `presets`; if None, what the file names as ``preset``, or the default.
-            file: a TOML file with sections, such as a run folder's ``config.toml``.
+            file: a TOML file with sections, such as a run folder's ``config.toml``, or its settings by name.
             method: a key of `galore_torch.training.settings.methods.METHODS`.
             given: settings by name, such as ``rank=256``; those that are None are not given.
 
@@ -223,7 +228,7 @@ class PresetTable(Generic[C]):
             (32, 0.0005, 4)
         """
         flags = {name: value for name, value in given.items() if value is not None}
-        named, values = (None, {}) if file is None else read_file(self.config, file)
+        named, values = read_file(self.config, file) if isinstance(file, Path) else (None, file or {})
         chosen = over_file(values, method, flags)
         preset = named if preset is None else preset
         preset = self.default(chosen) if preset is None else preset
