@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 ON_GPU = 2**25
@@ -27,3 +30,26 @@ def at_a_time(on_cpu: int, tensor: Tensor, *, formed: int = 1) -> int:
         formed: how many numbers are formed for each.
     """
     return ON_GPU // formed if runs_ahead(tensor) else on_cpu
+
+
+def largest_entry(tensor: Tensor, dim: Sequence[int] = (), *, keepdim: bool = False) -> Tensor:
+    """The largest absolute entry: NaN where there is one.
+
+    torch's infinity norm is a single operation, and on a CPU takes six to fifteen times as long as these two.
+
+    Args:
+        tensor: of any floating dtype, not empty.
+        dim: the axes over which it is looked for; all of them when empty.
+        keepdim: whether these axes stay, with a size of 1.
+
+    Returns:
+        Of the tensor's dtype.
+
+    Example:
+        >>> largest_entry(torch.tensor([[1.0, -3.0], [2.0, 0.0]]), (-1,))
+        tensor([3., 2.])
+    """
+    if runs_ahead(tensor):
+        norm: Tensor = torch.linalg.vector_norm(tensor, float("inf"), dim=tuple(dim) or None, keepdim=keepdim)
+        return norm
+    return tensor.abs().amax(dim=tuple(dim), keepdim=keepdim)

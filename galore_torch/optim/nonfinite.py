@@ -15,8 +15,7 @@ from galore_torch.optim.trained_weight import TrainedWeight
 from galore_torch.projection import Projection
 
 FEW = 2**12
-"""Numbers of a tensor on a CPU that are looked at together with those of others: a view takes as long, and torch's norm
-twice as long."""
+"""Numbers of a tensor on a CPU that are looked at together with those of others: a view takes as long."""
 
 
 class NonfiniteCounter:
@@ -143,7 +142,9 @@ class _Together:
 def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
     # A process' part of a weight may be empty.
     filled = [one if one.numel() else one.new_zeros(1) for one in tensors]
-    largest = [peak.to(device) for peak in torch._foreach_norm(filled, float("inf"))]
+    in_one_call = devices.runs_ahead(filled[0])
+    found = torch._foreach_norm(filled, float("inf")) if in_one_call else map(devices.largest_entry, filled)
+    largest = [peak.to(device) for peak in found]
     dtype = functools.reduce(torch.promote_types, {peak.dtype for peak in largest})
     return torch.stack([peak.to(dtype) for peak in largest])
 

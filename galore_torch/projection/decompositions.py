@@ -265,7 +265,7 @@ def _apply_gram(facing_dk: Tensor, columns_dl: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unit(matrix: Tensor) -> Tensor:
     """The matrix scaled so that its largest entry is 1: keeps the squares of tiny and huge gradients within range."""
-    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
+    largest = devices.largest_entry(matrix, (-2, -1), keepdim=True)
     return matrix / above_zero(largest)
 
 

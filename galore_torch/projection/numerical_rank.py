@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from galore_torch import devices
 from galore_torch.projection.geometry import Basis
 from galore_torch.projection.orthonormal import above_zero, cholesky_qr, exact_products, leading_directions
 
@@ -39,7 +40,7 @@ def determined_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dt
         (..., r), of booleans; all False for a matrix of zeros.
     """
     projected_kr = (facing_dk.mT @ basis_dr.to(facing_dk.dtype)).to(basis_dr.dtype)
-    largest = torch.linalg.vector_norm(projected_kr, float("inf"), dim=(-2, -1), keepdim=True)
+    largest = devices.largest_entry(projected_kr, (-2, -1), keepdim=True)
     lengths = torch.linalg.vector_norm(projected_kr / above_zero(largest), dim=-2)
     # Rounding each of m x n numbers on its own leaves singular values of eps (sqrt(m) + sqrt(n)) / sqrt(m n) of the
     # norm at most, and so many eps of the computation are lost in finding the directions themselves.

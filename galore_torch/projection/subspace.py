@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from galore_torch import devices
 from galore_torch.projection.decompositions import find_bases, find_directions
 from galore_torch.projection.geometry import Basis, Mode, Projection, multiply_mode
 from galore_torch.projection.numerical_rank import is_lacking, keep_unread
@@ -156,7 +157,7 @@ def is_usable(grad: Tensor) -> Tensor:
     Returns:
         A boolean of no dimensions.
     """
-    peak = torch.linalg.vector_norm(grad, float("inf"))
+    peak = devices.largest_entry(grad)
     usable: Tensor = (peak > 0) & (peak < float("inf"))
     return usable
 
@@ -168,7 +169,7 @@ def _ranks(projection: Projection) -> dict[str, int]:
 def _filled(projection: Projection, stack: Tensor, decomposition: str, seed: int, old: Basis) -> dict[str, Tensor]:
     """The old bases of a stack, but for those that lack directions and whose matrix is not zero."""
     filled = {name: old[name].clone() for name in old}
-    wanted = torch.linalg.vector_norm(stack, float("inf"), dim=(-2, -1)) > 0
+    wanted = devices.largest_entry(stack, (-2, -1)) > 0
     wanted &= torch.stack([is_lacking(factor).any(-1) for factor in filled.values()]).any(0)
     if wanted.any():
         known = {name: factor[wanted] for name, factor in filled.items()}
