@@ -58,6 +58,7 @@ class InputTracker:
         first: the layer that was called first since all weights were looked at, and looks at them again when it is
             called again: once in each pass over the model.
         version: of what was known of them then.
+        layers: all that there are.
     """
 
     def __init__(self, optimizer: GaLore) -> None:
@@ -66,6 +67,7 @@ class InputTracker:
         self._current = SharedInput()
         self.first: FusedLinear | None = None
         self.version = -1
+        self.layers: list[FusedLinear] = []
 
     def record_call(self, layer: FusedLinear, x: Tensor) -> None:
         """Notes a call. What is learned holds from the next step on, when all that share the input are known."""

@@ -217,7 +217,8 @@ class ProjectedGradient(WithoutMemory):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is aten.detach.default:  # what the engine does with each gradient that it accumulates
-            return args[0]._like(args[0].projected)
+            one = args[0]
+            return ProjectedGradient(one._stored, one.projection, one.basis, one.dtype)
         kwargs = kwargs or {}
         if func in _NORMS and _is_euclidean(args, kwargs):
             return func(*_unwrap(args), **kwargs)

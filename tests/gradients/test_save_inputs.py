@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from galore_torch import GaLore, GaLoreAdamW, ProjectedGradient, param_groups, quantize_weights
 from galore_torch.gradients import attach
-from galore_torch.gradients.linear import SAMPLED
+from galore_torch.gradients.projected_linear import SAMPLED
 from tests.gradients.llama import GAP, adamw, batch, distance, llama, walk, weights
 from tests.gradients.test_fused_memory import saved_by, saved_bytes
 from tests.optim.small import assert_same
