@@ -77,7 +77,7 @@ class GaLoreFactory:
         self,
         model: nn.Module,
         *,
-        rank: int,
+        rank: int | None = None,
         optimizer: Callable[..., GaLore] = GaLoreAdamW,
         gradients: Gradients | None = None,
         update: Update = DEFAULT_UPDATE,
@@ -92,7 +92,7 @@ class GaLoreFactory:
 
         Args:
             model: where it will be trained.
-            rank: rank of the projection.
+            rank: rank of the projection; needed.
             optimizer: a recipe, or `GaLore`, which takes `optimizer_class` among the arguments.
             gradients: how they are formed; see `attach`, which chooses when None.
             update: when they are applied; see `attach`.
@@ -104,10 +104,25 @@ class GaLoreFactory:
             The optimizer, attached to the model.
 
         Raises:
-            ValueError: no `lr`, an argument that nothing takes, or what `param_groups`, the recipe and `attach` say.
+            ValueError: no `rank` or `lr`, an argument that nothing takes, or one that cannot be right.
         """
         trainer = _calling_trainer()
+        if not callable(optimizer) or (isinstance(optimizer, type) and not issubclass(optimizer, GaLore)):
+            what = optimizer.__name__ if callable(optimizer) else f"a {type(optimizer).__name__}"
+            raise ValueError(
+                f"optimizer is {what}; pass a recipe itself, such as GaLoreAdamW, or GaLore, which takes "
+                "optimizer_class among the arguments"
+            )
         known = _arguments_of(optimizer, arguments)
+        taken = {*_OF_GROUPS, *_OF_ATTACH, *known, *inspect.signature(self.__call__).parameters}
+        for name, value in arguments.items():
+            if name not in taken and None not in known:
+                names = sorted(str(one) for one in taken - {"model", "arguments"})
+                raise ValueError(
+                    f"{name}={value!r}: GaLoreFactory takes no argument named so; {did_you_mean(name, names)}"
+                )
+        if rank is None:
+            raise ValueError('GaLoreFactory got no rank; give one, such as {"rank": 128}')
         if trainer is not None:
             _report_ignored(trainer, arguments)
             check_modes(
@@ -122,13 +137,6 @@ class GaLoreFactory:
                 "GaLoreFactory got no lr, and there are no training arguments to take it from; give one, such as "
                 '{"rank": 128, "lr": 0.01}'
             )
-        taken = {*_OF_GROUPS, *_OF_ATTACH, *known}
-        for name, value in arguments.items():
-            if name not in taken and None not in known:
-                names = sorted(str(one) for one in taken)
-                raise ValueError(
-                    f"{name}={value!r}: GaLoreFactory takes no argument named so; {did_you_mean(name, names)}"
-                )
         of_groups = {name: arguments[name] for name in _OF_GROUPS & arguments.keys()}
         arguments = {name: value for name, value in arguments.items() if name not in _OF_GROUPS or name in known}
         of_attach = {name: arguments.pop(name) for name in _OF_ATTACH & arguments.keys()}

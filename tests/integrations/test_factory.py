@@ -79,9 +79,20 @@ def test_without_a_rate_nothing_is_made():
         GaLoreFactory()(model(), rank=4)
 
 
-def test_an_unknown_argument_is_told_with_the_nearest_name():
-    with pytest.raises(ValueError, match=r"update_gap=5: .*did you mean update_proj_gap\?"):
-        GaLoreFactory()(model(), rank=4, lr=0.1, update_gap=5)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rank": 4, "update_gap": 5}, r"update_gap=5: .*did you mean update_proj_gap\?"),
+        ({"ranks": 4}, r"ranks=4: .*did you mean rank\?"),
+        ({"rank": 4, "gradient": "fused"}, r"gradient='fused': .*did you mean gradients\?"),
+        ({}, r'got no rank; give one, such as \{"rank": 128\}'),
+        ({"rank": 4, "optimizer": "adamw"}, "optimizer is a str; pass a recipe itself"),
+        ({"rank": 4, "optimizer": torch.optim.AdamW}, "optimizer is AdamW; pass a recipe itself"),
+    ],
+)
+def test_a_wrong_argument_is_told_with_what_there_is(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        GaLoreFactory()(model(), lr=0.1, **arguments)
 
 
 def test_a_trainer_before_the_mixin_is_refused():
