@@ -265,3 +265,6 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eps": (_is_eps, "a number of at least 0, such as 1e-8"),
     "betas": (_are_betas, "a tuple of decay rates from 0 to below 1, such as (0.9, 0.999)"),
 }
+
+HYPERPARAMETERS = tuple(_LIMITS)
+"""Those that all optimizers understand alike."""

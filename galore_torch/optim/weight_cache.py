@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.group_keys import FIXED_KEYS, KEYS
+from galore_torch.optim.arguments import HYPERPARAMETERS, check_hyperparameters
 from galore_torch.optim.chunks import Chunk, chunks
 from galore_torch.optim.groups import check_keys
 from galore_torch.optim.positions import Position, positions
@@ -25,8 +26,9 @@ from galore_torch.optim.trained_weight import TrainedWeight
 DECIDING = (*FIXED_KEYS, "update_proj_gap", "stagger", "residual", *ASKED)
 """Keys of a group that decide what is known of a weight. All others are read from the group when they are used."""
 
-READ_LATER = tuple(name for name in KEYS if name not in DECIDING)
-"""Those of a projected group that are read when they are used, and checked where they are others than before."""
+_SETTLED = tuple(name for name in HYPERPARAMETERS if name != "lr")  # which a schedule changes in each step
+READ_LATER = (*_SETTLED, *(name for name in KEYS if name not in DECIDING))
+"""Those that are read when they are used, and checked where they are others than before."""
 
 Make = Callable[[Position], TrainedWeight]
 _versions = itertools.count(1)
@@ -46,8 +48,8 @@ class _Seen(NamedTuple):
 
     def is_current(self, group: dict[str, Any]) -> bool:
         weights, read_later = group["params"], list(map(group.get, READ_LATER))
-        if read_later != self.read_later:
-            check_keys(group)
+        if read_later != self.read_later or type(group.get("lr")) is str:
+            _check(group, dict(zip(_SETTLED, self.read_later, strict=False)))
             self.read_later[:] = map(group.get, READ_LATER)
         return (
             group is self.group
@@ -55,6 +57,14 @@ class _Seen(NamedTuple):
             and all(map(operator.is_, weights, self.weights))
             and _values(group) == self.values
         )
+
+
+def _check(group: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Refuses keys of a group that are not allowed, by what was there before; where nothing is known, strings alone."""
+    check_keys(group)
+    given = {name: group[name] for name in HYPERPARAMETERS if name in group}
+    now = {name: value for name, value in given.items() if name in before or isinstance(value, str)}
+    check_hyperparameters(now, {**dict.fromkeys(now, 0.01), **before}, " in a parameter group")
 
 
 def _values(group: Mapping[str, Any]) -> list[Any]:
@@ -175,7 +185,7 @@ class WeightCache:
 
     def _make(self, groups: Sequence[dict[str, Any]], make: Make) -> None:
         for group in groups:
-            check_keys(group)
+            _check(group, {})
         self.changed()
         self._chunked.clear()
         held = list(positions(groups))

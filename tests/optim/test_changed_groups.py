@@ -39,6 +39,26 @@ def test_a_value_that_no_key_may_have_is_refused_at_the_next_step(key: str, valu
     assert_same(snapshot(optimizer)[:2], before[:2])
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("group", [0, -1])
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", "1e-3"), ("weight_decay", "0.1"), ("betas", "0.9"), ("betas", ("0.9", 0.99)), ("eps", -1)]
+)
+def test_a_hyperparameter_that_cannot_be_right_is_refused_before_a_move(steps, group, key, value):
+    trained, made = mixed()
+    optimizer = GaLoreAdamW(made, lr=0.01, weight_decay=0.01)
+    walk(optimizer, trained, range(steps))
+    before = snapshot(optimizer)
+    optimizer.param_groups[group][key] = value
+    if steps or isinstance(value, str):
+        assert f"{key} is {value!r} in a parameter group" in refusing(lambda: walk(optimizer, trained, [steps]))
+        assert_same(snapshot(optimizer)[:2], before[:2])
+    for changed, usual in (("lr", 0.5), ("lr", torch.tensor(0.5)), ("betas", (0.8, 0.9))):
+        optimizer.param_groups[group][key] = optimizer.defaults[key]
+        optimizer.param_groups[group][changed] = usual
+        walk(optimizer, trained, [steps])
+
+
 def test_a_key_that_was_taken_away_has_its_default_again():
     trained, made = mixed(scale=0.5)
     optimizer = GaLoreSGD(made, lr=1.0)
