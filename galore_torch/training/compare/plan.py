@@ -17,7 +17,7 @@ from galore_torch.training.pretrain.command import PRETRAIN
 from galore_torch.training.run.files import Lock, require_empty, write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
 from galore_torch.training.settings.config import sections_of
-from galore_torch.training.settings.fields import field_names
+from galore_torch.training.settings.fields import field_names, require_once
 from galore_torch.training.settings.methods import method_settings, refuse_without_any_effect, refuse_without_effect
 
 JOBS = {job.name: job for job in (PRETRAIN, FINETUNE)}
@@ -80,7 +80,9 @@ def rates_by_method(option: str, given: Sequence[str], methods: Sequence[str]) -
             rates[method].append(float(number))
         except ValueError as error:
             raise ValueError(f"{option} = {text!r} is no number; give one, or METHOD=NUMBER.") from error
-    return {method: list(dict.fromkeys(rates[method] or rates[""] or [None])) for method in methods}
+    for of_method in rates.values():
+        require_once(option, of_method)
+    return {method: rates[method] or rates[""] or [None] for method in methods}
 
 
 def own_settings(job: JobCommand, given: Sequence[str], methods: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -142,13 +144,14 @@ def make_plan(
     for name, why in _NOT_COMPARED.items():
         if given.get(name) is not None:
             raise ValueError(f"{name} = {given[name]!r}: {why}.")
-    methods = list(dict.fromkeys(methods))
+    require_once("method", methods)
+    require_once("seed", seeds)
     by_method = {method: method_settings(method) for method in methods}
     by_lr, by_others = rates_by_method("lr", lrs, methods), rates_by_method("others_lr", others_lrs, methods)
     own = own_settings(job, sets, methods)
     runs = []
     for method in methods:
-        for lr, others, seed in itertools.product(by_lr[method], by_others[method], dict.fromkeys(seeds)):
+        for lr, others, seed in itertools.product(by_lr[method], by_others[method], seeds):
             # As settings, not by the method's name: a flag for all, such as a rank, may have no effect on one of them.
             settings = {**by_method[method], **given, **own[method], "seed": seed, "lr": lr, "others_lr": others}
             try:

@@ -23,7 +23,7 @@ from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import local_path, model_of_run, require_json, require_model
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import from_values, sections_of
-from galore_torch.training.settings.fields import field_names, given_settings, suggest, with_settings
+from galore_torch.training.settings.fields import field_names, given_settings, require_once, suggest, with_settings
 from galore_torch.training.settings.methods import METHODS, method_settings, refuse_without_any_effect
 from galore_torch.training.settings.optimizer import missing_library
 from galore_torch.units import parse_bytes
@@ -75,6 +75,7 @@ def plan(
             room, cards = None if memory is None else parse_bytes(memory), Cards(**of_cards)
             model, run = _found(model)
             named = method or ([] if run is None else [RUN])
+            require_once("method", named)
             left_out = _without_library(named, run)
             if page is not None:
                 if page.is_dir():

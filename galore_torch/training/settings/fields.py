@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
@@ -141,6 +141,13 @@ def require_defaults(config: Any, by: str, only: Mapping[str, Collection[Any]]) 
             raise ValueError(
                 f"{name} = {value!r} has no effect with {by} = {chosen!r}; leave it out, or choose {need}."
             )
+
+
+def require_once(name: str, values: Sequence[Any]) -> None:
+    """Refuse, with a ValueError, values of a repeated option two of which are the same."""
+    twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
+    if twice is not None:
+        raise ValueError(f"{name} = {twice!r} is given twice; leave out one.")
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
