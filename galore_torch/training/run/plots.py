@@ -38,10 +38,11 @@ def line_style(index: int, points: int = _MARKED + 1) -> dict[str, Any]:
         Keywords of `matplotlib.axes.Axes.plot`.
 
     >>> line_style(8, points=3)
-    {'color': '#2b83c6', 'linestyle': '--', 'linewidth': 1.5, 'marker': 's', 'markersize': 4}
+    {'color': '#2b83c6', 'linestyle': '--', 'linewidth': 1.5, 'clip_on': False, 'marker': 's', 'markersize': 4}
     """
     dashes, color = divmod(index, len(COLORS))
     style = {"color": COLORS[color], "linestyle": _DASHES[dashes % len(_DASHES)], "linewidth": 1.5}
+    style["clip_on"] = False  # else a point at an end of an axis is cut in two
     marks = {"marker": _MARKERS[(color + dashes) % len(_MARKERS)], "markersize": 4}
     return style | (marks if points <= _MARKED else {})
 

@@ -76,6 +76,22 @@ def test_rows_lead_to_folders():
     assert html.count("<a ") == 2
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_point_at_an_end_of_both_axes_is_whole(share):
+    def drawn(point: float) -> int:
+        figure, axes = new_axes("", "")
+        axes.plot([point], [point], **line_style(0, 1))
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_axis_off()  # which is drawn above its first half
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=100)
+        pixels = Image.open(picture).convert("RGB").getdata()
+        return sum(pixel != (255, 255, 255) for pixel in pixels)
+
+    assert drawn(share) == pytest.approx(drawn(0.5), rel=0.15)
+
+
 def test_no_two_of_many_lines_of_few_points_look_the_same():
     styles = [line_style(index, 1) for index in range(4 * len(COLORS))]
     assert len({(style["color"], style["marker"]) for style in styles}) == len(styles)
