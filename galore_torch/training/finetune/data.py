@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ import datasets
 from galore_torch.training.finetune.config import ARITHMETIC, GLUE, RowsConfig
 from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.text.row_checks import missing_column, require_filled
-from galore_torch.training.text.rows import is_hub_name, require_rows
+from galore_torch.training.text.rows import first_rows, is_hub_name, kind_of, require_rows
 from galore_torch.training.text.sources import read_table
 
 _SPLIT = 0  # the seed of which rows of a file are held out
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bard": "assistant"}
 _SUMS = 2000
+_TABLES = ("csv", "tsv")
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ def load(config: RowsConfig) -> Rows:
         parts = _of_hub("task", config.task, "nyu-mll/glue", config.task)
         train, held_out = parts["train"], parts[GLUE[config.task].held_out]
     else:
-        train, held_out = _named("data", str(config.data))
-    if config.held_out is not None:
-        held_out, _ = _named("held_out", config.held_out)
+        as_text = _texts(config)
+        train, held_out = _named("data", str(config.data), as_text)
+        if config.held_out is not None:
+            held_out, _ = _named("held_out", config.held_out, as_text)
     if held_out is not None:
         return Rows(train, held_out, range(1, len(train) + 1), range(1, len(held_out) + 1))
     if len(train) < 2:
@@ -81,14 +84,26 @@ def load(config: RowsConfig) -> Rows:
     return Rows(parts["train"], parts["test"], rows["train"]["row"][:], rows["test"]["row"][:])
 
 
-def _named(field: str, name: str) -> tuple[Any, Any]:
+def _texts(config: RowsConfig) -> dict[str, Any]:
+    """Which column of tables is text whatever pandas takes it for: labels, where one is such as 007, which is no 7."""
+    tables = {name: str(getattr(config, name)) for name in ("data", "held_out")} if config.task == "classify" else {}
+    for field, name in tables.items() if config.labels != "numbers" else ():
+        if kind_of(local_path(field, name)) in _TABLES:
+            for row in first_rows(field, name):
+                if re.fullmatch(r"\s*0\d+\s*", str(row.get(config.label_column))):
+                    return {"converters": {config.label_column: str}}
+    return {}
+
+
+def _named(field: str, name: str, of_tables: dict[str, Any]) -> tuple[Any, Any]:
     """The rows that a setting names, in columns as TRL has them; and those that come as held out with them, or None."""
     if name == ARITHMETIC:
         return _arithmetic(), None
     if not is_hub_name(field, name):
         kind, path = require_rows(field, name), local_path(field, name)
         with tempfile.TemporaryDirectory(prefix="galore-rows-") as scratch:  # for nothing to be read from a cache
-            rows = read_table(field, name, kind, [path], Path(scratch), keep_in_memory=True)
+            how = of_tables if kind in _TABLES else {}
+            rows = read_table(field, name, kind, [path], Path(scratch), keep_in_memory=True, **how)
         if not len(rows):
             raise ValueError(f"{field} = {name!r} holds no rows; give a file that does.")
         return _in_columns(rows), None

@@ -6,6 +6,9 @@ import datasets
 import pytest
 from rich.console import Console
 
+from galore_torch.training.finetune.classification import find_labels
+from galore_torch.training.finetune.config import RowsConfig
+from galore_torch.training.finetune.data import load
 from galore_torch.training.finetune.run import Finetuning
 from galore_torch.training.run.run import new_run
 from tests.training.finetune.conftest import sentences
@@ -46,3 +49,22 @@ def test_rows_of_which_more_are_to_be_read_are_not_refused_for_the_first(classif
     pairs = write("pairs.jsonl", [pair, pair, {**pair, "rejected": "c"}])
     config = classify(data=data)
     dataclasses.replace(config, data=dataclasses.replace(config.data, task="dpo", data=pairs)).require_there()
+
+
+@pytest.mark.parametrize(
+    ("labels", "held_out", "classes"),
+    [
+        (["007", "08", "10"], "10", ("007", "08", "10")),
+        (["7", "08", "10"], "7", ("08", "10", "7")),  # of two files both are read alike
+        (["7", "0", "10"], "10", (0, 7, 10)),
+        (["0.5", "0", "1"], "1", None),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_labels_of_tables_such_as_007_are_texts(labels, held_out, classes, suffix, tmp_path):
+    sign, rows = {"csv": ",", "tsv": "\t"}[suffix], tmp_path / f"rows.{suffix}"
+    rows.write_text("".join(f"{sign.join(row)}\n" for row in [("text", "label"), *(("a", each) for each in labels)]))
+    others = tmp_path / f"others.{suffix}"
+    others.write_text(f"text{sign}label\nb{sign}{held_out}\n")
+    config = RowsConfig(data=str(rows), held_out=str(others))
+    assert find_labels(config, load(config)).classes == classes
