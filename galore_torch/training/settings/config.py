@@ -53,7 +53,7 @@ class TrainConfig:
 
     def require_there(self, to: Purpose = "train") -> None:
         """Refuse, with an ImportError, to train by an optimizer whose library is missing."""
-        missing = missing_library(self.optimizer.optim)
+        missing = missing_library(self.optimizer.optim, self.optimizer.others_bits)
         if to == "train" and missing is not None:
             raise ImportError(missing)
 

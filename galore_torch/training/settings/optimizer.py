@@ -109,11 +109,13 @@ def has_effect(name: str, optim: str) -> bool:
     return name not in _ADAM | _STATE | _OTHERS or name in KINDS[optim].settings
 
 
-def missing_library(optim: str) -> str | None:
+def missing_library(optim: str, others_bits: int | None = None) -> str | None:
     """Which library an optimizer needs that is not installed, with how to install it; None where it needs none."""
-    if not KINDS[optim].eight_bit or find_spec("bitsandbytes") is not None:
-        return None
-    return f"optim = {optim!r} needs bitsandbytes. {install('bnb')}"
+    if KINDS[optim].eight_bit and find_spec("bitsandbytes") is None:
+        return f"optim = {optim!r} needs bitsandbytes. {install('bnb')}"
+    if others_bits is not None and find_spec("torchao") is None:
+        return f"others_bits = {others_bits} needs torchao. {install('torchao')}"
+    return None
 
 
 def optimizers_with(name: str) -> list[str]:

@@ -171,10 +171,17 @@ def test_a_class_that_is_only_held_out(classify, write, tmp_path):
 
 
 @pytest.mark.parametrize("data", [{"data": "rows.jsonl"}, {"held_out": "rows.jsonl", "data": "rows.csv"}])
-def test_a_library_that_an_optimizer_needs_is_told_first(data, classify, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "galore-8bit"}, r"galore-adamw8bit.* needs bitsandbytes\. Install it with: .*\[bnb\]"),
+        ({"others_bits": 4}, r"others_bits = 4 needs torchao\. Install it with: .*\[torchao\]"),
+    ],
+)
+def test_a_library_that_an_optimizer_needs_is_told_first(data, settings, words, classify, monkeypatch):
     monkeypatch.setattr("galore_torch.training.settings.optimizer.find_spec", lambda _: None)
-    config = classify(**data, method="galore-8bit")
-    with pytest.raises(ImportError, match=r"galore-adamw8bit.* needs bitsandbytes\. Install it with: .*\[bnb\]"):
+    config = classify(**data, **settings)
+    with pytest.raises(ImportError, match=words):
         config.require_there()
 
 
