@@ -82,6 +82,11 @@ class RunFolder:
         """The record of the whole run, if it has ended."""
         return records.final(self.metrics)
 
+    def result(self) -> dict[str, Any]:
+        """What the finished run came to, as it said at its end; see `galore_torch.training.run.job.RunResult`."""
+        known = {"out": str(self.root), "finished": True, "checkpoint": None, **(self.final or {})}
+        return {name: value for name, value in known.items() if name not in ("final", "stream")}
+
     def hold(self, *, began: bool = False, made: bool = False) -> None:
         """Take the folder for this object alone, or refuse one in which another process or run is at work.
 

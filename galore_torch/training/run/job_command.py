@@ -143,6 +143,7 @@ class JobCommand:
                     resume = processes.goes_on(folder)
                     if resume and folder.final is not None:  # the process that was lost had nothing left to do
                         console.out(_left(folder, name), highlight=False)
+                        _print(folder.result(), json=json)
                         return
                     if not resume:
                         folder.require_new()
@@ -157,11 +158,9 @@ class JobCommand:
                 )
             with reported_errors(name, lambda: _left(run.folder, name)):
                 result: RunResult = run.train()
-            if json and processes.is_first():
-                print(json_format.dumps(dataclasses.asdict(result)))
-            elif not json:
-                for line in _shown(result, name):
-                    console.out(line, highlight=False)
+            _print(dataclasses.asdict(result), json=json)
+            for line in [] if json else _shown(result, name):
+                console.out(line, highlight=False)
             if not result.finished:
                 raise typer.Exit(exit_status())
 
@@ -169,6 +168,11 @@ class JobCommand:
         """A command with a flag for each setting of the job, but for options of its own that are hidden."""
         sections = sections_of(self.presets.config)
         return with_settings(command, sections, self.presets.presets, self.help_preset, hidden)
+
+
+def _print(result: Mapping[str, Any], *, json: bool) -> None:
+    if json and processes.is_first():
+        print(json_format.dumps(result))
 
 
 def _require_not_both(resume: bool, prepare: bool) -> None:

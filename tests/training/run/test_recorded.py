@@ -1,9 +1,11 @@
 """What a run folder records is what ran: every setting that has an effect, as optimizer, trainer and model have it."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import galore_torch
 from galore_torch import GaLore
@@ -19,6 +21,7 @@ from galore_torch.training.run.run import new_run
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.methods import METHODS, has_effect
 from galore_torch.training.settings.optimizer import OptimizerConfig
+from tests.command_line import app
 
 OTHER = {  # than by default and than any method's own
     "lr": 0.003, "others_lr": 0.002, "rank": 5, "update_proj_gap": 7, "scale": 0.5, "proj_type": "right",
@@ -175,3 +178,14 @@ def test_defaults_are_those_of_the_library():
     config = OptimizerConfig()
     for name, value in PROJECTED_DEFAULTS.items():
         assert getattr(config, name) == value, name
+
+
+def test_where_torchrun_starts_anew_what_has_ended_the_result_is_told_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    given = tmp_path / "given.toml"
+    given.write_text(tiny(steps=1).to_toml(), encoding="utf-8")
+    asked = ["pretrain", "--config", str(given), "--out", str(tmp_path / "run"), "--json"]
+    first, again = (CliRunner().invoke(app(), asked) for _ in range(2))
+    assert (first.exit_code, again.exit_code) == (0, 0), again.output
+    assert json.loads(again.stdout) == json.loads(first.stdout)
+    assert "holds the finished run" in again.stderr
