@@ -42,7 +42,7 @@ def judge(config: Any, console: Console, *, predicting: bool, others: bool) -> J
 
 
 def _of_text(config: PretrainConfig, console: Console, *, whole: bool) -> dict[str, float]:
-    model, tokenizer = load_base(config.model, AutoModelForCausalLM, config.data.seq, console)
+    model, tokenizer = load_base(config.model, AutoModelForCausalLM, ("seq", config.data.seq), console)
     with packing.corpus_of(config.data, seed=0) as (corpus, files):
         of_all = whole and files is not None
         text = datasets.concatenate_datasets(list(corpus)) if of_all else corpus.held_out

@@ -161,7 +161,7 @@ class Classification:
         self._rows = rows.held_out_rows
         self.labels = wanted = find_labels(data, rows, class_names(config.model.model))
         self.model, self.tokenizer = load_base(
-            config.model, AutoModelForSequenceClassification, data.max_length, console, **wanted.head
+            config.model, AutoModelForSequenceClassification, ("max_length", data.max_length), console, **wanted.head
         )
         self.measured = {name: f"eval_{name}" for name in wanted.metrics}
         tokenizer, most = self.tokenizer, data.max_length  # all that Datasets has to digest

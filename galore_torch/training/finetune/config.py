@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from galore_torch.training.run.names import local_path, model_of_run, require_model, require_on_hub
+from galore_torch.training.run.names import local_path, model_of_run, require_length, require_model, require_on_hub
 from galore_torch.training.settings.config import TrainConfig
 from galore_torch.training.settings.fields import DType, Purpose, RunConfig, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES, modules_named
@@ -226,6 +226,7 @@ class FinetuneConfig(TrainConfig):
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")
         require_model("model", self.model.model, self.model.gguf_file or "config.json")
+        require_length("max_length", self.data.max_length, self.model.model)
 
     def _require_labels(self, values: list[Any]) -> None:
         """Refuse labels that are all the same, unless there are more to read or the model may know them."""

@@ -66,7 +66,7 @@ class OnTRL:
         self.train, self.held_out = parts
         self._rows = rows.held_out_rows
         self.model, self.tokenizer = load_base(
-            config.model, self.model_class, self.data.max_length, console, **self.model_settings
+            config.model, self.model_class, ("max_length", self.data.max_length), console, **self.model_settings
         )
         self.model.config.use_cache = False
         if self.data.chat_template is not None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from galore_torch.training.run.names import model_of_run, require_model
+from galore_torch.training.run.names import model_of_run, require_length, require_model
 from galore_torch.training.settings.config import TrainConfig
 from galore_torch.training.settings.fields import (
     DType,
@@ -113,6 +113,7 @@ class PretrainConfig(TrainConfig):
             raise ValueError(f"model = None, and {missing[0]} is not given; give --model, or a preset with sizes.")
         if model.model is not None:  # before the text, of which evaluate asks other things where it is no run
             require_model("model", model.model, model.gguf_file or "config.json")
+            require_length("seq", self.data.seq, model.model)
         require_readable(self.data)
         data, subset = self.data.data, self.data.subset
         if subset is not None and (data == "stdlib" or not is_hub_name("data", data)):

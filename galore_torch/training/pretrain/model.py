@@ -50,7 +50,7 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, cons
             quantize_weights(module, stochastic_rounding=stochastic, seed=next(seeds))
 
     if config.model.model is not None:
-        model, _ = load_base(config.model, AutoModelForCausalLM, config.data.seq, console)
+        model, _ = load_base(config.model, AutoModelForCausalLM, ("seq", config.data.seq), console)
     else:
         architecture = _architecture(config, tokenizer)
         tokenizer.model_max_length = architecture.max_position_embeddings

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from galore_torch.training.run.files import MANIFEST, require_whole
-from galore_torch.training.run.names import refused
+from galore_torch.training.run.names import refused, require_positions
 from galore_torch.units import first_of
 
 
@@ -38,14 +38,14 @@ def load_tokenizer(config: Any) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    config: Any, kind: Any, max_length: int, console: Console, **more: Any
+    config: Any, kind: Any, longest: tuple[str, int], console: Console, **more: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load a model with its tokenizer, and print which of its weights are newly initialized.
 
     Args:
         config: a section of settings with ``model``, its name or folder, ``gguf_file`` and ``dtype``.
         kind: the auto class of the model.
-        max_length: most tokens of a row.
+        longest: the setting that says how many tokens a row has at most, and its value.
         console: where to print.
         more: for the model's configuration, such as ``num_labels``.
 
@@ -73,7 +73,7 @@ def load_base(
         line = f"Some weights of {config.model} are newly initialized, since it has none that fit: {first_of(fresh, 4)}"
         console.out(line, highlight=False)
     _require_finite(config.model, model)
-    _fit(config, model, tokenizer, max_length)
+    _fit(config, model, tokenizer, longest)
     return model, tokenizer
 
 
@@ -116,7 +116,7 @@ def _require_finite(name: str, model: nn.Module) -> None:
         )
 
 
-def _fit(config: Any, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def _fit(config: Any, model: Any, tokenizer: PreTrainedTokenizerBase, longest: tuple[str, int]) -> None:
     entries = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > entries:
         raise ValueError(
@@ -128,11 +128,7 @@ def _fit(config: Any, model: Any, tokenizer: PreTrainedTokenizerBase, max_length
     positions = _positions(model)
     if positions is not None:  # what it is saved with, so that whoever loads it can truncate by it
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    if positions is not None and max_length > positions:
-        raise ValueError(
-            f"max_length = {max_length} is beyond the {positions} positions of model = {config.model!r}; give at most "
-            "that."
-        )
+        require_positions(*longest, positions, config.model)
 
 
 def _positions(model: Any) -> int | None:
