@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,21 @@ def runs_ahead(tensor: Tensor) -> bool:
         tensor: of any device.
     """
     return tensor.is_cuda
+
+
+def multiplies_bfloat16(tensor: Tensor) -> bool:
+    """Whether the device that holds a tensor multiplies matrices of bfloat16 at speed: a CPU of few years or none does.
+
+    Args:
+        tensor: of any device.
+    """
+    return runs_ahead(tensor) or cpu_multiplies_bfloat16()
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it. Without them torch takes some hundred times as long as in float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def at_a_time(on_cpu: int, tensor: Tensor, *, formed: int = 1) -> int:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, linalg
-from torch.optim._muon import _zeropower_via_newtonschulz
 
 GROWTH = 1.01
 
@@ -130,5 +129,12 @@ def tracked(G: Tensor, P: Tensor) -> Tensor:
 
 
 def orthogonal(U: Tensor) -> Tensor:
-    """Singular values of about 1 in the place of U's."""
-    return _zeropower_via_newtonschulz(U, (3.4445, -4.7750, 2.0315), 5, 1e-7).to(U.dtype)
+    """Singular values of about 1 in the place of U's: five steps of Muon's Newton-Schulz iteration."""
+    if len(U) > U.shape[1]:
+        turned: Tensor = orthogonal(U.T).T
+        return turned
+    X: Tensor = U / linalg.norm(U).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
+    return X

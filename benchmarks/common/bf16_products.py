@@ -11,15 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from galore_torch import devices
+
 BLOCK_ELEMENTS = 2**21
 """Of a factor that is widened at a time: enough to keep the cores busy, and next to nothing in memory."""
 
 _installed: list[torch.library.Library] = []
-
-
-def bfloat16_is_native() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices with instructions of its own."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def in_float32() -> bool:
@@ -28,9 +25,9 @@ def in_float32() -> bool:
     Returns:
         Whether that is so.
     """
-    if not bfloat16_is_native() and not _installed:
+    if not devices.cpu_multiplies_bfloat16() and not _installed:
         _install()
-    return not bfloat16_is_native()
+    return not devices.cpu_multiplies_bfloat16()
 
 
 def as_torch_does() -> None:

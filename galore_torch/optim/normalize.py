@@ -2,7 +2,7 @@
 
 Entries of a normalized update have a root mean square of 1, so that learning rate and `scale` alone say how far a
 weight moves, as with Adam. Columns (SCALE, arXiv 2506.16659): each input's, over outputs, whichever side is projected.
-Orthogonal (Muon): torch's Newton-Schulz iteration, times sqrt(max(m, n)) (arXiv 2502.16982). What lies in the subspace
+Orthogonal (Muon): a Newton-Schulz iteration, times sqrt(max(m, n)) (arXiv 2502.16982). What lies in the subspace
 alone is orthogonalized there (SUMO, arXiv 2505.24749), for bases are orthonormal. Blocks: the same of about twice as
 many outputs at a time as the rank is, so that m n r operations take the place of m^2 n, in memory of a block.
 """
@@ -13,11 +13,19 @@ import math
 
 import torch
 from torch import Tensor
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
 
+from galore_torch import devices
 from galore_torch.optim.norms import exact, sums_of_squares
 from galore_torch.optim.update import Update
 from galore_torch.projection import Projection
+
+ODD = (3.4445, -4.7750, 2.0315)
+"""Of x, x^3 and x^5 in a Newton-Schulz step, for singular values: Muon's, which bring all from 0.002 to 1 near 1 in
+five steps. With two or three, of polynomials of their own, a model learns less (docs/study.md)."""
+
+NEWTON_SCHULZ_STEPS = 5
+
+EPS = 1e-7
 
 BLOCK_RANKS = 2
 """Ranks of outputs in a block. Blocks of one learn less, and of two cost a tenth of a training step (docs/study.md)."""
@@ -109,16 +117,23 @@ def _orthogonal(matrices: Tensor) -> Tensor:
         matrices: (..., m, n).
 
     Returns:
-        Of the same shape and dtype, computed in bfloat16.
+        Of the same shape and dtype, computed in bfloat16 where the device is fast in that; float64 stays float64.
     """
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    if len(flat) > 1 and flat.device.type != "cpu":  # where launches cost more than caches win
-        made = torch.vmap(_newton_schulz)(flat)
-    else:
-        made = torch.stack([_newton_schulz(one) for one in flat])
+    in_bf16 = matrices.dtype != torch.float64 and devices.multiplies_bfloat16(matrices)
+    flat = matrices.to(torch.bfloat16 if in_bf16 else exact(matrices)).reshape(-1, *matrices.shape[-2:])
+    # A GPU takes all at once, for launches cost more there than caches win.
+    parts = [flat] if devices.runs_ahead(flat) else torch.split(flat, 1)
+    made = torch.cat([_newton_schulz(part) for part in parts])
     return made.view(matrices.shape).to(matrices.dtype)
 
 
-def _newton_schulz(matrix: Tensor) -> Tensor:
-    made: Tensor = _zeropower_via_newtonschulz(matrix, (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS)
-    return made
+def _newton_schulz(stack: Tensor) -> Tensor:
+    """Of each matrix X of a stack a X + b X X^T X + c (X X^T)^2 X in the place of X, some times."""
+    is_tall = stack.shape[-2] > stack.shape[-1]
+    wide = stack.mT if is_tall else stack
+    wide = wide / torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True).clamp_min(EPS)
+    a, b, c = ODD
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.mT if is_tall else wide

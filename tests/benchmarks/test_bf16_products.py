@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.common import bf16_products as products
+from galore_torch import devices
 
 CHECK = """
     import torch
@@ -43,14 +44,14 @@ def test_products_of_bfloat16_matrices_are_those_of_float32_rounded_once():
 
 
 def test_kernels_are_replaced_only_where_the_processor_lacks_bfloat16(monkeypatch):
-    monkeypatch.setattr(products, "bfloat16_is_native", lambda: True)
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: True)
     assert not products.in_float32()
 
 
 def test_torchs_kernels_are_back_afterwards(monkeypatch):
     a = torch.randn(70, 50).bfloat16()
     calls = []
-    monkeypatch.setattr(products, "bfloat16_is_native", lambda: False)
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(products, "_addmm_in_place", lambda into, *_, **__: calls.append(1) or into.zero_())
     assert products.in_float32()
     assert not (a @ a.T).any()

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from torch.optim import AdamW
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _zeropower_via_newtonschulz
 
-from galore_torch import GaLoreAdamW, GaLoreMuon, param_groups
+from galore_torch import GaLoreAdamW, GaLoreMuon, devices, param_groups
+from galore_torch.optim.normalize import _orthogonal
 from tests.optim.small import mixed, refusing
 
 pytestmark = pytest.mark.filterwarnings("ignore:rank .* saves no memory")
@@ -35,6 +37,20 @@ def test_muon_of_low_rank_orthogonalizes_momentum_and_residual_together():
         torch.testing.assert_close(singular, singular.diagonal().diag(), atol=0.05, rtol=0)
         assert 0.6 < singular.diagonal().min() <= singular.diagonal().max() < 1.3
         expected = weight.detach().clone()
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 24, 40)])
+def test_where_bfloat16_is_fast_torchs_own_newton_schulz_is_what_is_computed(shape, device, monkeypatch):
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: True)
+    matrices = torch.randn(shape, device=device)
+    each = matrices.reshape(-1, *shape[-2:])
+    expected = torch.stack(
+        [_zeropower_via_newtonschulz(one, (DEFAULT_A, DEFAULT_B, DEFAULT_C), 5, 1e-7) for one in each]
+    )
+    off = 0 if device == "cpu" else 0.02  # a GPU rounds the products of several matrices otherwise
+    torch.testing.assert_close(_orthogonal(matrices), expected.float().view(shape), rtol=0, atol=off)
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda _: False)
+    torch.testing.assert_close(_orthogonal(matrices), expected.float().view(shape), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("written_out", [True, False], ids=["param_groups", "bare"])
