@@ -7,14 +7,17 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
 from rich.console import Console
+from torch import nn
 from torch.nn import functional
 from transformers import Trainer
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from galore_torch import devices
 from galore_torch.memory import plan
 from galore_torch.training.run import optimizers, processes
 from galore_torch.training.run.job import Job
@@ -35,6 +38,21 @@ def ignore_accelerate(console: Console) -> None:
     if asking:
         line = f"{', '.join(asking)} has no effect: all that decides a run is in its settings."
         console.out(line, highlight=False)
+
+
+def warn_of_bfloat16(trainer: Trainer, console: Console) -> None:
+    """Warn of a run that computes in bfloat16 on a CPU that has no instructions for it, and how it would not.
+
+    Args:
+        trainer: of the run.
+        console: where to print.
+    """
+    weights = list(cast(nn.Module, trainer.model).parameters())
+    remedies = ["leave out --bf16"] * trainer.args.bf16
+    remedies += ["use --dtype float32"] * any(weight.dtype == torch.bfloat16 for weight in weights)
+    if remedies and not all(map(devices.multiplies_bfloat16, weights)):
+        line = "This CPU has no instructions for bfloat16, which takes 8 to 80 times as long as float32 here:"
+        console.out(f"{line} {' and '.join(remedies)}.", style="bold yellow", highlight=False)
 
 
 def trackers(report_to: str) -> list[str]:

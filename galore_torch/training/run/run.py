@@ -101,6 +101,7 @@ class Run:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(folder.events)  # else they lie, and go, with a checkpoint that is written
         processes.require_same_text(job.digest)
+        machine.warn_of_bfloat16(self.trainer, console)
         self._planned = machine.planned_peak(job, self.trainer, console)
         name = config.schedule.push_to_hub
         self._repository = names.make_repository(name) if name is not None and processes.is_first() else None

@@ -1,6 +1,7 @@
 """What a run says of its memory, before it and after it."""
 
 import io
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from galore_torch import devices
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import machine
 from galore_torch.training.run.run import new_run
@@ -27,6 +29,32 @@ def test_a_run_says_what_it_will_need_and_warns_where_less_is_free(tiny, tmp_pat
     assert "1.0 kB are free" in said.getvalue()
     result = run.train()
     assert 0 < result.planned_memory_bytes < 2 * result.peak_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "is_fast", "told"),
+    [
+        ("float32", False, False, None),
+        ("bfloat16", False, True, None),
+        ("bfloat16", False, False, ": use --dtype float32."),
+        ("float32", True, False, ": leave out --bf16."),
+        ("bfloat16", True, False, ": leave out --bf16 and use --dtype float32."),
+    ],
+)
+def test_a_run_warns_of_bfloat16_where_the_cpu_has_no_instructions_for_it(dtype, autocast, is_fast, told, monkeypatch):
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: is_fast)
+    model, said = torch.nn.Linear(4, 4, dtype=getattr(torch, dtype)), io.StringIO()
+    trainer = SimpleNamespace(model=model, args=SimpleNamespace(bf16=autocast))
+    machine.warn_of_bfloat16(trainer, Console(file=said, width=300))
+    assert bool(said.getvalue()) == bool(told)
+    assert (told or "") in said.getvalue()
+
+
+def test_the_warning_of_bfloat16_comes_before_the_first_step(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: False)
+    said = io.StringIO()
+    new_run(Pretraining, tiny(steps=1, dtype="bfloat16"), tmp_path / "run", console=Console(file=said, width=300))
+    assert "no instructions for bfloat16" in said.getvalue()
 
 
 @pytest.mark.usefixtures("planned")
