@@ -50,6 +50,8 @@ def load_uncast(
     Raises:
         ValueError: a checkpoint that does not fit, before anything is changed; the message names the weight.
     """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict is a {type(state_dict).__name__}; pass what state_dict() or torch.load returned")
     matched: dict[str, Any] = {}
 
     def take_state_out(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:

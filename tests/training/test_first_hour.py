@@ -38,6 +38,8 @@ SNIPPETS = [
     ("param_groups(model, rank=4, proj_type='both')", "proj_type"),
     ("GaLore(OWN, optimizer_class='adamw', lr=0.1)", "pass a class of optimizers itself"),
     ("GaLore(OWN, optimizer_class=torch.optim.SGD([W], lr=1), lr=0.1)", "class"),
+    ("GaLoreAdamW(OWN, lr=0.1).load_state_dict('run.pt')", "state_dict is a str; pass what"),
+    ("GaLoreAdamW(OWN, lr=0.1).load_state_dict(model.state_dict())", "this is no optimizer's state"),
     ("attach(model, GaLoreAdamW)", "pass the GaLore optimizer itself"),
     ("attach(model, torch.optim.AdamW([W]))", "pass the GaLore optimizer itself"),
     ("attach(GaLoreAdamW(OWN, lr=0.1), model)", "pass the nn.Module"),
