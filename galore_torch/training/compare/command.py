@@ -15,8 +15,10 @@ from galore_torch.training.compare.runs import make_runs, print_line
 from galore_torch.training.run.command import FAILED, Command, Json, option, reported_errors, this_command
 from galore_torch.training.run.files import write_whole
 from galore_torch.training.run.job_command import Amount, JobCommand
+from galore_torch.training.run.names import trackers
 from galore_torch.training.run.processes import gathered, is_first
 from galore_torch.training.run.signals import NOTHING_WRITTEN, Screen, stoppable
+from galore_torch.training.settings.config import TrainConfig
 from galore_torch.training.settings.fields import given_settings
 from galore_torch.training.settings.methods import METHODS
 
@@ -108,6 +110,10 @@ def _command(job: JobCommand) -> Callable[..., None]:
                 _show_plan(runs, console)
                 return
             if not report_only:
+                runs[0].config.require_there()
+                for run in runs:
+                    TrainConfig.require_there(run.config)  # libraries; what else there must be is the same for all
+                trackers(runs[0].config.schedule.report_to)
                 make_runs(job, runs, folder, console, this_command())
             failed = is_first() and _report(job, runs, folder, console, json=json)
             if gathered(failed)[0]:  # in all processes, so that all launchers start them anew

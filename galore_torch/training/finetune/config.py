@@ -223,6 +223,9 @@ class FinetuneConfig(TrainConfig):
                     self._require_labels([row.get(self.data.label_column) for row in rows])
         if to == "train" and len(found.get("held_out", ())) < files_of_rows.ROWS:  # no more are to be read
             row_checks.shared_rows(found.get("data", ()), found.get("held_out", ()))
+        template = self.data.chat_template
+        if template is not None and not local_path("chat_template", template).is_file():
+            require_model("chat_template", template, "tokenizer_config.json")
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")
         require_model("model", self.model.model, self.model.gguf_file or "config.json")

@@ -85,14 +85,13 @@ def load(config: RowsConfig) -> Rows:
 
 
 def _texts(config: RowsConfig) -> dict[str, Any]:
-    """Which column of tables is text whatever pandas takes it for: labels, where one is such as 007, which is no 7."""
-    tables = {name: str(getattr(config, name)) for name in ("data", "held_out")} if config.task == "classify" else {}
-    for field, name in tables.items() if config.labels != "numbers" else ():
-        if kind_of(local_path(field, name)) in _TABLES:
-            for row in first_rows(field, name):
-                if re.fullmatch(r"\s*0\d+\s*", str(row.get(config.label_column))):
-                    return {"converters": {config.label_column: str}}
-    return {}
+    """How tables are read: a column with a value such as 007, which is no 7, is text, whatever pandas takes it for."""
+    found: set[str] = set()
+    for field in ("data", "held_out"):
+        path = local_path(field, name := str(getattr(config, field)))
+        for row in first_rows(field, name) if path.is_file() and kind_of(path) in _TABLES else ():
+            found |= {column for column, value in row.items() if value and re.fullmatch(r"0\d+", value)}
+    return {"converters": dict.fromkeys(found - {config.label_column if config.labels == "numbers" else ""}, str)}
 
 
 def _named(field: str, name: str, of_tables: dict[str, Any]) -> tuple[Any, Any]:

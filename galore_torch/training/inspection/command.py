@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from galore_torch.training.finetune.config import GLUE
-from galore_torch.training.inspection.config import InspectConfig, ModelDataConfig, configure
+from galore_torch.training.inspection.config import InspectConfig, ModelDataConfig, configure, recipe_of
 from galore_torch.training.run.command import loading, option, reported_errors, this_command
 from galore_torch.training.run.files import require_empty, require_writable, write_folder
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.names import model_of_run, require_model
 from galore_torch.training.run.signals import NOTHING_WRITTEN, deferred, stoppable
 from galore_torch.training.settings.fields import field_names
 
@@ -122,7 +121,7 @@ def _require_one_subject(
         if applies:
             raise ValueError(message)
     if model is not None:
-        require_model("model", model_of_run("model", model), given.get("gguf_file") or "config.json")
+        recipe_of(model, data, config).require_there()
     elif run is not None and not RunFolder(run).config.is_file():
         is_model = (run / "config.json").is_file()
         remedy = f"give it as --model {run}" if is_model else "give the folder of a galore pretrain or finetune"

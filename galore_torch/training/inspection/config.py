@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, Literal
 
-from galore_torch.training.finetune.config import TASKS, TaskName
-from galore_torch.training.settings.config import from_values
-from galore_torch.training.settings.fields import DType, require_defaults, setting, settings
+from galore_torch.training.finetune import presets
+from galore_torch.training.finetune.config import TASKS, FinetuneConfig, TaskName
+from galore_torch.training.pretrain.config import PretrainConfig
+from galore_torch.training.settings.config import from_values, sections_of
+from galore_torch.training.settings.fields import DType, field_names, require_defaults, setting, settings
 from galore_torch.units import parse_bytes
 
 PLAIN_TEXT = "text"  # the task of a causal model on packed text, as in pre-training
+FULL_GRADIENTS: dict[str, Any] = {"gradients": "full", "update": "step", "save_inputs": "projected"}
+_TEXT_LENGTH = 256  # as the paper's sequences
 
 
 @settings
@@ -137,3 +142,23 @@ def configure(**given: Any) -> InspectConfig:
     (4, 8, 12)
     """
     return from_values(InspectConfig, {name: value for name, value in given.items() if value is not None})
+
+
+def recipe_of(model: str, data: str | None, config: InspectConfig) -> FinetuneConfig | PretrainConfig:
+    """How a model is trained while it is inspected; the arguments are those of `jobs.job_of_model`."""
+    given = {name: value for name, value in dataclasses.asdict(config.data).items() if value is not None}
+    task, cache, snapshots = given.pop("task"), given.pop("cache", None), config.snapshots
+    is_text = task == PLAIN_TEXT
+    given |= {"task": "sft", "max_length": given.get("max_length", _TEXT_LENGTH)} if is_text else {"task": task}
+    own = {name: getattr(snapshots, name) for name in ("rank", "lr", "steps")}
+    recipe = presets.configure(model=model, data=data, **own, **FULL_GRADIENTS, **given)
+    return _on_text(recipe, cache) if is_text else recipe
+
+
+def _on_text(recipe: FinetuneConfig, cache: str | None) -> PretrainConfig:
+    """The settings of a recipe for rows, for packed text."""
+    known = field_names(*sections_of(PretrainConfig).values())
+    length, sections = recipe.data.max_length, dataclasses.asdict(recipe).values()
+    given = {name: value for section in sections for name, value in section.items() if name in known}
+    given |= {"micro_batch": recipe.micro_batch, "seq": length, "eval_tokens": length, "cache": cache}
+    return from_values(PretrainConfig, {name: value for name, value in given.items() if value is not None})

@@ -12,22 +12,16 @@ from typing import Any
 
 from rich.console import Console
 
-from galore_torch.training.finetune import presets
-from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.finetune.run import Finetuning
-from galore_torch.training.inspection.config import PLAIN_TEXT, InspectConfig, SnapshotConfig
+from galore_torch.training.inspection.config import FULL_GRADIENTS, InspectConfig, SnapshotConfig, recipe_of
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run import records
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.job import Job
-from galore_torch.training.settings.config import from_values, sections_of
-from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.optimizer import KINDS
 
 _LEAST_RATE = 0.1  # of the peak: where a schedule has ended at 0, gradients would differ by their batches alone
-_TEXT_LENGTH = 256  # as the paper's sequences
-_FULL_GRADIENTS: dict[str, Any] = {"gradients": "full", "update": "step", "save_inputs": "projected"}
 _PLAIN_NUMBERS: dict[str, Any] = {"grad_bits": 16, "weight_bits": 16, "weight_rounding": "stochastic"}
 
 
@@ -83,7 +77,7 @@ def job_of_run(run: Path, snapshots: SnapshotConfig, console: Console, *, fresh:
         lr = lr or max(_LEAST_RATE * own.lr, rates[-1] if rates else own.lr)
     lr = lr or own.lr
     others = None if own.others_lr is None else own.others_lr * lr / own.lr
-    optimizer = dataclasses.replace(own, lr=lr, others_lr=others, **_FULL_GRADIENTS, **_PLAIN_NUMBERS)
+    optimizer = dataclasses.replace(own, lr=lr, others_lr=others, **FULL_GRADIENTS, **_PLAIN_NUMBERS)
     config = dataclasses.replace(recorded, optimizer=optimizer, schedule=schedule)
     job = kind(config if weights is None else config.going_on_from(weights), console)
     remarks = {
@@ -115,21 +109,6 @@ def job_of_model(model: str, data: str | None, config: InspectConfig, console: C
         config: the inspection's settings.
         console: where progress is shown.
     """
-    given = {name: value for name, value in dataclasses.asdict(config.data).items() if value is not None}
-    task, cache, snapshots = given.pop("task"), given.pop("cache", None), config.snapshots
-    is_text = task == PLAIN_TEXT
-    given |= {"task": "sft", "max_length": given.get("max_length", _TEXT_LENGTH)} if is_text else {"task": task}
-    own = {name: getattr(snapshots, name) for name in ("rank", "lr", "steps")}
-    recipe = presets.configure(model=model, data=data, **own, **_FULL_GRADIENTS, **given)
-    job: Job = Pretraining(_on_text(recipe, cache), console) if is_text else Finetuning(recipe, console)
-    job.target_modules = recipe.target_modules
-    return InspectedJob(job=job, title=f"{model} on {data or task}", origin={"model": model})
-
-
-def _on_text(recipe: FinetuneConfig, cache: str | None) -> PretrainConfig:
-    """The settings of a recipe for rows, for packed text."""
-    known = field_names(*sections_of(PretrainConfig).values())
-    length, sections = recipe.data.max_length, dataclasses.asdict(recipe).values()
-    given = {name: value for section in sections for name, value in section.items() if name in known}
-    given |= {"micro_batch": recipe.micro_batch, "seq": length, "eval_tokens": length, "cache": cache}
-    return from_values(PretrainConfig, {name: value for name, value in given.items() if value is not None})
+    recipe = recipe_of(model, data, config)
+    job = Pretraining(recipe, console) if isinstance(recipe, PretrainConfig) else Finetuning(recipe, console)
+    return InspectedJob(job=job, title=f"{model} on {data or config.data.task}", origin={"model": model})

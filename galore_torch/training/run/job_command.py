@@ -16,7 +16,7 @@ from galore_torch.training.run import processes
 from galore_torch.training.run.checkpoints import step_of
 from galore_torch.training.run.command import Json, loading, option, reported_errors
 from galore_torch.training.run.folder import RunFolder
-from galore_torch.training.run.names import require_token
+from galore_torch.training.run.names import require_token, trackers
 from galore_torch.training.run.records import Record
 from galore_torch.training.run.signals import NOTHING_WRITTEN, Screen, exit_status, stoppable
 from galore_torch.training.settings.config import PresetTable, sections_of
@@ -136,6 +136,7 @@ class JobCommand:
                     settings, default = self._configured(**options)
                     settings.require_there()
                     require_token(settings.schedule.push_to_hub)
+                    trackers(settings.schedule.report_to)
                     if prepare and self.prepare is not None:
                         self.prepare(settings, console)
                         return

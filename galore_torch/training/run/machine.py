@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional
 from transformers import Trainer
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from galore_torch import devices
 from galore_torch.memory import plan
@@ -53,19 +52,6 @@ def warn_of_bfloat16(trainer: Trainer, console: Console) -> None:
     if remedies and not all(map(devices.multiplies_bfloat16, weights)):
         line = "This CPU has no instructions for bfloat16, which takes 8 to 80 times as long as float32 here:"
         console.out(f"{line} {' and '.join(remedies)}.", style="bold yellow", highlight=False)
-
-
-def trackers(report_to: str) -> list[str]:
-    """The trackers that a setting names, by comma, ``none`` being none; a ValueError says that one is not installed."""
-    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-    available: list[str] = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
-    for name in names:
-        if name not in available:
-            raise ValueError(
-                f"report_to = {name!r} is not installed or not known to Transformers; pip install {name}, or choose "
-                f"from: none{''.join(', ' + each for each in available)}."
-            )
-    return names
 
 
 def peak_memory_bytes() -> int:

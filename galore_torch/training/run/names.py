@@ -9,9 +9,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+from galore_torch.extras import install
 from galore_torch.units import sentence
+
+_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
+"""Of trackers that are not called as a module is."""
 
 
 @contextmanager
@@ -132,6 +137,18 @@ def require_on_hub(field: str, name: str, kind: str) -> None:
         # Whoever looks for it would try again and again.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
+
+
+def trackers(report_to: str) -> list[str]:
+    """The trackers that a setting names, by comma, ``none`` being none; a ValueError says that one is not installed."""
+    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if not (name.isidentifier() and any(map(find_spec, _MODULES.get(name, (name,))))):
+            raise ValueError(
+                f"report_to = {name!r} is not installed, or no tracker; choose none, tensorboard, trackio or wandb. "
+                f"{install('track')}"
+            )
+    return names
 
 
 class NotPushedError(Exception):

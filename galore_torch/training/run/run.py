@@ -63,7 +63,7 @@ class Run:
         processes.require_served(config)
         console = console if processes.is_first() else Console(quiet=True)
         machine.ignore_accelerate(console)
-        reported = machine.trackers(config.schedule.report_to) if processes.is_first() else []
+        reported = names.trackers(config.schedule.report_to) if processes.is_first() else []
         self.job = job = kind(config, console)
         self.config, self.folder, self.model = config, folder, job.model
         self._parameters = job.model.num_parameters()

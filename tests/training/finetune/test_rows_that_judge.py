@@ -61,10 +61,15 @@ def test_rows_of_which_more_are_to_be_read_are_not_refused_for_the_first(classif
     ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
-def test_labels_of_tables_such_as_007_are_texts(labels, held_out, classes, suffix, tmp_path):
+def test_values_of_tables_such_as_007_are_texts(labels, held_out, classes, suffix, tmp_path):
     sign, rows = {"csv": ",", "tsv": "\t"}[suffix], tmp_path / f"rows.{suffix}"
-    rows.write_text("".join(f"{sign.join(row)}\n" for row in [("text", "label"), *(("a", each) for each in labels)]))
+    table = [("text", "label", "code"), *(("02", each, "03") for each in labels)]
+    rows.write_text("".join(f"{sign.join(row)}\n" for row in table))
     others = tmp_path / f"others.{suffix}"
     others.write_text(f"text{sign}label\nb{sign}{held_out}\n")
     config = RowsConfig(data=str(rows), held_out=str(others))
-    assert find_labels(config, load(config)).classes == classes
+    found = load(config)
+    assert find_labels(config, found).classes == classes
+    assert found.train[0] == {"text": "02", "label": found.train[0]["label"], "code": "03"}
+    numbers = dataclasses.replace(config, labels="numbers")
+    assert find_labels(numbers, load(numbers)).classes is None
