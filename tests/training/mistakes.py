@@ -166,6 +166,8 @@ EARLY = [
     ("plan empty", "give a folder that a model was saved in"),
     ("plan begun", "finish it with --resume --out begun"),
     ("plan broken", "config.json is not JSON"),
+    ("plan listed", "config.json is not JSON"),
+    ("pretrain --model listed --data text.txt", "config.json is not JSON"),
     ("plan text.txt", "give the folder that it is in"),
     ("plan llama-tiny --memory 24", "give a number with a unit"),
 ]
@@ -211,6 +213,7 @@ FILES = {
     "unclosed.csv": 'text,label\n"good,5\nbad,1\n',
     "quotes.tsv": 'text\tlabel\n"good\t5\nbad\t1\n"fine" too\t4\n',
     "twice.csv": "text,label,text\ngood,5,bad\nbad,1,good\n",
+    "listed/config.json": "[1]",
     "broken/config.json": '{"model_type": "llama",',
     "book.pdf": "%PDF-1.4\n%\xe2\xe3\n",
     "quoted.toml": '[optimizer]\nrank = "64"\n',

@@ -40,23 +40,18 @@ NOT_HEEDED = {"evaluate": {*_OF_TRAINING, "answers"}, "predict": {*_OF_TRAINING,
 
 _OF_TEXT = ("data", "subset", "text_column", "cache", "seq", "eval_tokens", "dtype")
 
-Model = Annotated[str, typer.Argument(help="Folder of a run, or name or folder of a model.", metavar="RUN_OR_MODEL")]
+_MODEL = "Folder of a run, whose settings hold but for those that are given, or name or folder of a model."
+Model = Annotated[str, typer.Argument(help=_MODEL, metavar="RUN_OR_MODEL")]
 File = Annotated[Path | None, option("File of predictions; by default the screen.")]
 
 
 def evaluate(model: Model, *, json: Json = False, **given: Any) -> None:
-    """Score a run or a model: accuracy and the like of rows with labels, perplexity of text or answers.
-
-    Where a run is judged, its own settings are the defaults.
-    """
+    """Score a run or a model: accuracy and the like of rows with labels, perplexity of text or answers."""
     _judge("evaluate", model, given, json=json)
 
 
 def predict(model: Model, *, out: File = None, **given: Any) -> None:
-    """Say what a run or a model makes of rows: a JSON line each, with row, input, expected, prediction, probability.
-
-    Where a run is asked, its own settings are the defaults.
-    """
+    """Say what a run or a model makes of rows: a JSON line each, with row, input, expected, prediction, probability."""
     _judge("predict", model, given, out=out)
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from galore_torch.training.finetune.config import FinetuneConfig
 from galore_torch.training.planning.config import OF_A_STEP, RUN, Cards
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESETS
@@ -22,7 +21,7 @@ from galore_torch.training.run.files import require_writable
 from galore_torch.training.run.folder import RunFolder
 from galore_torch.training.run.names import local_path, model_of_run, require_json, require_model
 from galore_torch.training.run.signals import stoppable
-from galore_torch.training.settings.config import from_values, sections_of
+from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import field_names, given_settings, require_once, suggest, with_settings
 from galore_torch.training.settings.methods import METHODS, method_settings, refuse_without_any_effect
 from galore_torch.training.settings.optimizer import missing_library
@@ -41,9 +40,6 @@ galore plan llama-7b --world-size 8 --parallel fsdp --bandwidth 100gbit --tokens
 
 galore plan runs/mine --memory 24GB --seq 1024
 [dim]a run, with its settings but for those that are given[/]
-
-galore plan llama-1b --method galore --gradients projected --json
-[dim]one way to form gradients, for a script[/]
 """
 
 _COMMAND = "galore plan"
@@ -74,7 +70,7 @@ def plan(
         with reported_errors(_COMMAND):
             room, cards = None if memory is None else parse_bytes(memory), Cards(**of_cards)
             model, run = _found(model)
-            named = method or ([] if run is None else [RUN])
+            named = method or ([RUN] if run else [])
             require_once("method", named)
             left_out = _without_library(named, run)
             if page is not None:
@@ -115,13 +111,10 @@ def command() -> Callable[..., None]:
     return with_settings(plan, {"cards": Cards, **sections}, PRESETS, DEFAULT_PRESET, hidden)
 
 
-def _found(name: str) -> tuple[str, Any]:
-    """A preset, or where a model's configuration is, and the settings of a run that made it, or None.
-
-    A ValueError says, before libraries are imported, what is none.
-    """
+def _found(name: str) -> tuple[str, dict[str, Any]]:
+    """A preset, or where a model's configuration is, or a ValueError; and the settings of the run that made it."""
     if name in _MODELS:
-        return name, None
+        return name, {}
     folder, name = RunFolder(local_path("model", name)), model_of_run("model", name)
     path = local_path("model", name)
     file = path / "config.json" if path.is_dir() else path
@@ -132,16 +125,12 @@ def _found(name: str) -> tuple[str, Any]:
     else:
         close = suggest(name, _MODELS)
         raise ValueError(f"model = {name!r} is no preset, folder or file; {close.rstrip('.')}, or give a folder.")
-    if not folder.config.is_file():
-        return name, None
-    values = folder.settings()
-    return name, from_values(FinetuneConfig if "task" in values else PretrainConfig, values)
+    return name, folder.settings() if folder.config.is_file() else {}
 
 
-def _without_library(named: Sequence[str], run: Any) -> dict[str, str]:
+def _without_library(named: Sequence[str], run: dict[str, Any]) -> dict[str, str]:
     """The methods whose library is missing, with how to install it; an ImportError for those that are named."""
-    own = {} if run is None else {RUN: run.optimizer.optim}
-    optims = {name: own.get(name) or method_settings(name)["optim"] for name in named or METHODS}
+    optims = {name: (run if run and name == RUN else method_settings(name))["optim"] for name in named or METHODS}
     missing = {name: told for name, optim in optims.items() if (told := missing_library(optim))}
     if missing and named:
         raise ImportError(next(iter(missing.values())))

@@ -26,6 +26,8 @@ MB, GB = 1e6, 1e9
 Smaller = tuple[str, dict[str, Any], MemoryPlan]
 """A method, settings that make it smaller, and its plan with them."""
 
+Done = Callable[[str], None]
+
 HEADINGS = ("weights", "grads", "states", "bases", "acts", "logits", "work", "peak", "fits")
 """Of what a plan holds of each kind, in the order of `KINDS`, and of its peak."""
 LEGEND = (
@@ -62,12 +64,7 @@ class Planned:
 
     @classmethod
     def of(
-        cls,
-        subject: Subject,
-        methods: Sequence[str],
-        memory: int | None,
-        left_out: Mapping[str, str],
-        done: Callable[[str], None],
+        cls, subject: Subject, methods: Sequence[str], memory: int | None, left_out: Mapping[str, str], done: Done
     ) -> Planned:
         """Plan by each method in turn, which ``done`` is told; what differs in learning rates alone is planned once."""
         known: dict[str, tuple[MemoryPlan, Cost | None]] = {}

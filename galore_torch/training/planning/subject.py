@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from galore_torch.lowbit import quantize_weights
 from galore_torch.memory import Job, MemoryPlan, plan
 from galore_torch.memory.ranks import Sizes, of_a_rank
 from galore_torch.training.baselines.layers import adapt
-from galore_torch.training.finetune.config import PREFERENCES, FinetuneConfig
+from galore_torch.training.finetune.config import PREFERENCES
 from galore_torch.training.planning.cards import Cost, cost, refusal
-from galore_torch.training.planning.config import RUN, Cards
+from galore_torch.training.planning.config import OF_A_STEP, RUN, Cards
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
@@ -26,8 +25,10 @@ from galore_torch.training.run import optimizers
 from galore_torch.training.run.base_model import recompute_activations
 from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.run.processes import divided
+from galore_torch.training.settings.adapter import AdapterConfig
+from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.methods import has_effect
-from galore_torch.training.settings.optimizer import KINDS, MATRICES
+from galore_torch.training.settings.optimizer import KINDS, MATRICES, OptimizerConfig, modules_named
 
 _LIKE = "llama-60m"  # the preset whose recipe a model gets that is none
 _OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}
@@ -127,8 +128,11 @@ class Subject:
         )
 
 
+Settings = Mapping[str, Any]  # by name
+
+
 def subject(
-    name: str, given: Mapping[str, Any], dtype: str | None, cards: Cards | None = None, run: Any = None
+    name: str, given: Settings, dtype: str | None, cards: Cards | None = None, run: Settings | None = None
 ) -> Subject:
     """The model of a name, without weights.
 
@@ -137,7 +141,7 @@ def subject(
         given: settings by name.
         dtype: of the weights; None for the preset's or the run's, or bfloat16.
         cards: where it would be trained; one if None.
-        run: the configuration of the run whose model it is, if it is one's.
+        run: settings of the run whose model it is, if it is one's.
 
     Raises:
         ValueError: when there is no such model, or it has no head that gives a loss.
@@ -155,13 +159,13 @@ def subject(
     sizes = _configuration(name)
     kind = _kind(name, sizes)
     with refused(f"model = {name!r} has a configuration of which no model can be made", "Mend it, or give another."):
-        built = _without_weights(kind, sizes, dtype or ("bfloat16" if run is None else run.model.dtype))
-    if run is not None:
-        modules = getattr(run, "target_modules", MATRICES)
+        built = _without_weights(kind, sizes, dtype or (run or {}).get("dtype", "bfloat16"))
+    if run:
+        modules = modules_named(run["target_modules"]) if "target_modules" in run else MATRICES
         tuned = "SEQ_CLS" if _is_classifier(built) else "CAUSAL_LM"
         return Subject(
             name=name, model=built, preset=_LIKE, given=given, target_modules=modules, cards=cards, run=_of_a_step(run),
-            task_type=None if run.model.model is None else tuned,
+            task_type=tuned if "model" in run else None,
         )  # fmt: skip
     width = int(getattr(sizes.get_text_config(), "hidden_size", 512))
     sides = [min(weight.shape[-2:]) for weight in optimizers.matrices(built, None).values()]
@@ -170,22 +174,15 @@ def subject(
     return Subject(name=name, model=built, preset=_LIKE, given=of_tuning, target_modules=None, cards=cards)
 
 
-def _of_a_step(run: Any) -> dict[str, Any]:
+def _of_a_step(run: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that decide what a step needs, by the names that they have in a pre-training."""
-    data, schedule, adapter = run.data, run.schedule, dataclasses.asdict(run.adapter)
-    if adapter["adapter_rank"] == run.optimizer.rank:  # by default, as with another rank that one
-        del adapter["adapter_rank"]
-    found = {
-        **dataclasses.asdict(run.optimizer),
-        **adapter,
-        "seq": data.max_length if isinstance(run, FinetuneConfig) else data.seq,
-        "batch": schedule.batch,
-        "micro_batch": run.micro_batch,
-        "gradient_checkpointing": schedule.gradient_checkpointing,
-    }
-    if isinstance(run, FinetuneConfig) and data.task in PREFERENCES:  # of a row there are two sequences
-        found |= {"batch": 2 * schedule.batch, "micro_batch": 2 * run.micro_batch}
-    return {name: value for name, value in found.items() if value is not None}
+    known = {"seq": run.get("max_length"), "micro_batch": run["batch"], **run}
+    if run.get("adapter_rank") == run["rank"]:  # by default, as with another rank that one
+        del known["adapter_rank"]
+    if run.get("task") in PREFERENCES:  # of a row there are two sequences
+        known |= {name: 2 * known[name] for name in ("batch", "micro_batch")}
+    names = {*field_names(OptimizerConfig, AdapterConfig), *OF_A_STEP} - {"vocab"}
+    return {name: value for name, value in known.items() if name in names}
 
 
 def _configuration(name: str) -> Any:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from galore_torch.training.run.files import MANIFEST, require_whole
-from galore_torch.training.run.names import refused, require_positions
+from galore_torch.training.run.names import refused, require_length
 from galore_torch.units import first_of
 
 
@@ -128,7 +128,7 @@ def _fit(config: Any, model: Any, tokenizer: PreTrainedTokenizerBase, longest: t
     positions = _positions(model)
     if positions is not None:  # what it is saved with, so that whoever loads it can truncate by it
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-        require_positions(*longest, positions, config.model)
+        require_length(*longest, config.model, positions)
 
 
 def _positions(model: Any) -> int | None:

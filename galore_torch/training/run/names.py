@@ -88,26 +88,21 @@ def require_model(field: str, name: str, file: str = "config.json") -> None:
         require_on_hub(field, name, "model")
 
 
-def require_length(field: str, length: int, model: str) -> None:
-    """Refuse, with a ValueError, sequences beyond the positions that a model's configuration has, if that is here."""
+def require_length(field: str, length: int, model: str, positions: int | None = None) -> None:
+    """Refuse, with a ValueError, sequences beyond a model's positions, by its configuration where that is here."""
     file = local_path("model", model) / "config.json"
-    known = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
-    found = [known[name] for name in ("max_position_embeddings", "n_positions") if name in known]
-    if found and isinstance(found[0], int):
-        require_positions(field, length, found[0], model)
-
-
-def require_positions(field: str, length: int, positions: int, model: str) -> None:
-    """Refuse, with a ValueError, sequences that are longer than a model can take."""
-    if length > positions:
+    if positions is None and file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8-sig"))
+        positions = known.get("max_position_embeddings", known.get("n_positions"))
+    if isinstance(positions, int) and length > positions:
         raise ValueError(f"{field} = {length} is beyond the {positions} positions of model = {model!r}; give less.")
 
 
 def require_json(field: str, name: str, path: Path) -> None:
-    """Refuse, with a ValueError, a file of a setting that is no JSON."""
+    """Refuse, with a ValueError, a file of a setting that holds no JSON object."""
     try:
-        json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        dict(json.loads(path.read_text(encoding="utf-8-sig")))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{field} = {name!r}: {path} is not JSON: {error}. Mend it, or give another.") from error
 
 
