@@ -117,7 +117,7 @@ def build_app() -> typer.Typer:
     app.add_typer(comparison.commands(), name="compare")
     inspect = with_settings(inspection.inspect, sections_of(InspectConfig), {})
     app.command("inspect", cls=Command, epilog=inspection.EPILOG)(inspect)
-    app.command("plan", epilog=planning.EPILOG)(planning.command())
+    app.command("plan", cls=Command, epilog=planning.EPILOG)(planning.command())
     return app
 
 

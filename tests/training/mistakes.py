@@ -8,6 +8,15 @@ EARLY = [
     ("inspect begun", "give --run begun"),
     ("predict causal labelled.csv --task classify", "give --data labelled.csv, or leave it out"),
     ("compare --data text.txt reviews.csv", "give --data reviews.csv"),
+    (
+        "pretrain --data text.txt --data nowhere.txt",
+        "--data is given twice; the last one holds. galore",
+    ),
+    ("plan llama-tiny llama-60m", "'llama-60m' follows no option, or one that has its value; leave it out"),
+    (
+        "predict causal --task classify --data labelled.csv --label-column stars",
+        "label_column = 'stars' is not a column of the rows; choose one of text, label",
+    ),
     ("pretrain --steps five", "a valid integer"),
     ("pretrain --steps 0", "steps = 0 is out of range; it must be at least 1"),
     ("pretrain --preset llama-7B", "choose one of llama-tiny"),

@@ -63,7 +63,7 @@ def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, 
                 raise ValueError(f"out = {str(out)!r} exists; choose another --out.")
             require_writable("out", out)
         config, others = settings_of(model, given_settings(given), predicting=predicting)
-        config.require_there("predict" if predicting else "evaluate")
+        config.require_there("predict" if predicting and "label_column" not in given_settings(given) else "evaluate")
         with loading(console):
             from galore_torch.training.evaluation.judge import judge
         scores, lines = judge(config, console, predicting=predicting, others=others)

@@ -116,17 +116,21 @@ def show_warnings(console: Console) -> None:
 
 
 class Command(TyperCommand):
-    """A command that says of a word too many which options it may have been meant for."""
+    """A command that tells options given twice, and of a word too many which options it may have been meant for."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read what was typed; what no option takes is an error."""
         ctx.allow_extra_args = True
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for one in dict.fromkeys(order):
+            if order.count(one) > 1 and not getattr(one, "multiple", True) and processes.is_first():
+                typer.echo(f"{one.opts[0]} is given twice; the last one holds.", err=True)
         rest: list[str] = super().parse_args(ctx, args)
         if ctx.args:
             options = {name for one in self.params for name in one.opts}
             named = [f"{name} {ctx.args[0]}" for name in ("--run", "--data", "--model") if name in options]
-            meant = " or ".join(named)
-            ctx.fail(f"{ctx.args[0]!r} follows no option, or one that has its value; give {meant}, or leave it out.")
+            meant = f"give {' or '.join(named)}, or " if named else ""
+            ctx.fail(f"{ctx.args[0]!r} follows no option, or one that has its value; {meant}leave it out.")
         return rest
 
 
