@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from galore_torch.training.planning.config import OF_A_STEP, RUN, Cards
+from galore_torch.training.planning.config import LIKE, OF_A_STEP, RUN, Cards
 from galore_torch.training.pretrain.config import PretrainConfig
-from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESETS
+from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PRESETS, configure
 from galore_torch.training.run.command import loading, option, reported_errors, table_of, this_command
 from galore_torch.training.run.files import require_writable
 from galore_torch.training.run.folder import RunFolder
@@ -23,7 +23,7 @@ from galore_torch.training.run.names import local_path, model_of_run, require_js
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import sections_of
 from galore_torch.training.settings.fields import field_names, given_settings, require_once, suggest, with_settings
-from galore_torch.training.settings.methods import METHODS, method_settings, refuse_without_any_effect
+from galore_torch.training.settings.methods import METHODS, has_effect, method_settings, refuse_without_any_effect
 from galore_torch.training.settings.optimizer import missing_library
 from galore_torch.units import parse_bytes
 
@@ -73,6 +73,7 @@ def plan(
             named = method or ([RUN] if run else [])
             require_once("method", named)
             left_out = _without_library(named, run)
+            _require_settings(model if model in _MODELS else LIKE, named or METHODS, given)
             if page is not None:
                 if page.is_dir():
                     raise ValueError(f"page = {str(page)!r} is a folder; name a file, such as {page / 'plan.html'}.")
@@ -126,6 +127,14 @@ def _found(name: str) -> tuple[str, dict[str, Any]]:
         close = suggest(name, _MODELS)
         raise ValueError(f"model = {name!r} is no preset, folder or file; {close.rstrip('.')}, or give a folder.")
     return name, folder.settings() if folder.config.is_file() else {}
+
+
+def _require_settings(preset: str, methods: Iterable[str], given: dict[str, Any]) -> None:
+    """Refuse settings that methods cannot have before libraries are imported; how a batch is divided is seen later."""
+    for method in (name for name in methods if name != RUN):
+        alone = configure(preset, method=method, batch=1, micro_batch=1)
+        kept = {name: one for name, one in given.items() if has_effect(name, alone.optimizer, alone.adapter)}
+        configure(preset, method=method, **{**kept, "batch": 1, "micro_batch": 1})
 
 
 def _without_library(named: Sequence[str], run: dict[str, Any]) -> dict[str, str]:

@@ -8,6 +8,9 @@ from galore_torch.units import parse_bandwidth, parse_tokens
 OF_A_STEP = ("seq", "vocab", "batch", "micro_batch", "gradient_checkpointing")
 """Settings of a pre-training's text and schedule that decide what a step needs."""
 
+LIKE = "llama-60m"
+"""The preset whose recipe a model gets that is none."""
+
 RUN = "run"
 """What stands where methods do for a run's own."""
 

@@ -17,7 +17,7 @@ from galore_torch.memory.ranks import Sizes, of_a_rank
 from galore_torch.training.baselines.layers import adapt
 from galore_torch.training.finetune.config import PREFERENCES
 from galore_torch.training.planning.cards import Cost, cost, refusal
-from galore_torch.training.planning.config import OF_A_STEP, RUN, Cards
+from galore_torch.training.planning.config import LIKE, OF_A_STEP, RUN, Cards
 from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
@@ -30,7 +30,6 @@ from galore_torch.training.settings.fields import field_names
 from galore_torch.training.settings.methods import has_effect
 from galore_torch.training.settings.optimizer import KINDS, MATRICES, OptimizerConfig, modules_named
 
-_LIKE = "llama-60m"  # the preset whose recipe a model gets that is none
 _OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}
 _MOVE_WHOLE = ("adafactor", "muon")  # optimizers whose state is whole in each process
 _RANK_SHARE = 4  # of the width, as the paper has it for most of its models
@@ -164,14 +163,14 @@ def subject(
         modules = modules_named(run["target_modules"]) if "target_modules" in run else MATRICES
         tuned = "SEQ_CLS" if _is_classifier(built) else "CAUSAL_LM"
         return Subject(
-            name=name, model=built, preset=_LIKE, given=given, target_modules=modules, cards=cards, run=_of_a_step(run),
+            name=name, model=built, preset=LIKE, given=given, target_modules=modules, cards=cards, run=_of_a_step(run),
             task_type=tuned if "model" in run else None,
         )  # fmt: skip
     width = int(getattr(sizes.get_text_config(), "hidden_size", 512))
     sides = [min(weight.shape[-2:]) for weight in optimizers.matrices(built, None).values()]
     rank = max(1, min(width // _RANK_SHARE, *sides))  # keys and values may have fewer rows than that
     of_tuning = {**_OF_TUNING, "rank": rank, **given}
-    return Subject(name=name, model=built, preset=_LIKE, given=of_tuning, target_modules=None, cards=cards)
+    return Subject(name=name, model=built, preset=LIKE, given=of_tuning, target_modules=None, cards=cards)
 
 
 def _of_a_step(run: Mapping[str, Any]) -> dict[str, Any]:
