@@ -34,6 +34,9 @@ _OF_TUNING = {"batch": 8, "micro_batch": 8, "seq": 512}
 _MOVE_WHOLE = ("adafactor", "muon")  # optimizers whose state is whole in each process
 _RANK_SHARE = 4  # of the width, as the paper has it for most of its models
 
+Settings = Mapping[str, Any]
+"""Settings by name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -42,10 +45,10 @@ class Subject:
     name: str  # of a preset, or on the Hugging Face Hub, a folder or a ``config.json``
     model: Any  # without weights
     preset: str  # whose recipe it has
-    given: Mapping[str, Any]  # settings that were given, by name, and those that the model brings
+    given: Settings  # those that were given, and those that the model brings
     target_modules: Any  # which modules hold the matrices; see `galore_torch.param_groups`
     cards: Cards = field(default_factory=Cards)
-    run: Mapping[str, Any] = field(default_factory=dict)  # settings of the run whose model it is, if it is one's
+    run: Settings = field(default_factory=dict)  # those of the run whose model it is, if it is one's
     task_type: str | None = None  # PEFT's name of what a model that was trained before is trained for
 
     def settings(self, method: str) -> PretrainConfig:
@@ -106,7 +109,7 @@ class Subject:
                 raise ValueError(
                     f"rank = {settings.rank} is beyond the matrices of {self.name!r}; give at most {most}."
                 )
-        labels = rows[:1] if _is_classifier(model) else rows
+        labels = rows if "Classification" not in type(model).__name__ else rows[:1]
 
         def prepare(copied: nn.Module) -> None:
             adapt(copied, config.adapter, self.target_modules or "all-linear", task_type=self.task_type)
@@ -125,9 +128,6 @@ class Subject:
             micro_batches=config.schedule.batch // (rows[0] * self.cards.world_size),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-
-
-Settings = Mapping[str, Any]  # by name
 
 
 def subject(
@@ -155,13 +155,15 @@ def subject(
         raise ValueError(
             f"vocab = {given['vocab']} has no effect with model = {name!r}, which has its own; leave it out."
         )
-    sizes = _configuration(name)
+    path = local_path("model", name)
+    with refused(f"model = {name!r} has no configuration that can be read", "Give another."):
+        sizes = transformers.AutoConfig.from_pretrained(path if path.exists() else name)
     kind = _kind(name, sizes)
     with refused(f"model = {name!r} has a configuration of which no model can be made", "Mend it, or give another."):
         built = _without_weights(kind, sizes, dtype or (run or {}).get("dtype", "bfloat16"))
     if run:
         modules = modules_named(run["target_modules"]) if "target_modules" in run else MATRICES
-        tuned = "SEQ_CLS" if _is_classifier(built) else "CAUSAL_LM"
+        tuned = "SEQ_CLS" if "Classification" in kind.__name__ else "CAUSAL_LM"
         return Subject(
             name=name, model=built, preset=LIKE, given=given, target_modules=modules, cards=cards, run=_of_a_step(run),
             task_type=tuned if "model" in run else None,
@@ -173,7 +175,7 @@ def subject(
     return Subject(name=name, model=built, preset=LIKE, given=of_tuning, target_modules=None, cards=cards)
 
 
-def _of_a_step(run: Mapping[str, Any]) -> dict[str, Any]:
+def _of_a_step(run: Settings) -> dict[str, Any]:
     """The settings of a run that decide what a step needs, by the names that they have in a pre-training."""
     known = {"seq": run.get("max_length"), "micro_batch": run["batch"], **run}
     if run.get("adapter_rank") == run["rank"]:  # by default, as with another rank that one
@@ -182,12 +184,6 @@ def _of_a_step(run: Mapping[str, Any]) -> dict[str, Any]:
         known |= {name: 2 * known[name] for name in ("batch", "micro_batch")}
     names = {*field_names(OptimizerConfig, AdapterConfig), *OF_A_STEP} - {"vocab"}
     return {name: value for name, value in known.items() if name in names}
-
-
-def _configuration(name: str) -> Any:
-    path = local_path("model", name)
-    with refused(f"model = {name!r} has no configuration that can be read", "Give another."):
-        return transformers.AutoConfig.from_pretrained(path if path.exists() else name)
 
 
 def _kind(name: str, config: Any) -> Any:
@@ -199,10 +195,6 @@ def _kind(name: str, config: Any) -> Any:
             "gives a loss; name one in its config.json, such as LlamaForCausalLM."
         )
     return kind
-
-
-def _is_classifier(model: Any) -> bool:
-    return "Classification" in type(model).__name__
 
 
 def _without_weights(kind: Any, config: Any, dtype: str) -> Any:
