@@ -130,7 +130,10 @@ EARLY = [
     ("finetune --data labelled.csv --model causal --max-length 4096", "beyond the 2048 positions of model = 'causal'"),
     ("pretrain --model causal --data text.txt --seq 4096", "seq = 4096 is beyond the 2048 positions"),
     ("predict causal --task sft --data chats.jsonl --max-length 2049", "max_length = 2049 is beyond"),
-    ("finetune --task sft --data chats.jsonl --chat-template ./nope.jinja", "chat_template = './nope.jinja' cannot be"),
+    (
+        "finetune --task sft --data chats.jsonl --chat-template ./nope.jinja",
+        "chat_template = './nope.jinja' is no file",
+    ),
     ("finetune --task sft --data chats.jsonl --chat-template empty", "the folder has no tokenizer_config.json"),
     ("pretrain --report-to wanbd", "choose none, tensorboard, trackio or wandb"),
     ("finetune --data labelled.csv --model causal --max-length 8 --report-to a.b,wandb", "report_to = 'a.b'"),

@@ -5,7 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from galore_torch.training.run.names import local_path, model_of_run, require_length, require_model, require_on_hub
+from galore_torch.training.run.names import (
+    is_written_as_path,
+    local_path,
+    model_of_run,
+    require_length,
+    require_model,
+    require_on_hub,
+)
 from galore_torch.training.settings.config import TrainConfig
 from galore_torch.training.settings.fields import DType, Purpose, RunConfig, require_defaults, setting, settings
 from galore_torch.training.settings.optimizer import MATRICES, modules_named
@@ -224,7 +231,11 @@ class FinetuneConfig(TrainConfig):
         if to == "train" and len(found.get("held_out", ())) < files_of_rows.ROWS:  # no more are to be read
             row_checks.shared_rows(found.get("data", ()), found.get("held_out", ()))
         template = self.data.chat_template
-        if template is not None and not local_path("chat_template", template).is_file():
+        if template is not None and not (path := local_path("chat_template", template)).is_file():
+            if is_written_as_path(template) and not path.exists():
+                raise ValueError(
+                    f"chat_template = {template!r} is no file, and no model that has one; give one of them."
+                )
             require_model("chat_template", template, "tokenizer_config.json")
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")

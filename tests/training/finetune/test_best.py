@@ -207,8 +207,8 @@ def test_a_finished_model_is_pushed(hub, classify, tmp_path):
 
 def test_a_missing_token_is_told_before_anything_is_read(monkeypatch, encoder, labelled, tmp_path):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    flags = ["--data", labelled, "--model", str(encoder), "--push-to-hub", "reviews", "--out", str(tmp_path / "run")]
-    done = CliRunner().invoke(app(), ["finetune", *flags])
+    flags = ["--data", labelled, "--model", str(encoder), "--max-length", "32", "--push-to-hub", "reviews"]
+    done = CliRunner().invoke(app(), ["finetune", *flags, "--out", str(tmp_path / "run")])
     assert done.exit_code == 2
     assert "hf auth login" in done.stderr
     assert "HF_TOKEN" in done.stderr
