@@ -71,25 +71,7 @@ class FusedLinear:
             return rank
         return self.module.in_features / SAMPLED if self.save_inputs == "sampled" else 0
 
-    def _planned(self, weight: Tensor) -> Plan | None:
-        """What to do from now on; None for a weight that is not projected, as of a tied layer.
-
-        The first layer of a pass looks for what a user may have changed, in all weights, and plans for all layers: one
-        after the other that takes half as long as between the operations of a forward.
-        """
-        cache, tracker = self.optimizer._cache, self.tracker
-        if tracker.first is self or tracker.version != cache.version:
-            self.optimizer._checked_weights()
-            tracker.first = self
-            if tracker.version != cache.version:
-                tracker.version = cache.version
-                for layer in tracker.layers:
-                    layer._plan_again()
-        plan = self._plan
-        is_current = plan is not None and plan.version == cache.version and plan.weight is weight
-        return plan if is_current else self._make_plan(weight)
-
-    def _plan_again(self) -> None:
+    def plan_again(self) -> None:
         """Plans for the weight of the last plan, where that is the layer's and the optimizer's still."""
         plan = self._plan
         if plan is None or self.module._parameters.get("weight") is not plan.weight:
@@ -98,6 +80,7 @@ class FusedLinear:
             self._make_plan(plan.weight)
 
     def _make_plan(self, weight: Tensor) -> Plan | None:
+        """What to do from now on; None for a weight that is not projected, as of a tied layer."""
         version = self.optimizer._cache.version
         trained, basis = self._look(version)
         if not trained.projection.modes:
@@ -126,14 +109,12 @@ class FusedLinear:
         assert weight is not None
         if not (torch.is_grad_enabled() and weight.requires_grad) or _is_transformed():
             return F.linear(x, weight, bias)
-        plan, tracker = self._plan, self.tracker
-        if (
-            plan is None
-            or plan.version != self.optimizer._cache.version
-            or plan.weight is not weight
-            or tracker.first is self
-        ):
-            plan = self._planned(weight) if isinstance(weight, nn.Parameter) else None
+        cache, tracker = self.optimizer._cache, self.tracker
+        if tracker.first is self or tracker.version != cache.version:
+            tracker.begin_pass(self)
+        plan = self._plan
+        if plan is None or plan.version != cache.version or plan.weight is not weight:
+            plan = self._make_plan(weight) if isinstance(weight, nn.Parameter) else None
             if plan is None:
                 return F.linear(x, weight, bias)
         tracker.record_call(self, x)
