@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.common.report import Sheet, limits
 from galore_torch.projection import decompositions, sketches
-from galore_torch.projection.decompositions import DECOMPOSITIONS, Wanted
+from galore_torch.projection.decompositions import DECOMPOSITIONS, Axes, Wanted
 from galore_torch.training.pretrain.presets import configure
 from galore_torch.training.pretrain.run import Pretraining
 from galore_torch.training.run.run import new_run
@@ -32,7 +32,7 @@ from galore_torch.training.run.run import new_run
 BAR = 1 - limits("subspaces")["energy missed"]
 """Energy that a basis must capture, of the exact one's."""
 
-Finder = Callable[[Tensor, Wanted], dict[str, Tensor]]
+Finder = Callable[[Tensor, Wanted], dict[str, Axes]]
 Records = dict[str, list[tuple[float, float]]]
 """By candidate, for each layer and renewal: the energy captured, over the exact basis' own, and processor seconds."""
 
@@ -45,7 +45,7 @@ def energy(matrix: Tensor, side: str, basis: Tensor) -> float:
 def iteration(start: str, power_iterations: int, oversampling: int, dtype: torch.dtype) -> Finder:
     """Return a subspace iteration with its own constants, from a Gaussian or the old basis, on a cut-down gradient."""
 
-    def find(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    def find(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
         few = mock.patch.object(sketches, "OVERSAMPLING", oversampling)
         with few, mock.patch.object(decompositions, "POWER_ITERATIONS", power_iterations):
             return decompositions._warm(matrix.to(dtype), wanted if start == "old" else replace(wanted, old={}))
@@ -53,9 +53,10 @@ def iteration(start: str, power_iterations: int, oversampling: int, dtype: torch
     return find
 
 
-def sketched(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def sketched(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
     """Return the basis that is found in a sketch of the gradient."""
-    return decompositions.find_bases(matrix, wanted.ranks, "sketched", seed=wanted.seed)
+    found = decompositions.find_bases(matrix, wanted.ranks, "sketched", seed=wanted.seed)
+    return {side: Axes(basis) for side, basis in found.items()}
 
 
 def candidates() -> dict[str, Finder]:
@@ -73,7 +74,7 @@ def recorder(records: Records, default: Finder) -> Finder:
     """Return a finder that tries all candidates beside the default, and lets the run go on with the default's."""
     tried = candidates()
 
-    def find(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    def find(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
         ((side, rank),) = wanted.ranks.items()
         exact = float(torch.linalg.svdvals(matrix)[:rank].square().sum())
         if side in wanted.old:
@@ -81,7 +82,7 @@ def recorder(records: Records, default: Finder) -> Finder:
             kept.append((energy(matrix, side, wanted.old[side]) / exact, 0.0))
         for name, finder in tried.items():
             started_s = time.process_time()
-            basis = finder(matrix, replace(wanted, seed=1))[side]
+            basis = finder(matrix, replace(wanted, seed=1))[side].columns_dr
             seconds = time.process_time() - started_s
             records.setdefault(name, []).append((energy(matrix, side, basis) / exact, seconds))
         return default(matrix, wanted)

@@ -25,13 +25,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from galore_torch import devices
-from galore_torch.projection.numerical_rank import Directions, determined_columns, is_lacking, keep_determined
+from galore_torch.projection.numerical_rank import Directions, are_determined, is_lacking, keep_determined
 from galore_torch.projection.orthonormal import above_zero, exact_products, exact_svd, leading_directions, orthonormal
 from galore_torch.projection.sketches import (
     exact,
@@ -72,20 +72,37 @@ class Wanted:
     old_is_whole: bool = False
 
 
-def _svd(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    left, _, right = exact_svd(exact(matrix))
+class Axes(NamedTuple):
+    """What a decomposition finds of one side.
+
+    Attributes:
+        columns_dr: (..., d, r), orthonormal.
+        lengths_r: (..., r), the norms of A^T times each, or nearly, up to a common factor: singular values, of singular
+            vectors. None where they are not at hand.
+    """
+
+    columns_dr: Tensor
+    lengths_r: Tensor | None = None
+
+
+def _svd(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
+    left, values, right = exact_svd(exact(matrix))
     vectors = {"left": left, "right": right.mT}
-    return {side: vectors[side][..., :rank] for side, rank in wanted.ranks.items()}
+    return {side: Axes(vectors[side][..., :rank], values[..., :rank]) for side, rank in wanted.ranks.items()}
 
 
-def _random(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    return {
-        side: orthonormal(random_columns(seen_from(matrix, side), rank, wanted.seed, number))
-        for number, (side, rank) in enumerate(wanted.ranks.items())
-    }
+def _random(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
+    """Any matrix is as long on one column as on another; one of zeros keeps its old basis, if it has one."""
+    found = {}
+    for number, (side, rank) in enumerate(wanted.ranks.items()):
+        drawn_dr = orthonormal(random_columns(seen_from(matrix, side), rank, wanted.seed, number))
+        largest = devices.largest_entry(exact(matrix), (-2, -1)).unsqueeze(-1)
+        size = largest if side in wanted.old else torch.ones_like(largest)
+        found[side] = Axes(drawn_dr, size.expand(drawn_dr[..., 0, :].shape))
+    return found
 
 
-def _randomized(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def _randomized(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
     return _warm(matrix, replace(wanted, old={}))
 
 
@@ -154,28 +171,29 @@ def find_directions(
     if decomposition not in DECOMPOSITIONS:
         raise ValueError(f"decomposition is {decomposition!r}; use one of {', '.join(DECOMPOSITIONS)}")
     old = {side: exact(basis) for side, basis in (old or {}).items()}
-    if decomposition == "sketched":
-        of_sketch = {}
-        for side, sketch_dl in sketches(matrix, ranks, seed).items():
-            known = {"left": old[side]} if side in old else {}
-            seen = find_directions(sketch_dl, {"left": ranks[side]}, "randomized", seed=seed, old=known)["left"]
-            told = determined_columns(sketch_dl, seen.columns_dr, matrix.dtype)
-            of_sketch[side] = Directions(seen.columns_dr, told)
-        return of_sketch
+    wanted = Wanted(ranks=ranks, old=old, seed=seed, old_is_whole=old_is_whole)
     with exact_products():
-        found = DECOMPOSITIONS[decomposition](
-            matrix, Wanted(ranks=ranks, old=old, seed=seed, old_is_whole=old_is_whole)
-        )
-    if decomposition != "svd":
-        found = {side: align_signs(basis, old.get(side)) for side, basis in found.items()}
-    if decomposition == "random":
-        drawn = {side: matrix.abs().amax(dim=(-2, -1)).unsqueeze(-1) > 0 for side in found}
-        drawn = {side: told if side in old else torch.ones_like(told) for side, told in drawn.items()}
-        return {side: Directions(basis, drawn[side].expand(_columns(basis))) for side, basis in found.items()}
-    facing = {side: seen_from(multiplied(matrix), side) for side in found}
-    return {
-        side: Directions(basis, determined_columns(facing[side], basis, matrix.dtype)) for side, basis in found.items()
-    }
+        if decomposition == "sketched":
+            found, faced = {}, sketches(matrix, ranks, seed)
+            for side, sketch_dl in faced.items():
+                of_side = replace(wanted, ranks={"left": ranks[side]}, old={"left": old[side]} if side in old else {})
+                found[side] = _randomized(sketch_dl, of_side)["left"]
+        else:
+            seen = multiplied(matrix)
+            found = DECOMPOSITIONS[decomposition](seen, wanted)
+            faced = {side: seen_from(seen, side) for side in found}
+        return {
+            side: _directions(axes, faced[side], old.get(side) if decomposition != "svd" else None, matrix.dtype)
+            for side, axes in found.items()
+        }
+
+
+def _directions(axes: Axes, facing_dk: Tensor, old_dr: Tensor | None, rounded_to: torch.dtype) -> Directions:
+    columns_dr, lengths_r = axes
+    if lengths_r is None:
+        lengths_r = torch.linalg.vector_norm(_unit(_product(facing_dk.mT, columns_dr)), dim=-2)
+    told_r = are_determined(lengths_r, facing_dk.shape[-2:], rounded_to)
+    return Directions(align_signs(columns_dr, old_dr), told_r)
 
 
 def align_signs(basis_dr: Tensor, old_dr: Tensor | None) -> Tensor:
@@ -194,21 +212,16 @@ def align_signs(basis_dr: Tensor, old_dr: Tensor | None) -> Tensor:
     return torch.where(agreement < 0, -basis_dr, basis_dr)
 
 
-def _columns(basis_dr: Tensor) -> tuple[int, ...]:
-    """The shape (..., r) of one number for each column."""
-    return (*basis_dr.shape[:-2], basis_dr.shape[-1])
-
-
-def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def _warm(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
     """Subspace iteration for one side; the other side, if wanted, follows from it."""
     first = next(iter(wanted.ranks))
-    facing_dk = seen_from(multiplied(matrix), first)
+    facing_dk = seen_from(matrix, first)
     start_dl = _start(facing_dk, wanted.ranks[first], wanted.old.get(first), wanted.seed, wanted.old_is_whole)
     iterations = POWER_ITERATIONS + (MORE_ITERATIONS if devices.runs_ahead(facing_dk) else 0)
     return _iterated(matrix, wanted, start_dl, iterations)
 
 
-def _tracked(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def _tracked(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
     first, rank = next(iter(wanted.ranks.items()))
     old_dr = wanted.old.get(first)
     if old_dr is None or old_dr.shape[-1] != rank or not wanted.old_is_whole:
@@ -216,13 +229,13 @@ def _tracked(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     return _iterated(matrix, wanted, old_dr, 1)
 
 
-def _iterated(matrix: Tensor, wanted: Wanted, start_dl: Tensor, iterations: int) -> dict[str, Tensor]:
-    matrix = multiplied(matrix)
+def _iterated(matrix: Tensor, wanted: Wanted, start_dl: Tensor, iterations: int) -> dict[str, Axes]:
     first, *others = wanted.ranks
     found = {first: _subspace_iteration(seen_from(matrix, first), start_dl, wanted.ranks[first], iterations)}
     for side in others:
         # Right singular vectors span A^T U; the columns come in the order of the singular values.
-        found[side] = orthonormal(_unit(_product(seen_from(matrix, side), found[first])))[..., : wanted.ranks[side]]
+        across_kr = _unit(_product(seen_from(matrix, side), found[first].columns_dr))[..., : wanted.ranks[side]]
+        found[side] = Axes(orthonormal(across_kr), torch.linalg.vector_norm(across_kr, dim=-2))
     return found
 
 
@@ -241,17 +254,19 @@ def _start(facing_dk: Tensor, rank: int, old_dr: Tensor | None, seed: int, is_wh
     return torch.cat((old_dr, more), dim=-1)
 
 
-def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int, iterations: int) -> Tensor:
+def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int, iterations: int) -> Axes:
     """The leading `rank` left singular vectors, nearly: (A A^T)^q applied to a start, with a Rayleigh-Ritz rotation.
 
     The rotation turns the axes within the subspace to the singular directions, so that the leading ones can be kept:
     an elementwise rule such as Adam's depends on the axes. It is made in the last iteration, of products that are at
-    hand; a rotation of the result would cost one more product with A and gain less than 0.001 of the energy.
+    hand; a rotation of the result would cost one more product with A and gain less than 0.001 of the energy. So are
+    the lengths, of the directions before that iteration; the last makes none of the subspace shorter.
     """
     for _ in range(iterations - 1):
         basis_dl = orthonormal(_apply_gram(facing_dk, basis_dl)[0])
     power_dl, across_kl = _apply_gram(facing_dk, basis_dl)
-    return orthonormal(power_dl @ leading_directions(basis_dl, across_kl, power_dl, rank))
+    axes_lr = leading_directions(basis_dl, across_kl, power_dl, rank)
+    return Axes(orthonormal(power_dl @ axes_lr), torch.linalg.vector_norm(across_kl @ axes_lr, dim=-2))
 
 
 def _apply_gram(facing_dk: Tensor, columns_dl: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,20 +289,20 @@ def _product(matrix: Tensor, columns: Tensor) -> Tensor:
     return (matrix @ columns.to(matrix.dtype)).to(columns.dtype)
 
 
-def _switched(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def _switched(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
     leading = {side: math.ceil(LEADING * rank) for side, rank in wanted.ranks.items()}
     old = {side: basis_dr[..., : leading[side]] for side, basis_dr in wanted.old.items()}
     found = _warm(matrix, replace(wanted, ranks=leading, old=old))
-    for number, (side, basis_dl) in enumerate(list(found.items()), start=2):
+    for number, (side, (basis_dl, _)) in enumerate(list(found.items()), start=2):
         if more := wanted.ranks[side] - leading[side]:
             drawn_dr = random_columns(seen_from(matrix, side), more, wanted.seed, number).to(basis_dl.dtype)
             for _ in range(2):  # once more for what rounding left
                 drawn_dr = orthonormal(drawn_dr - basis_dl @ (basis_dl.mT @ drawn_dr))
-            found[side] = torch.cat((basis_dl, drawn_dr), dim=-1)
+            found[side] = Axes(torch.cat((basis_dl, drawn_dr), dim=-1))
     return found
 
 
-def _sampled(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def _sampled(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
     found = {}
     for number, (side, rank) in enumerate(wanted.ranks.items()):
         facing_dk = _unit(exact(seen_from(matrix, side)))
@@ -297,11 +312,11 @@ def _sampled(matrix: Tensor, wanted: Wanted) -> dict[str, Tensor]:
         keys = squares.clamp_min(0).log() / 2 - (-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
         places = keys.topk(rank).indices.sort(descending=True).values
         drawn_dr = vectors_dd.gather(-1, places.unsqueeze(-2).expand(*vectors_dd.shape[:-1], rank))
-        found[side] = orthonormal(drawn_dr)  # a GPU leaves their lengths 1e-5 from 1
+        found[side] = Axes(orthonormal(drawn_dr))  # a GPU leaves their lengths 1e-5 from 1
     return found
 
 
-DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Tensor]]] = {
+DECOMPOSITIONS: dict[str, Callable[[Tensor, Wanted], dict[str, Axes]]] = {
     "svd": _svd,
     "randomized": _randomized,
     "warm": _warm,

@@ -10,12 +10,12 @@ Shape suffixes: d x k the matrix seen from the side of the basis, r the rank, q 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from galore_torch import devices
 from galore_torch.projection.geometry import Basis
 from galore_torch.projection.orthonormal import above_zero, cholesky_qr, exact_products, leading_directions
 
@@ -28,25 +28,23 @@ DRIFT, TURNS = 0.01, 12
 Newton-Schulz steps that turn them."""
 
 
-def determined_columns(facing_dk: Tensor, basis_dr: Tensor, rounded_to: torch.dtype) -> Tensor:
+def are_determined(lengths_r: Tensor, shape: Sequence[int], rounded_to: torch.dtype) -> Tensor:
     """Which columns of a basis stand for more of a matrix than its rounding.
 
     Args:
-        facing_dk: (..., d, k), in the precision of the computation.
-        basis_dr: (..., d, r), orthonormal.
-        rounded_to: the dtype that the matrix had before.
+        lengths_r: (..., r), how long the matrix is on each, up to a common factor: as singular values are.
+        shape: of the matrix.
+        rounded_to: the dtype that the matrix had.
 
     Returns:
         (..., r), of booleans; all False for a matrix of zeros.
     """
-    projected_kr = (facing_dk.mT @ basis_dr.to(facing_dk.dtype)).to(basis_dr.dtype)
-    largest = devices.largest_entry(projected_kr, (-2, -1), keepdim=True)
-    lengths = torch.linalg.vector_norm(projected_kr / above_zero(largest), dim=-2)
     # Rounding each of m x n numbers on its own leaves singular values of eps (sqrt(m) + sqrt(n)) / sqrt(m n) of the
     # norm at most, and so many eps of the computation are lost in finding the directions themselves.
-    rounding = 2 * torch.finfo(rounded_to).eps * sum(size**-0.5 for size in facing_dk.shape[-2:])
-    least = rounding + 64 * torch.finfo(basis_dr.dtype).eps
-    determined: Tensor = lengths > least * torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
+    rounding = 2 * torch.finfo(rounded_to).eps * sum(size**-0.5 for size in shape)
+    least = rounding + 64 * torch.finfo(lengths_r.dtype).eps
+    lengths_r = lengths_r / above_zero(lengths_r.amax(-1, keepdim=True))  # squares of tiny and huge ones are in range
+    determined: Tensor = lengths_r > least * torch.linalg.vector_norm(lengths_r, dim=-1, keepdim=True)
     return determined
 
 
@@ -95,7 +93,7 @@ class Directions:
 
     Attributes:
         columns_dr: (..., d, r), orthonormal.
-        told_r: (..., r), which of them the matrix determines, as `determined_columns` says.
+        told_r: (..., r), which of them the matrix determines, as `are_determined` says.
     """
 
     columns_dr: Tensor

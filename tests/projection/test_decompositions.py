@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from galore_torch import devices
 from galore_torch.projection import DECOMPOSITIONS, Projection, find_bases, find_basis, sketch
 from galore_torch.projection.orthonormal import exact_svd
 from tests.projection.bases import energy, orthonormal, with_spectrum
@@ -203,7 +205,8 @@ def test_a_matrix_of_zeros_in_a_stack_keeps_its_old_basis(decomposition):
 
 @pytest.mark.parametrize("decomposition", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_a_basis_has_the_dtype_of_the_gradient_and_is_computed_in_float32_at_least(decomposition, dtype):
+def test_a_basis_has_the_dtype_of_the_gradient_and_is_computed_in_float32_at_least(decomposition, dtype, monkeypatch):
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: True)
     projection = Projection.of((24, 16), 4)
     grad = with_spectrum(24, 16, 0.6 ** torch.arange(16.0, dtype=torch.float64)).to(dtype)
     basis = find_basis(projection, grad, decomposition, seed=0)["right"]
@@ -220,6 +223,37 @@ def test_a_basis_has_the_dtype_of_the_gradient_and_is_computed_in_float32_at_lea
         assert overlap > 0.999
     else:
         assert torch.equal(basis, expected)
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the products with a matrix of a shape, or with its transpose."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.dtypes = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[0].shape in (self.shape, self.shape[::-1]):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("decomposition", "products"), [("svd", 0), ("random", 0), ("tracked", 2), ("warm", 4)])
+def test_a_matrix_is_multiplied_twice_an_iteration_and_not_once_more(decomposition, products):
+    """Which directions it determines is told by what is at hand."""
+    matrix = torch.randn(40, 96)
+    with Products(matrix.shape) as seen:
+        find_bases(matrix, {"left": 8}, decomposition, seed=1, old=exact(matrix, 8), old_is_whole=True)
+    assert len(seen.dtypes) == products
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bfloat16_is_multiplied_as_it_is_only_where_there_are_instructions_for_it(is_fast, monkeypatch):
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: is_fast)
+    matrix = torch.randn(40, 96, dtype=torch.bfloat16)
+    with Products(matrix.shape) as seen:
+        found(matrix, 8, "warm")
+    assert set(seen.dtypes) == {torch.bfloat16 if is_fast else torch.float32}
 
 
 @pytest.mark.parametrize("shape", [(1, 30), (30, 1), (1, 1), (5, 5)])
