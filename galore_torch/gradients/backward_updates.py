@@ -109,5 +109,5 @@ def _naming(trained: Sequence[TrainedWeight]) -> Iterator[None]:
         names = trained[0].name + (f" or {len(trained) - 1} others" if len(trained) > 1 else "")
         raise RuntimeError(
             f"updating {names} inside the backward pass failed: {error}. Weights whose backward came before have been "
-            "updated; these and those after them have not"
+            "updated, of these perhaps some, and none after them"
         ) from error

@@ -149,6 +149,38 @@ def test_a_backward_that_ended_in_an_error_is_told_once(mode):
         attachment.remove()
 
 
+@pytest.mark.parametrize("way", ["then one that ends well", "after one that ended well"])
+@every_backward_mode
+def test_an_error_before_anything_had_moved_is_no_reason_to_warn(mode, way):
+    def fails(_: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(16, 16, bias=False), "b": nn.Linear(16, 16)})
+    optimizer = GaLoreSGD(param_groups(model, 4, "all-linear"), lr=0.1)
+    attach(model, optimizer, *mode)
+    x = torch.randn(8, 16)
+    model["b"](model["a"](x)).square().mean().backward()  # all find their bases
+    optimizer.step()
+    optimizer.zero_grad()
+    if way.startswith("after"):
+        model["a"](x).square().mean().backward()
+    before = weights(model)
+    handle = model["b"].weight.register_hook(fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model["b"](x).square().mean().backward()
+    handle.remove()
+    assert_same(weights(model), before)
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if way.startswith("after"):  # nor may the gradient that has acted be thrown away
+            assert "a.weight arrives a second time" in refusing(model["a"](x).square().mean().backward)
+        else:
+            model["b"](model["a"](x)).square().mean().backward()
+        optimizer.step()
+
+
 class Segments(nn.Module):
     """Re-entrant checkpoints, of which two use one layer."""
 
@@ -175,6 +207,24 @@ def test_a_weight_in_two_reentrant_checkpoints_is_refused(mode, twice):
             assert "update=" in refusing(loss.backward)
             return
         loss.backward()
+        optimizer.step()
+
+
+@every_backward_mode
+def test_an_error_around_a_reentrant_checkpoint_that_ended_well_is_told(mode):
+    def fails(_: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    model = Segments(twice=False)
+    optimizer = GaLoreSGD(param_groups(model, 4, ["mlp_a"]), lr=0.1)
+    head = nn.Linear(16, 16, bias=False)
+    optimizer.add_param_group({"params": list(head.parameters())})
+    attach(nn.ModuleList([model, head]), optimizer, *mode)
+    x = torch.randn(8, 16, requires_grad=True)
+    x.register_hook(fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        head(model(x)).square().mean().backward()
+    with pytest.warns(UserWarning, match="had moved 5 weights"):
         optimizer.step()
 
 
