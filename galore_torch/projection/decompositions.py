@@ -262,8 +262,8 @@ def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int, iteratio
     hand; a rotation of the result would cost one more product with A and gain less than 0.001 of the energy. So are
     the lengths, of the directions before that iteration; the last makes none of the subspace shorter.
     """
-    for _ in range(iterations - 1):
-        basis_dl = orthonormal(_apply_gram(facing_dk, basis_dl)[0])
+    for left in range(iterations - 1, 0, -1):
+        basis_dl = orthonormal(_apply_gram(facing_dk, basis_dl)[0], nearly=left > 1)
     power_dl, across_kl = _apply_gram(facing_dk, basis_dl)
     axes_lr = leading_directions(basis_dl, across_kl, power_dl, rank)
     return Axes(orthonormal(power_dl @ axes_lr), torch.linalg.vector_norm(across_kl @ axes_lr, dim=-2))

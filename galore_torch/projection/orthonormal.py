@@ -39,11 +39,13 @@ def above_zero(sizes: Tensor) -> Tensor:
     return sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
 
 
-def orthonormal(columns_dl: Tensor) -> Tensor:
+def orthonormal(columns_dl: Tensor, *, nearly: bool = False) -> Tensor:
     """Orthonormal columns, of which the first k span what the first k given ones do.
 
     Args:
         columns_dl: (..., d, l) with l <= d, float32 or float64, on any device.
+        nearly: whether columns will do that depend on each other little enough to be multiplied once more: a third of
+            the work on a GPU.
 
     Returns:
         (..., d, l), orthonormal to 3e-6 in float32. Of columns that depend on earlier ones nothing is meant; on a GPU
@@ -55,22 +57,23 @@ def orthonormal(columns_dl: Tensor) -> Tensor:
         True
     """
     if devices.runs_ahead(columns_dl):
-        return cholesky_qr(columns_dl)
+        return cholesky_qr(columns_dl, rounds=1 if nearly else len(SHIFTS))
     q: Tensor = torch.linalg.qr(columns_dl).Q
     return q
 
 
-def cholesky_qr(columns_dl: Tensor) -> Tensor:
+def cholesky_qr(columns_dl: Tensor, rounds: int = len(SHIFTS)) -> Tensor:
     """`orthonormal` by products and triangular solves alone.
 
     Args:
         columns_dl: (..., d, l). Columns may be all but dependent, not exactly so, except for zeros.
+        rounds: how many are made.
 
     Returns:
         (..., d, l).
     """
     finer = torch.finfo(columns_dl.dtype).eps / torch.finfo(torch.float32).eps
-    for shift in SHIFTS:
+    for shift in SHIFTS[:rounds]:
         lengths = torch.linalg.vector_norm(columns_dl, dim=-2, keepdim=True)
         columns_dl = columns_dl / above_zero(lengths)
         gram_ll = columns_dl.mT @ columns_dl
@@ -135,22 +138,27 @@ def leading_by_cholesky(gram_ll: Tensor, rank: int) -> Tensor:
     places_l = torch.arange(order_l.shape[-1], device=order_l.device)
     turned_ll = (places_l.unsqueeze(-1) == order_l.unsqueeze(-2)).to(gram_ll.dtype)
     gram_ll = turned_ll.mT @ gram_ll @ turned_ll
+    gram_ll = gram_ll / above_zero(gram_ll[..., :1, :1])
+    digits = torch.finfo(gram_ll.dtype)
+    least, more = torch.tensor(digits.tiny**0.8, dtype=gram_ll.dtype), 1 + 30 * digits.eps
     for power in range(LR_ROUNDS):
-        largest = gram_ll.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-        gram_ll = gram_ll / above_zero(largest)
-        if power:
+        if power:  # the first is nearly the largest, and never zero: something is added to each
+            gram_ll = gram_ll / gram_ll[..., :1, :1]
             gram_ll = gram_ll @ gram_ll
-        first_ll = _cholesky(gram_ll)
-        second_ll = _cholesky(first_ll.mT @ first_ll)
+        first_ll = _cholesky(gram_ll, least, more)
+        second_ll = _cholesky(first_ll.mT @ first_ll, least, more)
         turned_ll = turned_ll @ torch.linalg.solve_triangular(first_ll.mT, second_ll, upper=True)
         gram_ll = second_ll.mT @ second_ll
     return turned_ll[..., :rank]
 
 
-def _cholesky(gram_ll: Tensor) -> Tensor:
-    """The factor of a matrix that is positive but for rounding, of each entry relative to its row and column."""
-    digits = torch.finfo(gram_ll.dtype)
-    gram_ll.diagonal(dim1=-2, dim2=-1).mul_(1 + 30 * digits.eps).add_(digits.tiny**0.8)
+def _cholesky(gram_ll: Tensor, least: Tensor, more: float) -> Tensor:
+    """The factor of a matrix that is positive but for rounding, of each entry relative to its row and column.
+
+    Its diagonal becomes more * diagonal + least, in one operation.
+    """
+    diagonal_l = gram_ll.diagonal(dim1=-2, dim2=-1)
+    torch.add(least, diagonal_l, alpha=more, out=diagonal_l)
     factor_ll: Tensor = torch.linalg.cholesky_ex(gram_ll).L  # does not read back whether it succeeded
     return factor_ll
 
