@@ -266,7 +266,21 @@ def _subspace_iteration(facing_dk: Tensor, basis_dl: Tensor, rank: int, iteratio
         basis_dl = orthonormal(_apply_gram(facing_dk, basis_dl)[0], nearly=left > 1)
     power_dl, across_kl = _apply_gram(facing_dk, basis_dl)
     axes_lr = leading_directions(basis_dl, across_kl, power_dl, rank)
-    return Axes(orthonormal(power_dl @ axes_lr), torch.linalg.vector_norm(across_kl @ axes_lr, dim=-2))
+    power_dr = power_dl @ axes_lr
+    lengths_r = torch.linalg.vector_norm(across_kl @ axes_lr, dim=-2) if _tells_axes_apart(power_dr) else None
+    return Axes(orthonormal(power_dr), lengths_r)
+
+
+def _tells_axes_apart(power_dr: Tensor) -> bool:
+    """Whether none of these columns is what rounding makes of A A^T along a direction that A does not have.
+
+    Weak directions are then mixed with such ones, and all of them are as long as these. A GPU does not wait for this.
+    """
+    if devices.runs_ahead(power_dr):
+        return True
+    lengths_r = torch.linalg.vector_norm(power_dr, dim=-2)
+    least = 64 * torch.finfo(power_dr.dtype).eps * lengths_r.amax(-1, keepdim=True)
+    return bool((lengths_r > least).all())
 
 
 def _apply_gram(facing_dk: Tensor, columns_dl: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,21 @@ def test_the_rank_is_seen_through_the_rounding_of_every_dtype(decomposition, sha
         assert lacking(basis) == (12 - rank, False)
 
 
+@pytest.mark.parametrize("weak", [3e-3, 1e-3, 3e-4, 1e-4])
+@pytest.mark.parametrize("decomposition", TELLING)
+def test_weak_directions_beside_strong_ones_are_told_and_nothing_besides(decomposition, weak):
+    """Squares of what is weaker than 3e-4 are beyond the digits of float32: an eigenvalue routine mixes directions."""
+    torch.manual_seed(0)
+    left, right = orthonormal(200, 5), orthonormal(300, 5)
+    grad = (left * torch.tensor([1.0, 1.0, 1.0, weak, weak], dtype=torch.float64)) @ right.mT
+    for old in (None, {"left": torch.linalg.qr(torch.randn(200, 12)).Q}):
+        basis = find(Projection.of((200, 300), 12), grad.float(), decomposition, old)
+        assert lacking(basis) == (0 if old else 12 - 5, False)
+        if old:
+            kept = torch.linalg.svdvals(basis["left"].mT @ old["left"])
+            assert (kept[: 12 - 5] > 1 - 1e-4).all()
+
+
 @pytest.mark.parametrize("decomposition", TELLING)
 def test_a_stack_is_filled_up_where_it_lacks_and_nowhere_else(decomposition):
     torch.manual_seed(0)
