@@ -32,7 +32,14 @@ from torch import Tensor
 
 from galore_torch import devices
 from galore_torch.projection.numerical_rank import Directions, are_determined, is_lacking, keep_determined
-from galore_torch.projection.orthonormal import above_zero, exact_products, exact_svd, leading_directions, orthonormal
+from galore_torch.projection.orthonormal import (
+    above_zero,
+    eigen,
+    exact_products,
+    exact_svd,
+    leading_directions,
+    orthonormal,
+)
 from galore_torch.projection.sketches import (
     exact,
     multiplied,
@@ -320,7 +327,7 @@ def _sampled(matrix: Tensor, wanted: Wanted) -> dict[str, Axes]:
     found = {}
     for number, (side, rank) in enumerate(wanted.ranks.items()):
         facing_dk = _unit(exact(seen_from(matrix, side)))
-        squares, vectors_dd = torch.linalg.eigh(facing_dk @ facing_dk.mT)  # ascending
+        squares, vectors_dd = eigen(facing_dk @ facing_dk.mT)
         # The largest of logarithms with Gumbel noise are a draw without replacement.
         uniform = torch.special.ndtr(random_columns(squares.unsqueeze(-1), 1, wanted.seed, number)).squeeze(-1)
         keys = squares.clamp_min(0).log() / 2 - (-uniform.clamp(1e-6, 1 - 1e-6).log()).log()

@@ -100,6 +100,25 @@ def exact_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left, values, right
 
 
+def eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, where LAPACK's routine for float32 gives up too: on some matrices of many zeros.
+
+    Args:
+        symmetric: (..., l, l), float32 or float64.
+
+    Returns:
+        (..., l), ascending, and (..., l, l), of its dtype.
+
+    Raises:
+        torch.linalg.LinAlgError: it did not converge in float64 either.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = (found.to(symmetric.dtype) for found in torch.linalg.eigh(symmetric.double()))
+    return values, vectors
+
+
 def leading_directions(basis_dl: Tensor, across_kl: Tensor, power_dl: Tensor, rank: int) -> Tensor:
     """The coordinates, in a basis S, of the leading left singular vectors that A has within its span.
 
@@ -115,8 +134,7 @@ def leading_directions(basis_dl: Tensor, across_kl: Tensor, power_dl: Tensor, ra
     if devices.runs_ahead(basis_dl):
         return leading_by_cholesky(across_kl.mT @ across_kl, rank)
     ritz_ll = basis_dl.mT @ power_dl
-    axes_ll: Tensor = torch.linalg.eigh(ritz_ll + ritz_ll.mT).eigenvectors  # ascending
-    return axes_ll.flip(-1)[..., :rank]
+    return eigen(ritz_ll + ritz_ll.mT)[1].flip(-1)[..., :rank]
 
 
 def leading_by_cholesky(gram_ll: Tensor, rank: int) -> Tensor:

@@ -238,6 +238,24 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("decomposition", ["randomized", "warm", "switched", "sampled", "sketched"])
+def test_a_matrix_on_which_lapack_gives_up_in_float32_has_a_basis(decomposition, monkeypatch):
+    """As on one with six entries that are not zero, with torch 2.13's library."""
+    eigh = torch.linalg.eigh
+
+    def fails_in_float32(symmetric):
+        if symmetric.dtype is torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(symmetric)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    matrix = torch.zeros(64, 64)
+    matrix[[8, 18, 26, 31, 58, 60], [48, 54, 29, 53, 46, 62]] = 1
+    bases = found(matrix, 16, decomposition)
+    assert bases["left"].dtype is torch.float32
+    assert energy(matrix, bases) > 5.99
+
+
 @pytest.mark.parametrize(("decomposition", "products"), [("svd", 0), ("random", 0), ("tracked", 2), ("warm", 4)])
 def test_a_matrix_is_multiplied_twice_an_iteration_and_not_once_more(decomposition, products):
     """Which directions it determines is told by what is at hand."""
