@@ -1,5 +1,7 @@
 """What a newcomer types, and what lies in the folder in which it is typed: `test_first_hour.py` goes through it."""
 
+import json
+
 # What is typed, and words of what is told: of the remedy, or of what is wrong with what.
 EARLY = [
     ("pretain", "Did you mean 'pretrain'"),
@@ -135,6 +137,25 @@ EARLY = [
         "chat_template = './nope.jinja' is no file",
     ),
     ("finetune --task sft --data chats.jsonl --chat-template empty", "the folder has no tokenizer_config.json"),
+    ("finetune --data labelled.csv --model torn --max-length 8", "model.safetensors has 125 bytes of 126"),
+    ("pretrain --data text.txt --model torn", "been cut off; give another copy"),
+    ("pretrain --data text.txt --model encoder", "is an encoder (bert)"),
+    ("finetune --task sft --data asked.jsonl --model encoder", "choose a causal model"),
+    ("finetune --task sft --data chats.jsonl --model causal", "has no chat template for messages; give one as"),
+    ("finetune --task sft --data asked.jsonl --model causal --answers-only", "has no effect without messages"),
+    (
+        "finetune --task sft --data asked.jsonl --model causal --target-modules query,value",
+        "target_modules = 'query,value' match no linear layer; give parts of names that end by q_proj",
+    ),
+    ("pretrain --data text.txt --model causal --rank-pattern query=8", "'query' ends no name of a matrix"),
+    (
+        "finetune --data labelled.csv --load-best-model-at-end --metric-for-best-model acuracy",
+        "is not measured; choose one of accuracy, matthews",
+    ),
+    (
+        "finetune --task rte --load-best-model-at-end --metric-for-best-model f1",
+        "choose one of accuracy, loss",
+    ),
     ("pretrain --report-to wanbd", "choose none, tensorboard, trackio or wandb"),
     ("finetune --data labelled.csv --model causal --max-length 8 --report-to a.b,wandb", "report_to = 'a.b'"),
     ("finetune --data labelled.csv --task rte", "leave it out, or use classify"),
@@ -187,6 +208,14 @@ EARLY = [
     ("plan llama-tiny --memory 24", "give a number with a unit"),
 ]
 
+
+def _weights(size: int) -> str:
+    """A safetensors file of one matrix of 16 bytes, of which so many are there."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}})
+    return chr(len(header)) + "\0" * 7 + header + "\0" * size
+
+
 # In Latin-1.
 FILES = {
     "text.txt": "A text.\n\nAnd another.\n",
@@ -209,11 +238,18 @@ FILES = {
     "deep.jsonl": "[" * 100_000,
     "deep.toml": "a=" + "[" * 100_000,
     "chats.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}\n' * 4,
+    "asked.jsonl": '{"prompt": "a", "completion": "b"}\n' * 4,
     "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4,
     "broken.jsonl": '{"text": "a", "label": 1}\n{"text": "a", label: 1}\n',
     "unlabelled.jsonl": '{"text": "a", "label": 1}\n' * 2 + '{"text": "b", "label": null}\n',
     "bare/config.json": "{}",
     "causal/tokenizer.json": "{}",
+    "causal/model.safetensors": _weights(16),
+    "torn/config.json": "{}",
+    "torn/tokenizer.json": "{}",
+    "torn/model.safetensors": _weights(15),
+    "encoder/config.json": '{"architectures": ["BertForMaskedLM"], "model_type": "bert"}',
+    "encoder/tokenizer.json": "{}",
     "utf16.csv": "\xff\xfet\0e\0x\0t\0,\0l\0a\0b\0e\0l\0",
     "header.csv": "text,label\n",
     "headless.csv": "good,5\nbad,1\n",

@@ -50,7 +50,7 @@ SNIPPETS = [
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A newcomer's folder, with what may be wrong in it."""
     folder = tmp_path_factory.mktemp("here")
-    for name in ("empty", "pictures", "mixed", "full", "begun", "bare", "broken", "listed"):
+    for name in ("empty", "pictures", "mixed", "full", "begun", "bare", "broken", "listed", "torn", "encoder"):
         (folder / name).mkdir()
     AutoConfig.for_model("llama").save_pretrained(folder / "causal")
     for name, text in FILES.items():

@@ -21,18 +21,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from galore_torch.training.finetune.config import GLUE, FinetuneConfig, RowsConfig
+from galore_torch.training.finetune.config import GLUE, OF_LABELS, FinetuneConfig, RowsConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run.base_model import load_base
 from galore_torch.training.text.row_checks import in_rows, require_filled, require_two_labels
 
-METRICS: dict[str, Callable[[Any, Any], Any]] = {
-    "accuracy": metrics.accuracy_score,
-    "f1": partial(metrics.f1_score, zero_division=0),
-    "matthews": metrics.matthews_corrcoef,
-    "pearson": lambda right, said: stats.pearsonr(right, said).statistic,
-    "spearman": lambda right, said: stats.spearmanr(right, said).statistic,
-}
+_BY: tuple[Callable[[Any, Any], Any], ...] = (
+    metrics.accuracy_score,
+    metrics.matthews_corrcoef,
+    partial(metrics.f1_score, zero_division=0),
+    lambda right, said: stats.pearsonr(right, said).statistic,
+    lambda right, said: stats.spearmanr(right, said).statistic,
+)
+METRICS = dict(zip(OF_LABELS, _BY, strict=True))
 """What scores predictions, by name, from the right labels and the predicted ones."""
 
 

@@ -1,15 +1,21 @@
 """The settings of a fine-tuning, and its tasks. Sections of optimizer and adapters are those of a pre-training."""
 
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from galore_torch.training.run.model_files import (
+    json_of,
+    require_causal,
+    require_length,
+    require_template,
+    require_weights,
+)
 from galore_torch.training.run.names import (
     is_written_as_path,
     local_path,
     model_of_run,
-    require_length,
     require_model,
     require_on_hub,
 )
@@ -26,6 +32,9 @@ TaskName = Literal[
 
 ON_TRL = ("sft", "dpo", "reward", "grpo")
 """Those that a trainer of TRL does."""
+
+WRITING = ("sft", "dpo", "grpo")
+"""Those of a causal model."""
 
 PREFERENCES = ("dpo", "reward")
 """Those of pairs of answers."""
@@ -62,6 +71,17 @@ GLUE: dict[str, Task] = {
 }
 """Every task of GLUE by the name that ``--task`` takes."""
 
+MEASURED: dict[str, dict[str, str]] = {
+    "sft": {"perplexity": "eval_loss"},
+    "dpo": {"accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"},
+    "reward": {"accuracy": "eval_accuracy", "margin": "eval_margin"},
+    "grpo": {"reward": "eval_reward"},
+}
+"""Scores of TRL's stages, the main one first, by the Trainer's metrics that they are."""
+
+OF_LABELS = ("accuracy", "matthews", "f1", "pearson", "spearman")
+"""Scores of rows with labels, of which some are of classes, and some of numbers."""
+
 
 @settings
 class BaseModelConfig:
@@ -83,13 +103,12 @@ class BaseModelConfig:
         object.__setattr__(self, "model", model_of_run("model", self.model))
 
 
-_WRITING = ("sft", "dpo", "grpo")
 _ONLY: dict[str, tuple[str, ...]] = {  # settings that have an effect on some tasks alone
     "held_out_share": ("classify", *ON_TRL),
     "text_column": ("classify", "sft"),
     **dict.fromkeys(("text_pair_column", "label_column", "labels"), ("classify",)),
     **dict.fromkeys(("answers_only", "packing"), ("sft",)),
-    **dict.fromkeys(("answers", "answer_tokens"), _WRITING),
+    **dict.fromkeys(("answers", "answer_tokens"), WRITING),
     "chat_template": ON_TRL,
     "beta": ("dpo",),
     "generations": ("grpo",),
@@ -212,7 +231,15 @@ class FinetuneConfig(TrainConfig):
                 "restart_every = None leaves open when relora begins again, for epochs have no known length; give it, "
                 "or steps, of which it is a quarter."
             )
+        task = self.data.task
+        self.require_measured(GLUE[task].metrics if task in GLUE else MEASURED.get(task, OF_LABELS))
         super().__post_init__()
+
+    def require_measured(self, names: Iterable[str]) -> None:
+        """Refuse, with a ValueError, to choose by a score that is none of those of the held-out rows."""
+        best, known = self.schedule.metric_for_best_model, [*names, "loss"]
+        if best is not None and best not in known:
+            raise ValueError(f"metric_for_best_model = {best!r} is not measured; choose one of {', '.join(known)}.")
 
     def require_there(self, to: Purpose = "train") -> None:
         """Refuse rows or a model that is not there, and rows without a column or with none in one of the first.
@@ -239,8 +266,21 @@ class FinetuneConfig(TrainConfig):
             require_model("chat_template", template, "tokenizer_config.json")
         if self.data.task in GLUE:
             require_on_hub("task", "nyu-mll/glue", "dataset")
-        require_model("model", self.model.model, self.model.gguf_file or "config.json")
-        require_length("max_length", self.data.max_length, self.model.model)
+        first_rows = [rows[0] for rows in found.values() if rows]
+        self._require_model(
+            template is None and any(row_checks.are_messages(self.data.task, one) for one in first_rows)
+        )
+
+    def _require_model(self, needs_template: bool) -> None:
+        model, gguf_file = self.model.model, self.model.gguf_file
+        require_model("model", model, gguf_file or "config.json")
+        require_length("max_length", self.data.max_length, model)
+        if self.data.task in WRITING:
+            require_causal(model)
+        if gguf_file is None:
+            require_weights(model, self.target_modules, self.optimizer.ranks)
+            if needs_template:
+                require_template(model)
 
     def _require_labels(self, values: list[Any]) -> None:
         """Refuse labels that are all the same, unless there are more to read or the model may know them."""
@@ -250,14 +290,10 @@ class FinetuneConfig(TrainConfig):
 
     def _may_know(self, labels: set[str]) -> bool:
         """Whether the model may have learnt to tell these labels; one that is not here may."""
-        file = local_path("model", self.model.model) / "config.json"
-        if not file.is_file():
+        known = json_of(self.model.model, "config.json")
+        if not known:
             return self.model.model != DEFAULT_MODEL
-        try:
-            names = json.loads(file.read_text(encoding="utf-8")).get("id2label") or {}
-            return labels <= set(map(str, names.values()))
-        except (ValueError, AttributeError):  # told where it is loaded
-            return True
+        return labels <= set(map(str, dict(known.get("id2label") or {}).values()))
 
     def going_on_from(self, weights: Path) -> "FinetuneConfig":
         """The same from other weights than its own: a model's folder, with its tokenizer."""
@@ -278,6 +314,8 @@ def _require_rows(config: RowsConfig, field: str, name: str, *, labelled: bool) 
     rows = list(files_of_rows.first_rows(field, name))
     if config.task in ON_TRL and rows:
         row_checks.require_form(config.task, config.text_column, rows[0])
+        if config.answers_only:
+            row_checks.require_answers(rows[0])
     if config.task in PREFERENCES and len(rows) < files_of_rows.ROWS:
         row_checks.equal_answers((n, row.get("chosen"), row.get("rejected")) for n, row in enumerate(rows, 1))
     checked = {"text_column": "is empty"} | ({"label_column": "is without a label"} if labelled else {})

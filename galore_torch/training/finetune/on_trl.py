@@ -25,12 +25,13 @@ from transformers import (
 )
 from trl.chat_template_utils import get_training_chat_template
 
-from galore_torch.training.finetune.config import PREFERENCES, FinetuneConfig
+from galore_torch.training.finetune.config import MEASURED, PREFERENCES, FinetuneConfig
 from galore_torch.training.finetune.data import Rows, require_texts
 from galore_torch.training.run import processes
 from galore_torch.training.run.base_model import load_base
+from galore_torch.training.run.model_files import no_template
 from galore_torch.training.run.names import local_path, refused
-from galore_torch.training.text.row_checks import equal_answers, in_rows, require_form, tell_rows
+from galore_torch.training.text.row_checks import equal_answers, in_rows, require_answers, require_form, tell_rows
 
 
 class OnTRL:
@@ -39,7 +40,6 @@ class OnTRL:
     trainer_name: ClassVar[str]  # in TRL, which has a configuration of the same name
     forms: tuple[tuple[str, ...], ...]  # columns of which it takes the first that rows have; those are `columns`
     answer: ClassVar[int] = -1  # which of those holds what is to be answered
-    measured: ClassVar[dict[str, str]]  # the Trainer's metrics that are scores, by their names, the main one first
     task_type = "CAUSAL_LM"  # PEFT's name of what the model is trained for
     model_class: ClassVar[Any] = AutoModelForCausalLM
     model_settings: ClassVar[dict[str, Any]] = {}
@@ -47,7 +47,7 @@ class OnTRL:
     cut = 0  # how many rows are longer than a sequence may be
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
-        self.data, self._console = config.data, console
+        self.data, self._console, self.measured = config.data, console, MEASURED[config.data.task]
         known = [name for name in rows.train.column_names if name in rows.held_out.column_names]
         require_form(self.data.task, self.data.text_column, known)
         self.columns = next(form for form in self.forms if set(form) <= set(known))
@@ -72,10 +72,7 @@ class OnTRL:
         if self.data.chat_template is not None:
             self.tokenizer.chat_template = _template(self.data.chat_template)
         if is_chat and self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"model = {config.model.model!r} has no chat template for messages; give one as --chat-template FILE, "
-                "or give prompt and completion as text."
-            )
+            raise no_template(config.model.model)
         if is_chat:
             self._require_rendered(rows)
 
@@ -177,7 +174,6 @@ class Supervised(OnTRL):
     """Learning from examples: messages, prompts with completions (texts or messages), or text."""
 
     trainer_name = "SFT"
-    measured: ClassVar[dict[str, str]] = {"perplexity": "eval_loss"}
 
     def __init__(self, config: FinetuneConfig, rows: Rows, console: Console) -> None:
         self.forms = (("messages",), ("prompt", "completion"), (config.data.text_column,))
@@ -190,10 +186,7 @@ class Supervised(OnTRL):
 
     def _require_marks(self) -> None:
         """Refuse answers alone where nothing says which they are: neither the template, nor TRL's like of it."""
-        if self.columns != ("messages",):
-            raise ValueError(
-                "answers_only = True has no effect without messages: completions alone are trained on; leave it out."
-            )
+        require_answers(self.columns)
         if re.search(r"{%-?\s*generation", str(self.tokenizer.chat_template)):
             return
         try:
@@ -232,7 +225,6 @@ class Preferences(OnTRL):
     trainer_name = "DPO"
     forms = (("prompt", "chosen", "rejected"),)
     answer = 1
-    measured: ClassVar[dict[str, str]] = {"accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
 
     def options(self) -> dict[str, Any]:
         """How far the model may go from the reference, and that the reference is not kept."""
@@ -259,7 +251,6 @@ class Reward(OnTRL):
     task_type = "SEQ_CLS"
     trainer_name = "Reward"
     forms = Preferences.forms
-    measured: ClassVar[dict[str, str]] = {"accuracy": "eval_accuracy", "margin": "eval_margin"}
     model_class = AutoModelForSequenceClassification
     model_settings: ClassVar[dict[str, Any]] = {"num_labels": 1}
 
@@ -284,7 +275,6 @@ class Reasoning(OnTRL):
 
     trainer_name = "GRPO"
     forms = (("prompt", "answer"),)
-    measured: ClassVar[dict[str, str]] = {"reward": "eval_reward"}
 
     def options(self) -> dict[str, Any]:
         """How many answers a prompt gets, and how long they are; for an evaluation it gets one."""

@@ -77,11 +77,7 @@ class Finetuning(Job):
             console.print(f"{self.kind.cut:,} rows are longer than {config.data.max_length} tokens and are truncated.")
         self.patience = schedule.early_stopping_patience
         self._measured = {**self.kind.measured, "loss": "eval_loss"}
-        best = schedule.metric_for_best_model
-        if best is not None and best not in self._measured:
-            raise ValueError(
-                f"metric_for_best_model = {best!r} is not measured; choose one of {', '.join(self._measured)}."
-            )
+        config.require_measured(self.kind.measured)
         repeats = config.data.generations if config.data.task == "grpo" else 1  # rows of a batch that are the same
         self._steps_per_epoch = math.ceil(len(rows.train) * repeats / schedule.batch)
         self.model, self.tokenizer, self.task_type = self.kind.model, self.kind.tokenizer, self.kind.task_type

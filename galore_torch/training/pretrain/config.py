@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from galore_torch.training.run.names import model_of_run, require_length, require_model
+from galore_torch.training.run.model_files import require_causal, require_length, require_weights
+from galore_torch.training.run.names import model_of_run, require_model
 from galore_torch.training.settings.config import TrainConfig
 from galore_torch.training.settings.fields import (
     DType,
@@ -15,6 +16,7 @@ from galore_torch.training.settings.fields import (
     setting,
     settings,
 )
+from galore_torch.training.settings.optimizer import MATRICES
 from galore_torch.training.text.config import DataConfig
 from galore_torch.training.text.files import require_readable
 from galore_torch.training.text.rows import is_hub_name
@@ -114,6 +116,9 @@ class PretrainConfig(TrainConfig):
         if model.model is not None:  # before the text, of which evaluate asks other things where it is no run
             require_model("model", model.model, model.gguf_file or "config.json")
             require_length("seq", self.data.seq, model.model)
+            require_causal(model.model)
+            if model.gguf_file is None:
+                require_weights(model.model, MATRICES, self.optimizer.ranks)
         require_readable(self.data)
         data, subset = self.data.data, self.data.subset
         if subset is not None and (data == "stdlib" or not is_hub_name("data", data)):

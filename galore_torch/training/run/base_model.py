@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from galore_torch.training.run.files import MANIFEST, require_whole
-from galore_torch.training.run.names import refused, require_length
+from galore_torch.training.run.model_files import encoder, require_length
+from galore_torch.training.run.names import refused
 from galore_torch.units import first_of
 
 
@@ -90,10 +91,7 @@ def _require_causal(name: str, model: Any) -> None:
     """Refuse an encoder, which Transformers would make a causal model of that has learnt to look ahead."""
     kind = model.config.model_type
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model.config, "is_decoder", False):
-        raise ValueError(
-            f"model = {name!r} is an encoder ({kind}), which writes no text; choose a causal model, or, for rows with "
-            "labels, galore finetune --task classify."
-        )
+        raise encoder(name, kind)
 
 
 def recompute_activations(model: Any) -> None:

@@ -88,16 +88,6 @@ def require_model(field: str, name: str, file: str = "config.json") -> None:
         require_on_hub(field, name, "model")
 
 
-def require_length(field: str, length: int, model: str, positions: int | None = None) -> None:
-    """Refuse, with a ValueError, sequences beyond a model's positions, by its configuration where that is here."""
-    file = local_path("model", model) / "config.json"
-    if positions is None and file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8-sig"))
-        positions = known.get("max_position_embeddings", known.get("n_positions"))
-    if isinstance(positions, int) and length > positions:
-        raise ValueError(f"{field} = {length} is beyond the {positions} positions of model = {model!r}; give less.")
-
-
 def require_json(field: str, name: str, path: Path) -> None:
     """Refuse, with a ValueError, a file of a setting that holds no JSON object."""
     try:

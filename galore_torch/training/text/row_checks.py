@@ -6,7 +6,7 @@ Nothing here imports a library that takes seconds: what is missing is told befor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -45,6 +45,20 @@ def require_form(task: str, text_column: str, columns: Iterable[str]) -> None:
             f"task = {task!r} reads columns {' or '.join(map(', '.join, forms))}, and the rows have "
             f"{', '.join(columns)}; rename those.{_fitting(columns)}"
         )
+
+
+def require_answers(columns: Iterable[str]) -> None:
+    """Refuse, with a ValueError, to learn answers alone of rows that are no messages, by their columns."""
+    if not {"messages", "conversations"}.intersection(columns):
+        raise ValueError(
+            "answers_only = True has no effect without messages: completions alone are trained on; leave it out."
+        )
+
+
+def are_messages(task: str, row: Mapping[str, Any]) -> bool:
+    """Whether a stage of TRL's finds lists of messages, and no texts, in a row."""
+    forms = [form for form, tasks in _FORMS.items() if task in tasks.split() and set(form) <= row.keys()]
+    return any(isinstance(row[column], list) for form in forms for column in form)
 
 
 def _fitting(columns: Sequence[str]) -> str:

@@ -149,8 +149,10 @@ def test_what_has_no_effect_is_refused(given, told, classify):
 
 
 def test_a_score_that_is_not_measured_is_refused_with_those_that_are(classify, tmp_path):
-    config = classify(load_best_model_at_end=True, metric_for_best_model="acuracy")
-    with pytest.raises(ValueError, match="'acuracy' is not measured; choose one of accuracy, matthews, loss"):
+    with pytest.raises(ValueError, match="'acuracy' is not measured; choose one of accuracy, matthews, f1, pearson"):
+        classify(load_best_model_at_end=True, metric_for_best_model="acuracy")
+    config = classify(load_best_model_at_end=True, metric_for_best_model="pearson")  # of numbers, and these are classes
+    with pytest.raises(ValueError, match="'pearson' is not measured; choose one of accuracy, matthews, loss"):
         new_run(Finetuning, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
