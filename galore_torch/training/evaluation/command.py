@@ -17,6 +17,7 @@ from galore_torch.training.run import records
 from galore_torch.training.run.command import Json, loading, option, reported_errors
 from galore_torch.training.run.files import require_writable, write_whole
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.model_files import require_length
 from galore_torch.training.run.names import local_path, model_of_run
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import from_values
@@ -62,8 +63,10 @@ def _judge(name: str, model: str, given: dict[str, Any], *, json: bool = False, 
             if out.exists():
                 raise ValueError(f"out = {str(out)!r} exists; choose another --out.")
             require_writable("out", out)
-        config, others = settings_of(model, given_settings(given), predicting=predicting)
-        config.require_there("predict" if predicting and "label_column" not in given_settings(given) else "evaluate")
+        given = given_settings(given)
+        config, others = settings_of(model, given, predicting=predicting)
+        require_length("max_length", given.get("max_length", 0), config.model.model)  # which text calls otherwise
+        config.require_there("predict" if predicting and "label_column" not in given else "evaluate")
         with loading(console):
             from galore_torch.training.evaluation.judge import judge
         scores, lines = judge(config, console, predicting=predicting, others=others)

@@ -12,9 +12,11 @@ from rich.console import Console
 
 from galore_torch.training.finetune.config import GLUE
 from galore_torch.training.inspection.config import InspectConfig, ModelDataConfig, configure, recipe_of
+from galore_torch.training.pretrain.config import PretrainConfig
 from galore_torch.training.run.command import loading, option, reported_errors, this_command
 from galore_torch.training.run.files import require_empty, require_writable, write_folder
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.model_files import require_length
 from galore_torch.training.run.signals import NOTHING_WRITTEN, deferred, stoppable
 from galore_torch.training.settings.fields import field_names
 
@@ -121,7 +123,10 @@ def _require_one_subject(
         if applies:
             raise ValueError(message)
     if model is not None:
-        recipe_of(model, data, config).require_there()
+        recipe = recipe_of(model, data, config)
+        length = recipe.data.seq if isinstance(recipe, PretrainConfig) else recipe.data.max_length
+        require_length("max_length", length, str(recipe.model.model))  # which text calls otherwise
+        recipe.require_there()
     elif run is not None and not RunFolder(run).config.is_file():
         is_model = (run / "config.json").is_file()
         remedy = f"give it as --model {run}" if is_model else "give the folder of a galore pretrain or finetune"

@@ -19,6 +19,7 @@ from galore_torch.training.pretrain.presets import CONTINUED, DEFAULT_PRESET, PR
 from galore_torch.training.run.command import loading, option, reported_errors, table_of, this_command
 from galore_torch.training.run.files import require_writable
 from galore_torch.training.run.folder import RunFolder
+from galore_torch.training.run.model_files import require_length
 from galore_torch.training.run.names import local_path, model_of_run, require_json, require_model
 from galore_torch.training.run.signals import stoppable
 from galore_torch.training.settings.config import sections_of
@@ -73,6 +74,7 @@ def plan(
             named = method or ([RUN] if run else [])
             require_once("method", named)
             left_out = _without_library(named, run)
+            require_length("seq", given.get("seq", 0), model)
             _require_settings(model if model in _MODELS else LIKE, named or METHODS, given)
             if page is not None:
                 if page.is_dir():

@@ -23,6 +23,7 @@ from galore_torch.training.pretrain.model import llama_sizes
 from galore_torch.training.pretrain.presets import PRESETS, configure
 from galore_torch.training.run import optimizers
 from galore_torch.training.run.base_model import recompute_activations
+from galore_torch.training.run.model_files import require_length
 from galore_torch.training.run.names import local_path, refused
 from galore_torch.training.run.processes import divided
 from galore_torch.training.settings.adapter import AdapterConfig
@@ -158,6 +159,7 @@ def subject(
     path = local_path("model", name)
     with refused(f"model = {name!r} has no configuration that can be read", "Give another."):
         sizes = transformers.AutoConfig.from_pretrained(path if path.exists() else name)
+    require_length("seq", given.get("seq", 0), name, getattr(sizes.get_text_config(), "max_position_embeddings", None))
     kind = _kind(name, sizes)
     with refused(f"model = {name!r} has a configuration of which no model can be made", "Mend it, or give another."):
         built = _without_weights(kind, sizes, dtype or (run or {}).get("dtype", "bfloat16"))
