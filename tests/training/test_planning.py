@@ -248,11 +248,15 @@ def test_a_run_is_planned_with_its_settings_but_for_those_that_are_given(small, 
 def test_a_fine_tuning_is_planned_as_one(small, ended):
     """What is frozen has no state; a pair of answers is two sequences."""
     flags = ("--dtype", "float32", "--batch", "8", "--micro-batch", "8", "--seq", "48", "--rank", "12")
-    fresh = planned(small[0], *flags, "--method", "lora", "--method", "full")["methods"]
+    file = str(Path(small[0], "config.json"))  # a configuration alone is of a model that has learnt nothing
+    fresh, of_model = (
+        planned(one, *flags, "--method", "lora", "--method", "full")["methods"] for one in (file, small[0])
+    )
     tuned = {"task": "dpo", "data": "pairs.jsonl", "model": small[0], "batch": 4, "max_length": 48, "rank": 12}
     folder = ended(finetune(**tuned, method="lora"), "pairs")
     found = planned(folder)["methods"]["run"]["held"]
     assert found["states"] < fresh["lora"]["held"]["states"]
+    assert of_model["lora"]["held"]["states"] == found["states"]
     assert "8 sequences of 48 tokens at once" in " ".join(galore_plan(folder).output.split())
     assert planned(folder, "--rank", "24")["methods"]["run"]["held"]["states"] > found["states"]
     assert planned(folder, "--method", "full")["methods"] == {"full": fresh["full"]}

@@ -113,7 +113,8 @@ class Subject:
         labels = rows if "Classification" not in type(model).__name__ else rows[:1]
 
         def prepare(copied: nn.Module) -> None:
-            adapt(copied, config.adapter, self.target_modules or "all-linear", task_type=self.task_type)
+            task_type = None if config.adapter.adapter == "low-rank" else self.task_type  # that one trains from scratch
+            adapt(copied, config.adapter, self.target_modules or MATRICES, task_type=task_type)
             if settings.weight_bits == 8:
                 quantize_weights(copied, self.target_modules)
             if config.schedule.gradient_checkpointing:
@@ -163,9 +164,9 @@ def subject(
     kind = _kind(name, sizes)
     with refused(f"model = {name!r} has a configuration of which no model can be made", "Mend it, or give another."):
         built = _without_weights(kind, sizes, dtype or (run or {}).get("dtype", "bfloat16"))
+    tuned = "SEQ_CLS" if "Classification" in kind.__name__ else "CAUSAL_LM"
     if run:
         modules = modules_named(run["target_modules"]) if "target_modules" in run else MATRICES
-        tuned = "SEQ_CLS" if "Classification" in kind.__name__ else "CAUSAL_LM"
         return Subject(
             name=name, model=built, preset=LIKE, given=given, target_modules=modules, cards=cards, run=_of_a_step(run),
             task_type=tuned if "model" in run else None,
@@ -174,7 +175,10 @@ def subject(
     sides = [min(weight.shape[-2:]) for weight in optimizers.matrices(built, None).values()]
     rank = max(1, min(width // _RANK_SHARE, *sides))  # keys and values may have fewer rows than that
     of_tuning = {**_OF_TUNING, "rank": rank, **given}
-    return Subject(name=name, model=built, preset=LIKE, given=of_tuning, target_modules=None, cards=cards)
+    return Subject(
+        name=name, model=built, preset=LIKE, given=of_tuning, target_modules=None, cards=cards,
+        task_type=None if path.is_file() else tuned,  # a configuration alone is of a model that has learnt nothing
+    )  # fmt: skip
 
 
 def _of_a_step(run: Settings) -> dict[str, Any]:
