@@ -23,9 +23,8 @@ LEAST_SINE = 0.1
 """The sine of the angle between an old direction and the new ones from which on it is one more direction. Rounding a
 basis to bfloat16 turns its columns by less."""
 
-DRIFT, TURNS = 0.01, 12
-"""How far a turned direction is drawn to one that is orthogonal to all others, so that they can be told apart; and the
-Newton-Schulz steps that turn them."""
+TURNS = 12
+"""Newton-Schulz steps that turn directions to others, and then those that are orthogonal to all others."""
 
 
 def are_determined(lengths_r: Tensor, shape: Sequence[int], rounded_to: torch.dtype) -> Tensor:
@@ -166,10 +165,18 @@ def complete(found: Directions, old_dr: Tensor) -> Tensor:
         nearest_dr = old_dr.take_along_dim(((places_r + there - kept) % rank).unsqueeze(-2), dim=-1)
         filled_r = (places_r >= 0) & (places_r < kept)
         turn_rr = torch.where(filled_r.unsqueeze(-2), outside_dr.mT @ nearest_dr, 0)
-        turn_rr = turn_rr + DRIFT * (torch.diag_embed(filled_r.to(turn_rr.dtype)) - turn_rr.mT @ turn_rr)
-        for _ in range(TURNS):
-            turn_rr = 1.5 * turn_rr - 0.5 * turn_rr @ (turn_rr.mT @ turn_rr)
+        turn_rr = _orthogonal(turn_rr)
+        # What is orthogonal to all others goes where it is nearest, and moves none of those that are not.
+        filled_rr = torch.diag_embed(filled_r.to(turn_rr.dtype))
+        turn_rr = _orthogonal(turn_rr + (filled_rr - turn_rr @ turn_rr.mT) @ (filled_rr - turn_rr.mT @ turn_rr))
         return told_dr + cholesky_qr(outside_dr @ turn_rr)
+
+
+def _orthogonal(turn_rr: Tensor) -> Tensor:
+    """The nearest orthogonal matrix, of singular values from 0 to 1; those that are nearly 0 stay small."""
+    for _ in range(TURNS):
+        turn_rr = 1.5 * turn_rr - 0.5 * turn_rr @ (turn_rr.mT @ turn_rr)
+    return turn_rr
 
 
 def determined_first(found: Directions) -> Tensor:

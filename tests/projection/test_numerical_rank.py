@@ -154,6 +154,18 @@ def test_a_basis_is_completed_from_the_old_one(ahead, dtype, told, alike, empty,
     assert (held > (0.9 if ahead else 1 - 1e-5) * most - bound).all(), (held, most)
 
 
+@pytest.mark.parametrize("told", [2, 5])
+def test_rounding_does_not_decide_which_axes_directions_that_stay_have(told):
+    """Some of them are all outside of the gradient and as strong as each other: any axes of these would do."""
+    torch.manual_seed(0)
+    old, columns = torch.linalg.qr(torch.randn(2, 32, 8, dtype=torch.float64)).Q
+    told_r = torch.arange(8) < told
+    made, again = (
+        complete(Directions(columns + noise * torch.randn_like(columns), told_r), old) for noise in (0, 1e-15)
+    )
+    torch.testing.assert_close(made, again, atol=1e-11, rtol=0)
+
+
 def test_directions_that_stay_lie_near_the_columns_in_whose_places_they_are():
     """As near as the orthogonal Procrustes problem's solution, on average over subspaces that move little or much."""
     shares = []
