@@ -336,4 +336,7 @@ def _tokens(batch: Mapping[str, Tensor | tuple[int, ...]]) -> int:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return int(getattr(getattr(model, "config", None), "vocab_size", None) or 0)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # models of images and text have it in there
+        config = config.get_text_config()
+    return int(getattr(config, "vocab_size", None) or 0)

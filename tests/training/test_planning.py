@@ -325,3 +325,13 @@ def test_a_layer_that_lacks_what_a_model_reads_of_it_leaves_the_bytes_that_need_
     assert found["methods"]["low-rank"]["held"]["weights"] > 0
     assert "has no attribute 'weight'" in json.dumps(found["methods"]["low-rank"])
     assert "has no attribute" not in json.dumps(found["methods"]["full"])
+
+
+def test_the_logits_of_a_model_of_images_and_text_are_told(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(**sizes, vocab_size=400)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    named = {"architectures": ["LlavaForConditionalGeneration"], "image_token_index": 399}
+    transformers.LlavaConfig(text_config=text, vision_config=vision, **named).save_pretrained(tmp_path)
+    told = planned(str(tmp_path), "--seq", "8", "--method", "full")["methods"]["full"]
+    assert told["held"]["logits"] > 0
