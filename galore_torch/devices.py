@@ -22,6 +22,15 @@ def runs_ahead(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with a tensor goes into a CUDA graph that is being captured, and is not done now.
+
+    Args:
+        tensor: of any device.
+    """
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def multiplies_bfloat16(tensor: Tensor) -> bool:
     """Whether the device that holds a tensor multiplies matrices of bfloat16 at speed: a CPU of few years or none does.
 

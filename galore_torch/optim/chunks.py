@@ -12,7 +12,9 @@ from torch import Tensor
 from galore_torch import devices
 from galore_torch.optim.folding import common_factors, fold
 from galore_torch.optim.inner_group import GroupWrites, moves_at_rate_one
+from galore_torch.optim.joined import Joined, can_be_joined
 from galore_torch.optim.nonfinite import NonfiniteCounter
+from galore_torch.optim.rule import InnerParam
 from galore_torch.optim.slices import inner_params, keep_inner_state
 from galore_torch.optim.state_keys import INNER, STEP
 from galore_torch.optim.trained_weight import TrainedWeight
@@ -58,25 +60,33 @@ class Chunk:
         self._layout: list[_Alike] | None = None
         self._counter: NonfiniteCounter | None = None
 
-    def coordinates(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    def coordinates(self, grads: Sequence[Tensor]) -> tuple[list[Tensor | None], list[_Together]]:
         """The coordinates of the weights: zeros, in one piece of memory for each dtype.
 
         Args:
             grads: the gradient of each weight, as the optimizer inside gets it.
 
         Returns:
-            One tensor for each, of the gradient's shape; None where the rule moves the weight itself.
+            One tensor for each, of the gradient's shape; None where the rule moves the weight itself. And what the rule
+            gets of those that are joined: those without a state yet; from the second step on that these weights make
+            together also others.
         """
-        if self._layout is None:
+        if is_first := self._layout is None:
             self._layout = _layout(self.weights, grads)
+        together: list[_Together] = []
         sizes = {alike.dtype: alike.stop for alike in self._layout}
         zeros = {dtype: torch.zeros(size, dtype=dtype, device=grads[0].device) for dtype, size in sizes.items()}
         coordinates: list[Tensor | None] = [None] * len(grads)
         for alike in self._layout:
-            views = zeros[alike.dtype].as_strided(alike.shape, alike.strides, alike.start).unbind()
-            for index, view in zip(alike.indices, views, strict=True):
+            stacked = zeros[alike.dtype].as_strided(alike.shape, alike.strides, alike.start)
+            for index, view in zip(alike.indices, stacked.unbind(), strict=True):
                 coordinates[index] = view
-        return coordinates
+            if alike.joined is not None:
+                own = [grads[index] for index in alike.indices]
+                param = alike.joined.param(stacked, own, gathers=not is_first)
+                if param is not None:
+                    together.append(_Together(alike.joined, alike.indices, param))
+        return coordinates, together
 
     def count_nonfinite(
         self, grads: Sequence[Tensor], agree: Callable[[Tensor], Tensor], *, everywhere: bool = False
@@ -109,20 +119,34 @@ class _Alike(NamedTuple):
     start: int
     stop: int
     indices: list[int]
+    joined: Joined | None
+
+
+class _Together(NamedTuple):
+    """What the rule gets of weights that are joined, and their places in the chunk."""
+
+    joined: Joined
+    indices: list[int]
+    param: InnerParam
 
 
 def _layout(weights: Sequence[TrainedWeight], grads: Sequence[Tensor]) -> list[_Alike]:
-    kinds: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+    kinds: dict[tuple[torch.dtype, torch.Size, int], list[int]] = {}
     for index, (one, grad) in enumerate(zip(weights, grads, strict=True)):
         if one.through_coordinates:
-            kinds.setdefault((grad.dtype, grad.shape), []).append(index)
-    made, stops = [], dict.fromkeys([dtype for dtype, _ in kinds], 0)
-    for (dtype, shape), indices in kinds.items():
-        apart = -(-shape.numel() // ALIGNMENT) * ALIGNMENT
+            kinds.setdefault((grad.dtype, grad.shape, id(one.inner_group) * can_be_joined(one)), []).append(index)
+    made, stops = [], dict.fromkeys([dtype for dtype, _, _ in kinds], 0)
+    for (dtype, shape, is_joined), indices in kinds.items():
+        joined = Joined([weights[index] for index in indices]) if is_joined and len(indices) > 1 else None
+        apart = shape.numel() if joined else _aligned(shape.numel())
         strides = (apart, *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
-        start, stops[dtype] = stops[dtype], stops[dtype] + len(indices) * apart
-        made.append(_Alike(dtype, (len(indices), *shape), strides, start, stops[dtype], indices))
+        start, stops[dtype] = stops[dtype], stops[dtype] + _aligned(len(indices) * apart)
+        made.append(_Alike(dtype, (len(indices), *shape), strides, start, stops[dtype], indices, joined))
     return made
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def chunks(trained: Sequence[TrainedWeight], coordinates: int) -> Iterator[Chunk]:
@@ -169,14 +193,20 @@ def step_chunk(
     if not grads:
         return
     versions = [grad._version for grad in grads]
-    params = [inner_params(*given) for given in zip(chunk.weights, grads, chunk.coordinates(grads), strict=True)]
-    wrote = chunk.weights[0].rule.step([part for _, _, parts in params for part in parts])
-    for one in chunk.firsts:
-        written.note(one.group, wrote[id(one.inner_group)])
-    for one, (tensor, inner, parts) in zip(chunk.weights, params, strict=True):
-        if inner is not one.state.get(INNER) or len(parts) > 1:
-            keep_inner_state(one, tensor, inner, parts)
-    fold_all(chunk, grads, versions, [tensor for tensor, _, _ in params])
+    coordinates, together = chunk.coordinates(grads)
+    alone = set(range(len(grads))).difference(*(one.indices for one in together))
+    params = {index: inner_params(chunk.weights[index], grads[index], coordinates[index]) for index in sorted(alone)}
+    given = [one.param for one in together] + [part for _, _, parts in params.values() for part in parts]
+    wrote = chunk.weights[0].rule.step(given)
+    for first in chunk.firsts:
+        written.note(first.group, wrote[id(first.inner_group)])
+    for one in together:
+        one.joined.keep()
+    for index, (tensor, inner, parts) in params.items():
+        trained, coordinates[index] = chunk.weights[index], tensor
+        if inner is not trained.state.get(INNER) or len(parts) > 1:
+            keep_inner_state(trained, tensor, inner, parts)
+    fold_all(chunk, grads, versions, [one for one in coordinates if one is not None])
 
 
 def fold_all(chunk: Chunk, grads: Sequence[Tensor], versions: Sequence[int], moved: Sequence[Tensor]) -> None:

@@ -101,6 +101,10 @@ class InnerParam:
 DECLARED: dict[str, Traits] = {}
 """Traits by qualified class name, for optimizers whose traits a probe cannot find out. `recipes` fills it."""
 
+ELEMENTWISE: set[str] = set()
+"""Qualified names of optimizers that move each number by its own gradient and state, and by how many steps its tensor
+has made: tensors that have made as many may be one. `recipes` fills it."""
+
 ADAPTED: dict[str, Callable[[torch.optim.Optimizer, Mapping[int, Tensor]], None]] = {}
 """What is done to a rule's optimizer that knows single weights by their identity, by the library that it comes from:
 called once with the optimizer and with the weights behind what it gets, by the identity of that. `recipes` fills it.

@@ -78,6 +78,7 @@ class TrainedWeight(Factors, ProcessPart, Turns):
         turn: its offset within the gap.
         outcomes: of the renewals of all weights.
         is_kept: whether the optimizer holds the state; until its first step a weight keeps it for itself.
+        is_resumed: whether there was a state before this was known of the weight, as of a checkpoint.
         counters: of all projected weights on the device, one for each: how many gradients were not finite.
         slot: which of them is the weight's.
         is_plain: whether its update is added to it as it is: it is a plain tensor, and not rounded in a way of ours.
@@ -114,9 +115,11 @@ class TrainedWeight(Factors, ProcessPart, Turns):
     _read: tuple[Any, Basis] = field(init=False, default=(None, {}))
     _factors: Basis | None = field(init=False, default=None)
     _pair: Sequence[Any] | None = field(init=False, default=None)
+    is_resumed: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.local_projection = self.projection
+        self.is_resumed = self.is_kept
         self.storage = storage_in(self.group)
         self.coordinate_count = torch.Size(self.projection.projected_shape).numel()
         self.is_plain = type(self.weight) in (Tensor, torch.nn.Parameter) and self.rounding == "nearest"

@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from galore_torch import GaLore
 from galore_torch.gradients.applied_gradient import AppliedGradient
@@ -19,14 +21,17 @@ IN_BACKWARD = [mode for mode in MODES.values() if mode[1] == "backward"]
 
 
 class FullGradients(Allocations):
-    """Counts the living tensors of the size of some projected weight, which no activation has."""
+    """Counts the living tensors of the size of some projected weight, which no activation has; states may have it."""
 
     def __init__(self, optimizer: GaLore) -> None:
         super().__init__()
+        self.optimizer = optimizer
         self.sizes = {weight.numel() for weight in projected_weights(optimizer)}
 
     def count(self) -> int:
-        return sum(size in self.sizes for size in self.alive())
+        states = [one for one in tree_leaves(list(self.optimizer.state.values())) if isinstance(one, Tensor)]
+        held = {StorageWeakRef(one.untyped_storage()) for one in states}
+        return sum(size in self.sizes and ref not in held for size, ref in self.made if not ref.expired())
 
 
 def backward(model: nn.Module, step: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_torch.optim.moments import MOMENTS, Moment
-from galore_torch.optim.rule import ADAPTED, DECLARED, Decay, Traits, UpdateContext
+from galore_torch.optim.rule import ADAPTED, DECLARED, ELEMENTWISE, Decay, Traits, UpdateContext
 from galore_torch.optim.state_layout import KEPT_BY
 
 
@@ -34,6 +34,7 @@ def _is_large_and_divides(block: int, size: int) -> bool:
     return size >= 4096 and size % block == 0
 
 
+ELEMENTWISE.update(f"{one.__module__}.{one.__qualname__}" for one in (torch.optim.Adam, torch.optim.AdamW))
 DECLARED[f"{torch.optim.Muon.__module__}.Muon"] = Traits(decay="decoupled", factor=_muon_shape_ratio)
 
 
