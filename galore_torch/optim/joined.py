@@ -36,7 +36,6 @@ def can_be_joined(trained: TrainedWeight) -> bool:
         and trained.is_plain
         and trained.rule.name in ELEMENTWISE
         and trained.coordinate_count <= small
-        and trained.group.get("moments") != "reset"
     )
 
 
@@ -64,9 +63,11 @@ class Joined:
             gathers: whether states that each has already are put together, by copies. Their counts of steps are read
                 for that; on a GPU only of states that were there before this run's.
         """
+        first = self._weights[0]
+        if first.group.get("moments") == "reset":  # of each at its own turn
+            return None
         if not (self._is_current() or self._begin(coordinates, gathers=gathers)):
             return None
-        first = self._weights[0]
         return InnerParam(coordinates, torch.stack(list(grads)), self._state, first.inner_group, first.weight, True)
 
     def keep(self) -> None:

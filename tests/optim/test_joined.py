@@ -97,6 +97,19 @@ def test_what_depends_on_single_weights_is_not_joined(keywords, seen):
     assert seen[-1] == [2] * len(SHAPES)
 
 
+def test_moments_that_begin_anew_from_some_step_on_do(alone):
+    ends = []
+    for is_joined in (False, True):
+        if is_joined:
+            alone.undo()
+        trained, optimizer = made()
+        run(trained, optimizer, range(4))
+        optimizer.param_groups[0]["moments"] = "reset"
+        run(trained, optimizer, range(4, 8))
+        ends.append(trained)
+    assert_equal(*ends)
+
+
 def test_another_optimizer_and_large_weights_are_not_joined(monkeypatch, seen):
     trained = weights(*SHAPES)
     run(trained, GaLoreSGD([{"params": trained, "rank": RANK}], lr=0.1, momentum=0.9), range(2))

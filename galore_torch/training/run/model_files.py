@@ -82,7 +82,7 @@ def require_weights(model: str, targets: str | list[str], ranks: Iterable[str]) 
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
     known = f"names that end by {first_of(ends, 20)}"
     for end in ranks:
-        if end.removesuffix(".weight").rsplit(".", 1)[-1] not in ends:
+        if end.removesuffix(".weight").rsplit(".", 1)[-1] not in [*ends, *_MADE_ANEW.split()]:
             raise ValueError(f"rank_pattern: {end!r} ends no name of a matrix; give {known}.")
     words = [target.rsplit(".", 1)[-1] for target in targets if isinstance(targets, list)]
     if words and not any(re.search(r"[^\w-]", word) or word in " ".join([*names, _MADE_ANEW]) for word in words):
