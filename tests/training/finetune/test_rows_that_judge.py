@@ -41,13 +41,13 @@ def test_an_evaluation_on_the_rows_of_the_training_is_let_be(classify, write):
         config.require_there()
 
 
-def test_rows_of_which_more_are_to_be_read_are_not_refused_for_the_first(classify, write, monkeypatch):
+def test_rows_of_which_more_are_to_be_read_are_not_refused_for_the_first(classify, causal, write, monkeypatch):
     monkeypatch.setattr("galore_torch.training.text.rows.ROWS", 2)
     data = write("rows.jsonl", ROWS)
     classify(data=data, held_out=data).require_there()
     pair = {"prompt": "a", "chosen": "b", "rejected": "b"}
     pairs = write("pairs.jsonl", [pair, pair, {**pair, "rejected": "c"}])
-    config = classify(data=data)
+    config = classify(data=data, model=str(causal))
     dataclasses.replace(config, data=dataclasses.replace(config.data, task="dpo", data=pairs)).require_there()
 
 
