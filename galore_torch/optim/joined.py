@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from galore_torch import devices
 from galore_torch.optim.rule import ELEMENTWISE, InnerParam
+from galore_torch.optim.state_checks import inner_parts
 from galore_torch.optim.state_keys import INNER, STEP
 from galore_torch.optim.trained_weight import TrainedWeight
 
@@ -49,12 +49,11 @@ class Joined:
     def __init__(self, weights: Sequence[TrainedWeight]) -> None:
         self._weights = weights
         self._state: dict[str, Any] = {}
-        self._given: list[Any] = []
-        self._parts: list[Any] = []
+        self._parts: list[Any] = []  # none until the rule has made a state
         self._counts: list[Tensor] = []
         self._versions: list[int] = []
 
-    def param(self, coordinates: Tensor, grads: Sequence[Tensor], *, gathers: bool) -> InnerParam | None:
+    def param(self, coordinates: Tensor, grads: list[Tensor], *, gathers: bool) -> InnerParam | None:
         """What the rule gets of all of them; None where each has to be moved by itself.
 
         Args:
@@ -68,12 +67,11 @@ class Joined:
             return None
         if not (self._is_current() or self._begin(coordinates, gathers=gathers)):
             return None
-        return InnerParam(coordinates, torch.stack(list(grads)), self._state, first.inner_group, first.weight, True)
+        return InnerParam(coordinates, torch.stack(grads), self._state, first.inner_group, first.weight, True)
 
     def keep(self) -> None:
         """Gives the weights their parts of the state, once the rule has moved them."""
-        now = list(self._state.values())
-        if len(now) != len(self._given) or not all(map(operator.is_, now, self._given)):
+        if not self._parts:
             self._hand_out()
         for count in self._counts:
             count[1:].copy_(count[:1])
@@ -83,7 +81,7 @@ class Joined:
         """Whether nothing was replaced since they were last moved together, and none was moved by itself."""
         if not self._parts or self._versions != [count._version for count in self._counts]:
             return False
-        parts = self._parts_now()
+        parts = inner_parts(self._weights)
         return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
 
     def _begin(self, coordinates: Tensor, *, gathers: bool) -> bool:
@@ -94,14 +92,10 @@ class Joined:
         found = {} if not any(states) else _joined(states, coordinates.shape[1:], waits) if gathers else None
         if found is None:
             return False
-        self._state = found
+        self._state, self._parts = found, []
         if found:
             self._hand_out()
         return True
-
-    def _parts_now(self) -> list[Any]:
-        inner = [one.state.get(INNER) for one in self._weights]
-        return [*inner, *chain.from_iterable([one.values() for one in inner if one])]
 
     def _hand_out(self) -> None:
         """Puts views of the common state into those of the weights."""
@@ -114,7 +108,7 @@ class Joined:
                 self._counts.append(parts)
             for one, part in zip(self._weights, parts.unbind(), strict=True):
                 one.state.setdefault(INNER, {})[name] = part
-        self._given, self._parts = list(self._state.values()), self._parts_now()
+        self._parts = inner_parts(self._weights)
 
 
 def _joined(states: Sequence[Any], shape: torch.Size, waits: bool) -> dict[str, Any] | None:

@@ -47,7 +47,7 @@ class StateChecks:
         """
         if not self._have_seen_states(trained):
             self.note(trained)
-            self._together = trained, _kinds(trained), _lengths(trained), _parts(trained)
+            self._together = trained, _kinds(trained), _lengths(trained), inner_parts(trained)
 
     def _have_seen_states(self, trained: Sequence[TrainedWeight]) -> bool:
         """Whether all have the states with which they were last noted together: compared in a few calls for all."""
@@ -56,7 +56,7 @@ class StateChecks:
             len(trained) == len(before)
             and all(map(operator.is_, trained, before))
             and _lengths(trained) == lengths
-            and len(now := _parts(trained)) == len(parts)
+            and len(now := inner_parts(trained)) == len(parts)
             and all(map(operator.is_, now, parts))
         )
 
@@ -130,8 +130,12 @@ class _Seen(NamedTuple):
         return _others(trained) == self.others and (not inner or all(map(operator.is_, inner.values(), self.values)))
 
 
-def _parts(trained: Sequence[TrainedWeight]) -> list[Any]:
-    """The objects in the rule's state of many weights, which are the same as long as nothing was replaced."""
+def inner_parts(trained: Sequence[TrainedWeight]) -> list[Any]:
+    """The objects in the rule's state of many weights, which are the same as long as nothing was replaced.
+
+    Args:
+        trained: the weights.
+    """
     inner = [one.state.get(INNER) for one in trained]
     return [*inner, *chain.from_iterable([one.values() for one in inner if one])]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from galore_torch.optim.rule import InnerParam, Rule
 from tests.optim.small import gradient, weights
 
 SHAPES = [(16, 8)] * 3 + [(8, 16)] * 2 + [(12, 4)]
-RANK, JOINED = 4, 3  # three kinds, of which one has a weight alone: it is moved by itself
+"""Of three kinds, of which one has a weight alone: it is moved by itself."""
+RANK = 4
 KINDS: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "fused": {"fused": True},
@@ -29,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def made(**keywords: Any) -> tuple[list[torch.nn.Parameter], GaLore]:
     torch.manual_seed(0)
     trained = weights(*SHAPES)
-    keys = {key: keywords.pop(key) for key in ("moments", "residual") if key in keywords}
+    keys = {key: keywords.pop(key) for key in ("moments",) if key in keywords}
     group = {"params": trained, "rank": RANK, "update_proj_gap": 3, **keys}
     return trained, GaLoreAdamW([group], lr=1e-2, **keywords)
 
@@ -57,10 +59,23 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Undo it to let weights be joined."""
-    monkeypatch.setattr(chunks, "can_be_joined", lambda _: False)
-    return monkeypatch
+def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Check that a run of joined weights ends as the run of weights that are moved one by one."""
+
+    def check(train: Callable[[list[torch.nn.Parameter], GaLore], None], **keywords: Any) -> None:
+        ends, held = [], []
+        for can_be_joined in (lambda _: False, joined.can_be_joined):
+            monkeypatch.setattr(chunks, "can_be_joined", can_be_joined)
+            trained, optimizer = made(**keywords)
+            train(trained, optimizer)
+            ends.append(trained)
+            held.append([optimizer.state[weight]["inner"] for weight in trained])
+        assert_equal(*ends)
+        for inner, known in zip(*held, strict=True):
+            assert list(inner) == list(known)
+            assert_equal(list(inner.values()), list(known.values()))
+
+    return check
 
 
 def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
@@ -69,18 +84,10 @@ def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("keywords", KINDS.values(), ids=KINDS)
-def test_weights_and_states_are_those_of_weights_moved_one_by_one(keywords, alone, seen):
-    expected, by_itself = made(**keywords)
-    run(expected, by_itself, range(8))
-    assert seen[-1] == [2] * len(SHAPES)
-    alone.undo()
-    trained, optimizer = made(**keywords)
-    run(trained, optimizer, range(8))
-    assert_equal(trained, expected)
-    for weight, like in zip(trained, expected, strict=True):
-        inner, known = optimizer.state[weight]["inner"], by_itself.state[like]["inner"]
-        assert list(inner) == list(known)
-        assert_equal(list(inner.values()), list(known.values()))
+def test_weights_and_states_are_those_of_weights_moved_one_by_one(keywords, both, seen):
+    both(lambda *made: run(*made, range(8)), **keywords)
+    assert [2] * len(SHAPES) in seen
+    assert seen[-1] == [3, 3, 2]
 
 
 def test_the_optimizer_inside_gets_one_tensor_of_each_kind(seen):
@@ -97,17 +104,13 @@ def test_what_depends_on_single_weights_is_not_joined(keywords, seen):
     assert seen[-1] == [2] * len(SHAPES)
 
 
-def test_moments_that_begin_anew_from_some_step_on_do(alone):
-    ends = []
-    for is_joined in (False, True):
-        if is_joined:
-            alone.undo()
-        trained, optimizer = made()
+def test_moments_that_begin_anew_from_some_step_on_do(both):
+    def train(trained: list[torch.nn.Parameter], optimizer: GaLore) -> None:
         run(trained, optimizer, range(4))
         optimizer.param_groups[0]["moments"] = "reset"
         run(trained, optimizer, range(4, 8))
-        ends.append(trained)
-    assert_equal(*ends)
+
+    both(train)
 
 
 def test_another_optimizer_and_large_weights_are_not_joined(monkeypatch, seen):
@@ -127,13 +130,8 @@ def test_groups_with_other_settings_are_apart(seen):
 
 
 @pytest.mark.parametrize("missing", [{0: 1}, {3: 1}, {2: 0, 5: 4}], ids=str)
-def test_a_weight_that_misses_steps_is_moved_by_itself_from_then_on(missing, alone):
-    expected, by_itself = made()
-    run(expected, by_itself, range(8), without=missing)
-    alone.undo()
-    trained, optimizer = made()
-    run(trained, optimizer, range(8), without=missing)
-    assert_equal(trained, expected)
+def test_a_weight_that_misses_steps_is_moved_by_itself_from_then_on(missing, both):
+    both(lambda *made: run(*made, range(8), without=missing))
 
 
 def change_in_place(inner: dict[str, Tensor]) -> None:
@@ -153,17 +151,13 @@ def change_count(inner: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("change", [change_in_place, replace_one, replace_count, change_count])
-def test_a_state_that_is_changed_by_hand_is_heeded(change, alone):
-    ends = []
-    for is_joined in (False, True):
-        if is_joined:
-            alone.undo()
-        trained, optimizer = made()
+def test_a_state_that_is_changed_by_hand_is_heeded(change, both):
+    def train(trained: list[torch.nn.Parameter], optimizer: GaLore) -> None:
         run(trained, optimizer, range(4))
         change(optimizer.state[trained[1]]["inner"])
         run(trained, optimizer, range(4, 8))
-        ends.append(trained)
-    assert_equal(*ends)
+
+    both(train)
 
 
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy", "saved"])
@@ -179,7 +173,6 @@ def test_a_resumed_run_is_the_run_and_joined_again(way, seen, tmp_path):
         if way == "saved":
             torch.save(state, tmp_path / "state.pt")
             state = torch.load(tmp_path / "state.pt", weights_only=True)
-        _, optimizer = made()
         optimizer = GaLoreAdamW([{"params": trained, "rank": RANK, "update_proj_gap": 3}], lr=1e-2)
         optimizer.load_state_dict(copy.deepcopy(state))
     run(trained, optimizer, range(4, 8))
