@@ -96,13 +96,16 @@ def _matrices(path: Path) -> list[str]:
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(begin - 8)) if begin <= size else {}
-    header.pop("__metadata__", None)
-    whole = begin + max((one["data_offsets"][1] for one in header.values()), default=0)
+        try:
+            header = dict(json.loads(file.read(begin - 8))) if begin <= size else {}
+            header.pop("__metadata__", None)
+            whole = begin + max((one["data_offsets"][1] for one in header.values()), default=0)
+        except (ValueError, TypeError, LookupError):  # told where it is loaded
+            return []
     if size < whole:
         raise ValueError(
             f"model = {str(path.parent)!r} cannot be loaded: {path.name} has {size:,} bytes of {whole:,}, and may have "
             "been cut off; give another copy."
         )
-    matrices = [name.removesuffix(".weight") for name, one in header.items() if len(one["shape"]) > 1]
+    matrices = [name.removesuffix(".weight") for name, one in header.items() if len(one.get("shape", ())) > 1]
     return [name for name in matrices if "embed" not in name]
